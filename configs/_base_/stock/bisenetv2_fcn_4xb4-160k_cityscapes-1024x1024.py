@@ -1,0 +1,3 @@
+# MMSegmentation's own config, wherever that is installed.
+_base_ = __import__('mmseg_textkd').stock_config(
+    'bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py')

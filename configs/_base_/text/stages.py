@@ -1,0 +1,15 @@
+# What every text config shares, whatever the network and the data.
+# Prompts and scales are not decayed; `.text.` matches the text provider of
+# either role.
+text_paramwise = dict(custom_keys={
+    '.text.': dict(decay_mult=0.),
+    'log_scale': dict(decay_mult=0.)
+})
+# The hook freezes parameters after the model has been wrapped for DDP.
+find_unused_parameters = True
+custom_hooks = [
+    dict(
+        type='PromptLearnerHook',
+        switch_at=0.9,
+        schedule=dict(type='cosine'))
+]

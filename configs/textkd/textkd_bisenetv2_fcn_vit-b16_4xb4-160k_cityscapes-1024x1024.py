@@ -1,0 +1,7 @@
+_base_ = [
+    '../_base_/stock/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py',
+    '../_base_/text/vit-b16_cityscapes.py'
+]
+custom_imports = dict(imports=['mmseg_textkd'], allow_failed_imports=False)
+model = dict(decode_head=dict(type='TextFCNHead', text=_base_.text))
+optim_wrapper = dict(paramwise_cfg=_base_.text_paramwise)

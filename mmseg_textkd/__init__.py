@@ -1,0 +1,21 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""CLIP-text knowledge for small segmentation networks.
+
+Importing the package applies the version cures of :mod:`.compat` and
+registers every module with MMSegmentation's registries, so one line in a
+config, ``custom_imports = dict(imports=['mmseg_textkd'])``, is all that a
+project needs.
+"""
+from . import compat
+
+# Before anything that imports mmseg.models: the cures must be in place.
+compat.apply()
+
+from . import datasets, engine, models, text  # noqa: E402
+from .compat import stock_config  # noqa: E402
+from .version import __version__  # noqa: E402
+
+__all__ = [
+    '__version__', 'compat', 'datasets', 'engine', 'models', 'stock_config',
+    'text'
+]

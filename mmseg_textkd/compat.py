@@ -1,0 +1,359 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""All that this package knows of versions and forks of the OpenMMLab stack.
+
+:func:`apply` runs on ``import mmseg_textkd``. Every cure looks for the fault
+itself (not for a version number) and does nothing where there is none.
+"""
+import difflib
+import importlib
+import importlib.metadata as metadata
+import inspect
+import os.path as osp
+import sys
+import warnings
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pickle import UnpicklingError
+from types import ModuleType
+from typing import Callable, Dict, List, Tuple
+
+# The oldest that can work and the newest that the tests have seen.
+VERSIONS: Dict[str, Tuple[str, str]] = {
+    'mmengine': ('0.10.4', '0.10.12'),
+    'mmcv': ('2.0.0', '2.3.6'),
+    'mmseg': ('1.2.0', '1.4.2'),
+}
+INSTALL = (
+    'install either `pip install "mmengine>=0.10.7" "mmcv-lite<2.2" '
+    '"mmsegmentation>=1.2.2" ftfy regex` or `pip install onedl-mmengine '
+    'onedl-mmcv onedl-mmsegmentation`')
+
+_applied: List[str] = []
+_done = False
+
+
+def apply() -> Tuple[str, ...]:
+    """Check what is installed and cure what needs it, once per process.
+
+    Returns:
+        tuple[str, ...]: Names of the cures that were needed, out of
+        'mmseg assertion', 'mmcv.ops', 'safe globals', 'distribution name'
+        and 'pkg_resources'.
+
+    Raises:
+        ImportError: If a library is missing or unsuitable; one line says
+            what to install.
+    """
+    global _done
+    if not _done:
+        check_versions()
+        for name, cure in (('mmseg assertion',
+                            _import_mmseg), ('mmcv.ops', _stand_in_for_ops),
+                           ('safe globals', _allow_runner_checkpoints),
+                           ('distribution name', _name_distribution),
+                           ('pkg_resources', _find_without_pkg_resources)):
+            if cure():
+                _applied.append(name)
+        _done = True
+    return tuple(_applied)
+
+
+def check_versions() -> None:
+    """Refuse what is missing or too old, warn of what is untested.
+
+    Raises:
+        ImportError: If mmengine, mmcv or mmseg is missing, too old, or is
+            not MMSegmentation at all: the ``mmseg`` of PyPI is a Chinese
+            word segmenter.
+    """
+    missing = [
+        name for name in ('torch', *VERSIONS) if find_spec(name) is None
+    ]
+    if missing:
+        hint = INSTALL
+        if 'torch' in missing:
+            hint = f'install `pip install torch torchvision`, then {hint}'
+        raise ImportError(
+            f'mmseg_textkd needs {", ".join(missing)}, not installed: {hint}')
+    if not osp.isdir(osp.join(_package_dir('mmseg'), 'registry')):
+        raise ImportError(
+            f'The `mmseg` in {_package_dir("mmseg")} is not MMSegmentation '
+            '1.x (the `mmseg` of PyPI is a word segmenter): `pip uninstall '
+            f'mmseg`, then {INSTALL}')
+
+    from packaging.version import parse
+    untested = []
+    for module, (oldest, newest) in VERSIONS.items():
+        version = _version(module)
+        if parse(version) < parse(oldest):
+            raise ImportError(f'mmseg_textkd needs {module} >= {oldest}, but '
+                              f'{version} is installed: {INSTALL}')
+        if parse(version) > parse(newest):
+            untested.append(f'{module} {version} (tested up to {newest})')
+    if untested:
+        warnings.warn('mmseg_textkd has not been tested with '
+                      f'{", ".join(untested)}; trying all the same')
+
+
+def stock_config(path: str) -> str:
+    """Find a config that ships with the installed MMSegmentation.
+
+    For ``_base_`` of a config; unlike ``'mmseg::...'`` it also works in
+    MMSegmentation's own tools, whatever the distribution is called:
+
+    ``_base_ = __import__('mmseg_textkd').stock_config('_base_/...')``
+
+    Args:
+        path (str): Path below MMSegmentation's ``configs`` folder.
+
+    Returns:
+        str: The absolute path.
+
+    Raises:
+        FileNotFoundError: If there is no such config; near matches are
+            listed.
+    """
+    return _stock_file('configs', path)
+
+
+def load_stock_tool(name: str) -> ModuleType:
+    """Load a tool of the installed MMSegmentation, such as ``train.py``.
+
+    Args:
+        name (str): Path below MMSegmentation's ``tools`` folder.
+
+    Returns:
+        ModuleType: The tool as a module; its ``main`` has not been run.
+
+    Raises:
+        FileNotFoundError: If there is no such tool.
+    """
+    path = _stock_file('tools', name)
+    spec = spec_from_file_location(
+        f'mmseg_tool_{osp.splitext(osp.basename(path))[0]}', path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _stock_file(kind: str, path: str) -> str:
+    """Absolute path of a file below ``configs`` or ``tools`` of MMSeg."""
+    package = _package_dir('mmseg')
+    # A wheel carries them in `.mim`, a source checkout beside the package.
+    roots = [
+        osp.join(package, '.mim', kind),
+        osp.join(osp.dirname(package), kind)
+    ]
+    for root in roots:
+        found = osp.join(root, path)
+        if osp.isfile(found):
+            return found
+    stock = []
+    for root in filter(osp.isdir, roots):
+        # Imported here: nobody walks the folders unless something is wrong.
+        from mmengine.utils import scandir
+        stock += scandir(root, osp.splitext(path)[1] or None, recursive=True)
+    near = difflib.get_close_matches(path, stock, n=3)
+    raise FileNotFoundError(
+        f'MMSegmentation {_version("mmseg")} has no {kind}/{path} (looked in '
+        f'{" and ".join(roots)}). ' +
+        (f'Near: {", ".join(near)}' if near else
+         'It seems to be installed without its configs and tools; '
+         'reinstall it from a wheel' if not stock else 'Nothing is near'))
+
+
+def _package_dir(module: str) -> str:
+    """Folder of an installed package, without importing it."""
+    spec = find_spec(module)
+    # A plain `mmseg.py` is no package; its own path then names the culprit.
+    return list(spec.submodule_search_locations or [spec.origin])[0]
+
+
+def _version(module: str) -> str:
+    """Version of an installed package, without importing it."""
+    spec = spec_from_file_location(
+        f'_{module}_version', osp.join(_package_dir(module), 'version.py'))
+    version = module_from_spec(spec)
+    spec.loader.exec_module(version)
+    return version.__version__
+
+
+def _import_mmseg() -> bool:
+    """Import mmseg past its assertion of mmcv < 2.2.0.
+
+    MMSegmentation 1.2.2 refuses any newer mmcv, though it works with it.
+    """
+    import mmcv
+    try:
+        import mmseg  # noqa: F401
+        return False
+    except AssertionError as error:
+        if 'MMCV' not in str(error):
+            raise ImportError(f'{error}; {INSTALL}') from error
+    shown = mmcv.__version__
+    try:
+        mmcv.__version__ = '2.1.0'
+        importlib.import_module('mmseg')
+    finally:
+        mmcv.__version__ = shown
+    return True
+
+
+def _stand_in_for_ops() -> bool:
+    """Put our ``mmcv.ops`` where mmseg needs one and mmcv has none.
+
+    See :mod:`mmseg_textkd._mmcv_ops`. OneDL's mmseg guards all its imports
+    from ``mmcv.ops`` and therefore does not need it.
+    """
+    if find_spec('mmcv._ext') is not None:
+        return False
+    try:
+        import mmseg.utils  # noqa: F401
+        return False
+    except ModuleNotFoundError as error:
+        if error.name not in ('mmcv._ext', 'mmcv.ops'):
+            raise
+    import mmcv
+
+    from . import _mmcv_ops
+    sys.modules['mmcv.ops'] = mmcv.ops = _mmcv_ops
+    return True
+
+
+def _allow_runner_checkpoints() -> bool:
+    """Let ``torch.load(weights_only=True)`` read a runner's checkpoint.
+
+    Besides tensors it holds the log history, that is a ``HistoryBuffer`` of
+    numpy arrays. From torch 2.6 on that is refused unless allowed; MMEngine
+    0.10.7 does not know of it.
+    """
+    import numpy as np
+    import torch
+    from mmengine.logging import HistoryBuffer
+    from mmengine.runner import checkpoint
+    from packaging.version import parse
+    if (parse(torch.__version__).release < (2, 6)
+            or 'weights_only' in inspect.getsource(checkpoint)):
+        return False
+    core = np._core if hasattr(np, '_core') else np.core
+    dtypes = {type(np.dtype(code)) for code in '?bBhHiIlLqQefdg'}
+    functions = [core.multiarray._reconstruct, core.multiarray.scalar]
+    torch.serialization.add_safe_globals([
+        HistoryBuffer,
+        np.ndarray,
+        np.dtype,
+        *dtypes,
+        (_history_method, 'builtins.getattr'),
+        # numpy 2 renamed the module: a run may be resumed across that.
+        *((function, f'numpy.{name}.multiarray.{function.__name__}')
+          for function in functions for name in ('core', '_core'))
+    ])
+    return True
+
+
+def _history_method(owner: type, name: str) -> Callable:
+    """All that a runner's checkpoint needs of ``getattr``.
+
+    A ``HistoryBuffer`` saves its methods (min, max, mean, current), which
+    pickle writes as ``getattr(HistoryBuffer, 'min')``. To allow ``getattr``
+    itself would open what ``weights_only`` is there to close.
+    """
+    from mmengine.logging import HistoryBuffer
+    if owner is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
+        return getattr(owner, name)
+    raise UnpicklingError(f'getattr of {owner!r}, {name!r} is not allowed')
+
+
+def _name_distribution() -> bool:
+    """Tell MMEngine how the distributions behind ``x::`` bases are named."""
+    from mmengine.config.utils import MODULE2PACKAGE
+    MODULE2PACKAGE.setdefault('mmseg_textkd', 'mmseg_textkd')
+    try:
+        metadata.distribution(MODULE2PACKAGE['mmseg'])
+        return False
+    except metadata.PackageNotFoundError:
+        # Without any distribution (a checkout on PYTHONPATH) MMEngine falls
+        # back on the import name.
+        names = metadata.packages_distributions().get('mmseg', ['mmseg'])
+        MODULE2PACKAGE['mmseg'] = names[0]
+        return True
+
+
+def _find_without_pkg_resources() -> bool:
+    """Replace MMEngine's package lookup where it cannot work.
+
+    MMEngine 0.10.7 uses ``pkg_resources``, which setuptools 82 dropped; its
+    main branch returns a wrong folder. Only these two functions of MMEngine
+    are replaced; no module called ``pkg_resources`` is made up, for others
+    may ask whether there is one.
+    """
+    from mmengine.config.utils import MODULE2PACKAGE
+    from mmengine.utils import package_utils
+    if 'pkg_resources' in package_utils.get_installed_path.__code__.co_names:
+        broken = find_spec('pkg_resources') is None
+    else:
+        try:
+            broken = not osp.samefile(
+                package_utils.get_installed_path(MODULE2PACKAGE['mmseg']),
+                _package_dir('mmseg'))
+        except (ImportError, OSError):
+            broken = True
+    if not broken:
+        return False
+    for ours in (is_installed, get_installed_path):
+        theirs = getattr(package_utils, ours.__name__)
+        # They are imported by name, so every module has to be told.
+        for name, module in list(sys.modules.items()):
+            if (name.startswith('mmengine')
+                    and vars(module).get(ours.__name__) is theirs):
+                setattr(module, ours.__name__, ours)
+    return True
+
+
+def is_installed(package: str) -> bool:
+    """Whether a distribution or an importable package is installed.
+
+    Args:
+        package (str): Name of either.
+
+    Returns:
+        bool: True if it is there.
+    """
+    try:
+        get_installed_path(package)
+        return True
+    except (metadata.PackageNotFoundError, RuntimeError):
+        return False
+
+
+def get_installed_path(package: str) -> str:
+    """Folder of the package that a distribution installs.
+
+    Args:
+        package (str): Name of a distribution or of an importable package.
+
+    Returns:
+        str: The folder.
+
+    Raises:
+        PackageNotFoundError: If neither exists.
+        RuntimeError: If it is a namespace package or no package at all.
+    """
+    modules = [
+        module for module, names in metadata.packages_distributions().items()
+        if _plain(package) in map(_plain, names)
+    ]
+    # A distribution may bring several (mmsegmentation also brings `tests`).
+    from mmengine.config.utils import MODULE2PACKAGE
+    modules.sort(key=lambda module: module not in MODULE2PACKAGE)
+    module = modules[0] if modules else package
+    spec = find_spec(module) if module.isidentifier() else None
+    if spec is None:
+        raise metadata.PackageNotFoundError(package)
+    if spec.origin is None or not spec.submodule_search_locations:
+        raise RuntimeError(f'{package} has no folder of its own')
+    return osp.dirname(spec.origin)
+
+
+def _plain(name: str) -> str:
+    """A distribution's name as packaging tools compare it."""
+    return name.lower().replace('_', '-').replace('.', '-')

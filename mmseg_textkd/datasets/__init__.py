@@ -1,0 +1,6 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from .camvid import CamVidDataset
+from .check_labels import CheckLabels
+from .toy_scenes import ToyScenesDataset
+
+__all__ = ['CamVidDataset', 'CheckLabels', 'ToyScenesDataset']

@@ -1,0 +1,62 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import os.path as osp
+from typing import List
+
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import DATASETS
+
+from .toy_scenes_painter import CLASSES, PALETTE
+
+
+@DATASETS.register_module()
+class ToyScenesDataset(BaseSegDataset):
+    """Generated street-like scenes: 8 classes, 255 is unlabelled.
+
+    The data set is made, not downloaded:
+    ``python tools/dataset_converters/toy_scenes.py``. Its layout is
+    ``{img_dir,ann_dir}/{train,val}/NNNN.png``.
+
+    Args:
+        img_suffix (str): Defaults to '.png'.
+        seg_map_suffix (str): Defaults to '.png'.
+        reduce_zero_label (bool): Label 0 is the sky, a class like the others.
+            Defaults to False.
+        **kwargs: As for ``BaseSegDataset``.
+
+    Raises:
+        FileNotFoundError: If the pictures or the labels are not there.
+    """
+
+    METAINFO = dict(classes=CLASSES, palette=PALETTE)
+
+    def __init__(self,
+                 img_suffix: str = '.png',
+                 seg_map_suffix: str = '.png',
+                 reduce_zero_label: bool = False,
+                 **kwargs) -> None:
+        super().__init__(
+            img_suffix=img_suffix,
+            seg_map_suffix=seg_map_suffix,
+            reduce_zero_label=reduce_zero_label,
+            **kwargs)
+
+    def load_data_list(self) -> List[dict]:
+        """List the pictures; say how to make them where there are none.
+
+        Returns:
+            list[dict]: All data info of the data set.
+        """
+        cure = (f'Make the data set with "python tools/dataset_converters/'
+                f'toy_scenes.py {self.data_root or "data/toy_scenes"}", or '
+                'set data_root to where it is.')
+        for key in ('img_path', 'seg_map_path'):
+            folder = self.data_prefix.get(key)
+            if folder and not osp.isdir(folder):
+                raise FileNotFoundError(
+                    f'ToyScenes: no folder {osp.abspath(folder)} '
+                    f'(data_prefix[{key!r}]). {cure}')
+        data_list = super().load_data_list()
+        if not data_list:
+            raise FileNotFoundError(f'ToyScenes: no *{self.img_suffix} in '
+                                    f'{self.data_prefix["img_path"]}. {cure}')
+        return data_list

@@ -1,0 +1,1 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.

@@ -1,0 +1,14 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from mmseg.models.decode_heads import FCNHead
+from mmseg.registry import MODELS
+
+from .text_head_mixin import TextHeadMixin
+
+
+@MODELS.register_module()
+class TextFCNHead(TextHeadMixin, FCNHead):
+    """``FCNHead`` that learns with text: for BiSeNetV1/V2, STDC, CGNet, ERFNet, ICNet.
+
+    All other arguments and behaviour are those of the stock head; see
+    :class:`TextHeadMixin` for what text adds.
+    """

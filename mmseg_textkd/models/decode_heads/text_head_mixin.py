@@ -1,0 +1,201 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from contextlib import ExitStack, contextmanager
+from typing import Dict, Iterator, List, Optional, Sequence, Union
+
+import torch.nn.functional as F
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from ..layers import TextBranch, TextClassifier
+
+ROLES = ('classifier', 'auxiliary')
+
+
+class TextHeadMixin:
+    """Let a stock decode head that ends in ``conv_seg`` learn with text.
+
+    Put before the stock head among the bases::
+
+        @MODELS.register_module()
+        class TextFCNHead(TextHeadMixin, FCNHead):
+            ...
+
+    In the role 'classifier' a :class:`TextClassifier` takes the place of
+    ``conv_seg``, learns by the head's own losses, and folds back into an
+    ordinary ``conv_seg`` for release. In the role 'auxiliary' the stock
+    classifier stays, a :class:`TextBranch` on the same features learns by
+    ``text_losses``, and is dropped for release. Every name outside the text
+    branch stays that of the stock head.
+
+    Args:
+        text (dict): Config of the text provider, such as
+            ``dict(type='ClassEmbeddings', file=...)``.
+        role (str): 'classifier' or 'auxiliary'. Defaults to 'classifier'.
+        text_branch (dict, optional): Further arguments of
+            :class:`TextClassifier` (``norm``, ``norm_cfg``, ``scale``,
+            ``bias``) or, in the role 'auxiliary', of :class:`TextBranch`
+            (``norm``, ``norm_cfg``). Defaults to None.
+        text_losses (Sequence[dict], optional): Losses on pixel and class
+            embeddings. Defaults to None: none for 'classifier', one
+            ``TextAlignmentLoss`` of weight 0.4 (DenseCLIP's) for 'auxiliary'.
+
+    Raises:
+        TypeError: If the stock head has no 1x1 ``conv_seg``.
+        ValueError: If the arguments do not fit each other or the head.
+    """
+
+    def __init__(self,
+                 *args,
+                 text: dict,
+                 role: str = 'classifier',
+                 text_branch: Optional[dict] = None,
+                 text_losses: Optional[Sequence[dict]] = None,
+                 **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if role not in ROLES:
+            raise ValueError(
+                f'`role` must be one of {ROLES}, but got {role!r}.')
+        self._check_stock_head()
+        self.role = role
+        options = dict(text_branch or {})
+        options.setdefault('norm_cfg', self.norm_cfg)
+        branch_type = TextBranch if role == 'auxiliary' else TextClassifier
+        branch = branch_type(self.conv_seg.in_channels, self.num_classes, text,
+                             **options)
+        if role == 'classifier':
+            self.conv_seg = branch
+            self._drop_init_of_conv_seg()
+        else:
+            self.text_branch = branch
+            if text_losses is None:
+                text_losses = [
+                    dict(type='TextAlignmentLoss', loss_weight=0.4)
+                ]
+            if not text_losses:
+                raise ValueError(
+                    "role='auxiliary' with no `text_losses` would leave the "
+                    'text branch unused; give at least one loss.')
+        self.text_losses = nn.ModuleList(
+            MODELS.build(loss) for loss in text_losses or [])
+
+    @property
+    def text(self) -> TextBranch:
+        """TextBranch: The text branch, wherever the role puts it."""
+        return self.conv_seg if self.role == 'classifier' else self.text_branch
+
+    def loss(self, inputs: Union[Tensor, Sequence[Tensor]],
+             batch_data_samples: list, train_cfg: dict) -> Dict[str, Tensor]:
+        """Compute the head's own losses and those of the text.
+
+        Args:
+            inputs (Tensor | Sequence[Tensor]): Features of the backbone.
+            batch_data_samples (list[:obj:`SegDataSample`]): The data
+                samples, with ``gt_sem_seg``.
+            train_cfg (dict): The training config.
+
+        Returns:
+            dict[str, Tensor]: Losses by name, and the head's accuracy.
+        """
+        if not self.text_losses:
+            return super().loss(inputs, batch_data_samples, train_cfg)
+        # The tensors are taken on their way through the stock forward, by
+        # hooks that live no longer than this call: the head need not be
+        # copied, and nothing stays behind on the modules.
+        with ExitStack() as stack:
+            if self.role == 'classifier':
+                taken = [
+                    stack.enter_context(_outputs_of(self.text.projection)),
+                    stack.enter_context(_outputs_of(self.text.text))
+                ]
+            else:
+                taken = [stack.enter_context(_inputs_of(self.conv_seg))]
+            losses = super().loss(inputs, batch_data_samples, train_cfg)
+        values = [self._only(tensors) for tensors in taken]
+        if self.role == 'auxiliary':
+            values = [self.text.projection(values[0]), self.text.text()]
+        losses.update(self._text_losses(*values, batch_data_samples))
+        return losses
+
+    def _text_losses(self, embeddings: Tensor, text: Tensor,
+                     batch_data_samples: list) -> Dict[str, Tensor]:
+        labels = self._stack_batch_gt(batch_data_samples)
+        if isinstance(labels, tuple):  # PIDHead: labels and edges
+            labels = labels[0]
+        small = F.interpolate(
+            labels.float(), size=embeddings.shape[2:], mode='nearest')
+        small, labels = small.squeeze(1).long(), labels.squeeze(1)
+        losses: Dict[str, Tensor] = {}
+        for module in self.text_losses:
+            full = getattr(module, 'full_resolution', False)
+            value = module(
+                embeddings,
+                text,
+                labels if full else small,
+                ignore_index=self.ignore_index)
+            name = module.loss_name
+            losses[name] = losses[name] + value if name in losses else value
+        return losses
+
+    def _only(self, tensors: List[Tensor]) -> Tensor:
+        if len(tensors) != 1:
+            raise RuntimeError(
+                f'{type(self).__name__} called its main classifier '
+                f'{len(tensors)} times in one forward; text losses need '
+                'exactly one call.')
+        return tensors[0]
+
+    def _check_stock_head(self) -> None:
+        name = type(self).__name__
+        conv = getattr(self, 'conv_seg', None)
+        if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1):
+            raise TypeError(
+                f'{name} cannot take text: its stock head has no 1x1 '
+                f'convolution `conv_seg` as classifier (found {conv}).')
+        if self.out_channels != self.num_classes:
+            raise ValueError(
+                f'{name} cannot take text with out_channels='
+                f'{self.out_channels} for num_classes={self.num_classes}: '
+                'text needs one logit a class. Leave `out_channels` unset.')
+
+    def _drop_init_of_conv_seg(self) -> None:
+        """Keep the stock init of ``conv_seg`` away from the text branch.
+
+        It would also hit the batch norm, whose gain it would make 0.01.
+        """
+        cfgs = self.init_cfg
+        if cfgs is None:
+            return
+        kept = []
+        for cfg in cfgs if isinstance(cfgs, list) else [cfgs]:
+            cfg = dict(cfg)
+            overrides = cfg.pop('override', None) or []
+            if isinstance(overrides, dict):
+                overrides = [overrides]
+            overrides = [o for o in overrides if o.get('name') != 'conv_seg']
+            if overrides:
+                cfg['override'] = overrides
+            if overrides or 'layer' in cfg or cfg['type'] == 'Pretrained':
+                kept.append(cfg)
+        self.init_cfg = kept or None
+
+
+@contextmanager
+def _outputs_of(module: nn.Module) -> Iterator[List[Tensor]]:
+    taken: List[Tensor] = []
+    handle = module.register_forward_hook(
+        lambda module, args, output: taken.append(output))
+    try:
+        yield taken
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _inputs_of(module: nn.Module) -> Iterator[List[Tensor]]:
+    taken: List[Tensor] = []
+    handle = module.register_forward_pre_hook(
+        lambda module, args: taken.append(args[0]))
+    try:
+        yield taken
+    finally:
+        handle.remove()

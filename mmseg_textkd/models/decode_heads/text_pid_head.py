@@ -1,0 +1,14 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from mmseg.models.decode_heads import PIDHead
+from mmseg.registry import MODELS
+
+from .text_head_mixin import TextHeadMixin
+
+
+@MODELS.register_module()
+class TextPIDHead(TextHeadMixin, PIDHead):
+    """``PIDHead`` that learns with text, in its integral branch: for PIDNet.
+
+    All other arguments and behaviour are those of the stock head; see
+    :class:`TextHeadMixin` for what text adds.
+    """

@@ -1,0 +1,7 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from .logit_scale import LogitScale
+from .pixel_projection import PixelProjection
+from .text_branch import TextBranch
+from .text_classifier import TextClassifier
+
+__all__ = ['LogitScale', 'PixelProjection', 'TextBranch', 'TextClassifier']

@@ -1,0 +1,67 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from typing import Optional
+
+import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+NORMS = ('bn', 'l2', 'none')
+
+
+class PixelProjection(BaseModule):
+    """Bring the features of a head into the space of the text embeddings.
+
+    A 1x1 convolution C -> D and a norm. With batch normalisation, which is an
+    affine map in evaluation mode, everything up to the logits is affine in
+    the features and folds into one convolution. An L2 norm is not.
+
+    Args:
+        in_channels (int): Channels C of the head's features.
+        dim (int): Width D of the text embeddings.
+        norm (str): 'bn', 'l2' (as in LSeg) or 'none'. Defaults to 'bn'.
+        norm_cfg (dict, optional): Config of the batch norm, as the host head
+            has it. Only BN and SyncBN fold. Defaults to None: BN.
+
+    Raises:
+        ValueError: If the norm is unknown.
+    """
+
+    def __init__(self,
+                 in_channels: int,
+                 dim: int,
+                 norm: str = 'bn',
+                 norm_cfg: Optional[dict] = None) -> None:
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(
+                f'`norm` must be one of {NORMS}, but got {norm!r}.')
+        self.norm = norm
+        # A bias before a batch norm has no effect.
+        self.conv = nn.Conv2d(in_channels, dim, 1, bias=norm != 'bn')
+        self.bn = None
+        if norm == 'bn':
+            self.bn = build_norm_layer(norm_cfg or dict(type='BN'), dim)[1]
+            if not isinstance(self.bn, _BatchNorm):
+                raise ValueError(
+                    "norm='bn' needs BN or SyncBN in `norm_cfg`, but got "
+                    f'{norm_cfg}; another norm does not fold into a '
+                    'convolution.')
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """Project the features.
+
+        Args:
+            feat (Tensor): Features with shape (N, C, H, W).
+
+        Returns:
+            Tensor: Pixel embeddings with shape (N, D, H, W).
+        """
+        embedding = self.conv(feat)
+        if self.bn is not None:
+            return self.bn(embedding)
+        if self.norm == 'l2':
+            # float32: the sum of squares overflows in half precision.
+            return F.normalize(embedding.float(), dim=1)
+        return embedding

@@ -1,0 +1,39 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from typing import Optional
+
+from mmengine.model import BaseModule
+from mmseg.registry import MODELS
+
+from mmseg_textkd.text import TextProvider
+from .pixel_projection import PixelProjection
+
+
+class TextBranch(BaseModule):
+    """Pixel embeddings and class embeddings of one head, side by side.
+
+    Args:
+        in_channels (int): Channels C of the head's features.
+        num_classes (int): Number of classes K.
+        text (dict): Config of the :class:`TextProvider`.
+        norm (str): Norm of the pixel embeddings: 'bn', 'l2' or 'none'.
+            Defaults to 'bn'.
+        norm_cfg (dict, optional): Config of the batch norm. Defaults to
+            None: BN.
+    """
+
+    def __init__(self,
+                 in_channels: int,
+                 num_classes: int,
+                 text: dict,
+                 norm: str = 'bn',
+                 norm_cfg: Optional[dict] = None) -> None:
+        super().__init__()
+        self.text = MODELS.build(
+            text, default_args=dict(num_classes=num_classes))
+        if not isinstance(self.text, TextProvider):
+            raise TypeError(
+                '`text` must be the config of a text provider, such as '
+                f"dict(type='ClassEmbeddings', file=...), but {text} builds "
+                f'a {type(self.text).__name__}.')
+        self.projection = PixelProjection(in_channels, self.text.dim, norm,
+                                          norm_cfg)

@@ -1,0 +1,135 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from .logit_scale import LogitScale
+from .text_branch import TextBranch
+
+
+@MODELS.register_module()
+class TextClassifier(TextBranch):
+    r"""Classify pixels by their similarity to the text of the classes.
+
+    It takes the place of a head's ``conv_seg`` and is called as that is:
+
+    .. math::
+        z_k = s \langle \mathrm{norm}(P f), t_k \rangle + b_k
+
+    With ``norm='bn'`` this is affine in the features in evaluation mode, and
+    :meth:`as_conv` gives the one 1x1 convolution that computes the same.
+    With ``norm='l2'`` it is the cosine classifier of `LSeg
+    <https://arxiv.org/abs/2201.03546>`_, equation 1, which does not fold.
+
+    Args:
+        in_channels (int): Channels C of the head's features.
+        num_classes (int): Number of classes K.
+        text (dict): Config of the :class:`TextProvider`.
+        norm (str): Norm of the pixel embeddings: 'bn', 'l2' or 'none'.
+            Defaults to 'bn'.
+        norm_cfg (dict, optional): Config of the batch norm. Defaults to
+            None: BN.
+        scale (dict, optional): Arguments of :class:`LogitScale`. Defaults to
+            None: learned, from 1 with a batch norm (whose embeddings have a
+            length of about ``D ** 0.5``) and from 1 / 0.07 without.
+        bias (bool): Whether each class has a bias. Defaults to True.
+    """
+
+    def __init__(self,
+                 in_channels: int,
+                 num_classes: int,
+                 text: dict,
+                 norm: str = 'bn',
+                 norm_cfg: Optional[dict] = None,
+                 scale: Optional[dict] = None,
+                 bias: bool = True) -> None:
+        super().__init__(in_channels, num_classes, text, norm, norm_cfg)
+        if scale is None:
+            scale = dict(init=1. if norm == 'bn' else 1 / 0.07)
+        self.scale = LogitScale(**scale)
+        self.bias = nn.Parameter(torch.zeros(num_classes)) if bias else None
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """Classify each pixel.
+
+        Args:
+            feat (Tensor): Features with shape (N, C, H, W).
+
+        Returns:
+            Tensor: Logits, float32 or wider, with shape (N, K, H, W).
+        """
+        return self.classify(self.projection(feat), self.text())
+
+    def classify(self, embeddings: Tensor, text: Tensor) -> Tensor:
+        """Compare pixel embeddings with class embeddings.
+
+        Args:
+            embeddings (Tensor): Pixel embeddings, shape (N, D, H, W).
+            text (Tensor): Class embeddings with unit rows, shape (K, D).
+
+        Returns:
+            Tensor: Logits, float32 or wider, with shape (N, K, H, W).
+        """
+        # Under AMP too: half precision cannot tell class names apart whose
+        # cosines differ in the third digit.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            dtype = torch.promote_types(embeddings.dtype, torch.float32)
+            weight = (self.scale() * text).to(dtype)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return F.conv2d(
+                embeddings.to(dtype), weight[:, :, None, None], bias)
+
+    @torch.no_grad()
+    def as_conv(self) -> nn.Conv2d:
+        r"""Fold everything into one ordinary 1x1 convolution.
+
+        With :math:`g = \gamma / \sqrt{\sigma^2 + \epsilon}`:
+        :math:`W = s\, T \mathrm{diag}(g) P` and
+        :math:`B = s\, T (g \odot (p_b - \mu) + \beta) + b`, in float64, cast
+        once.
+
+        Returns:
+            nn.Conv2d: C -> K, with the dtype of the projection.
+
+        Raises:
+            RuntimeError: In training mode, in which the batch norm is not
+                yet an affine map.
+            ValueError: With an L2 norm, which is not affine.
+        """
+        if self.training:
+            raise RuntimeError('TextClassifier.as_conv() needs evaluation '
+                               'mode; call `.eval()` first.')
+        if self.projection.norm == 'l2':
+            raise ValueError(
+                "norm='l2' divides each pixel by its own length and cannot "
+                "be folded into a convolution; train with norm='bn', or "
+                'deploy unfolded.')
+        conv, bn = self.projection.conv, self.projection.bn
+        weight = conv.weight.double().flatten(1)
+        shift = weight.new_zeros(len(weight))
+        if conv.bias is not None:
+            shift = conv.bias.double()
+        if bn is not None:
+            gain = (bn.running_var.double() + bn.eps).rsqrt()
+            offset = torch.zeros_like(gain)
+            if bn.affine:
+                gain = gain * bn.weight.double()
+                offset = bn.bias.double()
+            weight = gain[:, None] * weight
+            shift = gain * (shift - bn.running_mean.double()) + offset
+        text = self.scale().double() * self.text().double()
+        bias = text @ shift
+        if self.bias is not None:
+            bias = bias + self.bias.double()
+        folded = nn.Conv2d(
+            conv.in_channels,
+            len(text),
+            1,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype)
+        folded.weight.copy_((text @ weight)[:, :, None, None])
+        folded.bias.copy_(bias)
+        return folded

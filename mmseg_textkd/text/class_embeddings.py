@@ -1,0 +1,105 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import os
+from typing import Optional, Sequence, Union
+
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from .build import build_command
+from .embedding_file import TextEmbeddings
+from .text_geometry import centre as centre_rows
+from .text_provider import TextProvider
+from .vocabulary import Vocabulary
+
+
+@MODELS.register_module()
+class ClassEmbeddings(TextProvider):
+    """Fixed class embeddings from a file, as stage 1 and inference use them.
+
+    The file is made by ``tools/encode_text.py``, or once by
+    ``tools/train.py`` where ``build`` says how. Building this module needs
+    neither a network nor open_clip; where ``dim`` is given it does not even
+    need the file, so that a checkpoint can be tested without it.
+
+    Args:
+        file (str): The embeddings file (safetensors), relative to the working
+            directory as ``data_root`` is.
+        num_classes (int): Number of classes K. The head passes its own.
+        dim (int, optional): Width D of the embeddings; needed only where the
+            file may be missing. Defaults to None.
+        centre (bool): Whether to subtract the mean over the classes and
+            renormalise. Raw CLIP text shares one large direction; see
+            ``docs/text.md``. Defaults to False.
+        classes (str | Sequence[str], optional): A vocabulary key (such as
+            'cityscapes') or the class names, which the file must have in
+            this order. Defaults to None: the names are checked against the
+            dataset when training starts.
+        build (dict, optional): How to make a missing file: ``model``,
+            ``pretrained``, ``templates``, ``vocabulary``, ``keep_bank``. Only
+            ``tools/train.py`` acts on it. Defaults to None.
+
+    Raises:
+        FileNotFoundError: If the file is missing and ``dim`` is not given.
+        ValueError: If the file is damaged, or for other classes or another
+            width.
+    """
+
+    def __init__(self,
+                 file: str,
+                 num_classes: int,
+                 dim: Optional[int] = None,
+                 centre: bool = False,
+                 classes: Optional[Union[str, Sequence[str]]] = None,
+                 build: Optional[dict] = None) -> None:
+        record = None
+        hint = (f'the file {file!r} does not exist (working directory '
+                f'{os.getcwd()}). {build_command(file, build)}')
+        if os.path.exists(file):
+            record = TextEmbeddings.load(file)
+            if dim is not None and record.dim != dim:
+                raise ValueError(
+                    f'{file} has embeddings of width {record.dim}, but the '
+                    f'config says dim={dim}. Use vectors of the model that '
+                    'the config names, or change `dim`.')
+            if len(record.names) != num_classes:
+                raise ValueError(
+                    f'{file} has {len(record.names)} classes, but the head '
+                    f'has num_classes={num_classes}. Its classes are '
+                    f'{list(record.names)}.')
+            if classes is not None:
+                record.check_names(
+                    Vocabulary.from_spec(classes).names, where=str(classes))
+        elif dim is None:
+            raise FileNotFoundError(
+                f'The class embeddings cannot be loaded: {hint}')
+        super().__init__(
+            num_classes,
+            dim if record is None else record.dim,
+            names=None if record is None else record.names)
+        self.file = file
+        self.record = record
+        self._missing_hint = hint
+        # Kept apart from the buffer, which a checkpoint may overwrite.
+        self._source: Optional[Tensor] = None
+        if record is not None:
+            self._source = centre_rows(
+                record.vectors) if centre else record.vectors
+            self.fill(self._source)
+
+    @property
+    def can_compute(self) -> bool:
+        """bool: Whether the file's own vectors are at hand."""
+        return self._source is not None
+
+    def compute(self) -> Tensor:
+        """Get the vectors of the file.
+
+        Returns:
+            Tensor: Unit rows with shape (K, D).
+        """
+        return self._source.to(self.class_embeddings)
+
+    def _select_rows(self, rows: Tensor) -> None:
+        super()._select_rows(rows)
+        if self._source is not None:
+            self._source = self._source[rows]

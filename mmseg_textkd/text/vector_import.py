@@ -1,0 +1,183 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Reading plain vectors and names, from files that nobody can vouch for."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any, Dict, Mapping, Sequence, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PathLike = Union[str, os.PathLike]
+
+
+class EmbeddingFileError(ValueError):
+    """An embeddings file, or what should become one, is not as it must be."""
+
+
+def sniff(path: PathLike) -> str:
+    """Tell from its first bytes what kind of file this is.
+
+    Args:
+        path (str or PathLike): An existing file.
+
+    Returns:
+        str: 'safetensors', or the kind in words.
+    """
+    with open(path, 'rb') as file:
+        head = file.read(9)
+    if not head:
+        return 'an empty file (a writer was killed?)'
+    if head.startswith(b'PK\x03\x04'):
+        return 'a zip archive, such as torch.save or np.savez writes'
+    if head.startswith(b'\x93NUMPY'):
+        return 'a NumPy array'
+    # Length of the header in 8 bytes, then JSON. Asked before pickle, whose
+    # first byte may as well begin a length.
+    if head[8:9] == b'{':
+        return 'safetensors'
+    if head[:1] == b'\x80':
+        return 'a pickle (it was not opened: unpickling runs code)'
+    return 'a file of an unknown kind'
+
+
+def read_vectors(path: PathLike) -> Tensor:
+    """Read K×D vectors without unpickling anything.
+
+    Args:
+        path (str or PathLike): ``.npy``, ``.pt``, ``.pth`` or
+            ``.safetensors``.
+
+    Returns:
+        Tensor: Float32 with shape (K, D), as in the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        EmbeddingFileError: If it holds anything but one finite matrix without
+            zero rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'There is no file of vectors {path}.')
+    readers = {
+        '.npy': _read_npy,
+        '.pt': _read_torch,
+        '.pth': _read_torch,
+        '.safetensors': _read_safetensors
+    }
+    if path.suffix not in readers:
+        raise EmbeddingFileError(
+            f'cannot import {path.suffix or "a file without suffix"}; known '
+            f'are {", ".join(readers)}')
+    content = readers[path.suffix](path)
+    if isinstance(content, Mapping):
+        tensors = {
+            name: value
+            for name, value in content.items() if isinstance(value, Tensor)
+        }
+        if len(tensors) != 1:
+            raise EmbeddingFileError(
+                f'it must hold one tensor, but has {sorted(map(str, tensors))}'
+                ' (save the one with the class vectors by itself)')
+        content, = tensors.values()
+    if not isinstance(content, Tensor):
+        raise EmbeddingFileError(
+            f'it holds a {type(content).__name__} and not a tensor')
+    if content.dim() != 2 or 0 in content.shape or content.is_complex():
+        raise EmbeddingFileError(
+            'it must hold K×D numbers, one row a class, but has '
+            f'{content.dtype} of shape {tuple(content.shape)}')
+    vectors = content.detach().float()
+    bad = ~vectors.isfinite().all(dim=1) | (vectors.norm(dim=1) < 1e-6)
+    if bad.any():
+        raise EmbeddingFileError('NaN, infinity or nothing but zeros in the '
+                                 f'rows {bad.nonzero().flatten().tolist()}')
+    return vectors
+
+
+def _read_npy(path: Path) -> Tensor:
+    """Read an array that holds numbers."""
+    try:
+        array = np.load(path, allow_pickle=False)
+        # Every number type of NumPy, among them some that torch lacks.
+        return torch.from_numpy(array.astype(np.float32))
+    except (ValueError, OSError, EOFError, AttributeError, TypeError,
+            pickle.UnpicklingError) as error:
+        raise EmbeddingFileError(
+            f'it is no plain .npy array but {sniff(path)} ({error}); objects '
+            'are not unpickled, for that runs code') from error
+
+
+def _read_torch(path: Path) -> Any:
+    """Read what ``weights_only`` lets pass."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise EmbeddingFileError(
+            'it holds more than tensors, or is damaged; such files are not '
+            'unpickled, for that runs code. Save the bare K×D tensor with '
+            'torch.save(tensor, FILE) or np.save where you trust its origin '
+            f'({reason[0] if reason else type(error).__name__})') from error
+
+
+def _read_safetensors(path: Path) -> Any:
+    """Read a safetensors file that is not ours."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise EmbeddingFileError(
+            f'it is no safetensors file, or cut short ({error})') from error
+
+
+def read_names(names: Union[PathLike, Sequence[str], Mapping]) -> Dict:
+    """Read class names and what else is known of their vectors.
+
+    Args:
+        names (str or PathLike or Sequence[str] or Mapping): The names; or a
+            ``.txt`` file with one per line; or a ``.json`` file with a list
+            or a dict; or such a dict.
+
+    Returns:
+        dict: ``names`` and, where they are known, ``phrases``, ``templates``,
+        ``model``, ``pretrained``, ``library``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        EmbeddingFileError: If there are no names in it.
+    """
+    where = 'The list of names'
+    if isinstance(names, (str, os.PathLike)):
+        path, where = Path(names), f'Names file {names}'
+        if not path.is_file():
+            raise FileNotFoundError(f'There is no names file {path}.')
+        text = path.read_text(encoding='utf-8-sig')
+        if path.suffix == '.json':
+            try:
+                names = json.loads(text)
+            except ValueError as error:
+                raise EmbeddingFileError(f'{where}: {error}') from error
+        else:
+            names = [line.strip() for line in text.splitlines()]
+            names = [line for line in names if line]
+    known: Dict[str, Any] = {}
+    if isinstance(names, Mapping):
+        content, names = names, names.get('names')
+        for key in ('phrases', 'templates', 'model', 'pretrained', 'library'):
+            if content.get(key):
+                known[key] = content[key]
+        if 'templates' not in known and isinstance(
+                content.get('template'), str):
+            known['templates'] = [content['template']]
+    if not isinstance(names, (list, tuple)) or not names or not all(
+            isinstance(name, str) for name in names):
+        raise EmbeddingFileError(
+            f'{where}: expected class names in row order, a list or a dict '
+            'with the list under "names"')
+    known['names'] = tuple(names)
+    return known

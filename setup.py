@@ -1,0 +1,152 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import os
+import os.path as osp
+import shutil
+import warnings
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+from typing import List
+
+ROOT = osp.dirname(osp.abspath(__file__))
+PACKAGE = 'mmseg_textkd'
+# What `mim train/test/run mmseg_textkd` looks for in `mmseg_textkd/.mim`.
+MIM_FILES = ('configs', 'tools', 'model-index.yml')
+
+
+def read(path: str) -> str:
+    """Read a text file of this repository.
+
+    Args:
+        path (str): Path below the root of the repository.
+
+    Returns:
+        str: The text, or an empty one if there is no such file.
+    """
+    path = osp.join(ROOT, path)
+    if not osp.isfile(path):
+        return ''
+    with open(path, encoding='utf-8') as file:
+        return file.read()
+
+
+def get_version() -> str:
+    """Read the version without importing the package, which needs mmseg."""
+    scope: dict = {}
+    exec(read(f'{PACKAGE}/version.py'), scope)
+    return scope['__version__']
+
+
+def parse_requirements(path: str) -> List[str]:
+    """Read a requirements file and the files that it includes by ``-r``.
+
+    Args:
+        path (str): Path below the root of the repository.
+
+    Returns:
+        list[str]: The requirements in it.
+    """
+    requirements = []
+    for line in read(path).splitlines():
+        line = line.split('#')[0].strip()
+        if line.startswith('-r '):
+            requirements += parse_requirements(
+                osp.join(osp.dirname(path), line[3:].strip()))
+        elif line:
+            requirements.append(line)
+    return requirements
+
+
+class BuildPyWithMim(build_py):
+    """Build the package and give it its ``.mim`` folder.
+
+    A wheel gets copies and an editable install gets links, so that an edited
+    config is the one that is used. setuptools itself says which of the two
+    it builds; guessing it from ``sys.argv``, as is common, does not work
+    with a pip that calls the build backend.
+    """
+
+    def run(self) -> None:
+        """Build, then add ``.mim``."""
+        super().run()
+        editable = getattr(self, 'editable_mode', False)
+        base = ROOT if editable else self.build_lib
+        mim = osp.join(base, PACKAGE, '.mim')
+        os.makedirs(mim, exist_ok=True)
+        for name in MIM_FILES:
+            source, target = osp.join(ROOT, name), osp.join(mim, name)
+            remove(target)
+            if editable:
+                try:
+                    os.symlink(osp.relpath(source, mim), target)
+                    continue
+                except OSError as error:  # Windows without the privilege
+                    warnings.warn(f'{target} cannot be a link ({error}): '
+                                  'install again after editing configs')
+            copy(source, target)
+
+
+def remove(path: str) -> None:
+    """Remove a file, a link (not what it points at) or a folder."""
+    if osp.isdir(path) and not osp.islink(path):
+        shutil.rmtree(path)
+    elif osp.lexists(path):
+        os.remove(path)
+
+
+def copy(source: str, target: str) -> None:
+    """Copy a file or a folder without what Python left in it."""
+    if osp.isdir(source):
+        shutil.copytree(
+            source,
+            target,
+            ignore=shutil.ignore_patterns('__pycache__', '*.pyc'))
+    else:
+        shutil.copyfile(source, target)
+
+
+if __name__ == '__main__':
+    setup(
+        name=PACKAGE,
+        version=get_version(),
+        description='CLIP text knowledge for real-time segmentation networks '
+        'of MMSegmentation, at no cost at inference',
+        long_description=read('README.md'),
+        long_description_content_type='text/markdown',
+        author='mmseg_textkd contributors',
+        keywords='computer vision, semantic segmentation, CLIP, '
+        'knowledge distillation, real-time',
+        license='Apache-2.0',
+        classifiers=[
+            'Development Status :: 4 - Beta',
+            'Operating System :: OS Independent',
+            'Programming Language :: Python :: 3.10',
+            'Programming Language :: Python :: 3.11',
+            'Programming Language :: Python :: 3.12',
+        ],
+        python_requires='>=3.10',
+        packages=find_packages(include=[PACKAGE, f'{PACKAGE}.*']),
+        package_data={
+            f'{PACKAGE}.text': ['vocabularies/*', 'toy_clip/*'],
+        },
+        cmdclass=dict(build_py=BuildPyWithMim),
+        # mmengine, mmcv and mmsegmentation are left out: they exist under
+        # two names each. What is missing is said on import.
+        install_requires=parse_requirements('requirements/runtime.txt'),
+        extras_require={
+            'all':
+            parse_requirements('requirements.txt'),
+            'clip': [
+                line
+                for line in parse_requirements('requirements/optional.txt')
+                if 'clip' in line
+            ],
+            'docs':
+            parse_requirements('requirements/docs.txt'),
+            'mim':
+            parse_requirements('requirements/mminstall.txt'),
+            'optional':
+            parse_requirements('requirements/optional.txt'),
+            'tests':
+            parse_requirements('requirements/tests.txt'),
+        },
+        zip_safe=False)

@@ -1,0 +1,370 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Every cure: the fault without it, no fault with it, inert elsewhere.
+
+A fault is shown in a fresh process that does not import mmseg_textkd, so
+that nothing of this process (which has it imported) helps it along.
+"""
+import importlib.metadata as metadata
+import os
+import os.path as osp
+import pickle
+import subprocess
+import sys
+import textwrap
+from collections import OrderedDict
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.logging import HistoryBuffer
+
+from mmseg_textkd import _mmcv_ops, compat
+
+pytestmark = pytest.mark.stacks
+
+ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
+STOCK = 'bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py'
+
+
+def _installed(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+UPSTREAM = _installed('mmsegmentation') is not None
+PLAIN_ENGINE = _installed('mmengine') == '0.10.7'
+# What is known to be broken where; the tests below hold it against reality.
+BROKEN = {
+    'mmcv.ops':
+    UPSTREAM and find_spec('mmcv._ext') is None,
+    'safe globals':
+    PLAIN_ENGINE and torch.__version__ >= torch.torch_version.Version('2.6'),
+    'distribution name':
+    not UPSTREAM,
+    'pkg_resources':
+    PLAIN_ENGINE and find_spec('pkg_resources') is None,
+    'mmseg assertion':
+    False,
+}
+
+
+def python(code, cwd, *paths):
+    """Run code in a fresh process; returns its exit code and its output."""
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([*paths, ROOT]))
+    done = subprocess.run(
+        [sys.executable, '-c', textwrap.dedent(code)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def holds_against(cure, code, cwd, symptom, *paths):
+    """Run code without and with the package, and see what should be."""
+    status, output = python(code, cwd, *paths)
+    if BROKEN[cure]:
+        assert status != 0 and symptom in output
+    else:
+        assert status == 0, output
+    status, output = python(
+        f'import mmseg_textkd.compat as c\nprint("cures", c.apply())\n'
+        f'{textwrap.dedent(code)}', cwd, *paths)
+    assert status == 0, output
+    assert (repr(cure)
+            in output.split('cures',
+                            1)[1].split('\n')[0]) == BROKEN[cure], output
+    return output
+
+
+def test_exactly_what_is_broken_is_cured_and_only_once():
+    expected = [name for name, broken in BROKEN.items() if broken]
+    assert sorted(compat.apply()) == sorted(expected)
+    assert compat.apply() == compat.apply()
+    assert expected, 'no stack is known that needs nothing'
+
+
+def test_models_import_without_compiled_ops(tmp_path):
+    holds_against('mmcv.ops', 'import mmseg.models, mmseg.apis', tmp_path,
+                  "No module named 'mmcv._ext'")
+
+
+def test_stand_in_answers_as_the_guards_expect():
+    assert (sys.modules.get('mmcv.ops') is _mmcv_ops) == BROKEN['mmcv.ops']
+    with pytest.raises(ModuleNotFoundError, match='full mmcv'):
+        _mmcv_ops.DeformConv2d
+    with pytest.raises(AttributeError):
+        _mmcv_ops.__path__
+    assert not hasattr(_mmcv_ops, '__wrapped__')
+
+
+def test_a_full_mmcv_keeps_its_own_ops(tmp_path):
+    (tmp_path / 'ops').mkdir()
+    (tmp_path / 'version.py').write_text("__version__ = '2.1.0'")
+    (tmp_path / '_ext.py').write_text('')
+    (tmp_path / 'ops' / '__init__.py').write_text(
+        textwrap.dedent('''
+        def point_sample(): "compiled"
+        def sigmoid_focal_loss(): "compiled"
+        def __getattr__(name):
+            if name.startswith('__'):
+                raise AttributeError(name)
+            return type(name, (), {})
+        '''))
+    status, output = python(
+        f'''
+        import mmcv
+        mmcv.__path__.insert(0, {str(tmp_path)!r})
+        import mmseg_textkd.compat as compat
+        assert 'mmcv.ops' not in compat.apply()
+        import mmcv.ops
+        import mmseg.models.losses.focal_loss as focal
+        assert mmcv.ops.__file__.startswith({str(tmp_path)!r}), mmcv.ops
+        assert focal._sigmoid_focal_loss.__doc__ == 'compiled'
+        print('kept')
+        ''', tmp_path)
+    assert status == 0 and 'kept' in output, output
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+def test_point_sample_interpolates_by_hand(align_corners):
+    torch.manual_seed(0)
+    height, width = 5, 7
+    feature = torch.randn(2, 3, height, width, dtype=torch.float64)
+    points = torch.rand(2, 11, 2, dtype=torch.float64)
+    out = _mmcv_ops.point_sample(feature, points, align_corners)
+    assert out.shape == (2, 3, 11)
+    for b in range(2):
+        for p in range(11):
+            x, y = points[b, p].tolist()
+            if align_corners:
+                x, y = x * (width - 1), y * (height - 1)
+            else:
+                x, y = x * width - 0.5, y * height - 0.5
+            value = torch.zeros(3, dtype=torch.float64)
+            for i in range(height):
+                for j in range(width):
+                    near = max(0, 1 - abs(y - i)) * max(0, 1 - abs(x - j))
+                    value += near * feature[b, :, i, j]
+            torch.testing.assert_close(out[b, :, p], value)
+    grid = points[:, :10].reshape(2, 2, 5, 2)
+    torch.testing.assert_close(
+        _mmcv_ops.point_sample(feature, grid, align_corners),
+        out[:, :, :10].reshape(2, 3, 2, 5))
+
+
+@pytest.mark.parametrize('gamma, alpha', [(2.0, 0.25), (0.0, 0.5), (3., 0.9)])
+def test_sigmoid_focal_loss_equals_its_definition(gamma, alpha):
+    torch.manual_seed(0)
+    logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 3, 1, 4, 2, 2])  # 4: no class
+    weight = torch.tensor([1., 2., .5, 3.], dtype=torch.float64)
+    expected = torch.empty(6, 4, dtype=torch.float64)
+    for n in range(6):
+        for c in range(4):
+            p = 1 / (1 + (-logits[n, c]).exp())
+            expected[n, c] = (-alpha * (1 - p)**gamma *
+                              p.log() if target[n] == c else -(1 - alpha) *
+                              p**gamma * (1 - p).log())
+    loss = _mmcv_ops.sigmoid_focal_loss
+    args = (logits, target, gamma, alpha)
+    torch.testing.assert_close(loss(*args, None, 'none'), expected)
+    torch.testing.assert_close(loss(*args), expected.sum() / 6)
+    torch.testing.assert_close(loss(*args, None, 'sum'), expected.sum())
+    factor = torch.tensor([1., 3., 2., 1., .5, .5], dtype=torch.float64)
+    torch.testing.assert_close(
+        loss(*args, weight, 'none'), expected * factor[:, None])
+    assert torch.autograd.gradcheck(lambda x: loss(x, target, gamma, alpha),
+                                    logits)
+    if (gamma, alpha) == (0.0, 0.5):
+        torch.testing.assert_close(
+            loss(*args, None, 'none') * 2,
+            F.binary_cross_entropy_with_logits(
+                logits, F.one_hot(target, 5)[:, :4].double(),
+                reduction='none'))
+
+
+def test_sigmoid_focal_loss_is_finite_far_out_and_refuses_nonsense():
+    logits = torch.tensor([[200., -200.]], requires_grad=True)
+    loss = _mmcv_ops.sigmoid_focal_loss(logits, torch.tensor([1]))
+    loss.backward()
+    # Both wrong by 200: (0.75 * 200 + 0.25 * 200) / 1 row.
+    assert loss.item() == pytest.approx(200)
+    assert logits.grad.isfinite().all()
+    with pytest.raises(ValueError, match="got 'avg'"):
+        _mmcv_ops.sigmoid_focal_loss(
+            logits, torch.tensor([1]), reduction='avg')
+
+
+TRAIN = '''
+import torch
+from torch.utils.data import DataLoader
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+class Toy(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 1)
+    def forward(self, inputs, mode='tensor'):
+        return dict(loss=self.linear(torch.stack(inputs)).square().mean())
+runner = Runner(
+    model=Toy(), work_dir='run', experiment_name='toy', log_level='ERROR',
+    train_dataloader=dict(
+        batch_size=2, dataset=list(torch.ones(4, 2)),
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        collate_fn=lambda batch: dict(inputs=batch)),
+    optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+    train_cfg=dict(by_epoch=False, max_iters={iters}),
+    default_hooks=dict(
+        logger=dict(type='LoggerHook', interval=1),
+        checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1)),
+    resume={resume})
+runner.train()
+history = runner.message_hub.log_scalars['train/loss']
+print('iterations', runner.iter, 'losses', history.data[0].shape[0])
+'''
+
+
+def test_resume_from_a_runner_checkpoint(tmp_path):
+    status, output = python(TRAIN.format(iters=3, resume=False), tmp_path)
+    assert status == 0 and 'iterations 3 losses 3' in output, output
+    output = holds_against(
+        'safe globals',
+        TRAIN.format(iters=5, resume=True) + "import shutil, os\n"
+        "os.remove('run/last_checkpoint'), os.remove('run/iter_4.pth'),"
+        "os.remove('run/iter_5.pth')\n"
+        "open('run/last_checkpoint', 'w').write("
+        "os.path.abspath('run/iter_3.pth'))", tmp_path, 'HistoryBuffer')
+    assert 'iterations 5 losses 5' in output
+    if BROKEN['safe globals']:
+        # As numpy 1 wrote it: the module had another name.
+        saved = torch.load(tmp_path / 'run/iter_3.pth', weights_only=True)
+        old = tmp_path / 'old.pth'
+        torch.save(saved, old, _use_new_zipfile_serialization=False)
+        data = old.read_bytes()
+        assert b'numpy._core.multiarray\n' in data
+        old.write_bytes(
+            data.replace(b'numpy._core.multiarray\n',
+                         b'numpy.core.multiarray\n'))
+        again = torch.load(old, weights_only=True)
+        for key, buffer in saved['message_hub']['log_scalars'].items():
+            assert (again['message_hub']['log_scalars'][key].data[0] ==
+                    buffer.data[0]).all()
+
+
+@pytest.mark.skipif(
+    not BROKEN['safe globals'], reason='the cure is not applied here')
+def test_what_is_allowed_to_load_is_no_more_than_that(tmp_path):
+
+    class Sly:
+
+        def __reduce__(self):
+            return getattr, (OrderedDict, 'clear')
+
+    torch.save(dict(x=Sly()), tmp_path / 'sly.pth')
+    with pytest.raises(pickle.UnpicklingError, match="'clear' is not allowed"):
+        torch.load(tmp_path / 'sly.pth', weights_only=True)
+    for owner, name in ((os, 'system'), (HistoryBuffer, '__init__')):
+        with pytest.raises(pickle.UnpicklingError, match='is not allowed'):
+            compat._history_method(owner, name)
+
+
+def test_scope_inheritance(tmp_path):
+    # One that the model index knows and one that it does not.
+    (tmp_path / 'a.py').write_text(f"_base_ = 'mmseg::{STOCK}'")
+    (tmp_path /
+     'b.py').write_text("_base_ = 'mmseg::_base_/models/bisenetv2.py'")
+    cure, symptom = (('pkg_resources',
+                      "No module named 'pkg_resources'") if UPSTREAM else
+                     ('distribution name', 'mmsegmentation is not installed'))
+    output = holds_against(
+        cure, '''
+        from mmengine.config import Config
+        from mmengine.utils import get_installed_path, is_installed
+        for file in ('a.py', 'b.py'):
+            cfg = Config.fromfile(file)
+            print(cfg.model.backbone.type, cfg.model._scope_)
+        assert is_installed('numpy') and not is_installed('no-such-thing')
+        assert get_installed_path('mmengine').endswith('mmengine')
+        assert is_installed('opencv-python-headless') or \\
+            is_installed('opencv-python')
+        ''', tmp_path, symptom)
+    assert output.count('BiSeNetV2 mmseg') == 2
+
+
+def test_expression_base_needs_no_import_before(tmp_path):
+    (tmp_path / 'b.py').write_text(
+        "_base_ = __import__('mmseg_textkd').stock_config("
+        "'_base_/models/bisenetv2.py')")
+    status, output = python(
+        '''
+        from mmengine.config import Config
+        from mmengine.registry import init_default_scope
+        cfg = Config.fromfile('b.py')
+        init_default_scope('mmseg')
+        from mmseg.registry import MODELS
+        cfg.model.train_cfg = cfg.model.test_cfg = None
+        print(type(MODELS.build(cfg.model.backbone)).__name__, 'built')
+        ''', tmp_path)
+    assert status == 0 and 'BiSeNetV2 built' in output, output
+
+
+def test_stock_files():
+    path = compat.stock_config(STOCK)
+    assert osp.isabs(path) and osp.isfile(path)
+    with pytest.raises(FileNotFoundError, match='_base_/models/bisenetv2.py'):
+        compat.stock_config('_base_/models/bisenet2.py')
+    tool = compat.load_stock_tool('train.py')
+    assert callable(tool.main) and callable(tool.parse_args)
+    with pytest.raises(FileNotFoundError, match='Near: train.py'):
+        compat.load_stock_tool('trian.py')
+
+
+def test_newer_mmcv_is_not_refused(tmp_path):
+    start = "import mmcv\nmmcv.__version__ = '2.9.0'\n"
+    status, output = python(start + 'import mmseg', tmp_path)
+    refuses = 'MMCV==2.9.0 is used but incompatible' in output
+    assert (status != 0) == refuses == (
+        _installed('mmsegmentation') == '1.2.2')
+    status, output = python(
+        start + 'import mmseg_textkd.compat as c, mmseg.models\n'
+        "print('cured', 'mmseg assertion' in c.apply(), mmcv.__version__)",
+        tmp_path)
+    assert status == 0 and f'cured {refuses} 2.9.0' in output, output
+
+
+@pytest.mark.parametrize('absent', ['mmengine', 'mmcv', 'mmseg', 'torch'])
+def test_missing_library_is_one_line_that_says_what_to_install(
+        tmp_path, absent):
+    status, output = python(
+        f'import sys\nsys.modules[{absent!r}] = None\nimport mmseg_textkd',
+        tmp_path)
+    assert status != 0
+    line = output.strip().split('\n')[-1]
+    assert line.startswith(f'ImportError: mmseg_textkd needs {absent}, not')
+    assert 'mmsegmentation' in line and 'onedl-mmsegmentation' in line
+    assert ('pip install torch' in line) == (absent == 'torch')
+
+
+@pytest.mark.parametrize('name', ['mmseg/__init__.py', 'mmseg.py'])
+def test_the_word_segmenter_is_recognised(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('def seg_txt(text): return text.split()')
+    status, output = python('import mmseg_textkd', tmp_path, str(tmp_path))
+    assert status != 0
+    line = output.strip().split('\n')[-1]
+    assert str(tmp_path) in line and '`pip uninstall mmseg`' in line
+
+
+def test_old_is_refused_and_new_is_only_warned_of(tmp_path, monkeypatch):
+    (tmp_path / 'mmcv').mkdir()
+    (tmp_path / 'mmcv' / '__init__.py').write_text('')
+    (tmp_path / 'mmcv' / 'version.py').write_text("__version__ = '1.7.1'")
+    status, output = python('import mmseg_textkd', tmp_path, str(tmp_path))
+    assert status != 0 and 'needs mmcv >= 2.0.0, but 1.7.1' in output
+    monkeypatch.setitem(compat.VERSIONS, 'mmseg', ('0.1', '0.2'))
+    with pytest.warns(UserWarning, match=r'mmseg 1\.\S+ \(tested up to 0.2'):
+        compat.check_versions()

@@ -1,0 +1,177 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmseg.registry import MODELS
+
+from mmseg_textkd.models import LogitScale, TextClassifier
+
+CONTROL = dict(type='ControlEmbeddings', kind='random', dim=16)
+
+
+def build(norm='bn', num_classes=5, in_channels=7, text=None, **kwargs):
+    """A classifier with nothing left at its neutral start value."""
+    module = TextClassifier(in_channels, num_classes, text or CONTROL, norm,
+                            **kwargs)
+    with torch.no_grad():
+        for param in module.parameters():
+            param.add_(torch.randn_like(param) * 0.3)
+    module.train()
+    for _ in range(3):  # moves the running statistics of the batch norm
+        module(torch.randn(2, in_channels, 6, 5) * 2 + 1)
+    return module
+
+
+def reference(module, feat):
+    """The definition, pixel by pixel and class by class, in float64."""
+    proj, bn = module.projection.conv, module.projection.bn
+    text = module.text().double()
+    logits = torch.zeros(len(feat), len(text), *feat.shape[2:]).double()
+    for n, y, x in torch.cartesian_prod(*map(
+            torch.arange, (len(feat), feat.shape[2], feat.shape[3]))):
+        e = proj.weight.double().flatten(1) @ feat[n, :, y, x].double()
+        if proj.bias is not None:
+            e = e + proj.bias.double()
+        if module.projection.norm == 'bn':
+            e = (e - bn.running_mean.double()) / torch.sqrt(
+                bn.running_var.double() + bn.eps)
+            e = e * bn.weight.double() + bn.bias.double()
+        if module.projection.norm == 'l2':
+            e = e / e.norm()
+        for k, t in enumerate(text):
+            logits[n, k, y, x] = math.exp(
+                module.scale.log_scale.item()) * (e @ t / t.norm())
+            if module.bias is not None:
+                logits[n, k, y, x] += module.bias[k].double()
+    return logits
+
+
+@pytest.mark.parametrize('norm', ['bn', 'l2', 'none'])
+@pytest.mark.parametrize('bias', [True, False])
+def test_forward_matches_the_definition(norm, bias):
+    module = build(norm, bias=bias).eval()
+    feat = torch.randn(2, 7, 3, 4)
+    torch.testing.assert_close(
+        module(feat).double(), reference(module, feat), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('norm', ['bn', 'none'])
+@pytest.mark.parametrize('affine', [True, False])
+@pytest.mark.parametrize('bias', [True, False])
+def test_fold_is_exact(norm, affine, bias):
+    module = build(
+        norm, bias=bias, norm_cfg=dict(type='BN', affine=affine)).eval()
+    feat = torch.randn(2, 7, 16, 16) * 3
+    conv = module.as_conv()
+    assert isinstance(conv, torch.nn.Conv2d)
+    assert conv.weight.shape == (5, 7, 1, 1) and conv.bias.shape == (5, )
+    with torch.no_grad():
+        expected, got = module(feat), conv(feat)
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert torch.equal(got.argmax(1), expected.argmax(1))
+
+
+def test_fold_in_double_is_exact_to_rounding():
+    module = build().eval().double()
+    feat = torch.randn(1, 7, 8, 8).double()
+    assert (module.as_conv()(feat) - module(feat)).abs().max() < 1e-12
+
+
+def test_fold_of_learned_and_unnormalised_text(make_embeddings):
+    text = dict(
+        type='ResidualPromptLearner',
+        embeddings=dict(type='ClassEmbeddings', file=make_embeddings()))
+    module = build(text=text).eval()
+    with torch.no_grad():
+        module.text.offset.normal_()
+    module.text.start_learning()
+    module.text.refresh()
+    # A checkpoint from elsewhere may hold rows that are not unit length.
+    with torch.no_grad():
+        module.text.class_embeddings.mul_(3)
+    feat = torch.randn(1, 7, 8, 8)
+    torch.testing.assert_close(module.as_conv()(feat), module(feat))
+
+
+def test_fold_refuses_training_mode_and_l2():
+    with pytest.raises(RuntimeError, match='evaluation mode'):
+        build().as_conv()
+    with pytest.raises(ValueError, match="norm='l2'.*train with norm='bn'"):
+        build('l2').eval().as_conv()
+
+
+def test_norms_that_do_not_fold_are_refused():
+    with pytest.raises(ValueError, match='BN or SyncBN'):
+        build(norm_cfg=dict(type='GN', num_groups=2))
+    with pytest.raises(ValueError, match="one of.*'bn'"):
+        build('layer')
+
+
+def test_amp_keeps_similarities_in_float32():
+    module = build().eval()
+    feat = torch.randn(1, 7, 8, 8)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        logits = module(feat)
+        embeddings = module.projection(feat)
+    assert embeddings.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    # The only loss of precision is that of the projection.
+    expected = F.conv2d(embeddings.float(),
+                        module.text()[..., None, None] *
+                        module.scale()) + module.bias[:, None, None]
+    torch.testing.assert_close(logits, expected)
+
+
+def test_half_precision_of_large_features_stays_finite():
+    module = build('l2').half().eval()
+    feat = torch.full((1, 7, 2, 2), 300.).half()
+    assert module(feat).isfinite().all()
+
+
+def test_gradient_reaches_projection_scale_and_bias():
+    module = build()
+    module(torch.randn(2, 7, 4, 4)).square().sum().backward()
+    grads = {n: p.grad for n, p in module.named_parameters()}
+    assert set(grads) == {
+        'projection.conv.weight', 'projection.bn.weight',
+        'projection.bn.bias', 'scale.log_scale', 'bias'
+    }
+    assert all(g is not None and g.abs().sum() > 0 for g in grads.values())
+
+
+def test_scale_is_clamped_and_can_come_back():
+    scale = LogitScale(init=99., max_scale=100.)
+    with torch.no_grad():
+        scale.log_scale.add_(3.)
+    value = scale()
+    assert value.item() == pytest.approx(100., rel=1e-5)
+    value.backward()
+    assert scale.log_scale.grad.item() == pytest.approx(100., rel=1e-5)
+
+
+@pytest.mark.parametrize('init', [0., -1., 101.])
+def test_bad_scale(init):
+    with pytest.raises(ValueError, match='must start in'):
+        LogitScale(init=init)
+
+
+def test_fixed_scale_is_no_parameter():
+    scale = LogitScale(init=2., learnable=False)
+    assert not list(scale.parameters()) and scale().item() == pytest.approx(2.)
+    assert 'log_scale' in scale.state_dict()
+
+
+def test_text_must_be_a_provider():
+    with pytest.raises(TypeError, match='text provider'):
+        TextClassifier(7, 5, dict(type='FCNHead', in_channels=4, channels=4))
+
+
+def test_is_registered():
+    module = MODELS.build(
+        dict(
+            type='TextClassifier',
+            in_channels=4,
+            num_classes=3,
+            text=dict(type='ControlEmbeddings', kind='onehot')))
+    assert module.text.dim == 3

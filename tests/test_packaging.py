@@ -1,0 +1,208 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""What a wheel, a source distribution and an editable install contain."""
+import os
+import os.path as osp
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from email import message_from_string
+from glob import glob
+
+import mmengine
+import pytest
+
+ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
+DATA = ('text/vocabularies', 'text/toy_clip')
+
+
+def run(*command, cwd, **env):
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=dict(os.environ, **env),
+        capture_output=True,
+        text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def pip(*args, cwd):
+    return run(sys.executable, '-m', 'pip', '--disable-pip-version-check',
+               *args, cwd=cwd)  # yapf: disable
+
+
+def below(folder):
+    """All files below a folder, relative to it."""
+    found = {
+        osp.relpath(osp.join(base, file), folder)
+        for base, folders, files in os.walk(folder)
+        for file in files if '__pycache__' not in base
+    }
+    assert found, f'{folder} is empty'
+    return found
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    """A copy of the repository, so that building leaves nothing in it."""
+    target = str(tmp_path_factory.mktemp('source') / 'mmseg_textkd')
+    os.mkdir(target)
+    for name in ('mmseg_textkd', 'configs', 'tools', 'requirements',
+                 'requirements.txt', 'setup.py', 'setup.cfg', 'LICENSE',
+                 'pyproject.toml', 'MANIFEST.in', 'model-index.yml',
+                 'CITATION.cff', 'README.md'):
+        path, copy = osp.join(ROOT, name), osp.join(target, name)
+        if osp.isdir(path):
+            shutil.copytree(path, copy, ignore=shutil.ignore_patterns('.mim'))
+        elif osp.isfile(path):
+            shutil.copyfile(path, copy)
+    return target
+
+
+@pytest.fixture(scope='module')
+def wheel(source, tmp_path_factory):
+    """A wheel, built by way of a source distribution."""
+    folder = tmp_path_factory.mktemp('dist')
+    code = ('import sys; from setuptools.build_meta import build_sdist; '
+            'build_sdist(sys.argv[1])')
+    run(sys.executable, '-c', code, str(folder), cwd=source)
+    archive, = folder.glob('*.tar.gz')
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter='data')
+    unpacked, = [path for path in folder.iterdir() if path.is_dir()]
+    pip('wheel', '--no-deps', '--no-build-isolation', '-w', str(folder),
+        str(unpacked), cwd=folder)  # yapf: disable
+    built, = folder.glob('*.whl')
+    return str(built)
+
+
+def test_wheel_holds_mim_files_and_data(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        names = {name for name in file.namelist() if not name.endswith('/')}
+        sizes = {info.filename: info.file_size for info in file.infolist()}
+    for folder in ('configs', 'tools'):
+        for path in below(osp.join(ROOT, folder)):
+            assert f'mmseg_textkd/.mim/{folder}/{path}' in names
+    assert 'mmseg_textkd/.mim/model-index.yml' in names
+    for folder in DATA:
+        for path in below(osp.join(ROOT, 'mmseg_textkd', folder)):
+            name = f'mmseg_textkd/{folder}/{path}'
+            assert sizes[name] == osp.getsize(osp.join(ROOT, name))
+    assert {name.split('/')[0]
+            for name in names
+            } == {'mmseg_textkd', osp.basename(wheel).split('-py3')[0] +
+                  '.dist-info'}  # yapf: disable
+    assert not [name for name in names if '__pycache__' in name]
+
+
+def test_wheel_needs_no_library_of_two_names(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        name, = [n for n in file.namelist() if n.endswith('/METADATA')]
+        meta = message_from_string(file.read(name).decode())
+    needs = meta.get_all('Requires-Dist')
+    plain = {
+        re.match(r'[\w.-]+', need)[0]
+        for need in needs if 'extra ==' not in need
+    }
+    assert {'ftfy', 'regex', 'safetensors', 'filelock'} <= plain
+    assert not [need for need in plain if re.match('mm|onedl', need)]
+    clip = [need for need in needs if re.search('extra == .clip', need)]
+    assert len(clip) == 1 and clip[0].startswith('open_clip_torch')
+
+
+def test_mim_and_config_names_work_from_a_wheel(wheel, tmp_path):
+    pip('install', '--no-deps', '--target', 'site', wheel, cwd=tmp_path)
+    (tmp_path /
+     'a.py').write_text("_base_ = 'mmseg_textkd::_base_/default_runtime.py'")
+    out = run(
+        sys.executable,
+        '-c', 'import mmseg_textkd\n'
+        'from mmengine.config import Config\n'
+        "cfg = Config.fromfile('a.py')\n"
+        'print(mmseg_textkd.__file__, cfg.default_scope)',
+        cwd=tmp_path,
+        PYTHONPATH='site')
+    assert str(tmp_path) in out and out.split()[-1] == 'mmseg'
+
+
+def test_editable_install_links_to_the_checkout(source, tmp_path):
+    venv.create(tmp_path / 'venv', with_pip=False)
+    python = str(tmp_path / 'venv' / 'bin' / 'python')
+    # setuptools (to build) and the rest come from this environment.
+    site, = glob(str(tmp_path / 'venv/lib/python*/site-packages'))
+    with open(osp.join(site, 'zz_parent.pth'), 'w') as file:
+        file.write(sysconfig.get_path('purelib'))
+    for _ in range(2):  # a second one must find the links and not mind
+        pip('--python', python, 'install', '--no-deps', '--ignore-installed',
+            '--no-build-isolation', '-e', source, cwd=tmp_path)  # yapf: disable
+    out = run(
+        python,
+        '-c', 'from importlib.util import find_spec\n'
+        "print(find_spec('mmseg_textkd').submodule_search_locations[0])",
+        cwd=tmp_path).strip()
+    assert osp.samefile(out, osp.join(source, 'mmseg_textkd'))
+    for name in ('configs', 'tools', 'model-index.yml'):
+        link = osp.join(out, '.mim', name)
+        assert osp.islink(link) and not osp.isabs(os.readlink(link))
+        assert osp.samefile(link, osp.join(source, name))
+
+
+def test_model_index_is_complete_and_points_at_files():
+    index = mmengine.load(osp.join(ROOT, 'model-index.yml'))
+    assert index['Import'] == [
+        osp.relpath(path, ROOT)
+        for path in sorted(glob(f'{ROOT}/configs/*/metafile.yaml'))
+    ] != []
+    for path in index['Import']:
+        meta = mmengine.load(osp.join(ROOT, path))
+        collections = {item['Name'] for item in meta['Collections']}
+        assert collections
+        for item in meta['Collections']:
+            assert osp.isfile(osp.join(ROOT, item['README']))
+        for model in meta['Models']:
+            assert model['In Collection'] in collections
+            assert osp.isfile(osp.join(ROOT, model['Config']))
+
+
+def test_no_requirement_is_called_mmseg():
+    files = glob(f'{ROOT}/requirements/*.txt') + [f'{ROOT}/requirements.txt']
+    assert len(files) >= 8
+    names = set()
+    for path in files:
+        with open(path) as file:
+            names |= {
+                re.match(r'[\w.-]+', line)[0].lower()
+                for line in file if re.match(r'\w', line)
+            }
+    assert 'mmseg' not in names and 'mmsegmentation' in names
+
+
+@pytest.mark.parametrize('stack', ['upstream', 'onedl'])
+def test_constraints_pin_everything_that_is_required(stack):
+    pattern = re.compile(
+        r'([\w.-]+)==[\w.+]+(; python_version [<>=]+ "3.11")?')
+    with open(f'{ROOT}/requirements/constraints-{stack}.txt') as file:
+        lines = [line.strip() for line in file if not line.startswith('#')]
+    matches = [pattern.fullmatch(line) for line in lines]
+    assert all(matches), [line for line in lines if not pattern.match(line)]
+
+    def plain(name):
+        return name.lower().replace('_', '-')
+
+    pinned = {plain(match[1]) for match in matches}
+    suffix = '' if stack == 'upstream' else '-onedl'
+    required = set()
+    for name in ('runtime', 'optional', 'tests', f'mminstall{suffix}'):
+        with open(f'{ROOT}/requirements/{name}.txt') as file:
+            required |= {
+                plain(re.match(r'[\w.-]+', line)[0])
+                for line in file if line.strip()
+            }
+    assert required <= pinned, required - pinned
+    # torch of the machine decides on these, and a desktop is not assumed.
+    assert not [name for name in pinned if re.match('nvidia|cuda|trit', name)]

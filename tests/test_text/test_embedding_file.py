@@ -1,0 +1,423 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import json
+import math
+import os
+import pickle
+import stat
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmseg_textkd.text.embedding_file import (EmbeddingFileError,
+                                              TextEmbeddings, ce_floor, centre,
+                                              closest_pairs, geometry)
+
+NAMES = ('sky', 'road', 'traffic sign', 'car')
+
+
+def unit(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
+def make(**kwargs):
+    fields = dict(
+        vectors=unit(4, 6),
+        names=NAMES,
+        phrases=(('sky', ), ('road', 'street'), ('sign', ), ('car', )),
+        templates=('a photo of a {}.', 'ünïcode {}'),
+        model='toyclip',
+        library='open_clip_torch 0')
+    return TextEmbeddings(**{**fields, **kwargs})
+
+
+def with_bank():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0],
+                         [1, 1, 0, 0]]).bool()
+    return make(bank=unit(4, 4, 6, seed=1) * mask[..., None], bank_mask=mask)
+
+
+class Bomb:
+    """Unpickling this leaves a trace."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path, )
+
+
+@pytest.mark.parametrize('build', [make, with_bank])
+def test_round_trip(tmp_path, build):
+    before = build()
+    file = tmp_path / 'new' / 'text.safetensors'
+    before.save(file)
+    after = TextEmbeddings.load(file)
+    for name in ('names', 'phrases', 'templates', 'model', 'pretrained',
+                 'library', 'sha256', 'dim'):
+        assert getattr(after, name) == getattr(before, name), name
+    assert torch.equal(after.vectors, before.vectors)
+    if before.bank is not None:
+        assert torch.equal(after.bank, before.bank)
+        assert torch.equal(after.bank_mask, before.bank_mask)
+    # Nothing else is left, and others may read it as any new file.
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+    (tmp_path / 'plain').touch()
+    modes = [
+        stat.S_IMODE(p.stat().st_mode) for p in (file, tmp_path / 'plain')
+    ]
+    assert modes[0] == modes[1]
+
+
+def test_hash_covers_everything():
+    base = make()
+    changed = [
+        make(vectors=unit(4, 6, seed=5)),
+        make(names=('sky', 'road', 'car', 'traffic sign')),
+        make(phrases=()),
+        make(templates=('{}', )),
+        make(model='x'),
+        make(pretrained='x'),
+        make(library='x'),
+        with_bank()
+    ]
+    hashes = {e.sha256 for e in [base, *changed]}
+    assert len(hashes) == 9
+    assert make().sha256 == base.sha256
+
+
+def rewrite(file, tensors=None, **meta):
+    """Change a file as somebody with an editor could."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    with safe_open(file, 'pt') as opened:
+        old = {k: opened.get_tensor(k) for k in opened.keys()}
+        metadata = opened.metadata()
+    save_file({**old, **(tensors or {})}, file, dict(metadata, **meta))
+
+
+@pytest.mark.parametrize('change', [
+    dict(tensors=dict(vectors=unit(4, 6, seed=9))),
+    dict(names=json.dumps(['sky', 'car', 'traffic sign', 'road'])),
+    dict(model=json.dumps('ViT-B-16')),
+    dict(names='not json'),
+    dict(sha256='0' * 64),
+])
+def test_tampered_file(tmp_path, change):
+    file = tmp_path / 'a.safetensors'
+    make().save(file)
+    rewrite(file, **change)
+    with pytest.raises(EmbeddingFileError, match='SHA-256') as info:
+        TextEmbeddings.load(file)
+    assert str(file) in str(info.value)
+
+
+def test_flipped_byte(tmp_path):
+    file = tmp_path / 'a.safetensors'
+    make().save(file)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(EmbeddingFileError, match='SHA-256'):
+        TextEmbeddings.load(file)
+
+
+def test_cut_short_at_any_length(tmp_path):
+    file = tmp_path / 'a.safetensors'
+    make().save(file)
+    data = file.read_bytes()
+    for length in [*range(9, len(data), 97), len(data) - 1]:
+        file.write_bytes(data[:length])
+        with pytest.raises(EmbeddingFileError, match='cut short'):
+            TextEmbeddings.load(file)
+    file.write_bytes(b'')
+    with pytest.raises(EmbeddingFileError, match='an empty file'):
+        TextEmbeddings.load(file)
+
+
+@pytest.mark.parametrize('value, words', [
+    (float('nan'), 'NaN or infinity .* rows .2.'),
+    (float('inf'), 'NaN or infinity .* rows .2.'),
+    (2., 'row 2 has length'),
+])
+def test_bad_numbers(tmp_path, value, words):
+    """Refused in memory and, with a right hash around them, in a file."""
+    vectors = unit(4, 6)
+    vectors[2, 1] = value
+    with pytest.raises(EmbeddingFileError, match=words):
+        make(vectors=vectors)
+    good = make()
+    object.__setattr__(good, 'vectors', vectors)
+    good.save(tmp_path / 'a.safetensors')
+    with pytest.raises(EmbeddingFileError, match=words) as info:
+        TextEmbeddings.load(tmp_path / 'a.safetensors')
+    assert 'a.safetensors' in str(info.value)
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(vectors=unit(4, 6).double()), 'float64'),
+    (dict(vectors=unit(24)), r'shape \(24,\)'),
+    (dict(vectors=unit(3, 6)), '3 vectors for 4 names'),
+    (dict(names=('a', 'b', ' ', 'd')), r'rows \[2\]'),
+    (dict(names=('a', 'b', 'a', 'd')), r"\['a'\] occur"),
+    (dict(phrases=(('a', ), )), '1 phrases'),
+    (dict(bank=unit(4, 2, 6)), 'bank_mask'),
+    (dict(bank=unit(4, 2, 5), bank_mask=torch.ones(4, 2).bool()), 'K, R, D'),
+    (dict(bank=unit(4, 2, 6), bank_mask=torch.zeros(
+        4, 2).bool()), 'at least one'),
+    (dict(bank=unit(4, 2, 6) * 2, bank_mask=torch.ones(
+        4, 2).bool()), 'unit length'),
+])
+def test_bad_content(change, words):
+    with pytest.raises(EmbeddingFileError, match=words):
+        make(**change)
+
+
+def test_files_of_another_kind(tmp_path):
+    bomb, file = tmp_path / 'exploded', tmp_path / 'a.safetensors'
+    for protocol in range(2, 6):
+        file.write_bytes(pickle.dumps(Bomb(bomb), protocol))
+        with pytest.raises(EmbeddingFileError, match='a pickle') as info:
+            TextEmbeddings.load(file)
+        assert '--import' in str(info.value)
+    torch.save(Bomb(bomb), file)
+    with pytest.raises(EmbeddingFileError, match='torch.save'):
+        TextEmbeddings.load(file)
+    with open(file, 'wb') as opened:
+        np.save(opened, unit(4, 6).numpy())
+    with pytest.raises(EmbeddingFileError, match='a NumPy array'):
+        TextEmbeddings.load(file)
+    file.write_text('version https://git-lfs.github.com/spec/v1')
+    with pytest.raises(EmbeddingFileError, match='unknown kind'):
+        TextEmbeddings.load(file)
+    assert not bomb.exists()
+    with pytest.raises(FileNotFoundError, match='encode_text.py'):
+        TextEmbeddings.load(tmp_path / 'missing.safetensors')
+
+
+def test_foreign_safetensors(tmp_path):
+    from safetensors.torch import save_file
+    file = tmp_path / 'a.safetensors'
+    save_file({'weight': unit(4, 6)}, file)
+    with pytest.raises(EmbeddingFileError, match='weight') as info:
+        TextEmbeddings.load(file)
+    assert '--import' in str(info.value)
+    make().save(file)
+    rewrite(file, tensors=dict(more=unit(2, 2)))
+    with pytest.raises(EmbeddingFileError, match='more'):
+        TextEmbeddings.load(file)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / 'a.safetensors'
+    make().save(file)
+
+    def full(*args):
+        raise OSError('disk full')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='disk full'):
+        make(model='new').save(file)
+    assert TextEmbeddings.load(file).model == 'toyclip'
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+
+
+def test_check_names():
+    embeddings = make()
+    embeddings.check_names(list(NAMES), 'x')
+    with pytest.raises(ValueError) as info:
+        embeddings.check_names(('sky', 'car', 'traffic sign', 'road'),
+                               'CamVid')
+    message = str(info.value)
+    assert 'CamVid' in message and 'another order' in message
+    assert "position 1: 'road' instead of 'car'" in message
+    assert "position 3: 'car' instead of 'road'" in message
+    assert 'position 0' not in message and 'position 2' not in message
+    with pytest.raises(ValueError) as info:
+        embeddings.check_names(('sky', 'road', 'fence'), 'CamVid')
+    message = str(info.value)
+    assert "missing here: ['fence']" in message
+    assert "unexpected here: ['traffic sign', 'car']" in message
+    assert 'number: 4 instead of 3' in message
+
+
+def test_renamed():
+    old = with_bank()
+    new = old.renamed(['Car', 'sky', 'trafficSign', 'road'])
+    assert new.names == ('Car', 'sky', 'trafficSign', 'road')
+    rows = [3, 0, 2, 1]
+    assert torch.equal(new.vectors, old.vectors[rows])
+    assert torch.equal(new.bank, old.bank[rows])
+    assert torch.equal(new.bank_mask, old.bank_mask[rows])
+    assert new.phrases == tuple(old.phrases[row] for row in rows)
+    with pytest.raises(ValueError, match='fence'):
+        old.renamed(['fence', 'sky', 'traffic sign', 'road'])
+
+
+def write_vectors(folder, suffix, vectors):
+    file = folder / f'v{suffix}'
+    if suffix == '.npy':
+        np.save(file, vectors.half().numpy())
+    elif suffix == '.pt':
+        torch.save(vectors, file)
+    elif suffix == '.pth':
+        torch.save(dict(text=vectors, epoch=3), file)
+    else:
+        from safetensors.torch import save_file
+        save_file({'text': vectors}, file)
+    return file
+
+
+@pytest.mark.parametrize('suffix', ['.npy', '.pt', '.pth', '.safetensors'])
+def test_import(tmp_path, suffix):
+    vectors = unit(4, 6) * torch.tensor([[1.], [7.], [.1], [2.]])
+    file = write_vectors(tmp_path, suffix, vectors)
+    imported = TextEmbeddings.from_vectors(file, NAMES, model='m')
+    tolerance = 2e-3 if suffix == '.npy' else 1e-6
+    assert (imported.vectors - unit(4, 6)).abs().max() < tolerance
+    assert imported.names == NAMES and imported.model == 'm'
+    assert imported.phrases == tuple((name, ) for name in NAMES)
+    assert file.name in imported.library
+    imported.save(tmp_path / 'out.safetensors')
+    assert TextEmbeddings.load(tmp_path /
+                               'out.safetensors').sha256 == imported.sha256
+
+
+def test_import_with_names_file(tmp_path):
+    file = write_vectors(tmp_path, '.npy', unit(4, 6))
+    known = dict(
+        names=NAMES,
+        phrases=['sky', ['road', 'street'], 'traffic sign', 'car'],
+        model='OpenAI CLIP ViT-B/16',
+        template='a photo of a {}',
+        licence='MIT')
+    (tmp_path / 'n.json').write_text(json.dumps(known))
+    imported = TextEmbeddings.from_vectors(file, tmp_path / 'n.json')
+    assert imported.phrases[:2] == (('sky', ), ('road', 'street'))
+    assert imported.model == 'OpenAI CLIP ViT-B/16'
+    assert imported.templates == ('a photo of a {}', )
+    (tmp_path / 'list.json').write_text(json.dumps(NAMES))
+    (tmp_path / 'n.txt').write_text('\n'.join(NAMES) + '\n\n')
+    for name in ('list.json', 'n.txt'):
+        imported = TextEmbeddings.from_vectors(file, tmp_path / name)
+        assert imported.names == NAMES
+    (tmp_path / 'bad.json').write_text('{"labels": ["a"]}')
+    with pytest.raises(EmbeddingFileError, match='"names"'):
+        TextEmbeddings.from_vectors(file, tmp_path / 'bad.json')
+    with pytest.raises(EmbeddingFileError, match='4 vectors.* 3 names'):
+        TextEmbeddings.from_vectors(file, NAMES[:3])
+
+
+def test_import_executes_nothing(tmp_path):
+    bomb = tmp_path / 'exploded'
+    np.save(
+        tmp_path / 'a.npy',
+        np.array([Bomb(bomb)], dtype=object),
+        allow_pickle=True)
+    (tmp_path / 'b.npy').write_bytes(pickle.dumps(Bomb(bomb)))
+    torch.save(dict(text=unit(4, 6), other=Bomb(bomb)), tmp_path / 'a.pt')
+    (tmp_path / 'b.pth').write_bytes(pickle.dumps(Bomb(bomb)))
+    (tmp_path / 'b.safetensors').write_bytes(pickle.dumps(Bomb(bomb)))
+    files = [p for p in tmp_path.iterdir() if p.suffix]
+    assert len(files) == 5
+    for file in files:
+        with pytest.raises(EmbeddingFileError, match=file.name):
+            TextEmbeddings.from_vectors(file, NAMES)
+    assert not bomb.exists()
+    # The bomb does go off where somebody unpickles it.
+    pickle.loads((tmp_path / 'b.pth').read_bytes())
+    assert bomb.exists()
+
+
+@pytest.mark.parametrize('content, words', [
+    (dict(a=unit(4, 6), b=unit(4, 6)), 'one tensor'),
+    (dict(a=1), 'one tensor'),
+    ([1, 2], 'a list and not a tensor'),
+    (unit(4), 'K×D'),
+    (torch.zeros(0, 4), 'K×D'),
+    (torch.tensor([[1., 0], [0, 0], [1, 0], [0, 1]]), r'rows \[1\]'),
+    (unit(4, 6) / 0 * 0, 'NaN'),
+])
+def test_import_of_something_else(tmp_path, content, words):
+    torch.save(content, tmp_path / 'a.pt')
+    with pytest.raises(EmbeddingFileError, match=words):
+        TextEmbeddings.from_vectors(tmp_path / 'a.pt', NAMES)
+
+
+def test_import_of_unknown_suffix(tmp_path):
+    (tmp_path / 'a.csv').write_text('1,2')
+    with pytest.raises(EmbeddingFileError, match='.csv'):
+        TextEmbeddings.from_vectors(tmp_path / 'a.csv', NAMES)
+    with pytest.raises(FileNotFoundError):
+        TextEmbeddings.from_vectors(tmp_path / 'missing.npy', NAMES)
+
+
+def test_centre():
+    common = unit(1, 16, seed=3) * 5
+    vectors = F.normalize(unit(8, 16) + common, dim=1)
+    centred = centre(vectors)
+    assert torch.allclose(centred.norm(dim=1), torch.ones(8))
+    expected = vectors - vectors.mean(0)
+    assert torch.allclose(centred, expected / expected.norm(dim=1)[:, None])
+    assert geometry(vectors)['mean'] > .9
+    assert abs(geometry(centred)['mean']) < .2
+    with pytest.raises(ValueError, match='two'):
+        centre(vectors[:1])
+
+
+def test_geometry_of_known_angles():
+    angles = torch.tensor([0., 90, 100, 352]).deg2rad()
+    vectors = torch.stack([angles.cos(), angles.sin()], 1)
+    result = geometry(vectors)
+    assert result['closest_pair'] == (0, 3)
+    assert result['closest'] == pytest.approx(math.cos(math.radians(8)))
+    assert result['farthest_pair'] == (2, 3)
+    assert result['min'] == pytest.approx(math.cos(math.radians(108)))
+    pairs = [90, 100, 8, 10, 98, 108]
+    assert result['mean'] == pytest.approx(
+        sum(math.cos(math.radians(a)) for a in pairs) / 6)
+    two = closest_pairs(vectors, 2)
+    assert {pair[:2] for pair in two} == {(0, 3), (1, 2)}
+    assert len(closest_pairs(vectors, 99)) == 6
+
+
+@pytest.mark.parametrize('num, dim', [(2, 2), (4, 4), (4, 16), (19, 64)])
+@pytest.mark.parametrize('scale', [1., 5., 14.29])
+def test_ce_floor_of_orthonormal_vectors(num, dim, scale):
+    """By symmetry e = a·t_k + b·(rest), which gives a closed form."""
+    spread = math.sqrt(num / (num - 1))
+    expected = math.log1p((num - 1) * math.exp(-scale * spread))
+    rotation = torch.linalg.qr(torch.randn(dim, dim).double())[0]
+    got = ce_floor(rotation[:num], scale)
+    assert got == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_ce_floor_against_another_optimizer():
+    vectors = F.normalize(unit(6, 10).double() + unit(1, 10, seed=2), dim=1)
+    free = vectors.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([free], max_iter=500, tolerance_grad=1e-12)
+
+    def closure():
+        optimizer.zero_grad()
+        logits = 8. * F.normalize(free, dim=1) @ vectors.T
+        loss = F.cross_entropy(logits, torch.arange(6))
+        loss.backward()
+        return loss
+
+    for _ in range(10):
+        optimizer.step(closure)
+    expected = closure().item()
+    assert ce_floor(vectors, 8.) == pytest.approx(expected, rel=1e-5)
+
+
+def test_ce_floor_orderings():
+    vectors = F.normalize(unit(9, 32) + 2 * unit(1, 32, seed=7), dim=1)
+    floors = [ce_floor(vectors, scale) for scale in (5, 10, 20, 40)]
+    assert all(a > b for a, b in zip(floors, floors[1:]))
+    # Room at the bottom is what centring buys.
+    assert ce_floor(centre(vectors), 10) < .1 * floors[1]
+    # No vector does better than the floor, its own text included.
+    own = F.cross_entropy(10 * vectors @ vectors.T, torch.arange(9))
+    assert floors[1] < float(own)

@@ -1,0 +1,243 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_clip import save_model
+
+from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.embedding_file import TextEmbeddings, geometry
+from mmseg_textkd.text.text_tower import TextTower
+from mmseg_textkd.text.vocabulary import Vocabulary
+
+TOOL = Path(__file__).parents[2] / 'tools' / 'encode_text.py'
+
+
+@pytest.fixture(scope='module')
+def tool():
+    spec = importlib.util.spec_from_file_location('encode_text', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fails(tool, capsys, argv):
+    """Run the tool where it must fail; return what it says."""
+    with pytest.raises(SystemExit) as info:
+        tool.main([str(a) for a in argv])
+    assert info.value.code not in (0, None)
+    return f'{info.value.code} {capsys.readouterr().err}'
+
+
+def test_dataset_as_a_command(tmp_path, clip_name):
+    """The one run in a process of its own, with its progress bar."""
+    out = tmp_path / 'toy.safetensors'
+    done = subprocess.run([
+        sys.executable, TOOL, 'toy_scenes', '--model', clip_name,
+        '--templates', 'photo', '--out', out, '--closest', '2'
+    ],
+                          env=dict(
+                              os.environ,
+                              PYTHONPATH=os.pathsep.join(sys.path)),
+                          capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'Encoding text: 100%' in done.stderr
+    made = TextEmbeddings.load(out)
+    direct = encode_classes('toy_scenes', clip_name, 'photo')
+    assert made.sha256 == direct.sha256
+    i, j = geometry(made.vectors)['closest_pair']
+    assert f'{made.names[i]} - {made.names[j]}' in done.stdout
+    assert made.sha256 in done.stdout
+
+
+def test_names_and_bank(tool, tmp_path, clip_name, capsys):
+    out = tmp_path / 'own.safetensors'
+    argv = [
+        '--names', 'road, sky,car', '--model', clip_name, '--templates',
+        'none', '--keep-bank', '--out',
+        str(out)
+    ]
+    tool.main(argv)
+    made = TextEmbeddings.load(out)
+    assert made.names == ('road', 'sky', 'car')
+    assert made.bank.shape[:2] == (3, 1)
+    before = out.read_bytes()
+    assert '--force' in fails(tool, capsys, argv)
+    assert out.read_bytes() == before
+    tool.main([*argv, '--force'])
+
+
+def test_names_file(tool, tmp_path, clip_name):
+    (tmp_path / 'own.txt').write_text('road: road, street\nsky\n')
+    out = tmp_path / 'own.safetensors'
+    tool.main([
+        str(tmp_path / 'own.txt'), '--model', clip_name, '--templates',
+        'a {} there', '--out',
+        str(out)
+    ])
+    made = TextEmbeddings.load(out)
+    assert made.phrases == (('road', 'street'), ('sky', ))
+    assert made.templates == ('a {} there', )
+
+
+def test_import_under_a_datasets_names(tool, tmp_path, capsys):
+    """Vectors say 'Traffic Light', Cityscapes says 'traffic light'."""
+    names = Vocabulary.from_spec('cityscapes').names
+    rows = list(reversed(range(len(names))))
+    vectors = torch.randn(len(names), 16)
+    np.save(tmp_path / 'v.npy', vectors.numpy())
+    (tmp_path / 'n.json').write_text(
+        json.dumps(
+            dict(
+                names=[names[row].title() for row in rows],
+                model='OpenAI CLIP ViT-B/16',
+                template='a photo of a {}')))
+    out = tmp_path / 'city.safetensors'
+    argv = [
+        '--import', tmp_path / 'v.npy', '--names-file', tmp_path / 'n.json',
+        '--out', out
+    ]
+    tool.main(['cityscapes', *map(str, argv)])
+    made = TextEmbeddings.load(out)
+    assert made.names == names
+    expected = F.normalize(vectors, dim=1)[rows]
+    assert torch.allclose(made.vectors, expected, atol=1e-6)
+    assert made.model == 'OpenAI CLIP ViT-B/16'
+    said = fails(tool, capsys, ['camvid', *argv, '--force'])
+    assert 'pavement' in said
+    assert TextEmbeddings.load(out).sha256 == made.sha256
+
+
+def test_looking_at_a_file(tool, tmp_path, capsys):
+    """--centre changes the report and not the file."""
+    vectors = F.normalize(torch.randn(30, 8) + 2, dim=1)
+    file = tmp_path / 'a.safetensors'
+    TextEmbeddings(vectors,
+                   tuple(f'class with a long name {k}'
+                         for k in range(30))).save(file)
+    before = file.read_bytes()
+    tool.main([str(file)])
+    raw = capsys.readouterr().out
+    picture = tmp_path / 'new' / 'a.png'
+    tool.main(
+        [str(file), '--centre', '--closest', '3', '--heatmap',
+         str(picture)])
+    centred = capsys.readouterr().out
+    assert f'mean {geometry(vectors)["mean"]:.3f}' in raw
+    assert 'after centring' in centred and 'after centring' not in raw
+    assert centred.split('closest pairs:')[1].count('class with') == 6
+    assert picture.read_bytes()[1:4] == b'PNG'
+    import matplotlib.image
+    image = matplotlib.image.imread(picture)[..., :3]
+    # No label is cut off: the rim is white.
+    for rim in (image[:2], image[-2:], image[:, :2], image[:, -2:]):
+        assert (rim == 1).all()
+    # A drawn matrix: many colours, and as large as its labels need.
+    assert min(image.shape[:2]) > 1000
+    assert len({tuple(c) for c in image[::7, ::7].reshape(-1, 3)}) > 200
+    assert file.read_bytes() == before
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The little of a model hub's protocol that a download needs."""
+
+    folder: Path
+
+    def do_HEAD(self):
+        """Answer HEAD and, but for the body, GET."""
+        repo, _, name = self.path.partition('/resolve/main/')
+        file = self.folder / name
+        found = repo == '/org/name' and name and file.is_file()
+        self.send_response(200 if found else 404)
+        data = file.read_bytes() if found else b''
+        if found:
+            self.send_header('ETag', f'"{hashlib.sha256(data).hexdigest()}"')
+        else:
+            self.send_header('X-Error-Code', 'EntryNotFound')
+        self.send_header('X-Repo-Commit', '0' * 40)
+        self.send_header('Content-Length', str(len(data)))
+        self.end_headers()
+        return data
+
+    def do_GET(self):
+        """Answer GET."""
+        self.wfile.write(self.do_HEAD())
+
+    def log_message(self, *args):
+        """Keep quiet."""
+
+
+def test_prefetch_from_a_hub(tmp_path):
+    """Download once; from then on the hub is not needed."""
+    folder, cache = tmp_path / 'served', tmp_path / 'cache'
+    save_model(folder, 'clip', own_words=False)
+    handler = type('Handler', (Hub, ), dict(folder=folder))
+    server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not (k.lower().endswith('_proxy') or k.startswith('HF_'))
+    }
+    env.update(
+        PYTHONPATH=os.pathsep.join(sys.path),
+        HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}')
+    try:
+        done = subprocess.run([
+            sys.executable, TOOL, '--prefetch', '--model', 'hf-hub:org/name',
+            '--cache-dir', cache
+        ],
+                              env=env,
+                              capture_output=True,
+                              text=True)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert 'hf-hub:org/name works (D = 24)' in done.stdout
+    offline = TextTower('hf-hub:org/name', cache_dir=cache)
+    assert offline.checksum() == TextTower(f'local-dir:{folder}').checksum()
+
+
+def test_prefetch_of_what_is_there(tool, clip_name, capsys):
+    tool.main(['--prefetch', '--model', clip_name])
+    assert 'works (D = 24)' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('argv, words', [
+    ([], 'nothing to encode'),
+    (['toy_scenes', '--model', 'toyclip'], '--out is needed'),
+    (['toy_scenes', '--out', 'x.safetensors'], '--model is needed'),
+    (['toy_scenes', '--out', 'x.pt', '--model', 'm'], '.safetensors'),
+    (['toy_scenes', '--names', 'a', '--model', 'm'], 'either'),
+    (['--import', 'v.npy', '--out', 'x.safetensors'], 'needs the names'),
+    (['--import', 'v.npy', '--names', 'a', '--model', 'm'], 'no sense'),
+    (['--names-file', 'n.json', '--model', 'm'], 'belongs to --import'),
+    (['--prefetch'], '--prefetch needs --model'),
+    (['x.safetensors', '--out', 'y.safetensors'], 'looked at'),
+    (['x.safetensors'], 'no embeddings file'),
+    (['nonsense', '--out', 'x.safetensors', '--model', 'm'], 'nonsense'),
+    (['toy_scenes', '--out', 'x.safetensors', '--model', 'local-dir:gone'
+      ], 'Three ways out'),
+    (['--names', 'a,a', '--out', 'x.safetensors', '--model', 'm'], 'twice'),
+    (['--names', 'a,,b', '--out', 'x.safetensors', '--model', 'm'], 'empty'),
+    (['--names', 'a,b', '--import', 'gone.npy', '--out', 'x.safetensors'
+      ], 'gone.npy'),
+])
+def test_wrong_use(tool, tmp_path, capsys, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    said = fails(tool, capsys, argv)
+    assert words in said
+    assert 'Traceback' not in said
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,371 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import weakref
+
+import pytest
+import torch
+from tiny_clip import EOS, TEXT_CFG, VARIANTS, save_model
+
+from mmseg_textkd.text.text_tower import TextTower, TextTowerError, load_tower
+from mmseg_textkd.text.text_weights import _tag_file, find_weights
+
+SENTENCES = ('road', 'a photo of a car.', 'the sky over a wide street at dusk',
+             'sky', 'a very long sentence about a road with one car')
+CUTTABLE = ('clip', 'custom', 'eos', 'wide_bias', 'no_proj', 'qk_norm')
+UNCUT = ('last', 'bidirectional', 'bidirectional_last', 'cls')
+assert sorted(CUTTABLE + UNCUT) == sorted(VARIANTS)
+
+
+def tower_of(clip_dirs, variant):
+    return TextTower(f'local-dir:{clip_dirs[variant]}')
+
+
+def reference(clip_dirs, variant, sentences=SENTENCES):
+    """open_clip's own loading, tokenizing and encoding."""
+    import open_clip
+    folder = clip_dirs[variant]
+    clip = open_clip.create_model(f'local-dir:{folder}').eval()
+    tokenizer = open_clip.get_tokenizer(
+        f'local-dir:{folder}', bpe_path=str(folder / 'bpe_vocab.txt.gz'))
+    with torch.no_grad():
+        features = clip.encode_text(tokenizer(list(sentences)))
+    return features[0] if isinstance(features, tuple) else features
+
+
+@pytest.mark.parametrize('variant', CUTTABLE + UNCUT)
+@pytest.mark.parametrize('batch_size', [2, 256])
+def test_parity_with_open_clip(clip_dirs, variant, batch_size):
+    tower = tower_of(clip_dirs, variant)
+    expected = reference(clip_dirs, variant)
+    assert (expected[0] - expected[1]).abs().max() > 1e-2
+    for cut in (True, False):
+        got = tower.encode_text(SENTENCES, batch_size=batch_size, cut=cut)
+        assert got.dtype == torch.float32
+        assert (got - expected).abs().max() <= 1e-5
+    assert tower.dim == expected.shape[1]
+
+
+@pytest.mark.parametrize('variant', CUTTABLE + UNCUT)
+def test_cuts_only_where_it_is_exact(clip_dirs, variant):
+    tower = tower_of(clip_dirs, variant)
+    assert tower.can_cut == (variant in CUTTABLE)
+    lengths = []
+    tower._text.transformer.register_forward_hook(
+        lambda module, inputs, output: lengths.append(output.shape[1]))
+    tower.encode_text(['road', 'car'])
+    extra = variant == 'cls'
+    # [start] road [end]: three tokens instead of 77.
+    assert lengths == [3 if variant in CUTTABLE else 77 + extra]
+
+
+def test_cutting_a_bidirectional_tower_would_be_wrong(clip_dirs):
+    """The detection matters: forcing the cut changes the vectors."""
+    tower = tower_of(clip_dirs, 'bidirectional')
+    expected = tower.encode_text(SENTENCES)
+    tower.can_cut = True
+    assert (tower.encode_text(SENTENCES) - expected).abs().max() > 1e-3
+
+
+def test_order_of_batches_is_restored(clip_dirs):
+    tower = tower_of(clip_dirs, 'clip')
+    one_by_one = torch.cat([tower.encode_text([s]) for s in SENTENCES])
+    together = tower.encode_text(SENTENCES, batch_size=2)
+    assert (together - one_by_one).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize('variant', [v for v in VARIANTS if v != 'cls'])
+def test_soft_prompts_equal_text(clip_dirs, variant):
+    tower = tower_of(clip_dirs, variant)
+    ids = tower.tokenize(SENTENCES)
+    got = tower.encode_prompts(tower.embed_tokens(ids), ids)
+    assert (got - reference(clip_dirs, variant)).abs().max() <= 1e-5
+    if tower.can_cut:
+        # Prompts may come with any length that holds the end tokens.
+        num = int(tower.end_positions(ids).max()) + 1
+        short = tower.encode_prompts(
+            tower.embed_tokens(ids[:, :num]), ids[:, :num])
+        assert (short - got).abs().max() <= 1e-6
+    else:
+        with pytest.raises(ValueError, match='exactly 77'):
+            tower.encode_prompts(tower.embed_tokens(ids[:, :9]), ids[:, :9])
+
+
+def test_gradient_reaches_prompts_and_not_weights(clip_dirs):
+    tower = tower_of(clip_dirs, 'clip')
+    before = tower.checksum()
+    ids = tower.tokenize(['a road', 'car'])
+    prompts = tower.embed_tokens(ids).requires_grad_()
+    target = torch.randn(2, tower.dim)
+    (tower.encode_prompts(prompts, ids) * target).sum().backward()
+    gradient = prompts.grad
+    ends = tower.end_positions(ids).tolist()
+    for row, end in enumerate(ends):
+        assert (gradient[row, :end + 1].abs().sum(dim=1) > 0).all()
+        # What lies behind the end token is not seen.
+        assert gradient[row, end + 1:].abs().sum() == 0
+    # Against a finite difference, in one coordinate.
+    step = torch.zeros_like(prompts)
+    step[0, 1, 3] = 1e-2
+    with torch.no_grad():
+        up = (tower.encode_prompts(prompts + step, ids) * target).sum()
+        down = (tower.encode_prompts(prompts - step, ids) * target).sum()
+    assert float((up - down) / 2e-2) == pytest.approx(
+        float(gradient[0, 1, 3]), rel=2e-2, abs=1e-4)
+    assert all(p.grad is None for p in tower.parameters())
+    assert tower.checksum() == before
+
+
+def test_frozen(clip_dirs):
+    tower = tower_of(clip_dirs, 'custom')
+    parameters = list(tower.parameters())
+    assert len(parameters) > 20
+    assert not any(p.requires_grad for p in parameters)
+    assert tower.train() is tower
+    torch.nn.Sequential(tower).train()
+    assert not any(module.training for module in tower.modules())
+
+
+def test_visual_side_is_dropped(clip_dirs):
+    tower = tower_of(clip_dirs, 'clip')
+    assert not hasattr(tower.clip, 'visual')
+    assert not [n for n, _ in tower.named_parameters() if 'visual' in n]
+
+
+def test_checksum_sees_every_weight(clip_dirs, tmp_path):
+    tower, twin = tower_of(clip_dirs, 'clip'), tower_of(clip_dirs, 'clip')
+    assert tower.checksum() == twin.checksum()
+    save_model(tmp_path / 'other', 'clip', seed=1)
+    other = TextTower(f'local-dir:{tmp_path / "other"}')
+    assert other.checksum() != tower.checksum()
+    twin.clip.positional_embedding.data[-1, -1] += 1e-6
+    assert twin.checksum() != tower.checksum()
+
+
+def test_float32_under_autocast(clip_dirs):
+    tower = tower_of(clip_dirs, 'clip')
+    ids = tower.tokenize(SENTENCES)
+    expected = tower.encode_text(SENTENCES)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        text = tower.encode_text(SENTENCES)
+        soft = tower.encode_prompts(tower.embed_tokens(ids).bfloat16(), ids)
+    assert (text - expected).abs().max() <= 1e-6
+    assert soft.dtype == torch.float32
+    # Only the input was rounded; the arithmetic was not.
+    assert (soft - expected).abs().max() <= 3e-2
+
+
+def test_tokenize(clip_dirs):
+    tower = tower_of(clip_dirs, 'clip')
+    start = EOS - 1
+    assert tower.tokenize(['road'])[0, :4].tolist() == [start, 512 + 2, EOS, 0]
+    assert tower.tokenize('road').shape == (1, TEXT_CFG['context_length'])
+    tower.tokenize([' '.join(['road'] * 75)])
+    with pytest.raises(ValueError, match='78') as info:
+        tower.tokenize(['car', ' '.join(['road'] * 76)])
+    assert 'road road' in str(info.value) and '1 sentence' in str(info.value)
+    with pytest.raises(ValueError, match='no sentences'):
+        tower.tokenize([])
+
+
+def test_class_token_tower_takes_no_prompts(clip_dirs):
+    tower = tower_of(clip_dirs, 'cls')
+    with pytest.raises(TextTowerError, match='takes no soft prompts'):
+        tower.embed_tokens(tower.tokenize(['road']))
+
+
+def test_wrong_prompt_shapes(clip_dirs):
+    tower = tower_of(clip_dirs, 'clip')
+    ids = tower.tokenize(['road'])
+    with pytest.raises(ValueError, match='width 32'):
+        tower.encode_prompts(torch.zeros(1, 77, 31), ids)
+    with pytest.raises(ValueError, match='up to 77'):
+        tower.encode_prompts(
+            torch.zeros(1, 78, 32), torch.zeros(1, 78, dtype=torch.long))
+
+
+def test_load_tower_shares_and_lets_go(clip_name):
+    tower = load_tower(clip_name)
+    assert load_tower(clip_name) is tower
+    gone = weakref.ref(tower)
+    del tower
+    gc.collect()
+    assert gone() is None
+    assert load_tower(clip_name) is not None
+
+
+def test_damaged_folders(clip_dirs, tmp_path):
+    with pytest.raises(TextTowerError, match='no such folder') as info:
+        TextTower(f'local-dir:{tmp_path / "nowhere"}')
+    for way in ('--prefetch', 'local-dir:/path', '--import'):
+        assert way in str(info.value)
+    folder = tmp_path / 'model'
+    shutil.copytree(clip_dirs['clip'], folder)
+    weights = folder / 'open_clip_model.safetensors'
+    data = weights.read_bytes()
+    weights.write_bytes(data[:len(data) // 2])
+    with pytest.raises(TextTowerError, match='cannot be loaded') as info:
+        TextTower(f'local-dir:{folder}')
+    assert info.value.__cause__ is not None
+    weights.unlink()
+    # open_clip itself would go on with random weights here.
+    with pytest.raises(TextTowerError, match='no weights'):
+        TextTower(f'local-dir:{folder}')
+    (folder / 'open_clip_config.json').unlink()
+    with pytest.raises(TextTowerError, match='has no open_clip_config.json'):
+        TextTower(f'local-dir:{folder}')
+
+
+def test_vocabulary_of_another_model(clip_dirs, tmp_path):
+    folder = tmp_path / 'model'
+    shutil.copytree(clip_dirs['clip'], folder)
+    (folder / 'bpe_vocab.txt.gz').unlink()
+    with pytest.raises(TextTowerError, match='bpe_vocab.txt.gz') as info:
+        TextTower(f'local-dir:{folder}')
+    assert '49408' in str(info.value) and '521' in str(info.value)
+
+
+def test_nan_weights(clip_dirs, tmp_path):
+    from safetensors.torch import load_file, save_file
+    folder = tmp_path / 'model'
+    shutil.copytree(clip_dirs['clip'], folder)
+    weights = load_file(folder / 'open_clip_model.safetensors')
+    weights['ln_final.bias'][0] = float('nan')
+    save_file(weights, folder / 'open_clip_model.safetensors')
+    with pytest.raises(TextTowerError, match='not finite'):
+        TextTower(f'local-dir:{folder}')
+
+
+def test_architecture_with_a_weights_file(tmp_path, monkeypatch, clip_dirs):
+    """An architecture name takes its weights from a local file."""
+    import open_clip
+    config = (clip_dirs['wide_bias'] / 'open_clip_config.json').read_text()
+    arch = json.loads(config)['model_cfg']
+    # Full vocabulary: an architecture has open_clip's own tokenizer.
+    arch['text_cfg'].update(vocab_size=49408, width=16)
+    (tmp_path / 'tiny-test-arch.json').write_text(json.dumps(arch))
+    monkeypatch.setattr(open_clip.factory, '_MODEL_CONFIG_PATHS',
+                        list(open_clip.factory._MODEL_CONFIG_PATHS))
+    monkeypatch.setattr(open_clip.factory, '_MODEL_CONFIGS',
+                        dict(open_clip.factory._MODEL_CONFIGS))
+    open_clip.add_model_config(tmp_path)
+    clip = open_clip.create_model('tiny-test-arch')
+    file = tmp_path / 'weights.pt'
+    torch.save(clip.state_dict(), file)
+    tower = TextTower('tiny-test-arch', str(file))
+    with torch.no_grad():
+        expected = clip.encode_text(
+            open_clip.get_tokenizer('tiny-test-arch')(list(SENTENCES)))
+    assert (tower.encode_text(SENTENCES) - expected).abs().max() <= 1e-5
+    with pytest.raises(TextTowerError, match='would be random'):
+        TextTower('tiny-test-arch')
+    with pytest.raises(TextTowerError, match='neither a file nor one of the'):
+        TextTower('tiny-test-arch', str(tmp_path / 'missing.pt'))
+
+
+def test_unknown_architecture_names_its_neighbours():
+    with pytest.raises(TextTowerError, match="'ViT-B-16'"):
+        TextTower('ViT-B16', 'openai')
+
+
+@pytest.mark.parametrize('model, pretrained, looked', [
+    ('ViT-B-16', 'openai', 'models--timm--vit_base_patch16_clip_224.openai'),
+    ('hf-hub:nobody/nothing', None, 'models--nobody--nothing'),
+])
+def test_missing_weights_without_network(model, pretrained, looked, tmp_path,
+                                         monkeypatch):
+    """No route to the hub: one clear error, within seconds."""
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, 'ENDPOINT', 'https://127.0.0.1:9')
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    for name in ('http_proxy', 'https_proxy', 'all_proxy'):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    start = time.time()
+    with pytest.raises(TextTowerError) as info:
+        TextTower(model, pretrained, cache_dir=tmp_path)
+    assert time.time() - start < 10
+    message = str(info.value)
+    assert isinstance(info.value.__cause__, OSError)
+    for part in (model, str(tmp_path), looked, '--prefetch', 'local-dir:/path',
+                 '--import', '127.0.0.1'):
+        assert part in message, part
+
+
+def test_offline_switch_of_the_hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(TextTowerError, match='HF_HUB_OFFLINE'):
+        TextTower('ViT-B-32', 'laion2b_s34b_b79k', cache_dir=tmp_path)
+
+
+def test_cached_hub_model_needs_no_network(clip_dirs, tmp_path, monkeypatch):
+    """A model in the cache opens at once; nothing asks the hub."""
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, 'ENDPOINT', 'https://127.0.0.1:9')
+    repo = tmp_path / 'models--org--name'
+    shutil.copytree(clip_dirs['clip'], repo / 'snapshots' / 'abc')
+    (repo / 'refs').mkdir()
+    (repo / 'refs' / 'main').write_text('abc')
+    tower = TextTower('hf-hub:org/name', cache_dir=tmp_path)
+    expected = reference(clip_dirs, 'clip')
+    assert (tower.encode_text(SENTENCES) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize('tag, repo, quick_gelu', [
+    ('openai', 'timm/vit_base_patch16_clip_224.openai', True),
+    ('laion2b_s34b_b88k', 'laion/CLIP-ViT-B-16-laion2B-s34B-b88K', False),
+])
+def test_tags_bring_their_activation(tmp_path, tag, repo, quick_gelu):
+    """OpenAI's weights under the plain architecture need QuickGELU, of which
+    open_clip only warns."""
+    folder = tmp_path / f'models--{repo.replace("/", "--")}'
+    (folder / 'snapshots' / 'abc').mkdir(parents=True)
+    (folder / 'refs').mkdir()
+    (folder / 'refs' / 'main').write_text('abc')
+    file = folder / 'snapshots' / 'abc' / 'open_clip_model.safetensors'
+    file.touch()
+    assert find_weights('ViT-B-16', tag,
+                        tmp_path) == ('ViT-B-16', str(file), quick_gelu)
+
+
+def test_tag_with_a_plain_address(tmp_path):
+    """Older tags are files on a server and not hub repositories."""
+    cfg = dict(url='https://127.0.0.1:9/models/abc/ViT-X.pt', hf_hub='')
+    with pytest.raises(Exception, match='ViT-X.pt'):
+        _tag_file(cfg, tmp_path)
+    (tmp_path / 'ViT-X.pt').touch()
+    assert _tag_file(cfg, tmp_path) == str(tmp_path / 'ViT-X.pt')
+
+
+def test_without_open_clip(tmp_path):
+    """Importing the package needs no open_clip; a tower says how to get it."""
+    (tmp_path / 'open_clip.py').write_text('raise ImportError("no open_clip")')
+    code = ('import sys, mmseg_textkd\n'
+            'assert "open_clip" not in sys.modules\n'
+            'from mmseg_textkd.text.text_tower import *\n'
+            'try:\n    TextTower("toyclip")\n'
+            'except TextTowerError as e:\n    print(e)\n')
+    env = dict(
+        os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    done = subprocess.run([sys.executable, '-c', code],
+                          env=env,
+                          capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'pip install open_clip_torch' in done.stdout
+
+
+def test_toyclip_is_loaded_and_named(log):
+    from mmseg_textkd.text.vocabulary import Vocabulary
+    tower = TextTower('toyclip')
+    assert tower.can_cut and tower.model == 'toyclip'
+    assert 'ToyCLIP' in log.getvalue()
+    names = list(Vocabulary.from_spec('toy_scenes').names)
+    cut, full = (tower.encode_text(names, cut=cut) for cut in (True, False))
+    assert (cut - full).abs().max() <= 1e-5

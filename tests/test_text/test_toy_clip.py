@@ -1,0 +1,191 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import gzip
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / 'mmseg_textkd' / 'text' / 'toy_clip'
+TOOL = ROOT / 'tools' / 'toy_clip'
+CLASSES = ('sky', 'building', 'road', 'sidewalk', 'pole', 'car', 'truck',
+           'person')
+
+
+@pytest.fixture(scope='module')
+def tool():
+    """The training script as a module, with its neighbours."""
+    before = dict(sys.modules)
+    sys.path.insert(0, str(TOOL))
+    try:
+        names = ('corpus', 'bpe', 'measure', 'train')
+        for name in names:
+            sys.modules.pop(name, None)
+        yield importlib.import_module('train')
+    finally:
+        sys.path.remove(str(TOOL))
+        for name in names:
+            sys.modules.pop(name, None)
+            if name in before:
+                sys.modules[name] = before[name]
+
+
+@pytest.fixture(scope='module')
+def toy_clip():
+    import open_clip
+    model = open_clip.create_model(f'local-dir:{FOLDER}').eval()
+    tokenizer = open_clip.get_tokenizer(
+        f'local-dir:{FOLDER}', bpe_path=str(FOLDER / 'bpe_vocab.txt.gz'))
+    return model, tokenizer
+
+
+@pytest.fixture(scope='module')
+def held_out(tool):
+    return tool.make_crops(11, 'toy_clip_test', 60)
+
+
+def _vectors(toy_clip, words, template='a photo of a {}.'):
+    model, tokenizer = toy_clip
+    with torch.no_grad():
+        return model.encode_text(
+            tokenizer([template.format(w) for w in words]), normalize=True)
+
+
+def test_folder_is_small_and_portable():
+    names = {p.name for p in FOLDER.iterdir() if p.is_file()}
+    assert {
+        'open_clip_config.json', 'open_clip_model.safetensors',
+        'bpe_vocab.txt.gz', 'README.md'
+    } <= names
+    assert not [n for n in names if n.endswith(('.tmp', '.bin', '.pt'))]
+    assert sum(p.stat().st_size for p in FOLDER.iterdir()) < 4e6
+    config = json.loads((FOLDER / 'open_clip_config.json').read_text())
+
+    def strings(value):
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            return [s for v in value for s in strings(v)]
+        return [value] if isinstance(value, str) else []
+
+    assert strings(config) == ['bicubic', 'squash']
+    card = (FOLDER / 'README.md').read_text()
+    assert 'toy' in card.split('\n\n')[1] and 'ToyScenes' in card
+    assert '{' not in card.replace("{folder}", '')
+
+
+def test_vocabulary_file(toy_clip, tool):
+    raw = (FOLDER / 'bpe_vocab.txt.gz').read_bytes()
+    assert raw[4:8] == bytes(4)  # no time of writing
+    lines = gzip.decompress(raw).decode().split('\n')
+    merges = [tuple(line.split()) for line in lines[1:]]
+    assert len(set(merges)) == len(merges)
+    assert all(len(pair) == 2 for pair in merges)
+    model, tokenizer = toy_clip
+    assert tokenizer.vocab_size == len(merges) + 514 < 1100
+    assert model.token_embedding.num_embeddings == tokenizer.vocab_size
+    assert tokenizer(['x']).shape == (1, 32) == (1, model.context_length)
+    # Words of the scenes and of users' templates are whole; others are spelt.
+    text = 'this is a blurry photo of the large pedestrian in the scene'
+    assert len(tokenizer.encode(text)) == len(text.split())
+    assert len(tokenizer.encode('xylophone')) > 4
+    assert tokenizer.decode(
+        tokenizer.encode('Zürich tram 7')) == ('zürich tram 7 ')
+    longest = max(
+        len(tokenizer.encode(t.format('street light')))
+        for t in tool.TEMPLATES)
+    assert longest + 2 <= 20
+
+
+def test_merges_of_a_known_text(tool, tmp_path):
+    from open_clip.tokenizer import SimpleTokenizer
+    bpe = sys.modules['bpe']
+    merges = bpe.train_merges(['aab aab aab ab', 'aab cd'], 3)
+    # Counts: a+a 4, a+b</w> 5 -> first; then a+ab</w> 4; then c+d</w> 1.
+    assert merges == [('a', 'b</w>'), ('a', 'ab</w>'), ('c', 'd</w>')]
+    assert bpe.train_merges(['ab'], 99) == [('a', 'b</w>')]
+    packed = bpe.pack_merges(merges)
+    assert packed == bpe.pack_merges(merges)
+    assert gzip.decompress(packed).decode() == (
+        '#version: 0.2\na b</w>\na ab</w>\nc d</w>')
+    (tmp_path / 'bpe.gz').write_bytes(packed)
+    tokenizer = SimpleTokenizer(bpe_path=str(tmp_path / 'bpe.gz'))
+    assert tokenizer.vocab_size == 514 + 3
+    assert tokenizer.bpe('aab') == 'aab</w>'
+    assert tokenizer.bpe('cab') == 'c ab</w>'
+
+
+def test_held_out_retrieval(toy_clip, tool, held_out):
+    assert len(held_out) > 500
+    figures = tool.evaluate(*toy_clip, held_out, seed=1)
+    assert figures['accuracy'] > 3 / 8
+    assert min(figures['per_class'].values()) > 1 / 8
+    assert figures['recall_1'] > 5 / 100
+    assert figures['recall_5'] > 20 / 100
+    assert figures['relations'] == 1
+
+
+def test_untrained_model_is_at_chance(toy_clip, tool, held_out):
+    import open_clip
+    torch.manual_seed(0)
+    model = open_clip.create_model(f'local-dir:{FOLDER}', load_weights=False)
+    figures = tool.evaluate(model, toy_clip[1], held_out, seed=1)
+    assert figures['accuracy'] < .25 and figures['recall_1'] < .05
+
+
+def test_class_names_have_distinct_vectors(toy_clip):
+    vectors = _vectors(toy_clip, CLASSES)
+    assert vectors.shape == (8, 64) and torch.isfinite(vectors).all()
+    cosine = vectors @ vectors.T
+    off = cosine[~torch.eye(8, dtype=torch.bool)]
+    assert off.max() < .97
+    # The look-alikes are the closest: car-truck and road-sidewalk.
+    order = cosine - 2 * torch.eye(8)
+    assert CLASSES[order[CLASSES.index('truck')].argmax()] == 'car'
+    assert CLASSES[order[CLASSES.index('road')].argmax()] == 'sidewalk'
+
+
+@pytest.mark.parametrize('template', ['a photo of a {}.', '{}'])
+@pytest.mark.parametrize('word,near,far', [
+    ('car', 'automobile', 'sky'),
+    ('car', 'truck', 'sky'),
+    ('road', 'sidewalk', 'person'),
+    ('road', 'street', 'building'),
+    ('person', 'pedestrian', 'building'),
+    ('truck', 'lorry', 'person'),
+    ('sidewalk', 'pavement', 'sky'),
+    ('building', 'tower', 'car'),
+])
+def test_related_words_are_closer(toy_clip, template, word, near, far):
+    a, b, c = _vectors(toy_clip, (word, near, far), template)
+    assert a @ b > a @ c + .05
+
+
+def test_templates_move_a_class_less_than_another_class(toy_clip):
+    templates = ('a photo of a {}.', 'a blurry photo of the {}.',
+                 'there is a {} in the scene.')
+    sets = torch.stack([_vectors(toy_clip, CLASSES, t) for t in templates])
+    hits = [
+        int((sets[i] @ sets[j].T).argmax(1)[k] == k) for i in range(3)
+        for j in range(3) if i != j for k in range(8)
+    ]
+    assert np.mean(hits) > .9 and len(hits) == 48
+
+
+def test_training_is_reproducible(tool):
+    import open_clip
+    crops = tool.make_crops(0, 'toy_clip_test', 12)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = open_clip.create_model(
+            f'local-dir:{FOLDER}', load_weights=False)
+        tokenizer = open_clip.get_tokenizer(
+            f'local-dir:{FOLDER}', bpe_path=str(FOLDER / 'bpe_vocab.txt.gz'))
+        tool.train(model, tokenizer, crops, steps=6, batch=36, seed=0)
+        results.append(model.state_dict())
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])

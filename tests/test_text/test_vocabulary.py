@@ -1,0 +1,208 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import json
+import re
+
+import pytest
+from mmengine.config import ConfigDict
+from mmseg.datasets import (ADE20KDataset, BDD100KDataset, CityscapesDataset,
+                            COCOStuffDataset, PascalVOCDataset)
+
+from mmseg_textkd.datasets.camvid import CamVidDataset
+from mmseg_textkd.datasets.toy_scenes import ToyScenesDataset
+from mmseg_textkd.text.vocabulary import VOCABULARY_DIR, Vocabulary
+
+DATASETS = {
+    'cityscapes': (CityscapesDataset, 19),
+    'camvid': (CamVidDataset, 11),
+    'ade20k': (ADE20KDataset, 150),
+    'voc12': (PascalVOCDataset, 21),
+    'coco_stuff': (COCOStuffDataset, 171),
+    'toy_scenes': (ToyScenesDataset, 8),
+}
+# Names that must not reach a text encoder as they are, and what must.
+MEANT = [
+    ('camvid', 'signsymbol', 'traffic sign'),
+    ('camvid', 'pavement', 'sidewalk'),
+    ('camvid', 'bicyclist', 'cyclist'),
+    ('cityscapes', 'rider', 'cyclist'),
+    ('cityscapes', 'vegetation', 'tree'),
+    ('cityscapes', 'terrain', 'grass'),
+    ('ade20k', 'bed ', 'bed'),
+    ('ade20k', 'pot', 'flowerpot'),
+    ('ade20k', 'glass', 'drinking glass'),
+    ('ade20k', 'plaything', 'toy'),
+    ('ade20k', 'hood', 'range hood'),
+    ('voc12', 'pottedplant', 'potted plant'),
+    ('voc12', 'tvmonitor', 'television'),
+    ('coco_stuff', 'mouse', 'computer mouse'),
+    ('coco_stuff', 'orange', 'orange fruit'),
+    ('coco_stuff', 'wall-brick', 'brick wall'),
+    ('coco_stuff', 'water-other', 'water'),
+    ('coco_stuff', 'door-stuff', 'door'),
+]
+
+
+def test_every_file_is_tested():
+    assert Vocabulary.keys() == sorted(DATASETS)
+    files = sorted(f.name for f in VOCABULARY_DIR.glob('*.json'))
+    assert files == sorted(f'{key}.json' for key in DATASETS)
+    assert len(files) == 6
+
+
+@pytest.mark.parametrize('key', DATASETS)
+def test_names_equal_the_datasets_classes_in_order(key):
+    dataset, count = DATASETS[key]
+    vocabulary = Vocabulary.from_spec(key)
+    assert vocabulary.names == tuple(dataset.METAINFO['classes'])
+    assert len(vocabulary) == len(vocabulary.phrases) == count
+
+
+def test_bdd100k_shares_the_names_of_cityscapes():
+    assert Vocabulary.from_spec('cityscapes').names == tuple(
+        BDD100KDataset.METAINFO['classes'])
+
+
+@pytest.mark.parametrize('key', DATASETS)
+def test_phrases_are_plain_words_and_stand_for_one_class(key):
+    phrases = [p for ps in Vocabulary.from_spec(key).phrases for p in ps]
+    assert len(phrases) >= DATASETS[key][1]
+    # Lower case words: no underscore, digit, comma, suffix or blank at an end.
+    odd = [p for p in phrases if not re.fullmatch(r"[a-z]+([ '-][a-z]+)*", p)]
+    assert odd == []
+    bare = {'other', 'others', 'stuff', 'thing', 'things', 'misc', 'void'}
+    assert [p for p in phrases if bare & set(re.split('[ -]', p))] == []
+    assert [p for p in phrases if p.split()[0] in ('a', 'an', 'the')] == []
+    assert [p for p in phrases if len(p.split()) > 8] == []
+    assert len(set(phrases)) == len(phrases)
+
+
+def test_a_class_name_is_never_a_phrase_of_another_class():
+    # 'rug' among the phrases of 'carpet' would draw the two together, even
+    # where 'rug' itself is described in other words.
+    checked = 0
+    for key in DATASETS:
+        vocabulary = Vocabulary.from_spec(key)
+        names = {name.strip() for name in vocabulary.names}
+        for name, phrases in zip(vocabulary.names, vocabulary.phrases):
+            assert not (names - {name.strip()}) & set(phrases), (key, name)
+            checked += 1
+    assert checked == 19 + 11 + 150 + 21 + 171 + 8
+
+
+@pytest.mark.parametrize('key,name,phrase', MEANT)
+def test_odd_names_come_first_as_what_they_mean(key, name, phrase):
+    vocabulary = Vocabulary.from_spec(key)
+    assert vocabulary.phrases[vocabulary.names.index(name)][0] == phrase
+
+
+def test_background_is_described_by_what_is_not_an_object():
+    vocabulary = Vocabulary.from_spec('voc12')
+    background, *objects = vocabulary.phrases
+    assert background[0] == 'background' and len(background) > 5
+    assert not set(background) & {p for ps in objects for p in ps}
+
+
+def test_readme_names_every_file():
+    text = (VOCABULARY_DIR / 'README.md').read_text(encoding='utf-8')
+    rows = dict(re.findall(r'\| `(\w+)\.json` \| (\d+) \|', text))
+    assert rows == {key: str(count) for key, (_, count) in DATASETS.items()}
+
+
+@pytest.mark.parametrize('spec', [
+    {
+        'traffic_light': ['traffic light', 'signal'],
+        'car': 'car'
+    },
+    ConfigDict(traffic_light=['traffic light', 'signal'], car='car'),
+])
+def test_from_dict(spec):
+    assert Vocabulary.from_spec(spec) == Vocabulary(
+        ('traffic_light', 'car'), (('traffic light', 'signal'), ('car', )))
+
+
+def test_from_list_reads_underscores_as_spaces_and_keeps_the_name():
+    vocabulary = Vocabulary.from_spec(['traffic_light', 'car'])
+    assert vocabulary.names == ('traffic_light', 'car')
+    assert vocabulary.phrases == (('traffic light', ), ('car', ))
+
+
+def test_from_json_round_trip(tmp_path):
+    ade = Vocabulary.from_spec('ade20k')
+    file = tmp_path / 'mine.json'
+    file.write_text(json.dumps(dict(zip(ade.names, ade.phrases))))
+    assert Vocabulary.from_spec(str(file)) == ade
+    assert Vocabulary.from_spec(file) == ade  # pathlib
+    file.write_text('["car", "tree"]')
+    assert Vocabulary.from_spec(file).phrases == (('car', ), ('tree', ))
+
+
+def test_from_txt(tmp_path):
+    file = tmp_path / 'names.txt'
+    file.write_bytes('\ufeff# mine\r\nroad\r\n\r\nsign_post: traffic sign , '
+                     'road sign\r\n  café\r\n'.encode())
+    assert Vocabulary.from_spec(file) == Vocabulary(
+        ('road', 'sign_post', 'café'),
+        (('road', ), ('traffic sign', 'road sign'), ('café', )))
+
+
+def test_is_constant_and_wraps_a_lone_phrase():
+    vocabulary = Vocabulary(['road', 'car'], ['road', ['car', 'van']])
+    assert vocabulary.phrases == (('road', ), ('car', 'van'))
+    assert hash(vocabulary) == hash(
+        Vocabulary(('road', 'car'), (('road', ), ('car', 'van'))))
+    assert Vocabulary.from_spec(vocabulary) is vocabulary
+    with pytest.raises(AttributeError):
+        vocabulary.names = ('a', )
+
+
+@pytest.mark.parametrize('spec,error,message', [
+    ([], ValueError, 'empty: it names no class'),
+    ({}, ValueError, 'empty: it names no class'),
+    (['car', 'tree', 'car'], ValueError,
+     "'car' occurs twice in the vocabulary, as class 0 and as class 2"),
+    (['bed', 'bed '], ValueError, "'bed ' occurs twice"),
+    (['car', ' '], ValueError, "Class 1 .* empty name .*' '"),
+    (['car', 7], ValueError, 'Class 1 .* no text: 7'),
+    (dict(car=[]), ValueError, "Class 'car' has no phrase"),
+    (dict(car=['van', ' ']), ValueError, "Class 'car' has an empty phrase"),
+    (dict(car=['van', 3]), ValueError, "'car' has an empty .* no text: 3"),
+    (dict(car=['van', 'Van']), ValueError, "'car' has a phrase twice"),
+    (dict(car=3), ValueError, "'car': expected a phrase or a list .* 3"),
+    ('citiscapes', ValueError,
+     r"Unknown vocabulary 'citiscapes': .*'cityscapes'.* \.json or \.txt"),
+    ('missing/names.txt', FileNotFoundError,
+     'missing/names.txt does not exist'),
+    (3, TypeError, 'dataset key, a file, a dict or a list.* int'),
+])
+def test_bad_specs(spec, error, message):
+    with pytest.raises(error, match=message):
+        Vocabulary.from_spec(spec)
+
+
+@pytest.mark.parametrize('name,content,message', [
+    ('a.txt', '\n# nothing\n', 'names no class'),
+    ('a.txt', 'car\ncar: van\n', "'car' occurs twice"),
+    ('a.txt', 'car: van,\n', "'car' has an empty phrase"),
+    ('a.txt', 'car:\n', "'car' has an empty phrase"),
+    ('a.txt', ': van\n', 'Class 0 .* empty name'),
+    ('a.json', '{"car": "van", "car": "bus"}', "'car' occurs twice"),
+    ('a.json', '{"car": {"van": 1}}', "'car': expected a phrase"),
+    ('a.json', '{"car": null, "van"}', 'Expecting'),
+    ('a.json', '3', 'expected a dict .* found int'),
+])
+def test_bad_files_are_named(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        Vocabulary.from_spec(file)
+    assert f'Vocabulary file {file}' in str(error.value)
+
+
+def test_names_and_phrases_must_be_as_many():
+    with pytest.raises(ValueError, match='2 names but phrases for 1 classes'):
+        Vocabulary(('a', 'b'), (('a', ), ))
+
+
+def test_a_phrase_of_two_classes_warns():
+    with pytest.warns(UserWarning, match="'van' stands for both 'car' and"):
+        Vocabulary.from_spec(dict(car=['car', 'van'], truck=['van']))

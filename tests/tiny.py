@@ -1,0 +1,163 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""A real training run, small enough for a test."""
+import os.path as osp
+
+from contextlib import contextmanager
+
+import cv2
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
+from mmseg.registry import OPTIM_WRAPPERS
+
+CLASSES = ('sky', 'building', 'road', 'sidewalk', 'pole', 'car', 'truck',
+           'person')
+SIZE = (32, 64)
+
+
+@OPTIM_WRAPPERS.register_module()
+class CPUAmpOptimWrapper(OptimWrapper):
+    """Autocast to bfloat16; MMEngine's AmpOptimWrapper insists on a GPU."""
+
+    @contextmanager
+    def optim_context(self, model):
+        with super().optim_context(model), torch.autocast(
+                'cpu', dtype=torch.bfloat16):
+            yield
+
+
+def write_dataset(root, num_images=6):
+    """Write images whose colours say their classes, more or less."""
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (len(CLASSES), 3))
+    for folder in ('img', 'ann'):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for i in range(num_images):
+        labels = np.kron(
+            rng.integers(0, len(CLASSES), (2, 4)),
+            np.ones((SIZE[0] // 2, SIZE[1] // 4), int))
+        image = colours[labels] + rng.normal(0, 10, (*SIZE, 3))
+        image = image.clip(0, 255).astype(np.uint8)
+        cv2.imwrite(str(root / 'img' / f'{i}.png'), image)
+        cv2.imwrite(str(root / 'ann' / f'{i}.png'), labels.astype(np.uint8))
+    return str(root)
+
+
+def tiny_config(tmp_path, text=None, hook=None, max_iters=6, **options):
+    """Config of a tiny BiSeNetV2; with ``text``, of its text twin."""
+    root = tmp_path / 'data'
+    if not root.exists():
+        write_dataset(root)
+    norm_cfg = dict(type='BN')
+    head = dict(
+        type='FCNHead',
+        in_channels=8,
+        in_index=0,
+        channels=16,
+        num_convs=1,
+        concat_input=False,
+        # Random, and MMEngine does not save random states.
+        dropout_ratio=0.,
+        num_classes=len(CLASSES),
+        norm_cfg=norm_cfg,
+        align_corners=False,
+        loss_decode=dict(type='CrossEntropyLoss'))
+    if text is not None:
+        head.update(type='TextFCNHead', text=text)
+    dataset = dict(
+        type='BaseSegDataset',
+        data_root=str(root),
+        img_suffix='.png',
+        seg_map_suffix='.png',
+        metainfo=dict(classes=CLASSES, palette=[[i, i, i] for i in range(8)]),
+        data_prefix=dict(img_path='img', seg_map_path='ann'),
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations'),
+            dict(type='PackSegInputs')
+        ])
+
+    def loader(batch_size, sampler):
+        return dict(
+            batch_size=batch_size,
+            num_workers=0,
+            sampler=sampler,
+            dataset=dataset)
+
+    cfg = dict(
+        default_scope='mmseg',
+        custom_imports=dict(imports=['mmseg_textkd']),
+        model=dict(
+            type='EncoderDecoder',
+            data_preprocessor=dict(
+                type='SegDataPreProcessor',
+                mean=[128.] * 3,
+                std=[64.] * 3,
+                size=SIZE,
+                seg_pad_val=255),
+            backbone=dict(
+                type='BiSeNetV2',
+                detail_channels=(4, 4, 8),
+                semantic_channels=(4, 4, 8, 8),
+                semantic_expansion_ratio=1,
+                bga_channels=8,
+                norm_cfg=norm_cfg),
+            decode_head=head,
+            train_cfg=dict(),
+            test_cfg=dict(mode='whole')),
+        work_dir=str(tmp_path / 'work'),
+        train_dataloader=loader(2, dict(type='InfiniteSampler')),
+        val_dataloader=loader(1, dict(type='DefaultSampler', shuffle=False)),
+        val_evaluator=dict(type='IoUMetric', iou_metrics=['mIoU']),
+        train_cfg=dict(
+            type='IterBasedTrainLoop',
+            max_iters=max_iters,
+            val_interval=max_iters),
+        val_cfg=dict(type='ValLoop'),
+        optim_wrapper=dict(
+            type='OptimWrapper',
+            optimizer=dict(
+                type='SGD', lr=0.05, momentum=0.9, weight_decay=5e-4),
+            paramwise_cfg=dict(
+                custom_keys={
+                    '.text.': dict(decay_mult=0.),
+                    'log_scale': dict(decay_mult=0.)
+                })),
+        param_scheduler=[
+            dict(
+                type='PolyLR',
+                eta_min=1e-4,
+                power=0.9,
+                begin=0,
+                end=max_iters,
+                by_epoch=False)
+        ],
+        default_hooks=dict(
+            logger=dict(type='LoggerHook', interval=1),
+            checkpoint=dict(
+                type='CheckpointHook', by_epoch=False, interval=1)),
+        log_processor=dict(by_epoch=False),
+        env_cfg=dict(dist_cfg=dict(backend='gloo')),
+        find_unused_parameters=True,
+        randomness=dict(seed=0),
+        log_level='ERROR')
+    cfg['test_dataloader'] = cfg['val_dataloader']
+    cfg['test_evaluator'] = cfg['val_evaluator']
+    cfg['test_cfg'] = dict(type='TestLoop')
+    if hook is not None:
+        cfg['custom_hooks'] = [dict(type='PromptLearnerHook', **hook)]
+    cfg = Config(cfg)
+    cfg.merge_from_dict(options)
+    return cfg
+
+
+def run(cfg, **changes):
+    """Train and return the runner."""
+    cfg = cfg.copy()
+    cfg.merge_from_dict(changes)
+    cfg.experiment_name = f'{osp.basename(cfg.work_dir)}_{id(cfg)}'
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    return runner

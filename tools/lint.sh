@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Check style, imports, format, spelling and docstrings; changes nothing.
+set -u
+cd "$(dirname "$0")/.."
+
+FILES=(mmseg_textkd configs tools tests setup.py)
+FAULTS=()
+step() {
+    echo "lint: $1"
+    python -m "$@" || FAULTS+=("$1")
+}
+# What .mim links to is checked as what it is.
+step flake8 --exclude .mim "${FILES[@]}"
+step isort --check-only --diff --skip .mim "${FILES[@]}"
+step yapf --diff --recursive --exclude '*/.mim/*' "${FILES[@]}"
+step codespell_lib --skip .mim mmseg_textkd configs tools tests README.md
+step interrogate --quiet --config setup.cfg mmseg_textkd
+if [ ${#FAULTS[@]} -gt 0 ]; then
+    echo "lint: faults found by ${FAULTS[*]}" >&2
+    exit 1
+fi

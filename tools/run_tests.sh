@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Set up the environment, then lint, then test.
+#
+#   bash tools/run_tests.sh                          lint and the whole suite
+#   bash tools/run_tests.sh tests/test_text -k tower some of it
+#   STACK=onedl bash tools/run_tests.sh -m stacks    on the OneDL forks
+set -euo pipefail
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+. "$ROOT/tools/setup_env.sh"
+cd "$ROOT"
+
+bash tools/lint.sh
+echo "run_tests: pytest $*"
+# pytest ends with 5 where nothing was selected: that is a failure too.
+python -m pytest "$@"
