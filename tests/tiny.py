@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """A real training run, small enough for a test."""
 import os.path as osp
-
 from contextlib import contextmanager
 
 import cv2
@@ -120,11 +119,10 @@ def tiny_config(tmp_path, text=None, hook=None, max_iters=6, **options):
             type='OptimWrapper',
             optimizer=dict(
                 type='SGD', lr=0.05, momentum=0.9, weight_decay=5e-4),
-            paramwise_cfg=dict(
-                custom_keys={
-                    '.text.': dict(decay_mult=0.),
-                    'log_scale': dict(decay_mult=0.)
-                })),
+            paramwise_cfg=dict(custom_keys={
+                '.text.': dict(decay_mult=0.),
+                'log_scale': dict(decay_mult=0.)
+            })),
         param_scheduler=[
             dict(
                 type='PolyLR',
@@ -136,8 +134,8 @@ def tiny_config(tmp_path, text=None, hook=None, max_iters=6, **options):
         ],
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
-            checkpoint=dict(
-                type='CheckpointHook', by_epoch=False, interval=1)),
+            checkpoint=dict(type='CheckpointHook', by_epoch=False,
+                            interval=1)),
         log_processor=dict(by_epoch=False),
         env_cfg=dict(dist_cfg=dict(backend='gloo')),
         find_unused_parameters=True,

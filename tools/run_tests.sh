@@ -9,7 +9,10 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/tools/setup_env.sh"
 cd "$ROOT"
 
-bash tools/lint.sh
+# Faults of style do not keep the tests from running, but count as failure.
+lint=0
+bash tools/lint.sh || lint=$?
 echo "run_tests: pytest $*"
 # pytest ends with 5 where nothing was selected: that is a failure too.
 python -m pytest "$@"
+exit "$lint"

@@ -131,13 +131,22 @@ setup_env_install() {
 }
 
 setup_env_pip() {
-    "$venv/bin/python" -m pip --disable-pip-version-check "$@" \
-        >> "$log" 2>&1 && return
-    grep -E '^ *(ERROR|error)' "$log" | tail -3 >&2
-    if grep -qE 'NewConnectionError|Temporary failure|ConnectTimeout|ProxyError|Max retries|\(from versions: none\)' "$log"; then
-        setup_env_die "the package registry cannot be reached; check the" \
-            "network, or name a mirror with PIP_INDEX_URL=... (log: $log)"
+    local out=$venv/pip.log
+    if "$venv/bin/python" -m pip --disable-pip-version-check "$@" \
+        > "$out" 2>&1; then
+        cat "$out" >> "$log"
+        return
     fi
+    cat "$out" >> "$log"
+    # pip gives up in good order: no reason to make the environment anew.
+    rm -f "$busy"
+    # Offline, pip may speak of conflicts; ask for something that is anywhere.
+    "$venv/bin/python" -m pip download -q --no-deps -d "$venv/probe" wheel \
+        > /dev/null 2>&1 || setup_env_die \
+        "the package registry cannot be reached; check the network, or name" \
+        "a mirror by PIP_INDEX_URL=... (log: $log)"
+    rm -rf "$venv/probe"
+    grep -iE '^ *error' "$out" | tail -3 >&2
     setup_env_die "pip $1 failed, see $log"
 }
 

@@ -155,7 +155,10 @@ def generate_toy_scenes(root: Union[str, Path],
             for item in items:
                 write(item)
         else:
-            with ProcessPoolExecutor(workers) as pool:
+            # OpenMP or pthreads pools of OpenCV do not survive a fork.
+            with ProcessPoolExecutor(
+                    workers, initializer=cv2.setNumThreads,
+                    initargs=(0, )) as pool:
                 list(pool.map(write, items, chunksize=8))
         (new / MANIFEST).write_text(
             json.dumps(wanted, indent=2) + '\n', encoding='utf-8')

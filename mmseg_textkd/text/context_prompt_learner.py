@@ -46,18 +46,19 @@ class ContextPromptLearner(PromptLearner):
             Defaults to None: the phrases in the embeddings file.
     """
 
-    def __init__(self,
-                 embeddings: dict,
-                 num_classes: int,
-                 model: str,
-                 pretrained: Optional[str] = None,
-                 token_dim: int = 512,
-                 n_ctx: int = 16,
-                 class_specific: bool = False,
-                 position: str = 'end',
-                 init: Optional[str] = None,
-                 vocabulary: Optional[Union[str, dict,
-                                            Sequence[str]]] = None) -> None:
+    def __init__(
+            self,
+            embeddings: dict,
+            num_classes: int,
+            model: str,
+            pretrained: Optional[str] = None,
+            token_dim: int = 512,
+            n_ctx: int = 16,
+            class_specific: bool = False,
+            position: str = 'end',
+            init: Optional[str] = None,
+            vocabulary: Optional[Union[str, dict,
+                                       Sequence[str]]] = None) -> None:
         super().__init__(embeddings, num_classes)
         if position not in ('end', 'middle'):
             raise ValueError("`position` must be 'end' or 'middle', but got "
@@ -68,8 +69,8 @@ class ContextPromptLearner(PromptLearner):
         self.token_dim, self.n_ctx = token_dim, n_ctx
         self.position, self.init = position, init
         self.vocabulary = vocabulary
-        shape = (num_classes, n_ctx, token_dim) if class_specific else (
-            n_ctx, token_dim)
+        shape = (num_classes, n_ctx,
+                 token_dim) if class_specific else (n_ctx, token_dim)
         self.context = nn.Parameter(torch.empty(shape).normal_(std=0.02))
         # Out of nn.Module's sight on purpose: see the class docstring.
         self.__dict__['tower'] = None
@@ -96,8 +97,8 @@ class ContextPromptLearner(PromptLearner):
                     f'{list(vocabulary.names)}, but the embeddings have '
                     f'{list(self.names)}.')
             phrases = [p[0] for p in vocabulary.phrases]
-        elif self.fixed_record is not None:
-            phrases = [p[0] for p in self.fixed_record.phrases]
+        elif self.record is not None:
+            phrases = [p[0] for p in self.record.phrases]
         else:
             raise ValueError(
                 'ContextPromptLearner does not know the class names; give '
@@ -150,8 +151,7 @@ class ContextPromptLearner(PromptLearner):
                 before = self.n_ctx // 2
             place = torch.cat([
                 torch.arange(1, 1 + before),
-                torch.arange(1 + before + num_name,
-                             1 + self.n_ctx + num_name)
+                torch.arange(1 + before + num_name, 1 + self.n_ctx + num_name)
             ])
             row = ids.new_zeros(room)
             kept = torch.ones(length + self.n_ctx, dtype=torch.bool)

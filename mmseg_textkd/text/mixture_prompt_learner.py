@@ -32,7 +32,7 @@ class MixturePromptLearner(PromptLearner):
         bank: Optional[Tensor] = None
         mask: Optional[Tensor] = None
         if self.has_base:
-            record = self.fixed_record
+            record = self.record
             if record is None or record.bank is None:
                 raise ValueError(
                     'MixturePromptLearner needs an embeddings file with a '

@@ -38,7 +38,7 @@ class PromptLearner(TextProvider):
         # Says, through any kill and resume, whether the prompts have begun.
         self.register_buffer('started', torch.zeros((), dtype=torch.bool))
         self.has_base = fixed.filled
-        self.fixed_record = getattr(fixed, 'record', None)
+        self.record = getattr(fixed, 'record', None)
         if self.has_base:
             self.fill(fixed.class_embeddings)
 

@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 from tiny import CLASSES, run, tiny_config
 
-from mmseg_textkd.engine.hooks.stage_schedule import StageSchedule
+from mmseg_textkd.engine.stages import StageSchedule
 
 
 @HOOKS.register_module()
@@ -27,15 +27,20 @@ class Recorder(Hook):
         self.rows.append(
             dict(
                 iter=runner.iter,
-                learns={n
-                        for n, p in model.named_parameters()
-                        if p.requires_grad},
+                learns={
+                    n
+                    for n, p in model.named_parameters() if p.requires_grad
+                },
                 before=copy.deepcopy(model.state_dict()),
-                lr={names[id(g['params'][0])]: g['lr']
-                    for g in groups
-                    if g['params']}))
+                lr={
+                    names[id(g['params'][0])]: g['lr']
+                    for g in groups if g['params']
+                }))
 
-    def after_train_iter(self, runner, batch_idx, data_batch=None,
+    def after_train_iter(self,
+                         runner,
+                         batch_idx,
+                         data_batch=None,
                          outputs=None):
         model = getattr(runner.model, 'module', runner.model)
         self.rows[-1]['after'] = copy.deepcopy(model.state_dict())
@@ -109,8 +114,7 @@ def test_no_stage_2_by_default(tmp_path, residual):
 
 def test_stage_2_from_the_start(tmp_path, residual):
     _, recorder = record(tiny_config(tmp_path, residual, dict(switch_at=0)))
-    assert all(row['learns'] == {OFFSET, SCALE, BIAS}
-               for row in recorder.rows)
+    assert all(row['learns'] == {OFFSET, SCALE, BIAS} for row in recorder.rows)
 
 
 def test_rates_of_stage_2(tmp_path, residual):
@@ -146,8 +150,8 @@ def test_rates_of_stage_2(tmp_path, residual):
 
 def test_schedule_factors():
     cosine = StageSchedule('cosine')
-    assert cosine.factor(0, 10) == 1 and cosine.factor(5, 10) == pytest.approx(
-        0.5)
+    assert cosine.factor(0, 10) == 1 and cosine.factor(
+        5, 10) == pytest.approx(0.5)
     assert StageSchedule('poly').factor(5, 10) == pytest.approx(0.5**0.9)
     assert StageSchedule().factor(9, 10) == 1
     warm = StageSchedule(warmup_iters=4)
@@ -170,9 +174,9 @@ def test_learned_text_is_in_the_checkpoint(tmp_path, residual):
         provider.base + 0.5 * saved[OFFSET], dim=1)
     torch.testing.assert_close(saved[key], expected)
     assert provider.drift() > 0
-    assert {k for k in saved if '.text.' in k} == {
-        key, OFFSET, 'decode_head.conv_seg.text.started'
-    }
+    assert {k
+            for k in saved if '.text.' in k
+            } == {key, OFFSET, 'decode_head.conv_seg.text.started'}
     bare = cfg.copy()
     bare.pop('custom_hooks')
     text = bare.model.decode_head.text.embeddings
@@ -200,7 +204,8 @@ def same_state(path_a, path_b):
 VARIANTS = dict(
     plain={},
     ema={
-        'extra_hook': dict(
+        'extra_hook':
+        dict(
             type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.3)
     },
     ema_buffers={
@@ -230,9 +235,8 @@ def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, residual, variant,
     killed = cfg.copy()
     killed.work_dir = str(tmp_path / 'killed')
     first = killed.copy()
-    first.custom_hooks = list(first.custom_hooks) + [
-        dict(type='StopAt', at=stop)
-    ]
+    first.custom_hooks = list(
+        first.custom_hooks) + [dict(type='StopAt', at=stop)]
     with pytest.raises(KeyboardInterrupt):
         run(first)
     resumed = run(killed, resume=True)
@@ -266,7 +270,8 @@ def test_ema_is_evaluated_and_saved_with_its_own_text(tmp_path, residual):
         dict(type='TextSeenInValidation')
     ]
     runner = run(cfg)
-    saved = torch.load(str(tmp_path / 'work' / 'iter_6.pth'), weights_only=True)
+    saved = torch.load(
+        str(tmp_path / 'work' / 'iter_6.pth'), weights_only=True)
     base = runner.model.decode_head.conv_seg.text.base
     key = 'decode_head.conv_seg.text.class_embeddings'
 
@@ -278,8 +283,8 @@ def test_ema_is_evaluated_and_saved_with_its_own_text(tmp_path, residual):
     torch.testing.assert_close(averaged[key], of(averaged[OFFSET]))
     torch.testing.assert_close(raw['module.' + key],
                                of(raw['module.' + OFFSET]))
-    seen = next(h for h in runner.hooks
-                if isinstance(h, TextSeenInValidation)).seen
+    seen = next(
+        h for h in runner.hooks if isinstance(h, TextSeenInValidation)).seen
     torch.testing.assert_close(seen, averaged[key])
     provider = runner.model.decode_head.conv_seg.text
     torch.testing.assert_close(provider.class_embeddings, of(provider.offset))
@@ -296,10 +301,12 @@ class TextSeenInValidation(Hook):
 def test_log_of_the_text(tmp_path, residual):
     cfg = tiny_config(tmp_path, residual, dict(switch_at=3, log_interval=1))
     hub = run(cfg).message_hub
+    # At the start, after each iteration and at the switch.
     stage = hub.get_scalar('train/text_stage').data[0]
-    assert stage.tolist() == [1, 1, 1, 1, 2, 2, 2]
+    assert stage.tolist() == [1] * 4 + [2] * 4
     drift = hub.get_scalar('train/text_drift').data[0]
-    assert (drift[:4] == 0).all() and (drift[4:] > 0).all()
+    assert drift[:5] == pytest.approx(0, abs=1e-12)
+    assert (drift[5:] > 1e-12).all() and drift[7] > drift[5]
     assert hub.get_scalar('train/text_scale').current() != 1
     mean = hub.get_scalar('train/text_cos_mean').current()
     closest = hub.get_scalar('train/text_cos_closest').current()
@@ -350,12 +357,11 @@ def test_a_parameter_missing_from_the_optimizer(tmp_path, residual):
 
 
 def test_one_group_for_different_rates(tmp_path, residual):
-    cfg = tiny_config(
-        tmp_path, residual, dict(
-            switch_at=3, learn={
-                'offset': 1.,
-                'backbone': .1
-            }))
+    cfg = tiny_config(tmp_path, residual,
+                      dict(switch_at=3, learn={
+                          'offset': 1.,
+                          'backbone': .1
+                      }))
     cfg.optim_wrapper.pop('paramwise_cfg')
     with pytest.raises(ValueError, match='paramwise_cfg'):
         run(cfg)
@@ -364,8 +370,7 @@ def test_one_group_for_different_rates(tmp_path, residual):
 def test_text_of_other_classes(tmp_path, make_embeddings):
     names = list(CLASSES)
     names[0], names[1] = names[1], names[0]
-    text = dict(
-        type='ClassEmbeddings', file=make_embeddings(8, names=names))
+    text = dict(type='ClassEmbeddings', file=make_embeddings(8, names=names))
     with pytest.raises(ValueError, match='building'):
         run(tiny_config(tmp_path, text, dict()))
 
@@ -394,11 +399,8 @@ def test_load_from_takes_the_text_of_the_config(tmp_path, residual,
 
 
 def test_accumulation_rounds_the_switch(tmp_path, residual):
-    cfg = tiny_config(
-        tmp_path,
-        residual,
-        dict(switch_at=3),
-        **{'optim_wrapper.accumulative_counts': 2})
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=3),
+                      **{'optim_wrapper.accumulative_counts': 2})
     _, recorder = record(cfg)
     stages = [OFFSET in row['learns'] for row in recorder.rows]
     assert stages == [False] * 4 + [True] * 2

@@ -67,8 +67,8 @@ def test_order_of_good_and_bad():
     good = text[labels].permute(0, 3, 1, 2)
     bad = text[(labels + 1) % K].permute(0, 3, 1, 2)
     loss = TextAlignmentLoss()
-    assert loss(good, text, labels) < loss(
-        good + bad, text, labels) < loss(bad, text, labels)
+    assert loss(good, text, labels) < loss(good + bad, text, labels) < loss(
+        bad, text, labels)
 
 
 def test_gradient_points_to_the_class():
@@ -86,8 +86,8 @@ def test_length_of_the_embeddings_does_not_matter():
     embeddings, text, labels = data()
     loss = TextAlignmentLoss()
     torch.testing.assert_close(
-        loss(embeddings * 100, text * 3, labels),
-        loss(embeddings, text, labels))
+        loss(embeddings * 100, text * 3, labels), loss(embeddings, text,
+                                                       labels))
 
 
 def test_all_ignored_is_zero_with_a_graph():
@@ -129,8 +129,8 @@ def test_upsampled_similarities():
             cosines, scale_factor=4, mode='bilinear', align_corners=False),
         big,
         ignore_index=255)
-    assert loss(embeddings, text,
-                big).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss(embeddings, text, big).item() == pytest.approx(
+        expected.item(), rel=1e-5)
 
 
 def test_sampling_draws_at_most_so_many_of_each_class():

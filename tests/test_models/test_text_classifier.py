@@ -29,20 +29,20 @@ def reference(module, feat):
     proj, bn = module.projection.conv, module.projection.bn
     text = module.text().double()
     logits = torch.zeros(len(feat), len(text), *feat.shape[2:]).double()
-    for n, y, x in torch.cartesian_prod(*map(
-            torch.arange, (len(feat), feat.shape[2], feat.shape[3]))):
+    for n, y, x in torch.cartesian_prod(
+            *map(torch.arange, (len(feat), feat.shape[2], feat.shape[3]))):
         e = proj.weight.double().flatten(1) @ feat[n, :, y, x].double()
         if proj.bias is not None:
             e = e + proj.bias.double()
         if module.projection.norm == 'bn':
-            e = (e - bn.running_mean.double()) / torch.sqrt(
-                bn.running_var.double() + bn.eps)
+            e = (e - bn.running_mean.double()
+                 ) / torch.sqrt(bn.running_var.double() + bn.eps)
             e = e * bn.weight.double() + bn.bias.double()
         if module.projection.norm == 'l2':
             e = e / e.norm()
         for k, t in enumerate(text):
-            logits[n, k, y, x] = math.exp(
-                module.scale.log_scale.item()) * (e @ t / t.norm())
+            logits[n, k, y, x] = math.exp(module.scale.log_scale.item()) * (
+                e @ t / t.norm())
             if module.bias is not None:
                 logits[n, k, y, x] += module.bias[k].double()
     return logits
@@ -134,8 +134,8 @@ def test_gradient_reaches_projection_scale_and_bias():
     module(torch.randn(2, 7, 4, 4)).square().sum().backward()
     grads = {n: p.grad for n, p in module.named_parameters()}
     assert set(grads) == {
-        'projection.conv.weight', 'projection.bn.weight',
-        'projection.bn.bias', 'scale.log_scale', 'bias'
+        'projection.conv.weight', 'projection.bn.weight', 'projection.bn.bias',
+        'scale.log_scale', 'bias'
     }
     assert all(g is not None and g.abs().sum() > 0 for g in grads.values())
 

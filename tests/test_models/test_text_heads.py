@@ -138,8 +138,8 @@ class BaseTextHeadTester:
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value)
         feat = torch.randn(1, 3, *self.size)
-        torch.testing.assert_close(
-            text.eval()._forward(feat), stock.eval()._forward(feat))
+        torch.testing.assert_close(text.eval()._forward(feat),
+                                   stock.eval()._forward(feat))
 
     def test_folded_weights_load_into_the_stock_model(self):
         model = self.settle(self.build('classifier'))
@@ -178,8 +178,7 @@ class BaseTextHeadTester:
 
     def test_init_of_the_text_branch_is_sound(self):
         head = self.build('classifier').decode_head
-        assert torch.equal(head.conv_seg.projection.bn.weight,
-                           torch.ones(32))
+        assert torch.equal(head.conv_seg.projection.bn.weight, torch.ones(32))
         assert head.conv_seg.bias.abs().max() == 0
         assert head.conv_seg.scale().item() == pytest.approx(1)
 

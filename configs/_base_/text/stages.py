@@ -9,7 +9,5 @@ text_paramwise = dict(custom_keys={
 find_unused_parameters = True
 custom_hooks = [
     dict(
-        type='PromptLearnerHook',
-        switch_at=0.9,
-        schedule=dict(type='cosine'))
+        type='PromptLearnerHook', switch_at=0.9, schedule=dict(type='cosine'))
 ]

@@ -1,7 +1,7 @@
 _base_ = './stages.py'
 # Stage 1: fixed vectors of ToyCLIP, a toy that comes with the package.
 # Stage 2: context vectors learned through its frozen text tower.
-text = dict(
+text_provider = dict(
     type='ContextPromptLearner',
     model='toyclip',
     token_dim=64,

@@ -1,6 +1,6 @@
 _base_ = './stages.py'
 # Stage 1: fixed vectors. Stage 2: a learned offset for every class.
-text = dict(
+text_provider = dict(
     type='ResidualPromptLearner',
     embeddings=dict(
         type='ClassEmbeddings',

@@ -1,21 +1,19 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-import re
+import logging
 from typing import Dict, List, Optional, Sequence, Union
 
-from mmengine.hooks import EMAHook, Hook
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapper
 from mmseg.registry import HOOKS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmseg_textkd.models.text_parameters import (prompt_parameters,
-                                                 text_parameters,
-                                                 text_providers, text_scales)
-
-from mmseg_textkd.text.text_geometry import geometry
-from .stage_schedule import StageSchedule
+                                                 text_providers)
+from ..stages import StagePlan, StageSchedule
+from ..stages.text_state import (averaged_models, check_classes, log_text,
+                                 refresh_text, swap_text_with_average,
+                                 tower_checksums, unwrap)
 
 
 @HOOKS.register_module()
@@ -83,7 +81,7 @@ class PromptLearnerHook(Hook):
         self.learn = learn
         self.schedule = StageSchedule(**(schedule or {}))
         self.log_interval = log_interval
-        self.switch_iter: Optional[int] = None
+        self.plan: Optional[StagePlan] = None
         self.stage = 0  # not yet known
         self._outer_lrs: Optional[List[float]] = None
 
@@ -94,7 +92,7 @@ class PromptLearnerHook(Hook):
         Args:
             runner (Runner): The runner of the training process.
         """
-        if not text_providers(_unwrap(runner.model)):
+        if not text_providers(unwrap(runner.model)):
             raise ValueError(
                 'PromptLearnerHook found no text in the model. Use a text '
                 "head, for instance decode_head=dict(type='TextFCNHead', "
@@ -109,142 +107,33 @@ class PromptLearnerHook(Hook):
         Raises:
             ValueError: If the plan cannot be carried out, and why.
         """
-        model = _unwrap(runner.model)
-        self._check_classes(runner, runner.train_dataloader)
+        model = unwrap(runner.model)
+        check_classes(runner, runner.train_dataloader)
         for name, provider in text_providers(model).items():
             message = provider.reconcile(resumed=runner._resume)
             if message:
-                print_log(f'{name}: {message}', 'current', 30)
-        for module in self._ema_models(runner):
+                print_log(f'{name}: {message}', 'current', logging.WARNING)
+        for module in averaged_models(runner):
             for name, provider in text_providers(module).items():
                 provider.reconcile(resumed=False)
-        self.switch_iter = self._resolve_switch(runner)
         # Taken before any change: what the user froze stays frozen.
         self._trainable = {
             name
             for name, param in model.named_parameters() if param.requires_grad
         }
         self._prompts = set(prompt_parameters(model))
-        self._plan: Dict[str, float] = {}
-        if self.switch_iter is not None:
-            self._plan = self._resolve_plan(model)
-            self._check_optimizer(runner, model)
-            self._check_ddp(runner)
-        self._apply(runner)
-        self._log_text(runner)
-
-    def _resolve_switch(self, runner) -> Optional[int]:
-        if self.switch_at is None:
-            return None
-        switch, max_iters = self.switch_at, runner.max_iters
-        if isinstance(switch, float):
-            switch = round(switch * max_iters)
-        if switch >= max_iters:
-            raise ValueError(
-                f'stage 2 would start at iteration {switch}, but the run ends '
-                f'after {max_iters}. Lower `switch_at`, or set it to None for '
-                'stage 1 only.')
-        counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
-        if switch % counts:
-            # Stage 1 gradients must not be applied, or lost, in stage 2.
-            rounded = -(-switch // counts) * counts
-            print_log(
-                f'Stage 2 starts at iteration {rounded} instead of {switch}: '
-                f'gradients are accumulated over {counts} iterations.',
-                'current', 30)
-            switch = rounded
-        return switch
-
-    def _resolve_plan(self, model: nn.Module) -> Dict[str, float]:
-        """Find the learning-rate factor of each parameter of stage 2."""
-        if self.learn is None:
-            plan = {name: 1.0 for name in text_parameters(model)}
-            # Without prompts to learn there is still scale and bias.
-            if not plan:
-                raise ValueError(
-                    'nothing would learn in stage 2: the text is fixed and '
-                    'has no learnable scale or bias. Use a prompt learner, '
-                    'e.g. text=dict(type=\'ResidualPromptLearner\', ...), or '
-                    'set switch_at=None.')
-            return plan
-        plan = {}
-        for pattern, factor in self.learn.items():
-            matches = [
-                name for name, _ in model.named_parameters()
-                if re.search(pattern, name)
-            ]
-            if not matches:
-                raise ValueError(
-                    f'the pattern {pattern!r} in `learn` matches no '
-                    'parameter. Text parameters of this model are '
-                    f'{sorted(text_parameters(model))}; network parameters '
-                    'look like '
-                    f'{[n for n, _ in model.named_parameters()][:3]}.')
-            for name in matches:
-                plan.setdefault(name, float(factor))
-        return plan
-
-    def _check_optimizer(self, runner, model: nn.Module) -> None:
-        wrapper = runner.optim_wrapper
-        if not isinstance(wrapper, OptimWrapper):
-            raise ValueError(
-                'PromptLearnerHook supports one optimizer (OptimWrapper), but '
-                f'got {type(wrapper).__name__}.')
-        for group in wrapper.param_groups:
+        for group in runner.optim_wrapper.param_groups:
             group.setdefault('initial_lr', group['lr'])
-        names = {id(p): n for n, p in model.named_parameters()}
-        known = set()
-        self._group_factors: List[float] = []
-        for group in wrapper.param_groups:
-            members = [names.get(id(p)) for p in group['params']]
-            known.update(members)
-            factors = {self._plan.get(n) for n in members} - {None}
-            if len(factors) > 1:
-                raise ValueError(
-                    'parameters that stage 2 learns at different rates '
-                    f'({sorted(factors)}) share one group of the optimizer. '
-                    'Give each parameter a group of its own by adding to '
-                    '`optim_wrapper`: paramwise_cfg=dict(custom_keys={'
-                    "'.text.': dict(decay_mult=0.)}).")
-            self._group_factors.append(factors.pop() if factors else 1.0)
-        lost = [
-            name for name in self._plan
-            if name not in known or name not in self._trainable
-        ]
-        if lost:
-            raise ValueError(
-                f'stage 2 is to learn {lost[:5]}{"..." if lost[5:] else ""}, '
-                'but they are not in the optimizer or were frozen when it was '
-                'built. Do not freeze them yourself (the hook does), or leave '
-                'them out of `learn`.')
-
-    def _check_ddp(self, runner) -> None:
-        wrapper = runner.model
-        if is_model_wrapper(wrapper) and not getattr(
-                wrapper, 'find_unused_parameters', True):
-            raise ValueError(
-                'the stages freeze parameters after the model has been '
-                'wrapped for distributed training; add the line '
-                '`find_unused_parameters = True` to the config.')
-
-    def _check_classes(self, runner, dataloader) -> None:
-        """Compare the text's class names with those of a dataset."""
-        dataset = getattr(dataloader, 'dataset', None)
-        classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
-        if classes is None:
-            return
-        for name, provider in text_providers(_unwrap(runner.model)).items():
-            record = getattr(provider, 'record', None) or getattr(
-                provider, 'fixed_record', None)
-            if record is not None:
-                record.check_names(
-                    classes, where=f'{type(dataset).__name__} ({name})')
+        if self.switch_at is not None:
+            self.plan = StagePlan.make(runner, model, self.switch_at,
+                                       self.learn, self._trainable)
+        self._apply(runner)
 
     # -------------------------------------------------------- stages
     def _due_stage(self, runner) -> int:
-        if self.switch_iter is None:
+        if self.plan is None:
             return 1
-        return 2 if runner.iter >= self.switch_iter else 1
+        return 2 if runner.iter >= self.plan.switch_iter else 1
 
     def _apply(self, runner) -> None:
         """Bring the model into the stage that is due."""
@@ -252,7 +141,7 @@ class PromptLearnerHook(Hook):
         if stage == self.stage:
             return
         self.stage = stage
-        model = _unwrap(runner.model)
+        model = unwrap(runner.model)
         if stage == 2:
             self._enter_stage2(runner, model)
         else:
@@ -263,7 +152,7 @@ class PromptLearnerHook(Hook):
             if stage == 1:
                 learns = name in self._trainable - self._prompts
             else:
-                learns = name in self._plan
+                learns = name in self.plan.factors
             param.requires_grad_(learns)
             if learns:
                 learning.append(name)
@@ -276,14 +165,15 @@ class PromptLearnerHook(Hook):
             f'{self._next(stage)}.', 'current')
         if stage == 2:
             print_log(f'Learning in stage 2: {learning}', 'current')
+        log_text(runner, self.stage)
 
     def _next(self, stage: int) -> str:
-        if stage == 2 or self.switch_iter is None:
+        if stage == 2 or self.plan is None:
             return ''
-        return f'; stage 2 follows at iteration {self.switch_iter}'
+        return f'; stage 2 follows at iteration {self.plan.switch_iter}'
 
     def _enter_stage2(self, runner, model: nn.Module) -> None:
-        copies = [text_providers(m) for m in self._ema_models(runner)]
+        copies = [text_providers(m) for m in averaged_models(runner)]
         for name, provider in text_providers(model).items():
             fresh = not getattr(provider, 'started', True)
             provider.start_learning()
@@ -292,16 +182,17 @@ class PromptLearnerHook(Hook):
                 if fresh:
                     # Averages of prompts begin where the prompts do.
                     copy[name].load_state_dict(provider.state_dict())
-        self._checksums = _tower_checksums(model)
+        self._checksums = tower_checksums(model)
         deployed = [
-            n for n in self._plan
+            n for n in self.plan.factors
             if '.text_branch.' not in n and '.text_losses.' not in n
         ]
         if not deployed:
             print_log(
                 "In the role 'auxiliary' nothing that is deployed learns in "
                 'stage 2: name some of the network in `learn`, e.g. '
-                "{r'\\.text\\.': 1.0, 'backbone': 0.1}.", 'current', 30)
+                "{r'\\.text\\.': 1.0, 'backbone': 0.1}.", 'current',
+                logging.WARNING)
 
     def before_train_iter(self,
                           runner,
@@ -318,15 +209,16 @@ class PromptLearnerHook(Hook):
         if self.stage != 2:
             return
         # The loop calls `train()` before each iteration.
-        for module in _unwrap(runner.model).modules():
+        for module in unwrap(runner.model).modules():
             if isinstance(module, _BatchNorm) and not any(
                     p.requires_grad for p in module.parameters()):
                 module.eval()
-        factor = self.schedule.factor(runner.iter - self.switch_iter,
-                                      runner.max_iters - self.switch_iter)
+        start = self.plan.switch_iter
+        factor = self.schedule.factor(runner.iter - start,
+                                      runner.max_iters - start)
         groups = runner.optim_wrapper.param_groups
         self._outer_lrs = [group['lr'] for group in groups]
-        for group, own in zip(groups, self._group_factors):
+        for group, own in zip(groups, self.plan.group_factors):
             group['lr'] = group['initial_lr'] * own * factor
 
     def after_train_iter(self,
@@ -348,7 +240,7 @@ class PromptLearnerHook(Hook):
                 group['lr'] = rate
             self._outer_lrs = None
         if self.every_n_train_iters(runner, self.log_interval):
-            self._log_text(runner)
+            log_text(runner, self.stage)
 
     def after_train(self, runner) -> None:
         """Make the learned text final and prove that the tower is unchanged.
@@ -359,40 +251,20 @@ class PromptLearnerHook(Hook):
         Raises:
             RuntimeError: If a weight of the text tower has changed.
         """
-        model = _unwrap(runner.model)
-        self._refresh(runner)
-        if self.stage == 2 and _tower_checksums(model) != self._checksums:
+        model = unwrap(runner.model)
+        refresh_text(runner)
+        if self.stage == 2 and tower_checksums(model) != self._checksums:
             raise RuntimeError('the frozen text tower has changed during '
                                'training; its embeddings cannot be trusted.')
 
     # -------------------------------------------- evaluation and saving
-    def _refresh(self, runner) -> None:
-        for model in [_unwrap(runner.model), *self._ema_models(runner)]:
-            for provider in text_providers(model).values():
-                if provider.learning:
-                    provider.refresh()
-
-    def _swap_with_ema(self, runner) -> None:
-        """Let the text follow the parameters that EMAHook swaps.
-
-        EMAHook swaps buffers too only with ``update_buffers=True``.
-        """
-        hook = _ema_hook(runner)
-        if hook is None or hook.ema_model.update_buffers:
-            return
-        averaged = text_providers(hook.ema_model.module)
-        for name, provider in text_providers(_unwrap(runner.model)).items():
-            current = provider.class_embeddings.clone()
-            provider.class_embeddings.copy_(averaged[name].class_embeddings)
-            averaged[name].class_embeddings.copy_(current)
-
     def before_val(self, runner) -> None:
         """Check that the text is for the classes of the validation set.
 
         Args:
             runner (Runner): The runner of the training process.
         """
-        self._check_classes(runner, runner.val_dataloader)
+        check_classes(runner, runner.val_dataloader)
 
     def before_val_epoch(self, runner) -> None:
         """Evaluate with the text as it is now.
@@ -400,8 +272,8 @@ class PromptLearnerHook(Hook):
         Args:
             runner (Runner): The runner of the training process.
         """
-        self._refresh(runner)
-        self._swap_with_ema(runner)
+        refresh_text(runner)
+        swap_text_with_average(runner)
 
     def after_val_epoch(self,
                         runner,
@@ -412,7 +284,7 @@ class PromptLearnerHook(Hook):
             runner (Runner): The runner of the training process.
             metrics (dict[str, float], optional): Results. Defaults to None.
         """
-        self._swap_with_ema(runner)
+        swap_text_with_average(runner)
 
     def before_test(self, runner) -> None:
         """Check that the text is for the classes of the test set.
@@ -420,7 +292,7 @@ class PromptLearnerHook(Hook):
         Args:
             runner (Runner): The runner of the testing process.
         """
-        self._check_classes(runner, runner.test_dataloader)
+        check_classes(runner, runner.test_dataloader)
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Write the learned text into the checkpoint.
@@ -429,48 +301,7 @@ class PromptLearnerHook(Hook):
             runner (Runner): The runner of the training process.
             checkpoint (dict): The checkpoint that is about to be written.
         """
-        self._refresh(runner)
-        for name, provider in text_providers(_unwrap(runner.model)).items():
+        refresh_text(runner)
+        for name, provider in text_providers(unwrap(runner.model)).items():
             checkpoint['state_dict'][f'{name}.class_embeddings'] = (
                 provider.class_embeddings.detach().cpu().clone())
-
-    # ------------------------------------------------------------- log
-    def _log_text(self, runner) -> None:
-        model = _unwrap(runner.model)
-        hub = runner.message_hub
-        hub.update_scalar('train/text_stage', self.stage)
-        for i, scale in enumerate(text_scales(model).values()):
-            hub.update_scalar(f'train/text_scale{i or ""}', scale)
-        for i, provider in enumerate(text_providers(model).values()):
-            if not provider.filled:
-                continue
-            drift = provider.drift() if provider.learning else 0.
-            facts = geometry(provider.class_embeddings.cpu())
-            hub.update_scalar(f'train/text_cos_mean{i or ""}', facts['mean'])
-            hub.update_scalar(f'train/text_cos_closest{i or ""}',
-                              facts['closest'])
-            hub.update_scalar(f'train/text_drift{i or ""}', drift)
-
-    @staticmethod
-    def _ema_models(runner) -> List[nn.Module]:
-        hook = _ema_hook(runner)
-        return [] if hook is None else [hook.ema_model.module]
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
-
-
-def _ema_hook(runner) -> Optional[EMAHook]:
-    for hook in runner.hooks:
-        if isinstance(hook, EMAHook) and hasattr(hook, 'ema_model'):
-            return hook
-    return None
-
-
-def _tower_checksums(model: nn.Module) -> Dict[str, str]:
-    towers = {
-        name: getattr(provider, 'tower', None)
-        for name, provider in text_providers(model).items()
-    }
-    return {n: t.checksum() for n, t in towers.items() if t is not None}

@@ -7,7 +7,9 @@ from .text_head_mixin import TextHeadMixin
 
 @MODELS.register_module()
 class TextFCNHead(TextHeadMixin, FCNHead):
-    """``FCNHead`` that learns with text: for BiSeNetV1/V2, STDC, CGNet, ERFNet, ICNet.
+    """``FCNHead`` that learns with text.
+
+    It is the head of BiSeNetV1, BiSeNetV2, STDC, CGNet, ERFNet and ICNet.
 
     All other arguments and behaviour are those of the stock head; see
     :class:`TextHeadMixin` for what text adds.

@@ -68,9 +68,7 @@ class TextHeadMixin:
         else:
             self.text_branch = branch
             if text_losses is None:
-                text_losses = [
-                    dict(type='TextAlignmentLoss', loss_weight=0.4)
-                ]
+                text_losses = [dict(type='TextAlignmentLoss', loss_weight=0.4)]
             if not text_losses:
                 raise ValueError(
                     "role='auxiliary' with no `text_losses` would leave the "

@@ -113,8 +113,7 @@ class TextAlignmentLoss(nn.Module):
         valid = labels != ignore_index
         pixel_weight = valid.to(losses)
         if class_weight is not None:
-            pixel_weight = class_weight[labels.where(valid,
-                                                     0)] * pixel_weight
+            pixel_weight = class_weight[labels.where(valid, 0)] * pixel_weight
         if weight is not None:
             losses = losses * weight
             pixel_weight = pixel_weight * weight

@@ -1,0 +1,277 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Train stock BiSeNetV2 and its text twin on ToyScenes and compare them."""
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List
+
+import mmseg_textkd  # before mmseg, which it makes importable
+
+# isort: split
+import cv2
+import matplotlib
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmseg.apis import init_model
+from mmseg.evaluation import IoUMetric
+
+from mmseg_textkd.datasets import ToyScenesDataset
+
+matplotlib.use('Agg')
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path('data/toy_scenes')
+STOCK = 'configs/stock/bisenetv2_fcn_1xb4-160i_toy-scenes-128x256.py'
+TEXT = ('configs/textkd/'
+        'textkd_bisenetv2_fcn_toyclip_1xb4-160i_toy-scenes-128x256.py')
+ARMS = dict(stock=STOCK, textkd=TEXT)
+CLASSES = ToyScenesDataset.METAINFO['classes']
+PALETTE = np.array(ToyScenesDataset.METAINFO['palette'], np.uint8)
+NOTE = ('ToyScenes and ToyCLIP are toys, and this is one seed of a short '
+        'run: the table shows that everything works, not that text helps.')
+NEXT = """What next?
+  your data   python tools/train.py YOUR_CONFIG.py   # README: "Five lines"
+  Cityscapes  python tools/train.py {cityscapes}
+  CamVid      python tools/train.py {camvid}"""
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--work-dir', default='work_dirs/quickstart')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument(
+        '--iters', type=int, help="iterations (default: the configs' own)")
+    return parser.parse_args()
+
+
+def run(args: List[str], log: Path, echo: str = '') -> None:
+    """Run one of the tools; show the lines that match ``echo``.
+
+    Args:
+        args (list[str]): Tool and arguments.
+        log (Path): Where its whole output goes.
+        echo (str): Regular expression. Defaults to '': show nothing.
+
+    Raises:
+        SystemExit: If the tool fails, with the last line that it printed.
+    """
+    command = [sys.executable, '-W', 'ignore', *args]
+    env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED='1')
+    last = ''
+    with open(log, 'w') as file, subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+            cwd=ROOT) as process:
+        for line in process.stdout:
+            file.write(line)
+            last = line.strip() or last
+            if echo and re.search(echo, line):
+                print('   ', line.split(' - ')[-1].strip()[:110], flush=True)
+    if process.returncode:
+        sys.exit(f'quickstart: {args[0]} failed: {last}\n'
+                 f'quickstart: its whole output is in {log}')
+
+
+def train_and_test(name: str, config: str, args: argparse.Namespace) -> None:
+    """Train one arm with tools/train.py and test it with tools/test.py."""
+    work_dir = Path(args.work_dir, name)
+    shutil.rmtree(work_dir, ignore_errors=True)
+    work_dir.mkdir(parents=True)
+    options = [f'randomness.seed={args.seed}']
+    if args.iters:
+        options += [
+            f'train_cfg.max_iters={args.iters}',
+            f'train_cfg.val_interval={args.iters}'
+        ]
+    print(f'Training {name}: {config}', flush=True)
+    run([
+        'tools/train.py', config, '--work-dir',
+        str(work_dir), '--cfg-options', *options
+    ], work_dir / 'train.log', r'Iter\(train\)|Stage|Made|ToyCLIP')
+    checkpoint = (work_dir / 'last_checkpoint').read_text().strip()
+    print(f'Testing {name}: {checkpoint}', flush=True)
+    run([
+        'tools/test.py', config, checkpoint, '--work-dir',
+        str(work_dir), '--out',
+        str(work_dir / 'predictions')
+    ], work_dir / 'test.log', r'mIoU: ')
+
+
+def class_iou(predictions: Path) -> np.ndarray:
+    """Get the IoU of each class in percent, as IoUMetric does.
+
+    Args:
+        predictions (Path): Folder of predicted label maps.
+
+    Returns:
+        np.ndarray: IoU in percent, shape (K, ).
+    """
+    total = None
+    for truth in sorted((DATA / 'ann_dir/val').glob('*.png')):
+        areas = IoUMetric.intersect_and_union(
+            torch.from_numpy(read_labels(predictions / truth.name)).long(),
+            torch.from_numpy(read_labels(truth)).long(), len(CLASSES), 255)
+        areas = torch.stack(areas[:2]).double()
+        total = areas if total is None else total + areas
+    return (100 * total[0] / total[1]).numpy()
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """Read a label map."""
+    labels = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    if labels is None:
+        sys.exit(f'quickstart: {path} is missing or broken')
+    return labels
+
+
+def print_table(iou: Dict[str, np.ndarray]) -> None:
+    """Print the arms beside each other."""
+    row = '{:<10} {:>8} {:>8} {:>8}'
+    print('\n' + row.format('IoU in %', 'stock', 'textkd', 'gain'))
+    lines = [*CLASSES, 'mIoU']
+    for k, name in enumerate(lines):
+        a, b = (
+            float(v.mean() if name == 'mIoU' else v[k])
+            for v in (iou['stock'], iou['textkd']))
+        print(row.format(name, f'{a:.1f}', f'{b:.1f}', f'{b - a:+.1f}'))
+    print(f'\n{NOTE}\n')
+
+
+@torch.no_grad()
+def similarity(config: str, checkpoint: str, image: np.ndarray,
+               class_index: int) -> np.ndarray:
+    """Get the cosine between the pixels and the text of one class.
+
+    Args:
+        config (str): Config of the text arm.
+        checkpoint (str): Its checkpoint.
+        image (np.ndarray): BGR picture, uint8, shape (H, W, 3).
+        class_index (int): Index of the class.
+
+    Returns:
+        np.ndarray: Cosines, float, at the resolution of the features.
+    """
+    model = init_model(config, checkpoint, device='cpu')
+    head = model.decode_head
+    taken = []
+    handle = head.text.projection.register_forward_hook(
+        lambda module, args, output: taken.append(output))
+    data = model.data_preprocessor(
+        dict(inputs=[torch.from_numpy(image).permute(2, 0, 1)]))
+    model.encode_decode(data['inputs'], [dict(img_shape=image.shape[:2])])
+    handle.remove()
+    pixels = torch.nn.functional.normalize(taken[0][0], dim=0)
+    text = head.text.text()[class_index]
+    return torch.einsum('dhw,d->hw', pixels, text).numpy()
+
+
+def draw(work_dir: Path, checkpoint: str, rows: int = 3) -> Path:
+    """Draw pictures, truth, both predictions and a similarity map."""
+    from matplotlib import pyplot as plt
+    class_index = CLASSES.index('car')
+    truths = {
+        p.name: read_labels(p)
+        for p in sorted((DATA / 'ann_dir/val').glob('*.png'))
+    }
+    # The pictures that show the most classes, with the class among them.
+    names = sorted(
+        truths,
+        key=lambda n:
+        (class_index in truths[n], len(np.unique(truths[n]))))[-rows:]
+    figure, axes = plt.subplots(
+        rows, 5, figsize=(16, 1.75 * rows + 0.8), layout='constrained')
+    for row, name in zip(axes, names):
+        image = cv2.imread(str(DATA / 'img_dir/val' / name))
+        panels = [image[..., ::-1], colour(truths[name])]
+        panels += [
+            colour(read_labels(work_dir / arm / 'predictions' / name))
+            for arm in ARMS
+        ]
+        for axis, panel in zip(row, panels):
+            axis.imshow(panel)
+        shown = row[4].imshow(
+            similarity(TEXT, checkpoint, image, class_index),
+            cmap='magma',
+            interpolation='bilinear',
+            extent=(0, image.shape[1], image.shape[0], 0))
+        figure.colorbar(shown, ax=row[4], fraction=0.025, pad=0.01)
+    titles = ('image', 'truth', 'stock', 'TextKD',
+              f'cosine of pixels and the text of "{CLASSES[class_index]}"')
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title)
+    for axis in axes.flat:
+        axis.axis('off')
+    handles = [
+        plt.Rectangle((0, 0), 1, 1, color=PALETTE[k] / 255)
+        for k in range(len(CLASSES))
+    ]
+    figure.legend(
+        handles, CLASSES, loc='outside lower center', ncols=len(CLASSES))
+    path = work_dir / 'report.png'
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def colour(labels: np.ndarray) -> np.ndarray:
+    """Colour a label map; unlabelled pixels are black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[:len(PALETTE)] = PALETTE
+    return table[labels]
+
+
+def main() -> None:
+    """Run the quickstart."""
+    start = time.time()
+    args = parse_args()
+    work_dir = Path(args.work_dir)
+    print('Making the ToyScenes pictures', flush=True)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    run(['tools/dataset_converters/toy_scenes.py',
+         str(DATA)], work_dir / 'data.log', 'ToyScenes')
+    for name, config in ARMS.items():
+        train_and_test(name, config, args)
+    iou = {name: class_iou(work_dir / name / 'predictions') for name in ARMS}
+    print_table(iou)
+    checkpoint = (work_dir / 'textkd/last_checkpoint').read_text().strip()
+    picture = draw(work_dir, checkpoint)
+    report = dict(
+        note=NOTE,
+        seed=args.seed,
+        iterations=args.iters or Config.fromfile(STOCK).train_cfg.max_iters,
+        configs=ARMS,
+        classes=CLASSES,
+        iou={
+            k: v.round(2).tolist()
+            for k, v in iou.items()
+        },
+        miou={
+            k: round(float(v.mean()), 2)
+            for k, v in iou.items()
+        },
+        versions=dict(
+            mmseg_textkd=mmseg_textkd.__version__, torch=torch.__version__),
+        seconds=round(time.time() - start))
+    (work_dir / 'report.json').write_text(json.dumps(report, indent=1))
+    print(f'Wrote {picture} and {work_dir / "report.json"} after '
+          f'{report["seconds"]} s\n')
+    print(
+        NEXT.format(
+            cityscapes='configs/textkd/textkd_bisenetv2_fcn_vit-b16_4xb4-160k_'
+            'cityscapes-1024x1024.py',
+            camvid='configs/textkd/textkd_bisenetv2_fcn_vit-b16_1xb8-10k_'
+            'camvid-360x480.py'))
+
+
+if __name__ == '__main__':
+    main()
