@@ -137,9 +137,12 @@ def test_editable_install_links_to_the_checkout(source, tmp_path):
     site, = glob(str(tmp_path / 'venv/lib/python*/site-packages'))
     with open(osp.join(site, 'zz_parent.pth'), 'w') as file:
         file.write(sysconfig.get_path('purelib'))
-    for _ in range(2):  # a second one must find the links and not mind
-        pip('--python', python, 'install', '--no-deps', '--ignore-installed',
-            '--no-build-isolation', '-e', source, cwd=tmp_path)  # yapf: disable
+    args = [
+        '--python', python, 'install', '--no-deps', '--ignore-installed',
+        '--no-build-isolation', '-e', source
+    ]
+    pip(*args, cwd=tmp_path)
+    pip(*args, cwd=tmp_path)  # must find the links of the first, not mind
     out = run(
         python,
         '-c', 'from importlib.util import find_spec\n'

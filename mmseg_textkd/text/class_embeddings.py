@@ -81,9 +81,13 @@ class ClassEmbeddings(TextProvider):
         self._missing_hint = hint
         # Kept apart from the buffer, which a checkpoint may overwrite.
         self._source: Optional[Tensor] = None
+        # Learners that start from this text are centred by the same vector.
+        self.shift: Optional[Tensor] = None
         if record is not None:
-            self._source = centre_rows(
-                record.vectors) if centre else record.vectors
+            self._source = record.vectors
+            if centre:
+                self._source = centre_rows(record.vectors)
+                self.shift = record.vectors.mean(dim=0)
             self.fill(self._source)
 
     @property

@@ -2,7 +2,6 @@
 from typing import List, Optional, Sequence, Union
 
 import torch
-import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmseg.registry import MODELS
 from torch import Tensor, nn
@@ -98,7 +97,9 @@ class ContextPromptLearner(PromptLearner):
                     f'{list(self.names)}.')
             phrases = [p[0] for p in vocabulary.phrases]
         elif self.record is not None:
-            phrases = [p[0] for p in self.record.phrases]
+            # By name: `set_classes` may have reordered the classes.
+            of = dict(zip(self.record.names, self.record.phrases))
+            phrases = [of[name][0] for name in self.names]
         else:
             raise ValueError(
                 'ContextPromptLearner does not know the class names; give '
@@ -190,7 +191,7 @@ class ContextPromptLearner(PromptLearner):
         context = self.context.expand(len(ids), -1, -1)
         index = places[..., None].expand(-1, -1, tokens.shape[-1])
         tokens = tokens.scatter(1, index, context.to(tokens.dtype))
-        return F.normalize(tower.encode_prompts(tokens, ids).float(), dim=1)
+        return self._centred(tower.encode_prompts(tokens, ids))
 
     def _select_rows(self, rows: Tensor) -> None:
         super()._select_rows(rows)

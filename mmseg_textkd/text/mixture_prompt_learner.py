@@ -2,7 +2,6 @@
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
@@ -53,7 +52,7 @@ class MixturePromptLearner(PromptLearner):
         """
         logits = self.weights.masked_fill(~self.bank_mask, float('-inf'))
         mixed = torch.einsum('kr,krd->kd', logits.softmax(dim=1), self.bank)
-        return F.normalize(mixed, dim=1)
+        return self._centred(mixed)
 
     def _select_rows(self, rows: Tensor) -> None:
         super()._select_rows(rows)

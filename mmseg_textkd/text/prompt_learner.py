@@ -1,6 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from abc import abstractmethod
-from typing import Dict
+from typing import Dict, Optional
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ class PromptLearner(TextProvider):
         self._missing_hint = fixed._missing_hint
         self.register_buffer(
             'base', fixed.class_embeddings.clone(), persistent=False)
+        self.register_buffer(
+            'shift', getattr(fixed, 'shift', None), persistent=False)
         # Says, through any kill and resume, whether the prompts have begun.
         self.register_buffer('started', torch.zeros((), dtype=torch.bool))
         self.has_base = fixed.filled
@@ -78,6 +80,32 @@ class PromptLearner(TextProvider):
         Returns:
             Tensor: Unit rows with shape (K, D), with gradient.
         """
+
+    def expected(self) -> Optional[Tensor]:
+        """Get the embeddings that the config and the parameters stand for.
+
+        Returns:
+            Tensor, optional: Unit rows with shape (K, D); None if they cannot
+            be told here.
+        """
+        if not self.started:
+            # In stage 1, also where stage 2 needs a tower to compute them.
+            return self.base if self.has_base else None
+        return super().expected()
+
+    def _centred(self, vectors: Tensor) -> Tensor:
+        """Treat learned vectors as the fixed ones have been treated.
+
+        Args:
+            vectors (Tensor): Float32 tensor with shape (K, D), of any length.
+
+        Returns:
+            Tensor: Unit rows with shape (K, D).
+        """
+        vectors = F.normalize(vectors, dim=1)
+        if self.shift is None:
+            return vectors
+        return F.normalize(vectors - self.shift, dim=1)
 
     @torch.no_grad()
     def drift(self) -> float:

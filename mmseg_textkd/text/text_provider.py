@@ -133,6 +133,15 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         """
         return 0.
 
+    def expected(self) -> Optional[Tensor]:
+        """Get the embeddings that the config and the parameters stand for.
+
+        Returns:
+            Tensor, optional: Unit rows with shape (K, D); None if they cannot
+            be told here.
+        """
+        return self.compute() if self.can_compute else None
+
     @torch.no_grad()
     def reconcile(self, resumed: bool) -> Optional[str]:
         """Settle a difference between a loaded checkpoint and the file.
@@ -150,9 +159,9 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         Raises:
             ValueError: If the run is resumed and its text has changed.
         """
-        if not (self._filled and self.can_compute):
+        fresh = self.expected()
+        if fresh is None or not self._filled:
             return None
-        fresh = self.compute()
         difference = (fresh - self.class_embeddings).abs().max().item()
         # Written so that NaN counts as a difference.
         if difference <= 1e-4:

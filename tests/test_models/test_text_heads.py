@@ -16,6 +16,7 @@ from mmseg_textkd.models import (TextBranch, TextClassifier, TextFCNHead,
                                  TextHeadMixin)
 
 ROLES = ('classifier', 'auxiliary')
+BUILT = {}
 
 
 def samples(size, num_classes, batch=2, ignored_rows=3):
@@ -67,10 +68,14 @@ class BaseTextHeadTester:
         return [cfg.decode_head, *auxiliary]
 
     def build(self, role=None, **text):
-        torch.manual_seed(0)
-        model = MODELS.build(self.config(role, **text))
-        model.init_weights()
-        return revert_sync_batchnorm(model)
+        """Build and initialise a model; each kind once, then as copies."""
+        key = (type(self), role, repr(text))
+        if key not in BUILT:
+            torch.manual_seed(0)
+            model = MODELS.build(self.config(role, **text))
+            model.init_weights()
+            BUILT[key] = revert_sync_batchnorm(model)
+        return copy.deepcopy(BUILT[key])
 
     def losses(self, model):
         torch.manual_seed(1)
