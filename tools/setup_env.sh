@@ -119,6 +119,7 @@ setup_env_install() {
         -r "$root/requirements/$mm" ${constraints:+-c "$constraints"}
     setup_env_pip install --no-deps --no-build-isolation -e "$root"
     setup_env_cv2
+    rm -f "$busy"
     setup_env_say "checking that everything imports"
     want='torch, torchvision, open_clip, mmseg_textkd, mmseg.apis'
     (cd "$venv" && "$venv/bin/python" -W ignore -c "import $want") \
@@ -126,7 +127,6 @@ setup_env_install() {
         setup_env_die "what was installed does not import: $(tail -1 "$log")"
     setup_env_hash > "$stamp.new"
     mv "$stamp.new" "$stamp"
-    rm -f "$busy"
     setup_env_say "$venv is complete (stack $stack)"
 }
 

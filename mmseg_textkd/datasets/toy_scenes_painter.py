@@ -14,8 +14,9 @@ import numpy as np
 
 CLASSES = ('sky', 'building', 'road', 'sidewalk', 'pole', 'car', 'truck',
            'person')
+# Those of Cityscapes, but for the truck, which must stand out from the car.
 PALETTE = [[70, 130, 180], [70, 70, 70], [128, 64, 128], [244, 35, 232],
-           [153, 153, 153], [0, 0, 142], [0, 0, 70], [220, 20, 60]]
+           [153, 153, 153], [0, 0, 142], [255, 140, 0], [220, 20, 60]]
 IGNORE_INDEX = 255
 SKY, BUILDING, ROAD, SIDEWALK, POLE, CAR, TRUCK, PERSON = range(8)
 

@@ -43,10 +43,12 @@ def closest_pairs(vectors: Tensor, num: int) -> List[Tuple[int, int, float]]:
     """
     _require_rows(vectors)
     rows = F.normalize(vectors.detach().double(), dim=1)
-    i, j = torch.triu_indices(len(rows), len(rows), offset=1)
+    i, j = torch.triu_indices(
+        len(rows), len(rows), offset=1, device=rows.device)
     cosine = (rows @ rows.T)[i, j]
     order = cosine.argsort(descending=True, stable=True)[:num]
-    return [(int(i[n]), int(j[n]), float(cosine[n])) for n in order]
+    return list(
+        zip(i[order].tolist(), j[order].tolist(), cosine[order].tolist()))
 
 
 def geometry(vectors: Tensor) -> Geometry:

@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """The hook in real, tiny runs."""
 import copy
+import json
 
 import pytest
 import torch
@@ -311,6 +312,14 @@ def test_log_of_the_text(tmp_path, residual):
     mean = hub.get_scalar('train/text_cos_mean').current()
     closest = hub.get_scalar('train/text_cos_closest').current()
     assert -1 <= mean < closest < 1
+    # What the loggers (TensorBoard too) are handed.
+    file, = tmp_path.glob('work/*/vis_data/scalars.json')
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row for row in rows if 'loss' in row]
+    assert [row['text_stage'] for row in rows] == [1, 1, 1, 2, 2, 2]
+    assert rows[-1]['text_drift'] == pytest.approx(drift[-1])
+    assert rows[-1]['text_scale'] == hub.get_scalar(
+        'train/text_scale').current()
 
 
 def test_a_frozen_parameter_stays_frozen(tmp_path, residual):
