@@ -120,7 +120,7 @@ class PromptLearner(TextProvider):
         # float64: small angles vanish in 1 - cosine.
         cosine = F.cosine_similarity(
             self.compute().double(), self.base.double(), dim=1)
-        return (1 - cosine).mean().item()
+        return (1 - cosine).mean().clamp(min=0).item()
 
     def _select_rows(self, rows: Tensor) -> None:
         super()._select_rows(rows)

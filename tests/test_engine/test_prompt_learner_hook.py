@@ -413,3 +413,24 @@ def test_accumulation_rounds_the_switch(tmp_path, residual):
     _, recorder = record(cfg)
     stages = [OFFSET in row['learns'] for row in recorder.rows]
     assert stages == [False] * 4 + [True] * 2
+
+
+@pytest.mark.parametrize('learn', [None, {r'\.text\.': 1., '.': .1}])
+def test_auxiliary_role(tmp_path, residual, learn):
+    """A frozen network makes its stage 2 idle, which is said."""
+    cfg = tiny_config(
+        tmp_path,
+        residual,
+        dict(switch_at=4, learn=learn),
+        log_level='WARNING',
+        **{'model.decode_head.role': 'auxiliary'})
+    _, recorder = record(cfg)
+    offset = 'decode_head.text_branch.text.offset'
+    scale = 'decode_head.text_losses.0.scale.log_scale'
+    classifier = 'decode_head.conv_seg.weight'
+    assert {scale, classifier} <= recorder.changed(0)
+    assert {offset, scale} <= recorder.changed(4)
+    assert (classifier in recorder.changed(4)) == (learn is not None)
+    log, = tmp_path.glob('work/*/*.log')
+    assert ('nothing that is deployed learns' in log.read_text()) == (
+        learn is None)

@@ -260,9 +260,6 @@ def test_a_learner_starts_from_fixed_text(fixed):
     inner = dict(type='ResidualPromptLearner', embeddings=fixed)
     with pytest.raises(TypeError, match='got ResidualPromptLearner'):
         residual(inner)
-    logits = dict(type='TextAlignmentLoss')
-    with pytest.raises(TypeError):
-        residual(logits)
 
 
 def test_learners_on_control_text():

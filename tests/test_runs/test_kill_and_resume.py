@@ -1,0 +1,188 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""kill -9, then ``--resume``, with MMSegmentation's own tool."""
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from processes import STOCK_TRAIN, side_by_side, start
+from tiny import CLASSES, tiny_config
+
+from mmseg_textkd.text import TextTower
+from mmseg_textkd.text.build import encode_classes
+
+ITERS, SWITCH, INTERVAL = 8, 4, 2
+# Where each run is killed, and the iteration that it then goes on with.
+FATES = dict(
+    in_stage_1=[('iter 3', 2)],
+    at_the_switch=[('iter 4', 4)],
+    in_the_first_iteration_of_stage_2=[('step 4', 4)],
+    in_stage_2_and_again=[('iter 5', 4), ('iter 7', 6)],
+    while_a_checkpoint_is_written=[('write 6', 4)])
+CONTEXT = 'decode_head.conv_seg.text.context'
+
+
+def write_config(folder):
+    """Stage 2 through ToyCLIP; the backbone goes on at a lower rate."""
+    file = str(folder / 'text.safetensors')
+    encode_classes(list(CLASSES), 'toyclip', 'photo').save(file)
+    text = dict(
+        type='ContextPromptLearner',
+        model='toyclip',
+        token_dim=64,
+        n_ctx=4,
+        embeddings=dict(type='ClassEmbeddings', file=file))
+    hook = dict(
+        switch_at=SWITCH,
+        learn={
+            'context': 1.,
+            'log_scale': 1.,
+            'conv_seg.bias': 1.,
+            'backbone': 0.1
+        },
+        schedule=dict(type='cosine', warmup_iters=2),
+        log_interval=1)
+    cfg = tiny_config(folder, text, hook, max_iters=ITERS)
+    cfg.custom_imports.imports.append('fate_hook')
+    cfg.custom_hooks.insert(0, dict(type='FateHook'))
+    cfg.default_hooks.checkpoint.interval = INTERVAL
+    for name in [k for k in cfg if k.startswith(('val', 'test'))]:
+        cfg.pop(name)
+    cfg.train_cfg.pop('val_interval')
+    cfg.log_level = 'INFO'
+    cfg.dump(str(folder / 'config.py'))
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """One run from start to end, and one for each fate."""
+    root = tmp_path_factory.mktemp('kill')
+    write_config(root)
+
+    def train(name, fate, *words):
+        work = root / name
+        done = start(
+            'python',
+            STOCK_TRAIN,
+            root / 'config.py',
+            '--work-dir',
+            work,
+            *words,
+            cwd=root,
+            FATE=fate)
+        return done, sorted(p.name for p in work.glob('iter_*.pth'))
+
+    def story(name):
+        outcomes, words = [], []
+        for fate, _ in FATES[name]:
+            outcomes.append(train(name, fate, *words))
+            words = ['--resume']
+        return outcomes + [train(name, 'none 0', *words)]
+
+    jobs = {name: lambda name=name: story(name) for name in FATES}
+    jobs['whole'] = lambda: [train('whole', 'none 0')]
+    return root, side_by_side(jobs)
+
+
+def load(folder):
+    return torch.load(folder / f'iter_{ITERS}.pth', weights_only=True)
+
+
+def report(folder):
+    return json.loads((folder / 'report_0.json').read_text())
+
+
+def equal(a, b, where=''):
+    """Compare everything, to the last bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            equal(a[key], b[key], f'{where}.{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            equal(*pair, f'{where}.{i}')
+    else:
+        assert a == b, where
+
+
+def test_the_run_that_nobody_kills(runs):
+    """That there is something to lose: all parts move, in either stage."""
+    root, outcomes = runs
+    done, saved = outcomes['whole'][0]
+    assert done.status == 0, done.output[-3000:]
+    assert saved == [f'iter_{i}.pth' for i in range(2, ITERS + 1, INTERVAL)]
+    facts, tower = report(root / 'whole'), TextTower('toyclip')
+    assert facts['iters'] == list(range(ITERS))
+    assert facts['open_clip'] == [False] * SWITCH + [
+        # The tower comes while iteration 4 is being prepared.
+        False
+    ] + [True] * (ITERS - SWITCH - 1)
+    assert facts['towers'] == [tower.checksum()]
+    for i, learns in enumerate(facts['learns']):
+        assert (CONTEXT in learns) == (i >= SWITCH)
+        assert any('decode_head.convs' in n for n in learns) == (i < SWITCH)
+    at_switch, end = (
+        torch.load(root / 'whole' / f'iter_{i}.pth', weights_only=True)
+        for i in (SWITCH, ITERS))
+    for state, stage in ((at_switch, 1), (end, 2)):
+        text = state['message_hub']['log_scalars']['train/text_stage']
+        assert text.current() == stage
+        assert state['state_dict'][CONTEXT.replace('context', 'started')] == (
+            stage == 2)
+    moved = {
+        k
+        for k, v in end['state_dict'].items()
+        if not torch.equal(v, at_switch['state_dict'][k])
+    }
+    assert CONTEXT in moved
+    assert CONTEXT.replace('context', 'class_embeddings') in moved
+    assert any('backbone' in k and 'running_var' in k for k in moved)
+    assert end['optimizer']['state'] and end['param_schedulers']
+
+
+def test_fates_are_as_planned(runs):
+    """Killed by signal 9, and gone on where the last checkpoint was."""
+    root, outcomes = runs
+    assert len(FATES) == 5
+    for name, fates in FATES.items():
+        *killed, last = outcomes[name]
+        assert len(killed) == len(fates)
+        for (fate, go_on), (done, saved) in zip(fates, killed):
+            assert done.status == -signal.SIGKILL, (name, done.output[-3000:])
+            whole = [f'iter_{i}.pth' for i in range(2, go_on + 1, INTERVAL)]
+            half = [f'iter_{fate.split()[1]}.pth'
+                    ] if fate.startswith('write') else []
+            assert saved == whole + half
+        done, _ = last
+        assert done.status == 0, (name, done.output[-3000:])
+        first = fates[-1][1]
+        assert f'resumed epoch: 0, iter: {first}' in done.output
+        facts = report(root / name)
+        assert facts['iters'] == list(range(first, ITERS))
+
+
+@pytest.mark.parametrize('name', FATES)
+def test_it_ends_as_if_nothing_had_happened(runs, name):
+    root, _ = runs
+    whole, resumed = load(root / 'whole'), load(root / name)
+    assert whole.keys() == resumed.keys()
+    for part in ('state_dict', 'optimizer', 'param_schedulers'):
+        equal(whole[part], resumed[part], part)
+    logs = [x['message_hub']['log_scalars'] for x in (whole, resumed)]
+    for key in ('train/loss', 'train/lr'):
+        curves = [log[key].data[0] for log in logs]
+        assert len(curves[0]) == ITERS
+        np.testing.assert_array_equal(*curves)
+    for key in ('train/text_stage', 'train/text_drift', 'train/text_scale'):
+        ends = [log[key].current() for log in logs]
+        assert ends[0] == ends[1] != 0, key
+    facts, expected = report(root / name), report(root / 'whole')
+    number = len(facts['iters'])
+    assert facts['learns'] == expected['learns'][-number:]
+    assert facts['towers'] == expected['towers']
+    assert facts['graded'] == expected['graded']
