@@ -7,6 +7,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Dict, NamedTuple, Sequence
 
+from mmengine.runner.checkpoint import CheckpointLoader
+
 from mmseg_textkd.compat import load_stock_tool
 
 ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
@@ -47,6 +49,11 @@ def start(*words: str, cwd: str, **variables: str) -> Done:
         errors='replace',
         timeout=300)
     return Done(done.returncode, done.stdout)
+
+
+def load(path: str) -> Dict:
+    """Read a runner's checkpoint as this stack reads it."""
+    return CheckpointLoader.load_checkpoint(str(path), map_location='cpu')
 
 
 def side_by_side(jobs: Dict[str, Callable], width: int = 2) -> Dict:

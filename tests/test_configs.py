@@ -119,9 +119,9 @@ def test_twins_differ_in_the_text_only(path):
     # Backbone, auxiliary heads, data, schedule, runtime: all of it.
     assert not changed
     assert {'custom_hooks', 'find_unused_parameters'} <= added
-    assert {k for k in added if not k.startswith('text_')} <= {
-        'custom_hooks', 'custom_imports', 'find_unused_parameters'
-    }
+    assert {k
+            for k in added if not k.startswith('text_')
+            } <= {'custom_hooks', 'custom_imports', 'find_unused_parameters'}
 
 
 @pytest.mark.parametrize('path', TEXTKD, ids=names(TEXTKD))
@@ -145,7 +145,8 @@ def test_the_stages_are_in_the_config(bare, path):
         if isinstance(module, TextProvider):
             assert module.learnable()
             assert {f'{name}.{key}' for key in module.learnable()} <= free
-    assert {decay[n] for n in set(decay) - free
+    assert {decay[n]
+            for n in set(decay) - free
             } == {cfg.optim_wrapper.optimizer.weight_decay}
 
 

@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """A real training run, small enough for a test."""
+import itertools
 import os.path as osp
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from mmseg.registry import OPTIM_WRAPPERS
 CLASSES = ('sky', 'building', 'road', 'sidewalk', 'pole', 'car', 'truck',
            'person')
 SIZE = (32, 64)
+_RUNS = itertools.count()
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -155,7 +157,9 @@ def run(cfg, **changes):
     """Train and return the runner."""
     cfg = cfg.copy()
     cfg.merge_from_dict(changes)
-    cfg.experiment_name = f'{osp.basename(cfg.work_dir)}_{id(cfg)}'
+    # Of its own: MMEngine keeps the log of a name for the whole process, and
+    # an `id` is used again.
+    cfg.experiment_name = f'{osp.basename(cfg.work_dir)}_{next(_RUNS)}'
     runner = Runner.from_cfg(cfg)
     runner.train()
     return runner

@@ -29,7 +29,7 @@ class ClassEmbeddings(TextProvider):
             file may be missing. Defaults to None.
         centre (bool): Whether to subtract the mean over the classes and
             renormalise. Raw CLIP text shares one large direction; see
-            ``docs/text.md``. Defaults to False.
+            ``docs/en/user_guides/text.md``. Defaults to False.
         classes (str | Sequence[str], optional): A vocabulary key (such as
             'cityscapes') or the class names, which the file must have in
             this order. Defaults to None: the names are checked against the

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from processes import ROOT, STOCK_TRAIN, TOOLS, options, side_by_side, start
+from processes import (ROOT, STOCK_TRAIN, TOOLS, load, options, side_by_side,
+                       start)
 
 from mmseg_textkd.datasets import CamVidDataset
 from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
@@ -19,8 +20,8 @@ from mmseg_textkd.text.build import encode_classes
 pytestmark = pytest.mark.stacks
 
 FOLDER = osp.join(ROOT, 'configs', 'textkd')
-TOY = osp.join(
-    FOLDER, 'textkd_bisenetv2_fcn_toyclip_1xb4-160i_toy-scenes-128x256.py')
+TOY = osp.join(FOLDER,
+               'textkd_bisenetv2_fcn_toyclip_1xb4-160i_toy-scenes-128x256.py')
 CAMVID = osp.join(FOLDER,
                   'textkd_bisenetv2_fcn_vit-b16_1xb8-10k_camvid-360x480.py')
 TOY_FILE = 'data/text_embeddings/toy_scenes_toyclip.safetensors'
@@ -86,8 +87,14 @@ def runs(tmp_path_factory):
     toy = short('(64,128)')
 
     def train(tool, config, folder, **changes):
-        return start('python', tool, config, '--work-dir', 'work',
-                     *options(**changes), cwd=root / folder)
+        return start(
+            'python',
+            tool,
+            config,
+            '--work-dir',
+            'work',
+            *options(**changes),
+            cwd=root / folder)
 
     def ours_then_test():
         ours = train(osp.join(TOOLS, 'train.py'), TOY, 'ours', **toy)
@@ -168,7 +175,7 @@ def check_run(done, work, learned):
     assert log['step'][:3] == [1, 2, 3]
     assert len(log['loss']) == 3 and np.isfinite(log['loss']).all()
     assert log['mIoU'] and log['text_stage'][-1] == 2
-    state = torch.load(work / 'iter_3.pth', weights_only=True)['state_dict']
+    state = load(work / 'iter_3.pth')['state_dict']
     text = {k: v for k, v in state.items() if '.text.' in k}
     prefix = 'decode_head.conv_seg.text.'
     assert set(text) == {
@@ -211,9 +218,8 @@ def test_our_tool_makes_the_embeddings(runs):
 
 def test_both_tools_train_the_same(runs):
     ours, stock = (
-        torch.load(
-            runs[0] / name / 'work' / 'iter_3.pth',
-            weights_only=True)['state_dict'] for name in ('ours', 'with'))
+        load(runs[0] / name / 'work' / 'iter_3.pth')['state_dict']
+        for name in ('ours', 'with'))
     assert ours.keys() == stock.keys()
     for key, value in ours.items():
         assert torch.equal(value, stock[key]), key

@@ -116,9 +116,9 @@ def test_checkpoint_fills_a_missing_file(tmp_path, fixed, learner):
 
 # ----------------------------------------------------- ControlEmbeddings
 def test_random_control_is_orthonormal_and_seeded():
-    first, again, other = (build(
-        type='ControlEmbeddings', kind='random', dim=32, seed=seed)()
-                           for seed in (3, 3, 4))
+    first, again, other = (
+        build(type='ControlEmbeddings', kind='random', dim=32, seed=seed)()
+        for seed in (3, 3, 4))
     torch.testing.assert_close(
         first @ first.T, torch.eye(4), atol=1e-6, rtol=0)
     assert torch.equal(first, again)
@@ -214,16 +214,16 @@ def test_residual_equals_its_formula(file, fixed):
     provider.start_learning()
     expected = vectors + 0.3 * offset.double()
     expected /= expected.square().sum(1, keepdim=True).sqrt()
-    torch.testing.assert_close(provider().double(), expected, atol=1e-6,
-                               rtol=0)
+    torch.testing.assert_close(
+        provider().double(), expected, atol=1e-6, rtol=0)
     drift = 1 - (expected * vectors).sum(1)
     assert provider.drift() == pytest.approx(drift.mean().item(), abs=1e-6)
     # In evaluation it is what has been refreshed last.
     provider.eval()
     torch.testing.assert_close(provider(), build(**fixed)())
     provider.refresh()
-    torch.testing.assert_close(provider().double(), expected, atol=1e-6,
-                               rtol=0)
+    torch.testing.assert_close(
+        provider().double(), expected, atol=1e-6, rtol=0)
 
 
 def test_residual_gradient(fixed):
@@ -233,8 +233,7 @@ def test_residual_gradient(fixed):
     text, direction = build(**fixed)(), torch.randn(len(NAMES), DIM)
     (provider() * direction).sum().backward()
     along = (direction * text).sum(1, keepdim=True) * text
-    torch.testing.assert_close(provider.offset.grad,
-                               0.7 * (direction - along))
+    torch.testing.assert_close(provider.offset.grad, 0.7 * (direction - along))
     assert list(provider.learnable()) == ['offset']
 
 
@@ -371,8 +370,11 @@ def toy(tmp_path, tower):
     """Config of a learner on ToyCLIP, with names of one and more tokens."""
     file = tmp_path / 'toy.safetensors'
     encode_classes(TOY_PHRASES, tower, 'photo').save(file)
-    assert len({int(n) for n in tower.end_positions(
-        tower.tokenize(list(TOY_PHRASES.values())))}) > 1
+    assert len({
+        int(n)
+        for n in tower.end_positions(
+            tower.tokenize(list(TOY_PHRASES.values())))
+    }) > 1
 
     def make(**options):
         cfg = dict(
@@ -399,8 +401,7 @@ def test_context_of_words_equals_the_sentence(toy, tower):
     expected = F.normalize(tower.encode_text(sentences), dim=1)
     torch.testing.assert_close(provider(), expected, atol=1e-5, rtol=0)
     # As the fixed text was made with the same template, nothing jumps.
-    torch.testing.assert_close(
-        provider(), provider.base, atol=1e-5, rtol=0)
+    torch.testing.assert_close(provider(), provider.base, atol=1e-5, rtol=0)
     assert provider.drift() < 1e-6
 
 
@@ -456,8 +457,8 @@ def test_the_tower_is_out_of_sight_and_untouched(toy, tower):
     assert isinstance(loaded, TextTower)
     assert not any(isinstance(m, TextTower) for m in provider.modules())
     after = keys(provider), [n for n, _ in provider.named_parameters()]
-    assert before == after == (['class_embeddings', 'context',
-                                'started'], ['context'])
+    assert before == after == (['class_embeddings', 'context', 'started'
+                                ], ['context'])
     provider().square().sum().backward()  # constant: rows are of unit length
     assert provider.context.grad.abs().max() < 1e-5
     provider().sum().backward()
@@ -501,8 +502,7 @@ def test_context_of_centred_text_starts_where_it_was(toy, tmp_path):
             file=str(tmp_path / 'toy.safetensors'),
             centre=True)).train()
     before = provider()
-    torch.testing.assert_close(
-        started(provider)(), before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(started(provider)(), before, atol=1e-5, rtol=0)
 
 
 def test_words_from_a_vocabulary_of_its_own(toy, tower):

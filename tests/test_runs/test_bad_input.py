@@ -1,0 +1,106 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Bad input to a whole run: a clear error, in time, and no damage."""
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.runner import Runner
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny import CLASSES, run, tiny_config
+
+from mmseg_textkd.text import TextEmbeddings
+from mmseg_textkd.text.build import encode_classes
+
+
+def tampered(path):
+    """Other vectors under the old hash."""
+    with safe_open(path, framework='pt') as file:
+        meta, vectors = file.metadata(), file.get_tensor('vectors')
+    save_file(dict(vectors=vectors.flip(0)), path, metadata=meta)
+
+
+def nan(path):
+    """With a hash that fits, as a careless writer would leave it."""
+    record = TextEmbeddings.load(path)
+    record.vectors[2] = float('nan')
+    record.save(path)
+
+
+def pickled(path):
+    Path(path).write_bytes(pickle.dumps(dict(vectors=[[1., 0.]])))
+
+
+def cut_short(path):
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[:len(data) // 2])
+
+
+DAMAGES = {
+    tampered: 'does not fit its SHA-256',
+    nan: 'NaN or infinity in the vectors of the rows .2.',
+    pickled: 'no embeddings file but .*pickle',
+    cut_short: 'cut short or damaged',
+}
+
+
+def residual(file, **options):
+    return dict(
+        type='ResidualPromptLearner',
+        embeddings=dict(type='ClassEmbeddings', file=file, **options))
+
+
+@pytest.mark.parametrize('damage', DAMAGES, ids=lambda d: d.__name__)
+def test_damaged_file(tmp_path, make_embeddings, damage):
+    file = make_embeddings(8, names=list(CLASSES))
+    damage(file)
+    before = Path(file).read_bytes()
+    with pytest.raises(ValueError, match=DAMAGES[damage]) as error:
+        # With a width too: a file that is there is never passed over.
+        run(tiny_config(tmp_path, residual(file, dim=16), dict(switch_at=3)))
+    assert file in str(error.value)
+    assert Path(file).read_bytes() == before
+    assert not list(tmp_path.glob('work/*.pth'))
+
+
+@pytest.mark.parametrize('names, words', [
+    (CLASSES[::-1], ['another order', "'person' instead of 'sky'"]),
+    ([*CLASSES[:-1], 'tram'], ["unexpected here: ['tram']", "'person'"]),
+])
+def test_learner_for_other_classes(tmp_path, make_embeddings, names, words):
+    """Learners are held to the dataset as fixed text is, in each loop."""
+    file = make_embeddings(8, names=list(names))
+    cfg = tiny_config(tmp_path, residual(file), dict(switch_at=3))
+    for loop in ('train', 'test', 'val'):
+        cfg.experiment_name = f'{loop}_{tmp_path.name}'
+        with pytest.raises(ValueError) as error:
+            getattr(Runner.from_cfg(cfg), loop)()
+        for word in [*words, 'BaseSegDataset', 'decode_head.conv_seg.text']:
+            assert word in str(error.value)
+    assert not list(tmp_path.glob('work/*.pth'))
+
+
+def test_bad_prompts_cost_nothing_but_a_resume(tmp_path):
+    """What is found at the switch can be put right from there."""
+    file = tmp_path / 'toy.safetensors'
+    encode_classes(list(CLASSES), 'toyclip', 'photo').save(file)
+    text = dict(
+        type='ContextPromptLearner',
+        model='toyclip',
+        token_dim=64,
+        n_ctx=4,
+        init='a photo of',
+        embeddings=dict(type='ClassEmbeddings', file=str(file)))
+    cfg = tiny_config(tmp_path, text, dict(switch_at=2), max_iters=4)
+    with pytest.raises(ValueError, match="'a photo of' has 3 tokens"):
+        run(cfg)
+    assert sorted(p.name for p in tmp_path.glob('work/*.pth')) == [
+        'iter_1.pth', 'iter_2.pth'
+    ]
+    cfg.model.decode_head.text.init = 'a photo of a'
+    runner = run(cfg, resume=True)
+    assert runner.iter == 4
+    whole = run(cfg, work_dir=str(tmp_path / 'whole'))
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, runner.model.state_dict()[key]), key
