@@ -28,9 +28,9 @@ matplotlib.use('Agg')
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path('data/toy_scenes')
-STOCK = 'configs/stock/bisenetv2_fcn_1xb4-160i_toy-scenes-128x256.py'
+STOCK = 'configs/stock/bisenetv2_fcn_1xb8-200i_toy-scenes-128x256.py'
 TEXT = ('configs/textkd/'
-        'textkd_bisenetv2_fcn_toyclip_1xb4-160i_toy-scenes-128x256.py')
+        'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py')
 ARMS = dict(stock=STOCK, textkd=TEXT)
 CLASSES = ToyScenesDataset.METAINFO['classes']
 PALETTE = np.array(ToyScenesDataset.METAINFO['palette'], np.uint8)

@@ -54,8 +54,9 @@ def text_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
     for name, module in model.named_modules():
         if isinstance(module, LogitScale) and module.learnable:
             params[f'{name}.log_scale'] = module.log_scale
-        if isinstance(module, TextClassifier) and module.bias is not None:
-            params[f'{name}.bias'] = module.bias
+        if isinstance(module,
+                      TextClassifier) and module.logit_bias is not None:
+            params[f'{name}.logit_bias'] = module.logit_bias
     return params
 
 

@@ -78,7 +78,7 @@ def record(cfg, **changes):
 
 OFFSET = 'decode_head.conv_seg.text.offset'
 SCALE = 'decode_head.conv_seg.scale.log_scale'
-BIAS = 'decode_head.conv_seg.bias'
+BIAS = 'decode_head.conv_seg.logit_bias'
 
 
 @pytest.mark.parametrize('switch_at', [4, 4 / 6])

@@ -43,8 +43,8 @@ def reference(module, feat):
         for k, t in enumerate(text):
             logits[n, k, y, x] = math.exp(module.scale.log_scale.item()) * (
                 e @ t / t.norm())
-            if module.bias is not None:
-                logits[n, k, y, x] += module.bias[k].double()
+            if module.logit_bias is not None:
+                logits[n, k, y, x] += module.logit_bias[k].double()
     return logits
 
 
@@ -119,7 +119,7 @@ def test_amp_keeps_similarities_in_float32():
     # The only loss of precision is that of the projection.
     expected = F.conv2d(embeddings.float(),
                         module.text()[..., None, None] *
-                        module.scale()) + module.bias[:, None, None]
+                        module.scale()) + module.logit_bias[:, None, None]
     torch.testing.assert_close(logits, expected)
 
 
@@ -135,7 +135,7 @@ def test_gradient_reaches_projection_scale_and_bias():
     grads = {n: p.grad for n, p in module.named_parameters()}
     assert set(grads) == {
         'projection.conv.weight', 'projection.bn.weight', 'projection.bn.bias',
-        'scale.log_scale', 'bias'
+        'scale.log_scale', 'logit_bias'
     }
     assert all(g is not None and g.abs().sum() > 0 for g in grads.values())
 

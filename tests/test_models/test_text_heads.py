@@ -116,6 +116,10 @@ class BaseTextHeadTester:
             assert missing == set()
         assert (set(text) - extra) <= set(stock)
         assert extra
+        # Nothing of a stock checkpoint slips into the text branch.
+        loaded = self.build(role).load_state_dict(stock, strict=False)
+        assert set(loaded.unexpected_keys) == missing
+        assert set(loaded.missing_keys) == extra
 
     @pytest.mark.parametrize('role', ROLES)
     def test_every_parameter_learns(self, role):
@@ -184,7 +188,7 @@ class BaseTextHeadTester:
     def test_init_of_the_text_branch_is_sound(self):
         head = self.build('classifier').decode_head
         assert torch.equal(head.conv_seg.projection.bn.weight, torch.ones(32))
-        assert head.conv_seg.bias.abs().max() == 0
+        assert head.conv_seg.logit_bias.abs().max() == 0
         assert head.conv_seg.scale().item() == pytest.approx(1)
 
 

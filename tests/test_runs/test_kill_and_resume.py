@@ -37,7 +37,7 @@ def write_config(folder):
         learn={
             'context': 1.,
             'log_scale': 1.,
-            'conv_seg.bias': 1.,
+            'logit_bias': 1.,
             'backbone': 0.1
         },
         schedule=dict(type='cosine', warmup_iters=2),

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.stacks
 
 FOLDER = osp.join(ROOT, 'configs', 'textkd')
 TOY = osp.join(FOLDER,
-               'textkd_bisenetv2_fcn_toyclip_1xb4-160i_toy-scenes-128x256.py')
+               'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py')
 CAMVID = osp.join(FOLDER,
                   'textkd_bisenetv2_fcn_vit-b16_1xb8-10k_camvid-360x480.py')
 TOY_FILE = 'data/text_embeddings/toy_scenes_toyclip.safetensors'

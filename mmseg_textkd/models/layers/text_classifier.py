@@ -50,7 +50,11 @@ class TextClassifier(TextBranch):
         if scale is None:
             scale = dict(init=1. if norm == 'bn' else 1 / 0.07)
         self.scale = LogitScale(**scale)
-        self.bias = nn.Parameter(torch.zeros(num_classes)) if bias else None
+        # Not called `bias`: a stock checkpoint has a `conv_seg.bias` of this
+        # shape, which must not slip in beside an untrained projection.
+        self.logit_bias = None
+        if bias:
+            self.logit_bias = nn.Parameter(torch.zeros(num_classes))
 
     def forward(self, feat: Tensor) -> Tensor:
         """Classify each pixel.
@@ -78,9 +82,10 @@ class TextClassifier(TextBranch):
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(embeddings.dtype, torch.float32)
             weight = (self.scale() * text).to(dtype)
-            bias = None if self.bias is None else self.bias.to(dtype)
+            bias = self.logit_bias
             return F.conv2d(
-                embeddings.to(dtype), weight[:, :, None, None], bias)
+                embeddings.to(dtype), weight[:, :, None, None],
+                None if bias is None else bias.to(dtype))
 
     @torch.no_grad()
     def as_conv(self) -> nn.Conv2d:
@@ -122,8 +127,8 @@ class TextClassifier(TextBranch):
             shift = gain * (shift - bn.running_mean.double()) + offset
         text = self.scale().double() * self.text().double()
         bias = text @ shift
-        if self.bias is not None:
-            bias = bias + self.bias.double()
+        if self.logit_bias is not None:
+            bias = bias + self.logit_bias.double()
         folded = nn.Conv2d(
             conv.in_channels,
             len(text),

@@ -1,7 +1,7 @@
 _base_ = [
     '../_base_/models/bisenetv2.py',
     '../_base_/datasets/toy_scenes-128x256.py', '../_base_/default_runtime.py',
-    '../_base_/schedules/schedule_160i.py'
+    '../_base_/schedules/schedule_200i.py'
 ]
 model = dict(
     data_preprocessor=dict(size=(128, 256)),
