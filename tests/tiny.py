@@ -163,3 +163,20 @@ def run(cfg, **changes):
     runner = Runner.from_cfg(cfg)
     runner.train()
     return runner
+
+
+def assert_equal(a, b, where=''):
+    """Compare everything, to the last bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_equal(a[key], b[key], f'{where}.{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            assert_equal(*pair, f'{where}.{i}')
+    else:
+        assert a == b, where

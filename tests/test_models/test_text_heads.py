@@ -119,7 +119,11 @@ class BaseTextHeadTester:
         # Nothing of a stock checkpoint slips into the text branch.
         loaded = self.build(role).load_state_dict(stock, strict=False)
         assert set(loaded.unexpected_keys) == missing
-        assert set(loaded.missing_keys) == extra
+        # torch itself is lenient about this counter of batch norms.
+        assert set(loaded.missing_keys) == {
+            k
+            for k in extra if not k.endswith('num_batches_tracked')
+        }
 
     @pytest.mark.parametrize('role', ROLES)
     def test_every_parameter_learns(self, role):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from processes import STOCK_TRAIN, load, side_by_side, start
-from tiny import CLASSES, tiny_config
+from tiny import CLASSES, assert_equal, tiny_config
 
 from mmseg_textkd.text import TextTower
 from mmseg_textkd.text.build import encode_classes
@@ -88,23 +88,6 @@ def report(folder):
     return json.loads((folder / 'report_0.json').read_text())
 
 
-def equal(a, b, where=''):
-    """Compare everything, to the last bit."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            equal(a[key], b[key], f'{where}.{key}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b)):
-            equal(*pair, f'{where}.{i}')
-    else:
-        assert a == b, where
-
-
 def test_the_run_that_nobody_kills(runs):
     """That there is something to lose: all parts move, in either stage."""
     root, outcomes = runs
@@ -168,7 +151,7 @@ def test_it_ends_as_if_nothing_had_happened(runs, name):
         load(root / n / f'iter_{ITERS}.pth') for n in ('whole', name))
     assert whole.keys() == resumed.keys()
     for part in ('state_dict', 'optimizer', 'param_schedulers'):
-        equal(whole[part], resumed[part], part)
+        assert_equal(whole[part], resumed[part], part)
     logs = [x['message_hub']['log_scalars'] for x in (whole, resumed)]
     for key in ('train/loss', 'train/lr'):
         curves = [log[key].data[0] for log in logs]
