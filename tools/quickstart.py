@@ -149,20 +149,18 @@ def print_table(iou: Dict[str, np.ndarray]) -> None:
 
 
 @torch.no_grad()
-def similarity(config: str, checkpoint: str, image: np.ndarray,
+def similarity(model: torch.nn.Module, image: np.ndarray,
                class_index: int) -> np.ndarray:
     """Get the cosine between the pixels and the text of one class.
 
     Args:
-        config (str): Config of the text arm.
-        checkpoint (str): Its checkpoint.
+        model (nn.Module): The trained text arm.
         image (np.ndarray): BGR picture, uint8, shape (H, W, 3).
         class_index (int): Index of the class.
 
     Returns:
         np.ndarray: Cosines, float, at the resolution of the features.
     """
-    model = init_model(config, checkpoint, device='cpu')
     head = model.decode_head
     taken = []
     handle = head.text.projection.register_forward_hook(
@@ -179,6 +177,7 @@ def similarity(config: str, checkpoint: str, image: np.ndarray,
 def draw(work_dir: Path, checkpoint: str, rows: int = 3) -> Path:
     """Draw pictures, truth, both predictions and a similarity map."""
     from matplotlib import pyplot as plt
+    model = init_model(TEXT, checkpoint, device='cpu')
     class_index = CLASSES.index('car')
     truths = {
         p.name: read_labels(p)
@@ -201,7 +200,7 @@ def draw(work_dir: Path, checkpoint: str, rows: int = 3) -> Path:
         for axis, panel in zip(row, panels):
             axis.imshow(panel)
         shown = row[4].imshow(
-            similarity(TEXT, checkpoint, image, class_index),
+            similarity(model, image, class_index),
             cmap='magma',
             interpolation='bilinear',
             extent=(0, image.shape[1], image.shape[0], 0))
