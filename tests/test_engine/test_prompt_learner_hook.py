@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 from tiny import CLASSES, assert_equal, run, tiny_config
@@ -359,6 +360,23 @@ def test_a_parameter_missing_from_the_optimizer(tmp_path, residual):
     runner.model.get_parameter(OFFSET).requires_grad_(False)
     with pytest.raises(ValueError, match='not in the optimizer'):
         runner.train()
+
+
+def test_several_optimizers_are_refused(tmp_path, residual):
+    runner = Runner.from_cfg(
+        tiny_config(tmp_path, residual, dict(switch_at=3)))
+    wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.optim_wrapper = OptimWrapperDict(model=wrapper)
+    runner.param_schedulers = None
+    with pytest.raises(ValueError, match='one optimizer.*OptimWrapperDict'):
+        runner.train()
+
+
+def test_without_a_schedule_of_the_run(tmp_path, residual):
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=3))
+    cfg.param_scheduler = None
+    _, recorder = record(cfg)
+    assert [row['lr'][SCALE] for row in recorder.rows] == [0.05] * 6
 
 
 def test_one_group_for_different_rates(tmp_path, residual):

@@ -122,11 +122,12 @@ class PromptLearnerHook(Hook):
             for name, param in model.named_parameters() if param.requires_grad
         }
         self._prompts = set(prompt_parameters(model))
-        for group in runner.optim_wrapper.param_groups:
-            group.setdefault('initial_lr', group['lr'])
         if self.switch_at is not None:
             self.plan = StagePlan.make(runner, model, self.switch_at,
                                        self.learn, self._trainable)
+            for group in runner.optim_wrapper.param_groups:
+                # Set already where the run has a schedule.
+                group.setdefault('initial_lr', group['lr'])
         self._apply(runner)
 
     # -------------------------------------------------------- stages

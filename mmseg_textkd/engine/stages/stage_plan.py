@@ -6,7 +6,7 @@ from typing import Dict, List, Optional, Set, Union
 
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import nn
 
 from mmseg_textkd.models.text_parameters import text_parameters
@@ -112,10 +112,10 @@ def _factors(model: nn.Module,
 def _group_factors(wrapper: OptimWrapper, model: nn.Module,
                    factors: Dict[str,
                                  float], trainable: Set[str]) -> List[float]:
-    if not isinstance(wrapper, OptimWrapper):
+    if isinstance(wrapper, OptimWrapperDict):
         raise ValueError(
-            'PromptLearnerHook supports one optimizer (OptimWrapper), but '
-            f'got {type(wrapper).__name__}.')
+            'PromptLearnerHook supports one optimizer, but got '
+            f'{type(wrapper).__name__} with {list(wrapper.keys())}.')
     names = {id(param): name for name, param in model.named_parameters()}
     known: Set[Optional[str]] = set()
     group_factors = []
