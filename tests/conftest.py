@@ -7,6 +7,9 @@ from mmengine.registry import DefaultScope
 import mmseg_textkd  # noqa: F401  (registers everything)
 from mmseg_textkd.text import TextEmbeddings
 
+# Asserts of this helper too are to say what was compared.
+pytest.register_assert_rewrite('network_tester')
+
 
 @pytest.fixture(autouse=True, scope='session')
 def _format_each_config_once():

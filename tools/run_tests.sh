@@ -16,6 +16,7 @@ echo "run_tests: pytest $*"
 # Threads of tiny models wait for each other more than they compute, the more
 # so on a busy machine.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# A worker for each core; what shares a fixture of its file stays together.
 # pytest ends with 5 where nothing was selected: that is a failure too.
-python -m pytest "$@"
+python -m pytest -n "${WORKERS:-2}" --dist loadscope "$@"
 exit "$lint"

@@ -1,10 +1,8 @@
 _base_ = [
-    '../_base_/models/bisenetv2.py', '../_base_/datasets/camvid-360x480.py',
-    '../_base_/default_runtime.py', '../_base_/schedules/schedule_10k.py'
+    '../_base_/datasets/camvid-360x480.py', '../_base_/default_runtime.py',
+    '../_base_/schedules/schedule_10k.py'
 ]
-model = dict(
-    data_preprocessor=dict(size=(360, 480)),
-    decode_head=dict(num_classes=11),
-    auxiliary_head=[
-        dict(head, num_classes=11) for head in _base_.model.auxiliary_head
-    ])
+model, optim_wrapper = __import__('mmseg_textkd').stock_network(
+    'bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py',
+    num_classes=11,
+    size=(360, 480))

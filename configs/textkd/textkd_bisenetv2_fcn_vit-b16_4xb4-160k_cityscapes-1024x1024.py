@@ -1,7 +1,6 @@
 _base_ = [
-    '../_base_/stock/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py',
+    '../stock/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py',
     '../_base_/text/vit-b16_cityscapes.py'
 ]
-custom_imports = dict(imports=['mmseg_textkd'], allow_failed_imports=False)
 model = dict(decode_head=dict(type='TextFCNHead', text=_base_.text_provider))
 optim_wrapper = dict(paramwise_cfg=_base_.text_paramwise)

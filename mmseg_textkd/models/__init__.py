@@ -1,11 +1,13 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .decode_heads import (TextDDRHead, TextDepthwiseSeparableFCNHead,
-                           TextFCNHead, TextHeadMixin, TextPIDHead)
+                           TextFCNHead, TextHeadMixin, TextLightHamHead,
+                           TextPIDHead, TextSegformerHead)
 from .layers import LogitScale, PixelProjection, TextBranch, TextClassifier
 from .losses import TextAlignmentLoss
 
 __all__ = [
     'LogitScale', 'PixelProjection', 'TextAlignmentLoss', 'TextBranch',
     'TextClassifier', 'TextDDRHead', 'TextDepthwiseSeparableFCNHead',
-    'TextFCNHead', 'TextHeadMixin', 'TextPIDHead'
+    'TextFCNHead', 'TextHeadMixin', 'TextLightHamHead', 'TextPIDHead',
+    'TextSegformerHead'
 ]

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
 
 VOCABULARY_DIR = Path(__file__).resolve().parent / 'vocabularies'
+# BDD100K has the classes of Cityscapes, labelled alike: one file for both.
+ALIASES = {'bdd100k': 'cityscapes'}
 
 VocabularySpec = Union[str, Path, Mapping[str, Union[str, Sequence[str]]],
                        Sequence[str], 'Vocabulary']
@@ -89,7 +91,8 @@ class Vocabulary:
         Returns:
             list[str]: What :meth:`from_spec` knows by name, sorted.
         """
-        return sorted(file.stem for file in VOCABULARY_DIR.glob('*.json'))
+        files = (file.stem for file in VOCABULARY_DIR.glob('*.json'))
+        return sorted([*files, *ALIASES])
 
     @classmethod
     def from_spec(cls, spec: VocabularySpec) -> 'Vocabulary':
@@ -129,7 +132,8 @@ class Vocabulary:
             raise TypeError('A vocabulary is a dataset key, a file, a dict or '
                             f'a list of names, but got {type(spec).__name__}')
         if str(spec) in cls.keys():
-            return cls._from_file(VOCABULARY_DIR / f'{spec}.json')
+            key = ALIASES.get(str(spec), str(spec))
+            return cls._from_file(VOCABULARY_DIR / f'{key}.json')
         if Path(spec).suffix not in ('.json', '.txt'):
             raise ValueError(
                 f'Unknown vocabulary {str(spec)!r}: neither one of the keys '

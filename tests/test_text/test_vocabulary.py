@@ -1,23 +1,33 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import json
 import re
+from pathlib import Path
 
 import pytest
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmseg.datasets import (ADE20KDataset, BDD100KDataset, CityscapesDataset,
-                            COCOStuffDataset, PascalVOCDataset)
+                            COCOStuffDataset, MapillaryDataset_v1,
+                            PascalVOCDataset)
 
+from mmseg_textkd import stock_config
 from mmseg_textkd.datasets.camvid import CamVidDataset
 from mmseg_textkd.datasets.toy_scenes import ToyScenesDataset
-from mmseg_textkd.text.vocabulary import VOCABULARY_DIR, Vocabulary
+from mmseg_textkd.text.vocabulary import ALIASES, VOCABULARY_DIR, Vocabulary
 
+FRAGMENTS = Path(__file__).resolve().parents[2] / 'configs/_base_/text'
+# Of Mapillary Vistas' 66 names the last is `Unlabeled`, which MMSegmentation's
+# base for 65 classes leaves out.
+MAPILLARY = Config.fromfile(
+    stock_config('_base_/datasets/mapillary_v1_65.py')).metainfo
 DATASETS = {
-    'cityscapes': (CityscapesDataset, 19),
-    'camvid': (CamVidDataset, 11),
-    'ade20k': (ADE20KDataset, 150),
-    'voc12': (PascalVOCDataset, 21),
-    'coco_stuff': (COCOStuffDataset, 171),
-    'toy_scenes': (ToyScenesDataset, 8),
+    'cityscapes': (CityscapesDataset.METAINFO, 19),
+    'bdd100k': (BDD100KDataset.METAINFO, 19),
+    'camvid': (CamVidDataset.METAINFO, 11),
+    'ade20k': (ADE20KDataset.METAINFO, 150),
+    'voc12': (PascalVOCDataset.METAINFO, 21),
+    'coco_stuff': (COCOStuffDataset.METAINFO, 171),
+    'mapillary_v1': (MAPILLARY, 65),
+    'toy_scenes': (ToyScenesDataset.METAINFO, 8),
 }
 # Names that must not reach a text encoder as they are, and what must.
 MEANT = [
@@ -39,37 +49,68 @@ MEANT = [
     ('coco_stuff', 'wall-brick', 'brick wall'),
     ('coco_stuff', 'water-other', 'water'),
     ('coco_stuff', 'door-stuff', 'door'),
+    ('coco_stuff', 'pavement', 'sidewalk'),
+    ('bdd100k', 'rider', 'cyclist'),
+    ('mapillary_v1', 'Ground Animal', 'animal'),
+    ('mapillary_v1', 'Crosswalk - Plain', 'pedestrian crossing'),
+    ('mapillary_v1', 'Lane Marking - Crosswalk', 'zebra crossing'),
+    ('mapillary_v1', 'Lane Marking - General', 'lane marking'),
+    ('mapillary_v1', 'Service Lane', 'road shoulder'),
+    ('mapillary_v1', 'Terrain', 'grass'),
+    ('mapillary_v1', 'Other Rider', 'person riding a horse'),
+    ('mapillary_v1', 'Traffic Sign (Back)', 'back of a traffic sign'),
+    ('mapillary_v1', 'Traffic Sign (Front)', 'traffic sign'),
+    ('mapillary_v1', 'Catch Basin', 'storm drain'),
+    ('mapillary_v1', 'Junction Box', 'electrical cabinet'),
+    ('mapillary_v1', 'On Rails', 'tram'),
+    ('mapillary_v1', 'Other Vehicle', 'construction vehicle'),
+    ('mapillary_v1', 'Wheeled Slow', 'handcart'),
+    ('mapillary_v1', 'Car Mount', 'camera mount on a car'),
+    ('mapillary_v1', 'Ego Vehicle', 'car hood seen from inside'),
 ]
 
 
 def test_every_file_is_tested():
     assert Vocabulary.keys() == sorted(DATASETS)
+    assert len(DATASETS) == 8
+    # An alias has no file of its own, and everything else has one.
     files = sorted(f.name for f in VOCABULARY_DIR.glob('*.json'))
-    assert files == sorted(f'{key}.json' for key in DATASETS)
-    assert len(files) == 6
+    assert files == sorted(f'{key}.json' for key in {*DATASETS} - {*ALIASES})
+    assert len(files) == 7
 
 
 @pytest.mark.parametrize('key', DATASETS)
 def test_names_equal_the_datasets_classes_in_order(key):
-    dataset, count = DATASETS[key]
+    metainfo, count = DATASETS[key]
     vocabulary = Vocabulary.from_spec(key)
-    assert vocabulary.names == tuple(dataset.METAINFO['classes'])
+    assert vocabulary.names == tuple(metainfo['classes'])
     assert len(vocabulary) == len(vocabulary.phrases) == count
 
 
-def test_bdd100k_shares_the_names_of_cityscapes():
-    assert Vocabulary.from_spec('cityscapes').names == tuple(
-        BDD100KDataset.METAINFO['classes'])
+def test_bdd100k_is_described_as_cityscapes():
+    assert ALIASES == {'bdd100k': 'cityscapes'}
+    assert Vocabulary.from_spec('bdd100k') == Vocabulary.from_spec(
+        'cityscapes')
+
+
+def test_mapillary_has_all_classes_but_unlabelled_pixels():
+    names = MapillaryDataset_v1.METAINFO['classes']
+    assert names[-1] == 'Unlabeled' and len(names) == 66
+    assert Vocabulary.from_spec('mapillary_v1').names == names[:-1]
 
 
 @pytest.mark.parametrize('key', DATASETS)
 def test_phrases_are_plain_words_and_stand_for_one_class(key):
     phrases = [p for ps in Vocabulary.from_spec(key).phrases for p in ps]
     assert len(phrases) >= DATASETS[key][1]
-    # Lower case words: no underscore, digit, comma, suffix or blank at an end.
+    # Lower case words with one blank or hyphen between them: no underscore,
+    # digit, comma, bracket, ` - ` or blank at an end.
     odd = [p for p in phrases if not re.fullmatch(r"[a-z]+([ '-][a-z]+)*", p)]
     assert odd == []
-    bare = {'other', 'others', 'stuff', 'thing', 'things', 'misc', 'void'}
+    bare = {
+        'other', 'others', 'stuff', 'thing', 'things', 'misc', 'void',
+        'unlabeled', 'unlabelled', 'ego', 'general'
+    }
     assert [p for p in phrases if bare & set(re.split('[ -]', p))] == []
     assert [p for p in phrases if p.split()[0] in ('a', 'an', 'the')] == []
     assert [p for p in phrases if len(p.split()) > 8] == []
@@ -82,11 +123,12 @@ def test_a_class_name_is_never_a_phrase_of_another_class():
     checked = 0
     for key in DATASETS:
         vocabulary = Vocabulary.from_spec(key)
-        names = {name.strip() for name in vocabulary.names}
-        for name, phrases in zip(vocabulary.names, vocabulary.phrases):
-            assert not (names - {name.strip()}) & set(phrases), (key, name)
+        names = [name.strip().lower() for name in vocabulary.names]
+        assert len(set(names)) == len(names)
+        for name, phrases in zip(names, vocabulary.phrases):
+            assert not ({*names} - {name}) & set(phrases), (key, name)
             checked += 1
-    assert checked == 19 + 11 + 150 + 21 + 171 + 8
+    assert checked == 19 + 19 + 11 + 150 + 21 + 171 + 65 + 8
 
 
 @pytest.mark.parametrize('key,name,phrase', MEANT)
@@ -104,8 +146,23 @@ def test_background_is_described_by_what_is_not_an_object():
 
 def test_readme_names_every_file():
     text = (VOCABULARY_DIR / 'README.md').read_text(encoding='utf-8')
-    rows = dict(re.findall(r'\| `(\w+)\.json` \| (\d+) \|', text))
+    rows = dict(re.findall(r'\| `(\w+)` \| (\d+) \|', text))
     assert rows == {key: str(count) for key, (_, count) in DATASETS.items()}
+
+
+@pytest.mark.parametrize('key', sorted({*DATASETS} - {'toy_scenes'}))
+def test_every_dataset_has_a_text_fragment(key):
+
+    def provider(name):
+        return Config.fromfile(FRAGMENTS / f'vit-b16_{name}.py').text_provider
+
+    expected = provider('cityscapes')
+    expected.embeddings.update(
+        file=f'data/text_embeddings/{key}_vit-b16-openai.safetensors',
+        classes=key)
+    expected.embeddings.build.vocabulary = key
+    assert provider(key) == expected
+    assert len(list(FRAGMENTS.glob('vit-b16_*.py'))) == 7
 
 
 @pytest.mark.parametrize('spec', [

@@ -1,10 +1,9 @@
-optimizer = dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=0.0005)
-optim_wrapper = dict(type='OptimWrapper', optimizer=optimizer, clip_grad=None)
+# How long a run is; how a network is optimized belongs to the network.
 param_scheduler = [
     dict(type='LinearLR', by_epoch=False, start_factor=0.1, begin=0, end=500),
     dict(
         type='PolyLR',
-        eta_min=1e-4,
+        eta_min=0.,
         power=0.9,
         begin=500,
         end=10000,

@@ -3,7 +3,7 @@ param_scheduler = [
     dict(type='LinearLR', by_epoch=False, start_factor=0.1, begin=0, end=20),
     dict(
         type='PolyLR',
-        eta_min=1e-4,
+        eta_min=0.,
         power=0.9,
         begin=20,
         end=200,

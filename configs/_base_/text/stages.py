@@ -11,3 +11,16 @@ custom_hooks = [
     dict(
         type='PromptLearnerHook', switch_at=0.9, schedule=dict(type='cosine'))
 ]
+# For the role 'auxiliary', where the text is not deployed: with the network
+# frozen, stage 2 would change nothing that is.
+auxiliary_hooks = [
+    dict(
+        type='PromptLearnerHook',
+        switch_at=0.9,
+        learn={
+            r'\.text\.': 1.0,
+            'log_scale': 1.0,
+            '.': 0.1
+        },
+        schedule=dict(type='cosine'))
+]

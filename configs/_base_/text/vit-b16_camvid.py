@@ -1,14 +1,6 @@
-_base_ = './stages.py'
-# Stage 1: fixed vectors. Stage 2: a learned offset for every class.
+_base_ = './vit-b16_cityscapes.py'
 text_provider = dict(
-    type='ResidualPromptLearner',
     embeddings=dict(
-        type='ClassEmbeddings',
         file='data/text_embeddings/camvid_vit-b16-openai.safetensors',
         classes='camvid',
-        dim=512,
-        build=dict(
-            vocabulary='camvid',
-            model='ViT-B-16',
-            pretrained='openai',
-            templates='vild')))
+        build=dict(vocabulary='camvid')))

@@ -51,7 +51,7 @@ class StagePlan:
                 distributed training would not allow it.
         """
         switch_iter = _switch_iter(runner, switch_at)
-        factors = _factors(model, learn)
+        factors = _factors(model, learn, trainable)
         group_factors = _group_factors(runner.optim_wrapper, model, factors,
                                        trainable)
         if is_model_wrapper(runner.model) and not getattr(
@@ -84,8 +84,10 @@ def _switch_iter(runner, switch_at: Union[int, float]) -> int:
     return switch_at
 
 
-def _factors(model: nn.Module,
-             learn: Optional[Dict[str, float]]) -> Dict[str, float]:
+def _factors(model: nn.Module, learn: Optional[Dict[str, float]],
+             trainable: Set[str]) -> Dict[str, float]:
+    # What is frozen from the start stays so, but for the text: of that the
+    # caller hears. STDC's boundary head, for one, has a constant parameter.
     names = [name for name, _ in model.named_parameters()]
     text = list(text_parameters(model))
     if learn is None:
@@ -104,7 +106,8 @@ def _factors(model: nn.Module,
                 f'the pattern {pattern!r} in `learn` matches no parameter. '
                 f'Text parameters of this model are {sorted(text)}; network '
                 f'parameters look like {names[:3]}.')
-        for name in matches:
+        kept = [n for n in matches if n in trainable or n in text]
+        for name in kept or matches:
             factors.setdefault(name, float(factor))
     return factors
 

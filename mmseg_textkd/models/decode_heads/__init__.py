@@ -3,9 +3,11 @@ from .text_ddr_head import TextDDRHead
 from .text_depthwise_separable_fcn_head import TextDepthwiseSeparableFCNHead
 from .text_fcn_head import TextFCNHead
 from .text_head_mixin import TextHeadMixin
+from .text_light_ham_head import TextLightHamHead
 from .text_pid_head import TextPIDHead
+from .text_segformer_head import TextSegformerHead
 
 __all__ = [
     'TextDDRHead', 'TextDepthwiseSeparableFCNHead', 'TextFCNHead',
-    'TextHeadMixin', 'TextPIDHead'
+    'TextHeadMixin', 'TextLightHamHead', 'TextPIDHead', 'TextSegformerHead'
 ]

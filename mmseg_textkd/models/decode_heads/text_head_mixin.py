@@ -3,8 +3,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Dict, Iterator, List, Optional, Sequence, Union
 
 import torch.nn.functional as F
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import TextBranch, TextClassifier
 
@@ -34,13 +36,15 @@ class TextHeadMixin:
         text_branch (dict, optional): Further arguments of
             :class:`TextClassifier` (``norm``, ``norm_cfg``, ``scale``,
             ``bias``) or, in the role 'auxiliary', of :class:`TextBranch`
-            (``norm``, ``norm_cfg``). Defaults to None.
+            (``norm``, ``norm_cfg``). ``norm_cfg`` defaults to the head's own
+            where that is a batch norm, else to BN. Defaults to None.
         text_losses (Sequence[dict], optional): Losses on pixel and class
             embeddings. Defaults to None: none for 'classifier', one
             ``TextAlignmentLoss`` of weight 0.4 (DenseCLIP's) for 'auxiliary'.
 
     Raises:
-        TypeError: If the stock head has no 1x1 ``conv_seg``.
+        TypeError: If the stock head is no ``BaseDecodeHead`` or has no 1x1
+            ``conv_seg``.
         ValueError: If the arguments do not fit each other or the head.
     """
 
@@ -51,6 +55,10 @@ class TextHeadMixin:
                  text_branch: Optional[dict] = None,
                  text_losses: Optional[Sequence[dict]] = None,
                  **kwargs) -> None:
+        if not isinstance(self, BaseDecodeHead):
+            raise TypeError(
+                f'{type(self).__name__} cannot take text: it is no '
+                'BaseDecodeHead, which classifies pixels by `conv_seg`.')
         super().__init__(*args, **kwargs)
         if role not in ROLES:
             raise ValueError(
@@ -58,7 +66,7 @@ class TextHeadMixin:
         self._check_stock_head()
         self.role = role
         options = dict(text_branch or {})
-        options.setdefault('norm_cfg', self.norm_cfg)
+        options.setdefault('norm_cfg', self._batch_norm_cfg())
         branch_type = TextBranch if role == 'auxiliary' else TextClassifier
         branch = branch_type(self.conv_seg.in_channels, self.num_classes, text,
                              **options)
@@ -75,6 +83,7 @@ class TextHeadMixin:
                     'text branch unused; give at least one loss.')
         self.text_losses = nn.ModuleList(
             MODELS.build(loss) for loss in text_losses or [])
+        self._classifier_called = False
 
     @property
     def text(self) -> TextBranch:
@@ -82,20 +91,24 @@ class TextHeadMixin:
         return self.conv_seg if self.role == 'classifier' else self.text_branch
 
     def loss(self, inputs: Union[Tensor, Sequence[Tensor]],
-             batch_data_samples: list, train_cfg: dict) -> Dict[str, Tensor]:
+             *args) -> Dict[str, Tensor]:
         """Compute the head's own losses and those of the text.
 
         Args:
             inputs (Tensor | Sequence[Tensor]): Features of the backbone.
-            batch_data_samples (list[:obj:`SegDataSample`]): The data
-                samples, with ``gt_sem_seg``.
-            train_cfg (dict): The training config.
+            *args: As of the stock head: in a cascade the output of the head
+                before; the data samples, a list of :obj:`SegDataSample` with
+                ``gt_sem_seg``; the training config.
 
         Returns:
             dict[str, Tensor]: Losses by name, and the head's accuracy.
+
+        Raises:
+            RuntimeError: If the stock head does not call its classifier, or
+                with text losses if it calls it more than once.
         """
-        if not self.text_losses:
-            return super().loss(inputs, batch_data_samples, train_cfg)
+        if self._classifier_called and not self.text_losses:
+            return super().loss(inputs, *args)
         # The tensors are taken on their way through the stock forward, by
         # hooks that live no longer than this call: the head need not be
         # copied, and nothing stays behind on the modules.
@@ -107,11 +120,14 @@ class TextHeadMixin:
                 ]
             else:
                 taken = [stack.enter_context(_inputs_of(self.conv_seg))]
-            losses = super().loss(inputs, batch_data_samples, train_cfg)
-        values = [self._only(tensors) for tensors in taken]
+            losses = super().loss(inputs, *args)
+        self._check_calls(len(taken[0]))
+        if not self.text_losses:
+            return losses
+        values = [tensors[0] for tensors in taken]
         if self.role == 'auxiliary':
             values = [self.text.projection(values[0]), self.text.text()]
-        losses.update(self._text_losses(*values, batch_data_samples))
+        losses.update(self._text_losses(*values, args[-2]))
         return losses
 
     def _text_losses(self, embeddings: Tensor, text: Tensor,
@@ -134,13 +150,17 @@ class TextHeadMixin:
             losses[name] = losses[name] + value if name in losses else value
         return losses
 
-    def _only(self, tensors: List[Tensor]) -> Tensor:
-        if len(tensors) != 1:
+    def _check_calls(self, number: int) -> None:
+        name = type(self).__name__
+        if number == 0:
             raise RuntimeError(
-                f'{type(self).__name__} called its main classifier '
-                f'{len(tensors)} times in one forward; text losses need '
-                'exactly one call.')
-        return tensors[0]
+                f'{name} cannot take text: its stock forward does not call '
+                'its classifier `conv_seg`, which would learn nothing.')
+        if number > 1 and self.text_losses:
+            raise RuntimeError(
+                f'{name} called its main classifier {number} times in one '
+                'forward; text losses need exactly one call.')
+        self._classifier_called = True
 
     def _check_stock_head(self) -> None:
         name = type(self).__name__
@@ -154,6 +174,13 @@ class TextHeadMixin:
                 f'{name} cannot take text with out_channels='
                 f'{self.out_channels} for num_classes={self.num_classes}: '
                 'text needs one logit a class. Leave `out_channels` unset.')
+
+    def _batch_norm_cfg(self) -> Optional[dict]:
+        """The head's own norm if it folds, else None."""
+        kind = (self.norm_cfg or {}).get('type')
+        kind = MODELS.get(kind) if isinstance(kind, str) else kind
+        folds = kind is not None and issubclass(kind, _BatchNorm)
+        return self.norm_cfg if folds else None
 
     def _drop_init_of_conv_seg(self) -> None:
         """Keep the stock init of ``conv_seg`` away from the text branch.

@@ -1,0 +1,9 @@
+_base_ = [
+    '../_base_/datasets/mapillary-v1-512x1024.py',
+    '../_base_/default_runtime.py', '../_base_/schedules/schedule_160k.py'
+]
+model, optim_wrapper = __import__('mmseg_textkd').stock_network(
+    'bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py',
+    num_classes=65,
+    size=(512, 1024))
+train_dataloader = dict(batch_size=4)

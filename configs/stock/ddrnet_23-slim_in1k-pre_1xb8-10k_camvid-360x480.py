@@ -1,0 +1,8 @@
+_base_ = [
+    '../_base_/datasets/camvid-360x480.py', '../_base_/default_runtime.py',
+    '../_base_/schedules/schedule_10k.py'
+]
+model, optim_wrapper = __import__('mmseg_textkd').stock_network(
+    'ddrnet/ddrnet_23-slim_in1k-pre_2xb6-120k_cityscapes-1024x1024.py',
+    num_classes=11,
+    size=(360, 480))

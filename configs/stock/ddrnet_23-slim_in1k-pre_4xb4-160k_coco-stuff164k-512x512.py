@@ -1,0 +1,8 @@
+_base_ = [
+    '../_base_/datasets/coco-stuff164k-512x512.py',
+    '../_base_/default_runtime.py', '../_base_/schedules/schedule_160k.py'
+]
+model, optim_wrapper = __import__('mmseg_textkd').stock_network(
+    'ddrnet/ddrnet_23-slim_in1k-pre_2xb6-120k_cityscapes-1024x1024.py',
+    num_classes=171,
+    size=(512, 512))

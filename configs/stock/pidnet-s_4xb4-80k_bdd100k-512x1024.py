@@ -1,0 +1,13 @@
+_base_ = [
+    '../_base_/datasets/bdd100k-512x1024.py', '../_base_/default_runtime.py',
+    '../_base_/schedules/schedule_80k.py'
+]
+model, optim_wrapper = __import__('mmseg_textkd').stock_network(
+    'pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes.py',
+    num_classes=19,
+    size=(512, 1024))
+train_dataloader = __import__('mmseg_textkd').insert_transform(
+    _base_.train_dataloader,
+    dict(type='GenerateEdge', edge_width=4),
+    before='PackSegInputs')
+train_dataloader['batch_size'] = 4

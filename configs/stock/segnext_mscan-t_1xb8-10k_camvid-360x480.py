@@ -1,0 +1,8 @@
+_base_ = [
+    '../_base_/datasets/camvid-360x480.py', '../_base_/default_runtime.py',
+    '../_base_/schedules/schedule_10k.py'
+]
+model, optim_wrapper = __import__('mmseg_textkd').stock_network(
+    'segnext/segnext_mscan-t_1xb16-adamw-160k_ade20k-512x512.py',
+    num_classes=11,
+    size=(360, 480))

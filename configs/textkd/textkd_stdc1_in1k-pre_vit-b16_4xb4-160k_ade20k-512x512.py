@@ -1,0 +1,6 @@
+_base_ = [
+    '../stock/stdc1_in1k-pre_4xb4-160k_ade20k-512x512.py',
+    '../_base_/text/vit-b16_ade20k.py'
+]
+model = dict(decode_head=dict(type='TextFCNHead', text=_base_.text_provider))
+optim_wrapper = dict(paramwise_cfg=_base_.text_paramwise)

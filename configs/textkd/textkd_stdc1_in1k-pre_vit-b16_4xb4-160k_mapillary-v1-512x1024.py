@@ -1,0 +1,6 @@
+_base_ = [
+    '../stock/stdc1_in1k-pre_4xb4-160k_mapillary-v1-512x1024.py',
+    '../_base_/text/vit-b16_mapillary_v1.py'
+]
+model = dict(decode_head=dict(type='TextFCNHead', text=_base_.text_provider))
+optim_wrapper = dict(paramwise_cfg=_base_.text_paramwise)

@@ -1,0 +1,92 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""What configs need to make use of MMSegmentation's own, not copies of them.
+
+Called from configs as ``__import__('mmseg_textkd').stock_network(...)``,
+since MMEngine allows no other import there.
+"""
+import copy
+from typing import Any, Dict, List, Tuple
+
+from mmengine.config import Config
+
+from .compat import stock_config
+
+
+def stock_network(path: str, num_classes: int,
+                  size: Tuple[int, int]) -> Tuple[Dict, Dict]:
+    """Take network and optimizer of a stock config over to other data.
+
+    The decode head gets ``num_classes``, and so does every head that had as
+    many classes as it; STDC's boundary head had two and keeps them. Where the
+    number changes, class weights go: they were those of other classes.
+
+    Args:
+        path (str): Path of the config below MMSegmentation's ``configs``.
+        num_classes (int): Number of classes K of the dataset.
+        size (tuple[int, int]): Height and width, in pixels, of the crops
+            that the data preprocessor pads to in training.
+
+    Returns:
+        tuple[dict, dict]: ``model`` and ``optim_wrapper`` for a config.
+
+    Raises:
+        FileNotFoundError: If there is no such config; near matches are
+            listed.
+    """
+    cfg = Config.fromfile(stock_config(path))
+    model, optim_wrapper = (
+        copy.deepcopy(cfg[key].to_dict())
+        for key in ('model', 'optim_wrapper'))
+    model['data_preprocessor']['size'] = size
+    heads = _flat([model['decode_head'], model.get('auxiliary_head') or []])
+    stock_classes = heads[0]['num_classes']
+    for head in heads:
+        if head['num_classes'] == stock_classes != num_classes:
+            head['num_classes'] = num_classes
+            for loss in _flat(head.get('loss_decode', [])):
+                loss.pop('class_weight', None)
+    return model, optim_wrapper
+
+
+def insert_transform(dataloader: Dict, transform: Dict, before: str) -> Dict:
+    """Put a transform into every pipeline of a data loader.
+
+    Wrapped datasets are found too, such as the two of PASCAL VOC with its
+    augmentation.
+
+    Args:
+        dataloader (dict): Config of the data loader.
+        transform (dict): Config of the transform.
+        before (str): Type of the transform that it is put in front of.
+
+    Returns:
+        dict: Config of the new data loader.
+
+    Raises:
+        ValueError: If no pipeline has a transform of the type ``before``.
+    """
+    dataloader = copy.deepcopy(dict(dataloader))
+    if not _insert(dataloader, transform, before):
+        raise ValueError(f'no pipeline of the data loader has a {before!r} to '
+                         f'put {transform["type"]!r} in front of.')
+    return dataloader
+
+
+def _insert(cfg: Any, transform: Dict, before: str) -> int:
+    """Insert in place; the number of pipelines that were changed."""
+    if isinstance(cfg, list):
+        types = [c.get('type') for c in cfg if isinstance(c, dict)]
+        if before in types:
+            cfg.insert(types.index(before), copy.deepcopy(transform))
+            return 1
+        return sum(_insert(c, transform, before) for c in cfg)
+    if isinstance(cfg, dict):
+        return sum(_insert(c, transform, before) for c in cfg.values())
+    return 0
+
+
+def _flat(cfg: Any) -> List[Dict]:
+    """The dicts of nested lists of dicts."""
+    if isinstance(cfg, dict):
+        return [cfg]
+    return [item for part in cfg for item in _flat(part)]

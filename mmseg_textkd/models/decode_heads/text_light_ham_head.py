@@ -1,0 +1,14 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from mmseg.models.decode_heads import LightHamHead
+from mmseg.registry import MODELS
+
+from .text_head_mixin import TextHeadMixin
+
+
+@MODELS.register_module()
+class TextLightHamHead(TextHeadMixin, LightHamHead):
+    """``LightHamHead`` that learns with text: for SegNeXt.
+
+    All other arguments and behaviour are those of the stock head; see
+    :class:`TextHeadMixin` for what text adds.
+    """

@@ -1,0 +1,425 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""What must hold for text on any network: a tester to inherit from."""
+import copy
+import functools
+import math
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.model import revert_sync_batchnorm
+from mmengine.structures import PixelData
+from mmseg.registry import DATASETS, HOOKS, MODELS
+from mmseg.structures import SegDataSample
+from tiny import run
+from torch.utils.data import Dataset
+
+from mmseg_textkd.models.text_parameters import (prompt_parameters,
+                                                 text_parameters,
+                                                 text_providers)
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+ROLES = ('classifier', 'auxiliary')
+
+
+@functools.cache
+def load_config(path):
+    """The config in a file; not to be changed."""
+    return Config.fromfile(path)
+
+
+def offline(cfg):
+    """Leave out weights that would be downloaded; in place."""
+    if isinstance(cfg, dict):
+        for key, value in cfg.items():
+            if key == 'pretrained' or (isinstance(value, dict)
+                                       and value.get('type') == 'Pretrained'):
+                cfg[key] = None
+            else:
+                offline(value)
+    elif isinstance(cfg, (list, tuple)):
+        for value in cfg:
+            offline(value)
+    return cfg
+
+
+def each_head(model):
+    """The configs of all heads of a model's config."""
+    auxiliary = model.get('auxiliary_head') or []
+    if not isinstance(auxiliary, list):
+        auxiliary = [auxiliary]
+    return [model.decode_head, *auxiliary]
+
+
+def load_model(path):
+    """Config of the model in a file, for small pictures and no network."""
+    model = offline(copy.deepcopy(load_config(path).model))
+    for head in each_head(model):
+        losses = head.loss_decode
+        for loss in losses if isinstance(losses, list) else [losses]:
+            if 'min_kept' in loss:
+                loss.min_kept = 100
+        if head.get('sampler'):
+            head.sampler.min_kept = 100
+    if 'text' in model.decode_head:
+        # Vectors of the same width that need no file.
+        provider = model.decode_head.text
+        embeddings = provider.embeddings
+        if provider.type == 'ContextPromptLearner':
+            provider.vocabulary = embeddings.build.vocabulary
+        provider.embeddings = dict(
+            type='ControlEmbeddings', kind='random', dim=embeddings.dim)
+    return model
+
+
+def stock_twin(path):
+    """The config of the same name without the text."""
+    name = path.name[len('textkd_'):]
+    for tag in ('vit-b16-aux', 'vit-b16', 'toyclip', 'random'):
+        name = name.replace(f'_{tag}_', '_')
+    twin = CONFIGS / 'stock' / name
+    assert twin.exists(), f'{path.name} has no stock twin'
+    return twin
+
+
+def samples(size, num_classes, batch=2):
+    """Labels with every class, some ignored pixels, and an edge map."""
+    out = []
+    for _ in range(batch):
+        labels = torch.randint(0, num_classes, (1, *size))
+        labels[:, :3] = 255
+        sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size))
+        sample.gt_sem_seg = PixelData(data=labels)
+        sample.gt_edge_map = PixelData(data=(labels % 2))
+        out.append(sample)
+    return out
+
+
+@DATASETS.register_module()
+class RandomScenes(Dataset):
+    """Two random pictures, with labels of all classes and edge maps."""
+
+    def __init__(self, size, num_classes):
+        torch.manual_seed(4)
+        self.samples = samples(size, num_classes)
+        self.images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return dict(
+            inputs=self.images[index],
+            data_samples=copy.deepcopy(self.samples[index]))
+
+
+@HOOKS.register_module()
+class WatchHook(Hook):
+    """Note what an iteration changes, and its loss."""
+
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.changed, self.losses = [], []
+
+    def before_train(self, runner):
+        # Some are initialised to keep the gradient of others at zero.
+        with torch.no_grad():
+            for param in runner.model.parameters():
+                if param.requires_grad:
+                    param.add_(0.01 * torch.randn_like(param))
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        state = runner.model.state_dict()
+        self.before = {k: v.clone() for k, v in state.items()}
+
+    def after_train_iter(self,
+                         runner,
+                         batch_idx,
+                         data_batch=None,
+                         outputs=None):
+        state = runner.model.state_dict()
+        self.changed.append({
+            k
+            for k, v in state.items() if not torch.equal(v, self.before[k])
+        })
+        self.losses.append(float(outputs['loss']))
+
+
+def two_iterations(path, work_dir, size):
+    """Train the network of a config in earnest: an iteration of each stage.
+
+    Model, optimizer, hooks and stages are those of the config; only data and
+    schedule are not.
+    """
+    cfg = copy.deepcopy(load_config(path))
+    cfg.model = load_model(path)
+    cfg.model.data_preprocessor.size = size
+    cfg.train_dataloader = dict(
+        batch_size=2,
+        num_workers=0,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=dict(
+            type='RandomScenes',
+            size=size,
+            num_classes=cfg.model.decode_head.num_classes))
+    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=2)
+    for key in ('val', 'test'):
+        for part in ('dataloader', 'evaluator', 'cfg'):
+            cfg[f'{key}_{part}'] = None
+    # A warm-up would begin with steps too small for float32.
+    cfg.param_scheduler = None
+    hook, = (h for h in cfg.custom_hooks if h.type == 'PromptLearnerHook')
+    hook.switch_at = 1
+    cfg.custom_hooks.append(dict(type='WatchHook'))
+    cfg.default_hooks = dict(checkpoint=None)
+    cfg.visualizer = None
+    cfg.work_dir = str(work_dir)
+    cfg.log_level = 'ERROR'
+    cfg.randomness = dict(seed=0)
+    runner = run(cfg)
+    watch, = (h for h in runner.hooks if isinstance(h, WatchHook))
+    return runner, watch
+
+
+class BaseNetworkTester:
+    """What must hold for text on one network, in both roles.
+
+    A subclass names the network as the configs do, the text head, and how
+    many text configs there are of it.
+    """
+    network = ''
+    head = ''
+    num_configs = 3
+    size = (64, 128)
+    # Pooling to 1, 2, 3 and 6 bins exports where they divide the features.
+    onnx_size = size
+    # Stock parameters that are never learned, with text or without.
+    idle = set()
+
+    @classmethod
+    def configs(cls):
+        """All text configs of the network."""
+        return sorted((CONFIGS / 'textkd').glob(f'textkd_{cls.network}_*.py'))
+
+    @classmethod
+    def main_config(cls):
+        """The text config on Cityscapes."""
+        path, = (p for p in cls.configs() if 'cityscapes' in p.name)
+        return path
+
+    @pytest.fixture(scope='class')
+    def built(self):
+        """Models that are built once for the class, and given as copies."""
+        return {}
+
+    @pytest.fixture
+    def build(self, built):
+        """Get a function that builds the stock model or, in a role, ours."""
+
+        def build(role=None, **text):
+            key = role, repr(text)
+            if key not in built:
+                path = self.main_config()
+                cfg = load_model(path if role else stock_twin(path))
+                if role:
+                    cfg.decode_head.update(role=role, **text)
+                torch.manual_seed(0)
+                model = MODELS.build(cfg)
+                model.init_weights()
+                built[key] = revert_sync_batchnorm(model)
+            return copy.deepcopy(built[key])
+
+        return build
+
+    def losses(self, model):
+        """Losses on the same picture, with the same random numbers."""
+        torch.manual_seed(1)
+        inputs = torch.randn(2, 3, *self.size)
+        labels = samples(self.size, model.decode_head.num_classes)
+        return model.loss(inputs, labels)
+
+    def without_gradient(self, model):
+        """Names of the parameters that the losses do not reach."""
+        sum(v for k, v in self.losses(model).items() if 'loss' in k).backward()
+        return {n for n, p in model.named_parameters() if p.grad is None}
+
+    def settle(self, model):
+        """Give batch norms statistics and text non-neutral values."""
+        with torch.no_grad():
+            for param in model.decode_head.text.parameters():
+                param.add_(torch.randn_like(param) * 0.1)
+            for provider in text_providers(model).values():
+                provider.refresh()
+        model.train()
+        for _ in range(2):
+            self.losses(model)
+        return model.eval()
+
+    def logits(self, model, size):
+        """Full-size logits in evaluation mode, always of one picture."""
+        torch.manual_seed(3)
+        inputs = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            # Here and not above: SegNeXt's head draws random numbers too.
+            torch.manual_seed(3)
+            return model.eval().encode_decode(inputs, [dict(img_shape=size)])
+
+    # ------------------------------------------------------ every config
+    def test_the_configs_are_there(self):
+        """The number is stated: a test of no config would say nothing."""
+        paths = self.configs()
+        assert len(paths) == self.num_configs
+        heads = {load_model(path).decode_head.type for path in paths}
+        assert heads == {self.head}
+
+    def test_every_config_goes_through_both_stages(self, tmp_path):
+        for path in self.configs():
+            if path != self.main_config():
+                self.check_stages(path, tmp_path)
+
+    @pytest.mark.stacks
+    def test_the_main_config_goes_through_both_stages(self, tmp_path):
+        model = self.check_stages(self.main_config(), tmp_path)
+        # Evaluation, at the size of training and at another.
+        classes = model.decode_head.num_classes
+        for size in (self.size, (72, 120)):
+            logits = self.logits(model, size)
+            assert logits.shape == (1, classes, *size)
+            assert logits.isfinite().all() and logits.std() > 0
+        # What has been trained survives being saved.
+        torch.save(model.state_dict(), tmp_path / 'state.pth')
+        copied = MODELS.build(load_model(self.main_config()))
+        copied = revert_sync_batchnorm(copied)
+        copied.load_state_dict(
+            torch.load(tmp_path / 'state.pth', weights_only=True), strict=True)
+        assert torch.equal(
+            self.logits(copied, self.size), self.logits(model, self.size))
+
+    def check_stages(self, path, folder):
+        """What should learn in a stage moves, and nothing else."""
+        # Strides of 8 divide it and those of 16 do not, as for CamVid.
+        size = (72, 120) if 'camvid' in path.name else self.size
+        runner, watch = two_iterations(path, folder / path.stem, size)
+        model = runner.model
+        params = set(dict(model.named_parameters()))
+        prompts = set(prompt_parameters(model))
+        assert prompts and all('.text.' in name for name in prompts)
+        first, second = (changed & params for changed in watch.changed)
+        assert first ^ (params - prompts - self.idle) == set(), path.name
+        # Batch norms too have learned.
+        assert watch.changed[0] - params
+        if model.decode_head.role == 'auxiliary':
+            assert second == params - self.idle
+        else:
+            assert second == set(text_parameters(model))
+            # The network rests, and so do its statistics.
+            texts = {k for k in watch.changed[1] if '.text.' in k}
+            assert watch.changed[1] - second <= texts
+        assert all(map(math.isfinite, watch.losses))
+        assert watch.losses[0] != watch.losses[1]
+        return model
+
+    # ---------------------------------------- both roles, next to stock
+    @pytest.mark.parametrize('role', ROLES)
+    def test_stock_names_are_kept(self, build, role):
+        stock, text = build().state_dict(), build(role).state_dict()
+        branch = 'conv_seg' if role == 'classifier' else 'text_branch'
+        prefix = f'decode_head.{branch}.'
+        losses = 'decode_head.text_losses.'
+        extra = {k for k in text if k.startswith((prefix, losses))}
+        missing = set(stock) - (set(text) - extra)
+        if role == 'classifier':
+            assert missing == {prefix + 'weight', prefix + 'bias'}
+        else:
+            assert missing == set()
+        assert (set(text) - extra) <= set(stock)
+        assert extra
+        # Nothing of a stock checkpoint slips into the text branch.
+        loaded = build(role).load_state_dict(stock, strict=False)
+        assert set(loaded.unexpected_keys) == missing
+        # torch itself is lenient about this counter of batch norms.
+        assert set(loaded.missing_keys) == {
+            k
+            for k in extra if not k.endswith('num_batches_tracked')
+        }
+
+    @pytest.mark.parametrize('role', ROLES)
+    def test_every_parameter_gets_a_gradient(self, build, role):
+        """In stage 1, without which DDP complains; prompts rest there."""
+        model = build(role, text_losses=[dict(type='TextAlignmentLoss')])
+        assert self.losses(model)['decode.loss_text_align'] > 0
+        prompts = set(prompt_parameters(model))
+        assert self.without_gradient(model) == self.idle | prompts
+        assert self.without_gradient(build()) == self.idle
+
+    def test_classifier_alone_has_only_the_stock_losses(self, build):
+        stock, text = build(), build('classifier')
+        assert self.losses(stock).keys() == self.losses(text).keys()
+
+    def test_auxiliary_role_leaves_the_stock_part_alone(self, build):
+        """Same weights, same losses, same prediction as the stock model."""
+        stock, text = build(), build('auxiliary')
+        text.load_state_dict(stock.state_dict(), strict=False)
+        expected, got = self.losses(stock), self.losses(text)
+        extra = got.pop('decode.loss_text_align')
+        assert 0 < extra < 0.4 * 20
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value)
+        torch.testing.assert_close(
+            self.logits(text, self.size), self.logits(stock, self.size))
+
+    def test_folded_weights_load_into_the_stock_model(self, build):
+        model = self.settle(build('classifier'))
+        state = model.state_dict()
+        conv = model.decode_head.conv_seg.as_conv()
+        state = {
+            k: v
+            for k, v in state.items()
+            if not k.startswith('decode_head.conv_seg.')
+        }
+        state['decode_head.conv_seg.weight'] = conv.weight
+        state['decode_head.conv_seg.bias'] = conv.bias
+        stock = build().eval()
+        stock.load_state_dict(state, strict=True)
+        for size in (self.size, (96, 160)):
+            expected = self.logits(model, size)
+            got = self.logits(stock, size)
+            bound = 1e-4 * max(1., expected.abs().max().item())
+            assert (got - expected).abs().max() < bound
+            same = got.argmax(1) == expected.argmax(1)
+            assert same.float().mean() > 0.9999
+        count = sum(p.numel() for p in stock.parameters())
+        assert count == sum(p.numel() for p in build().parameters())
+
+    def test_nothing_is_left_on_the_modules(self, build):
+        model = build(
+            'classifier', text_losses=[dict(type='TextAlignmentLoss')])
+        before = {n: set(vars(m)) for n, m in model.named_modules()}
+        self.losses(model)
+        after = {n: set(vars(m)) for n, m in model.named_modules()}
+        assert before == after
+        assert not any(m._forward_hooks or m._forward_pre_hooks
+                       for m in model.decode_head.modules())
+
+    @pytest.mark.parametrize('role', ROLES)
+    def test_evaluation_exports_to_onnx(self, build, role, tmp_path):
+        model = self.settle(build(role))
+        self.fix_random_numbers(model)
+        inputs = torch.randn(1, 3, *self.onnx_size)
+        path = str(tmp_path / 'model.onnx')
+        torch.onnx.export(model, inputs, path, dynamo=False)
+        session = onnxruntime.InferenceSession(path)
+        got, = session.run(None,
+                           {session.get_inputs()[0].name: inputs.numpy()})
+        with torch.no_grad():
+            expected = model(inputs)
+        bound = 1e-4 * max(1., expected.abs().max().item())
+        assert (torch.from_numpy(got) - expected).abs().max() < bound
+
+    def fix_random_numbers(self, model):
+        """Take the chance out of evaluation, where a network has it."""
