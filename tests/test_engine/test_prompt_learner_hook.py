@@ -8,7 +8,8 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
-from mmseg.registry import HOOKS
+from mmseg.registry import HOOKS, MODELS
+from processes import load
 from tiny import CLASSES, assert_equal, run, tiny_config
 
 from mmseg_textkd.engine.stages import StageSchedule
@@ -448,3 +449,93 @@ def test_auxiliary_role(tmp_path, residual, learn):
     log, = tmp_path.glob('work/*/*.log')
     assert ('nothing that is deployed learns' in log.read_text()) == (
         learn is None)
+
+
+AUXILIARY = 'auxiliary_head.0.conv_seg.'
+
+
+def with_auxiliary_heads(cfg):
+    """Put text on one of two auxiliary heads, as the guide does."""
+    stock = dict(cfg.model.decode_head, type='FCNHead')
+    for key in ('text', 'role'):
+        stock.pop(key, None)
+    text = dict(
+        stock,
+        type='TextFCNHead',
+        text=copy.deepcopy(cfg.model.decode_head.text))
+    cfg.model.auxiliary_head = [text, stock]
+    return cfg
+
+
+def test_text_on_auxiliary_heads(tmp_path, residual):
+    """Each head learns prompts of its own, in both stages and the log."""
+    cfg = with_auxiliary_heads(
+        tiny_config(tmp_path, residual, dict(switch_at=3, log_interval=1)))
+    runner, recorder = record(cfg)
+    prompts = {OFFSET, f'{AUXILIARY}text.offset'}
+    own = {
+        SCALE, BIAS, f'{AUXILIARY}scale.log_scale', f'{AUXILIARY}logit_bias'
+    }
+    everything = {n for n, _ in runner.model.named_parameters()}
+    assert [row['learns'] for row in recorder.rows
+            ] == [everything - prompts] * 3 + [prompts | own] * 3
+    assert prompts | own <= recorder.changed(4)
+    heads = [runner.model.decode_head, runner.model.auxiliary_head[0]]
+    offsets = [head.text.text.offset for head in heads]
+    assert not torch.equal(*offsets)
+    hub = runner.message_hub
+    for i, head in enumerate(heads):
+        scale = hub.get_scalar(f'train/text_scale{i or ""}').current()
+        assert scale == head.text.scale().item() != 1
+        drift = hub.get_scalar(f'train/text_drift{i or ""}').current()
+        assert drift == pytest.approx(head.text.text.drift()) != 0
+    # The checkpoint has the text of both; without the auxiliary heads, which
+    # do not run at inference, it predicts the same.
+    path = tmp_path / 'work' / 'iter_6.pth'
+    saved = load(path)['state_dict']
+    for name in (OFFSET, f'{AUXILIARY}text.offset'):
+        provider = runner.model.get_submodule(name[:-len('.offset')])
+        torch.testing.assert_close(
+            saved[name.replace('offset', 'class_embeddings')],
+            torch.nn.functional.normalize(
+                provider.base + 0.5 * saved[name], dim=1))
+    metrics = []
+    for keep in ('auxiliary_head', 'nothing'):
+        test = copy.deepcopy(cfg)
+        test.update(load_from=str(path), experiment_name=f'a{keep}')
+        test.pop('custom_hooks')
+        if keep == 'nothing':
+            test.model.pop('auxiliary_head')
+        metrics.append(Runner.from_cfg(test).test())
+    assert metrics[0] == metrics[1] and 'mIoU' in metrics[0]
+    # Each folds as the decode head does.
+    model = runner.model.eval()
+    for head in heads:
+        head.conv_seg = head.conv_seg.as_conv()
+    for head in (cfg.model.decode_head, cfg.model.auxiliary_head[0]):
+        head.update(type='FCNHead')
+        head.pop('text')
+    stock = MODELS.build(cfg.model)
+    stock.load_state_dict(model.state_dict(), strict=True)
+
+
+def test_auxiliary_heads_are_not_deployed(tmp_path, residual):
+    """Text there learns nothing for a decode head that rests."""
+    cfg = with_auxiliary_heads(
+        tiny_config(
+            tmp_path,
+            residual,
+            dict(switch_at=4),
+            log_level='WARNING',
+            **{'model.decode_head.role': 'auxiliary'}))
+    run(cfg)
+    log, = tmp_path.glob('work/*/*.log')
+    assert 'nothing that is deployed learns' in log.read_text()
+
+
+def test_several_hooks_are_refused(tmp_path, residual):
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=3))
+    cfg.custom_hooks.append(dict(type='PromptLearnerHook', switch_at=2))
+    with pytest.raises(ValueError, match='2 PromptLearnerHooks.*Leave one'):
+        run(cfg)
+    assert not list(tmp_path.glob('work/*.pth'))

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.runner import Runner
+from processes import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import CLASSES, run, tiny_config
@@ -104,3 +106,88 @@ def test_bad_prompts_cost_nothing_but_a_resume(tmp_path):
     whole = run(cfg, work_dir=str(tmp_path / 'whole'))
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, runner.model.state_dict()[key]), key
+
+
+CONTROL = dict(type='ControlEmbeddings', kind='random', dim=16)
+
+
+def learner(dim):
+    return dict(
+        type='ResidualPromptLearner', embeddings=dict(CONTROL, dim=dim))
+
+
+@pytest.mark.parametrize('kind, error, message', [
+    ('TextUPerHead', KeyError, 'TextUPerHead is not in the mmseg::model reg'),
+    ('FCNHead', TypeError, "unexpected keyword argument 'text'"),
+])
+def test_heads_without_text(tmp_path, kind, error, message):
+    """Errors of MMEngine, which the FAQ explains."""
+    cfg = tiny_config(tmp_path, CONTROL, dict())
+    cfg.model.decode_head.type = kind
+    with pytest.raises(error, match=message):
+        run(cfg)
+    faq = (Path(ROOT) / 'docs/en/notes/faq.md').read_text()
+    assert message.split(' ', 1)[1][:24] in faq
+
+
+@pytest.mark.parametrize('text, message', [
+    ([CONTROL, CONTROL], 'must be the config of a text provider'),
+    (dict(type='ResidualPromptLearner', embeddings=learner(16)),
+     'must be the config of a fixed provider.*ResidualPromptLearner'),
+])
+def test_text_that_is_no_provider(tmp_path, text, message):
+    with pytest.raises(TypeError, match=message):
+        run(tiny_config(tmp_path, text, dict()))
+
+
+def test_two_text_fragments(tmp_path):
+    """MMEngine says which keys two bases both define."""
+    fragments = sorted(Path(ROOT, 'configs/_base_/text').glob('*_*.py'))
+    path = tmp_path / 'config.py'
+    path.write_text(f'_base_ = {[str(f) for f in fragments[:2]]}')
+    with pytest.raises(
+            KeyError, match="Duplicate key is not allowed.*'text_provider'"):
+        Config.fromfile(path)
+
+
+@pytest.mark.parametrize('loop', ['train', 'val', 'test'])
+def test_another_number_of_classes(tmp_path, loop):
+    """Text that knows no names is held to the number."""
+    cfg = tiny_config(tmp_path, learner(16), dict(switch_at=3))
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].dataset.metainfo = dict(classes=CLASSES[:5])
+    cfg.experiment_name = f'{loop}_{tmp_path.name}'
+    runner = Runner.from_cfg(cfg)
+    with pytest.raises(
+            ValueError, match='for 8 classes, but there are 5 in BaseSegData'):
+        getattr(runner, loop)()
+    assert not list(tmp_path.glob('work/*.pth'))
+
+
+def test_a_checkpoint_of_another_width(tmp_path, capsys):
+    """Resuming is refused; loading says what was left out."""
+    cfg = tiny_config(tmp_path, learner(16), dict(switch_at=3), max_iters=4)
+    run(cfg)
+    (tmp_path / 'work' / 'iter_4.pth').unlink()
+    (tmp_path / 'work' / 'last_checkpoint').unlink()
+    path = str(tmp_path / 'work' / 'iter_2.pth')
+    cfg.model.decode_head.text = learner(32)
+    with pytest.raises(
+            ValueError, match=r'shape \(8, 32\), but.*from has \(8, 16\)'):
+        run(cfg, resume=True, load_from=path)
+    assert not (tmp_path / 'work' / 'iter_4.pth').exists()
+    capsys.readouterr()
+    runner = run(cfg, load_from=path, work_dir=str(tmp_path / 'second'))
+    # MMEngine's message of a partial load.
+    assert ('size mismatch for decode_head.conv_seg.text.class_embeddings: '
+            'copying a param with shape torch.Size([8, 16])'
+            ) in capsys.readouterr().out
+    assert runner.model.decode_head.text.text().shape == (8, 32)
+
+
+def test_a_stock_checkpoint_is_not_resumed(tmp_path):
+    cfg = tiny_config(tmp_path, None, max_iters=2)
+    run(cfg)
+    text = tiny_config(tmp_path, learner(16), dict(switch_at=3), max_iters=4)
+    with pytest.raises(ValueError, match='resume from has none.*load_from'):
+        run(text, resume=True)

@@ -91,12 +91,47 @@ class PromptLearnerHook(Hook):
 
         Args:
             runner (Runner): The runner of the training process.
+
+        Raises:
+            ValueError: If the model has no text, or there are several hooks
+                of this kind.
         """
         if not text_providers(unwrap(runner.model)):
             raise ValueError(
                 'PromptLearnerHook found no text in the model. Use a text '
                 "head, for instance decode_head=dict(type='TextFCNHead', "
                 'text=dict(...)), or remove the hook.')
+        number = sum(isinstance(hook, type(self)) for hook in runner.hooks)
+        if number > 1:
+            raise ValueError(
+                f'`custom_hooks` has {number} PromptLearnerHooks, whose '
+                'stages would undo each other. Leave one; it serves all '
+                'text of the model.')
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Check that a resumed run goes on with text of the same shape.
+
+        Without this the optimizer would stumble over it later.
+
+        Args:
+            runner (Runner): The runner.
+            checkpoint (dict): The checkpoint, not yet in the model.
+
+        Raises:
+            ValueError: If the shapes differ.
+        """
+        if not runner._resume:
+            return
+        for name, provider in text_providers(unwrap(runner.model)).items():
+            saved = checkpoint['state_dict'].get(f'{name}.class_embeddings')
+            found = 'none' if saved is None else tuple(saved.shape)
+            expected = tuple(provider.class_embeddings.shape)
+            if found != expected:
+                raise ValueError(
+                    f'{name} has class embeddings of shape {expected}, but '
+                    f'the checkpoint to resume from has {found}. A resumed '
+                    'run must keep its text; start a new run with '
+                    '`load_from` instead of `--resume`.')
 
     def before_train(self, runner) -> None:
         """Settle the plan of the stages and enter the one that is due.
@@ -187,6 +222,7 @@ class PromptLearnerHook(Hook):
         deployed = [
             n for n in self.plan.factors
             if '.text_branch.' not in n and '.text_losses.' not in n
+            and not n.startswith('auxiliary_head.')
         ]
         if not deployed:
             print_log(

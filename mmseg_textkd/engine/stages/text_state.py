@@ -38,6 +38,9 @@ def averaged_models(runner) -> List[nn.Module]:
 def check_classes(runner, dataloader) -> None:
     """Require the text to be for the classes of a dataset, in its order.
 
+    Of text that does not know its names, as controls do not, the number is
+    compared.
+
     Args:
         runner (Runner): The runner.
         dataloader (DataLoader | dict): A data loader; one that has not been
@@ -45,6 +48,7 @@ def check_classes(runner, dataloader) -> None:
 
     Raises:
         EmbeddingFileError: If the classes differ, with the differences.
+        ValueError: If their number differs.
     """
     dataset = getattr(dataloader, 'dataset', None)
     classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
@@ -52,9 +56,14 @@ def check_classes(runner, dataloader) -> None:
         return
     for name, provider in text_providers(unwrap(runner.model)).items():
         record = getattr(provider, 'record', None)
+        where = f'{type(dataset).__name__} ({name})'
         if record is not None:
-            record.check_names(
-                classes, where=f'{type(dataset).__name__} ({name})')
+            record.check_names(classes, where=where)
+        elif provider.num_classes != len(classes):
+            raise ValueError(
+                f'The text is for {provider.num_classes} classes, but there '
+                f'are {len(classes)} in {where}: {list(classes)}. Set '
+                '`num_classes` of all heads to that number.')
 
 
 def refresh_text(runner) -> None:

@@ -1,0 +1,125 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""What configs take over from MMSegmentation's own."""
+import copy
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from mmseg_textkd import insert_transform, stock_config, stock_network
+
+STDC = 'stdc/stdc1_4xb12-80k_cityscapes-512x1024.py'
+PIDNET = 'pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes.py'
+EDGES = dict(type='GenerateEdge', edge_width=4)
+
+
+def class_weights(model):
+    return [
+        loss.get('class_weight')
+        for loss in model['decode_head']['loss_decode']
+    ]
+
+
+def test_all_heads_but_the_boundary_head_get_the_classes():
+    model, optim_wrapper = stock_network(STDC, 11, (360, 480))
+    assert model['decode_head']['num_classes'] == 11
+    heads = model['auxiliary_head']
+    assert [(h['type'], h['num_classes']) for h in heads] == [('FCNHead', 11),
+                                                              ('FCNHead', 11),
+                                                              ('STDCHead', 2)]
+    assert model['data_preprocessor']['size'] == (360, 480)
+    # All else is the stock config's, and that is left as it was.
+    stock = Config.fromfile(stock_config(STDC))
+    assert stock.optim_wrapper.to_dict() == optim_wrapper
+    expected = stock.model.to_dict()
+    for head in (expected['decode_head'], *expected['auxiliary_head'][:2]):
+        assert head['num_classes'] == 19
+        head['num_classes'] = 11
+    expected['data_preprocessor']['size'] = (360, 480)
+    assert expected == model
+
+
+def test_class_weights_are_those_of_the_classes():
+    stock = Config.fromfile(stock_config(PIDNET)).model
+    assert [w is None
+            for w in class_weights(stock)] == [False, False, True, False]
+    same, _ = stock_network(PIDNET, 19, (1024, 1024))
+    assert class_weights(same) == class_weights(stock)
+    other, _ = stock_network(PIDNET, 11, (360, 480))
+    assert class_weights(other) == [None] * 4
+    assert other['decode_head']['num_classes'] == 11
+
+
+def test_networks_of_two_classes_and_cascades():
+    """Heads count as the decode head does, not by how many they have."""
+    model, _ = stock_network('unet/unet-s5-d16_fcn_4xb4-40k_drive-64x64.py', 5,
+                             (64, 64))
+    heads = [model['decode_head'], model['auxiliary_head']]
+    assert [h['num_classes'] for h in heads] == [5, 5]
+    model, _ = stock_network(STDC, 2, (64, 64))
+    heads = [model['decode_head'], *model['auxiliary_head']]
+    assert [h['num_classes'] for h in heads] == [2] * 4
+    model, _ = stock_network(
+        'ocrnet/ocrnet_hr18_4xb2-40k_cityscapes-512x1024.py', 5, (64, 64))
+    assert [h['num_classes'] for h in model['decode_head']] == [5, 5]
+
+
+def test_heads_without_losses_and_without_auxiliary_heads():
+    model, _ = stock_network(
+        'bisenetv1/bisenetv1_r50-d32_4xb4-160k_cityscapes-1024x1024.py', 5,
+        (64, 64))
+    assert [h['num_classes'] for h in model['auxiliary_head']] == [5, 5]
+    model, _ = stock_network('dpt/dpt_vit-b16_8xb2-160k_ade20k-512x512.py', 5,
+                             (64, 64))
+    assert model['decode_head']['num_classes'] == 5
+
+
+def test_a_config_that_is_not_there():
+    with pytest.raises(FileNotFoundError, match='pidnet-s_2xb6-120k_1024x102'):
+        stock_network(PIDNET.replace('2xb6', '2xb7'), 19, (1024, 1024))
+
+
+def load(tmp_path: Path, dataset: str) -> dict:
+    path = tmp_path / 'base.py'
+    path.write_text(f'_base_ = {stock_config(f"_base_/datasets/{dataset}")!r}')
+    return Config.fromfile(path).train_dataloader
+
+
+def types(pipeline):
+    return [transform['type'] for transform in pipeline]
+
+
+def test_insert_into_a_pipeline(tmp_path):
+    loader = load(tmp_path, 'cityscapes.py')
+    before = copy.deepcopy(loader.to_dict())
+    result = insert_transform(loader, EDGES, before='PackSegInputs')
+    assert types(result['dataset']['pipeline'])[-2:] == [
+        'GenerateEdge', 'PackSegInputs'
+    ]
+    assert result['dataset']['pipeline'][-2]['edge_width'] == 4
+    assert loader.to_dict() == before
+    # But for the transform nothing has changed.
+    del result['dataset']['pipeline'][-2]
+    assert Config(dict(a=result)).to_dict()['a'] == before
+
+
+def test_insert_into_wrapped_datasets(tmp_path):
+    """The two of PASCAL VOC with its augmentation have one pipeline each."""
+    loader = load(tmp_path, 'pascal_voc12_aug.py')
+    assert loader.dataset.type == 'ConcatDataset'
+    result = insert_transform(loader, EDGES, before='PackSegInputs')
+    pipelines = [d['pipeline'] for d in result['dataset']['datasets']]
+    assert len(pipelines) == 2
+    for pipeline in pipelines:
+        assert types(pipeline).count('GenerateEdge') == 1
+        assert types(pipeline)[-2:] == ['GenerateEdge', 'PackSegInputs']
+    pipelines[0][-2]['edge_width'] = 8
+    assert pipelines[1][-2]['edge_width'] == EDGES['edge_width'] == 4
+
+
+@pytest.mark.parametrize('dataset', ['cityscapes.py', 'pascal_voc12_aug.py'])
+def test_nothing_to_insert_before(tmp_path, dataset):
+    loader = load(tmp_path, dataset)
+    with pytest.raises(
+            ValueError, match="no pipeline.*'PackInputs'.*'GenerateEdge'"):
+        insert_transform(loader, EDGES, before='PackInputs')

@@ -1,0 +1,300 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Text on every stock head that can take it, and the refusal of the rest."""
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.structures import PixelData
+from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
+from mmseg.models import decode_heads
+from mmseg.models.decode_heads import FCNHead
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+from torch import nn
+
+from mmseg_textkd.models import TextFCNHead, TextHeadMixin, TextLightHamHead
+
+K = 4
+CONTROL = dict(type='ControlEmbeddings', kind='random', dim=16)
+ONE = dict(in_channels=8, channels=8, num_classes=K, dropout_ratio=0.)
+TWO = dict(ONE, in_channels=[8, 8], in_index=[0, 1])
+PYRAMID = dict(ONE, in_channels=[8] * 4, in_index=[0, 1, 2, 3])
+BN = dict(type='BN')
+# Two lines of code are all that these need; see the guide `mixing in`.
+TAKE = dict(
+    # It calls its dropout even where there is none.
+    ANNHead=dict(TWO, project_channels=4, dropout_ratio=0.1),
+    APCHead=dict(ONE, pool_scales=(1, 2)),
+    ASPPHead=ONE,
+    DAHead=dict(ONE, pam_channels=4),
+    DepthwiseSeparableASPPHead=dict(ONE, c1_in_channels=8, c1_channels=4),
+    DMHead=dict(ONE, filter_sizes=(1, 3)),
+    DNLHead=ONE,
+    DPTHead=dict(
+        PYRAMID,
+        embed_dims=8,
+        post_process_channels=[8] * 4,
+        input_transform='multiple_select'),
+    EMAHead=dict(ONE, ema_channels=8, num_bases=4, num_stages=2),
+    EncHead=dict(TWO, num_codes=4),
+    FPNHead=dict(PYRAMID, feature_strides=[4, 8, 16, 32]),
+    GCHead=ONE,
+    ISAHead=dict(ONE, isa_channels=4, down_factor=(4, 4)),
+    LRASPPHead=dict(
+        ONE,
+        in_channels=[8] * 3,
+        in_index=[0, 1, 2],
+        input_transform='multiple_select',
+        branch_channels=(4, 4)),
+    NLHead=ONE,
+    OCRHead=dict(ONE, ocr_channels=4),
+    PSPHead=ONE,
+    SETRMLAHead=dict(TWO, mla_channels=4),
+    SETRUPHead=dict(ONE, norm_cfg=BN),
+    UPerHead=PYRAMID)
+GENERATE = dict(ONE, type='FCNHead', num_convs=1)
+SIDE = ConfigDict(
+    in_channels=3,
+    embed_dims=24,
+    clip_channels=24,
+    num_queries=2,
+    cfg_encoder=dict(num_encode_layer=1, num_heads=2, mlp_ratio=1),
+    fusion_index=[0],
+    cfg_decoder=dict(
+        num_heads=2,
+        num_layers=1,
+        embed_channels=8,
+        mlp_channels=8,
+        num_mlp=1,
+        rescale=True))
+REFUSED = dict(
+    IterativeDecodeHead=dict(
+        num_stages=0, kernel_generate_head=GENERATE, kernel_update_head=[]),
+    KernelUpdateHead=dict(),
+    KernelUpdator=dict(),
+    MaskFormerHead=dict(),
+    Mask2FormerHead=dict(),
+    PointHead=dict(ONE, in_channels=[8], in_index=[0]),
+    SegmenterMaskTransformerHead=dict(
+        ONE, num_layers=1, num_heads=2, embed_dims=8),
+    SideAdapterCLIPHead=dict(
+        num_classes=K,
+        san_cfg=SIDE,
+        maskgen_cfg=ConfigDict(
+            sos_token_num=2, num_layers=1, embed_dims=24, num_heads=2),
+        deep_supervision_idxs=[],
+        train_cfg=None),
+    VPDDepthHead=dict(
+        in_channels=[16] * 4,
+        embed_dim=2,
+        feature_dim=16,
+        num_deconv_layers=1,
+        num_deconv_filters=(4, )))
+NEED_OPS = {'CCHead', 'PSAHead'}
+# Classes of the package; STDC's is a boundary head.
+OURS = {
+    'DDRHead', 'DepthwiseSeparableFCNHead', 'FCNHead', 'LightHamHead',
+    'PIDHead', 'SegformerHead', 'STDCHead'
+}
+
+
+def text_class(name):
+    return type(f'Text{name}', (TextHeadMixin, getattr(decode_heads, name)),
+                {})
+
+
+def build(name, **text):
+    """The stock head, or with arguments for text the text head."""
+    torch.manual_seed(0)
+    cls = text_class(name) if text else getattr(decode_heads, name)
+    head = cls(**copy.deepcopy(TAKE[name]), **text)
+    head.init_weights()
+    return head
+
+
+def features(name):
+    torch.manual_seed(1)
+    if name == 'DPTHead':  # patches and the token of the class
+        return [[torch.randn(2, 8, 8, 8), torch.randn(2, 8)] for _ in range(4)]
+    sizes = dict(
+        FPNHead=[16, 8, 4, 2], UPerHead=[16, 8, 4, 2], LRASPPHead=[64] * 3)
+    sizes = sizes.get(name, [16] * 2)
+    return [torch.randn(2, 8, size, size) for size in sizes]
+
+
+def previous(name):
+    """What a head of a cascade is handed besides."""
+    torch.manual_seed(2)
+    return [torch.randn(2, K, 16, 16)] if name == 'OCRHead' else []
+
+
+def labels(size=(32, 32)):
+    torch.manual_seed(3)
+    samples = []
+    for _ in range(2):
+        sample = SegDataSample(metainfo=dict(img_shape=size))
+        ids = torch.randint(0, K, (1, *size))
+        ids[:, :3] = 255
+        sample.gt_sem_seg = PixelData(data=ids)
+        samples.append(sample)
+    return samples
+
+
+def losses(name, head):
+    torch.manual_seed(4)
+    return head.loss(features(name), *previous(name), labels(), {})
+
+
+def logits(name, head):
+    with torch.no_grad():
+        out = head(features(name), *previous(name))
+    return out[0] if isinstance(out, tuple) else out
+
+
+def test_every_stock_head_has_been_tried():
+    assert set(decode_heads.__all__) == {*TAKE, *REFUSED, *NEED_OPS, *OURS}
+    page = Path(__file__).parents[2] / 'docs/en/user_guides/mixing_in.md'
+    listed = page.read_text()
+    for name in {*TAKE, *REFUSED, *NEED_OPS} - {'KernelUpdator'}:
+        assert f'`{name}`' in listed
+
+
+@pytest.mark.parametrize('name', TAKE)
+def test_classifier_learns_and_folds(name):
+    head = build(
+        name, text=CONTROL, text_losses=[dict(type='TextAlignmentLoss')])
+    found = losses(name, head)
+    assert found['loss_text_align'] > 0
+    sum(v for k, v in found.items() if 'loss' in k).backward()
+    assert not [
+        n for n, p in head.named_parameters()
+        if p.requires_grad and p.grad is None
+    ]
+    expected = logits(name, head.eval())
+    head.conv_seg, head.text_losses = head.conv_seg.as_conv(), nn.ModuleList()
+    stock = build(name)
+    stock.load_state_dict(head.state_dict(), strict=True)
+    torch.testing.assert_close(
+        logits(name, stock.eval()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', TAKE)
+def test_auxiliary_role_leaves_the_stock_head_alone(name):
+    stock, head = build(name), build(name, text=CONTROL, role='auxiliary')
+    head.load_state_dict(stock.state_dict(), strict=False)
+    expected, found = losses(name, stock), losses(name, head)
+    found.pop('loss_text_align').backward()
+    assert head.text_branch.projection.conv.weight.grad.abs().max() > 0
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        logits(name, head.eval()), logits(name, stock.eval()))
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_others_are_refused(name):
+    with pytest.raises(TypeError, match=f'Text{name} cannot take text.*conv_'):
+        text_class(name)(text=CONTROL, **copy.deepcopy(REFUSED[name]))
+
+
+@pytest.mark.parametrize('kernel, message', [(3, r'kernel_size=\(3, 3\)'),
+                                             (None, 'found None')])
+def test_another_classifier_is_refused(kernel, message):
+
+    class Own(FCNHead):
+
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.conv_seg = kernel and nn.Conv2d(8, K, kernel)
+
+    class TextOwn(TextHeadMixin, Own):
+        pass
+
+    with pytest.raises(TypeError, match=f'TextOwn cannot.*1x1.*{message}'):
+        TextOwn(text=CONTROL, **ONE)
+
+
+@pytest.mark.parametrize('role', ['classifier', 'auxiliary'])
+def test_a_classifier_that_is_never_called_is_refused(role):
+
+    class Own(FCNHead):
+
+        def forward(self, inputs):
+            return self._forward_feature(inputs)[:, :K]
+
+    class TextOwn(TextHeadMixin, Own):
+        pass
+
+    head = TextOwn(text=CONTROL, role=role, **ONE)
+    with pytest.raises(RuntimeError, match='TextOwn cannot.*not call.*conv_s'):
+        losses('ASPPHead', head)
+
+
+def test_a_classifier_without_text_losses_may_be_called_twice():
+
+    class Twice(TextFCNHead):
+
+        def forward(self, inputs):
+            return super().forward(inputs) + super().forward(inputs)
+
+    head = Twice(text=CONTROL, **ONE)
+    assert losses('ASPPHead', head)['loss_ce'] > 0
+
+
+def test_any_head_of_a_cascade_can_have_text():
+    first = dict(ONE, type='TextFCNHead', text=CONTROL, num_convs=1)
+    last = dict(TAKE['OCRHead'], type='TextOCRHead', text=CONTROL)
+    MODELS.register_module(name='TextOCRHead', module=text_class('OCRHead'))
+    try:
+        model = MODELS.build(
+            dict(
+                type='CascadeEncoderDecoder',
+                num_stages=2,
+                backbone=dict(
+                    type='FastSCNN',
+                    downsample_dw_channels=(8, 8),
+                    global_in_channels=8,
+                    global_block_channels=(8, 8, 8),
+                    global_out_channels=8,
+                    higher_in_channels=8,
+                    lower_in_channels=8,
+                    fusion_out_channels=8,
+                    out_indices=(2, )),
+                decode_head=[first, last],
+                train_cfg={},
+                test_cfg=dict(mode='whole')))
+    finally:
+        MODELS.module_dict.pop('TextOCRHead')
+    found = model.loss(torch.randn(2, 3, 64, 64), labels((64, 64)))
+    sum(v for k, v in found.items() if 'loss' in k).backward()
+    assert {'decode_0.loss_ce', 'decode_1.loss_ce'} <= set(found)
+    for head in model.decode_head:
+        assert head.text.projection.conv.weight.grad.abs().max() > 0
+    assert model.eval()._forward(torch.randn(1, 3, 64, 64)).shape[1] == K
+
+
+GN = dict(type='GN', num_groups=4)
+
+
+@pytest.mark.parametrize('norm_cfg, kind, eps', [
+    (GN, nn.BatchNorm2d, 1e-5),
+    (dict(type='SyncBN', eps=1e-3), SyncBatchNorm, 1e-3),
+    (dict(type='BN', eps=1e-3), nn.BatchNorm2d, 1e-3),
+    (None, nn.BatchNorm2d, 1e-5),
+])
+@pytest.mark.parametrize('role', ['classifier', 'auxiliary'])
+def test_norm_is_the_heads_own_where_it_folds(role, norm_cfg, kind, eps):
+    head = TextFCNHead(text=CONTROL, role=role, norm_cfg=norm_cfg, **ONE)
+    bn = head.text.projection.bn
+    assert type(bn) is kind and bn.eps == eps
+
+
+def test_a_norm_that_does_not_fold_is_refused_where_it_is_asked_for():
+    hamburger = dict(TWO, ham_channels=8, ham_kwargs=dict(MD_R=4), norm_cfg=GN)
+    head = TextLightHamHead(text=CONTROL, **hamburger)
+    assert isinstance(head.squeeze.norm, nn.GroupNorm)
+    assert type(head.text.projection.bn) is nn.BatchNorm2d
+    with pytest.raises(ValueError, match='needs BN or SyncBN.*GN'):
+        TextLightHamHead(
+            text=CONTROL, text_branch=dict(norm_cfg=GN), **hamburger)
