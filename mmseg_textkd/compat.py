@@ -5,6 +5,7 @@
 itself (not for a version number) and does nothing where there is none.
 """
 import difflib
+import functools
 import importlib
 import importlib.metadata as metadata
 import inspect
@@ -36,8 +37,8 @@ def apply() -> Tuple[str, ...]:
 
     Returns:
         tuple[str, ...]: Names of the cures that were needed, out of
-        'mmseg assertion', 'mmcv.ops', 'safe globals', 'distribution name'
-        and 'pkg_resources'.
+        'mmseg assertion', 'mmcv.ops', 'safe globals', 'distribution name',
+        'pkg_resources' and 'class weights'.
 
     Raises:
         ImportError: If a library is missing or unsuitable; one line says
@@ -50,7 +51,8 @@ def apply() -> Tuple[str, ...]:
                             _import_mmseg), ('mmcv.ops', _stand_in_for_ops),
                            ('safe globals', _allow_runner_checkpoints),
                            ('distribution name', _name_distribution),
-                           ('pkg_resources', _find_without_pkg_resources)):
+                           ('pkg_resources', _find_without_pkg_resources),
+                           ('class weights', _weigh_with_ignored_pixels)):
             if cure():
                 _applied.append(name)
         _done = True
@@ -306,6 +308,52 @@ def _find_without_pkg_resources() -> bool:
             if (name.startswith('mmengine')
                     and vars(module).get(ours.__name__) is theirs):
                 setattr(module, ours.__name__, ours)
+    return True
+
+
+def _weigh_with_ignored_pixels() -> bool:
+    """Let cross entropy have class weights and ignored pixels at once.
+
+    MMSegmentation 1.2.2 looks up the class weight of every pixel, of ignored
+    ones (255) too: an IndexError, or on a GPU a device-side assertion. OneDL
+    1.4.2 leaves them out, but then fails with ``avg_non_ignore=True``.
+    """
+    import torch
+    from mmseg.models import losses  # needs the cures before this one
+    stock = losses.cross_entropy
+    scores, labels = torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 255]]])
+    try:
+        for avg_non_ignore in (False, True):
+            stock(
+                scores,
+                labels,
+                class_weight=torch.ones(2),
+                ignore_index=255,
+                avg_non_ignore=avg_non_ignore)
+        return False
+    except IndexError:
+        pass
+
+    @functools.wraps(stock)
+    def cross_entropy(pred,
+                      label,
+                      weight=None,
+                      class_weight=None,
+                      reduction='mean',
+                      avg_factor=None,
+                      ignore_index=-100,
+                      avg_non_ignore=False):
+        if (class_weight is not None and avg_factor is None
+                and reduction == 'mean'):
+            # OneDL's rule, and that of torch: the mean is over the weights
+            # of the pixels that count, whatever `avg_non_ignore` says.
+            avg_factor = class_weight[label[label != ignore_index]].sum()
+        return stock(pred, label, weight, class_weight, reduction, avg_factor,
+                     ignore_index, avg_non_ignore)
+
+    # `CrossEntropyLoss` takes it from its module whenever it is built.
+    module = sys.modules[losses.CrossEntropyLoss.__module__]
+    losses.cross_entropy = module.cross_entropy = cross_entropy
     return True
 
 

@@ -1,23 +1,37 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""A hook for runs in processes of their own: it kills them, or reports."""
+"""Hooks for runs in processes of their own: one kills them, or reports."""
 import json
 import os
 import os.path as osp
 import signal
 import sys
 
-import torch.distributed as dist
 from mmengine.config import config
 from mmengine.dist import get_rank
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmseg_textkd.engine.stages.text_state import tower_checksums, unwrap
 
-if 'RANK' in os.environ and not dist.is_initialized():
-    # Before MMEngine, which would ask for a CUDA device first.
-    dist.init_process_group('gloo')
+# Files that this process has written; one that it renamed has its new name.
+WRITTEN = set()
+
+
+def _note_written(event, args):
+    if event == 'open' and args[2] & (os.O_WRONLY | os.O_RDWR):
+        path = args[0]
+    elif event == 'os.rename':
+        path = args[1]
+    else:
+        return
+    if not isinstance(path, int):  # the number of a file that is open
+        WRITTEN.add(osp.abspath(os.fsdecode(path)))
+
+
+sys.addaudithook(_note_written)
 
 
 @HOOKS.register_module()
@@ -35,12 +49,22 @@ class FateHook(Hook):
         fate = os.environ.get('FATE', 'none 0').split()
         self.event, self.at = fate[0], int(fate[1])
         self.iters, self.learns, self.modules = [], [], []
+        self.images, self.losses, self.dtypes = [], [], set()
         config.Config.pretty_text = _remember(config.Config.pretty_text)
         if self.event == 'write':
             _write_half(f'iter_{self.at}.pth')
 
+    def before_train(self, runner):
+        conv = next(
+            m for m in unwrap(runner.model).modules()
+            if isinstance(m, nn.Conv2d))
+        conv.register_forward_hook(
+            lambda conv, args, out: self.dtypes.add(str(out.dtype)))
+
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         self._strike('iter', runner)
+        self.images.append(
+            [osp.basename(s.img_path) for s in data_batch['data_samples']])
         self.iters.append(runner.iter)
         self.modules.append('open_clip' in sys.modules)
 
@@ -52,6 +76,7 @@ class FateHook(Hook):
         self.learns.append(
             sorted(n for n, p in unwrap(runner.model).named_parameters()
                    if p.requires_grad))
+        self.losses.append(float(outputs['loss']))
         self._strike('step', runner)
 
     def _strike(self, event, runner):
@@ -64,6 +89,10 @@ class FateHook(Hook):
         report = dict(
             iters=self.iters,
             learns=self.learns,
+            images=self.images,
+            losses=self.losses,
+            dtypes=sorted(self.dtypes),
+            written=sorted(filter(osp.isfile, WRITTEN)),
             open_clip=self.modules,
             towers=list(tower_checksums(model).values()),
             sums={
@@ -75,6 +104,16 @@ class FateHook(Hook):
         path = osp.join(runner.work_dir, f'report_{get_rank()}.json')
         with open(path, 'w') as file:
             json.dump(report, file)
+
+
+@HOOKS.register_module()
+class FrozenNormHook(Hook):
+    """Keep batch norm in evaluation mode: no picture looks at another."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        for module in unwrap(runner.model).modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
 
 
 def _die():

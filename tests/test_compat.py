@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.logging import HistoryBuffer
+from mmseg.models import losses
 
 from mmseg_textkd import _mmcv_ops, compat
 
@@ -48,6 +49,9 @@ BROKEN = {
     PLAIN_ENGINE and find_spec('pkg_resources') is None,
     'mmseg assertion':
     False,
+    # Upstream always, OneDL only with `avg_non_ignore`.
+    'class weights':
+    True,
 }
 
 
@@ -310,6 +314,113 @@ def test_expression_base_needs_no_import_before(tmp_path):
         print(type(MODELS.build(cfg.model.backbone)).__name__, 'built')
         ''', tmp_path)
     assert status == 0 and 'BiSeNetV2 built' in output, output
+
+
+def test_class_weights_with_ignored_pixels(tmp_path):
+    output = holds_against(
+        'class weights', f'''
+        import sys
+        sys.path.insert(0, {osp.join(ROOT, 'mmseg_textkd')!r})
+        if {BROKEN['mmcv.ops']}:  # the fault of another cure
+            import _mmcv_ops
+            sys.modules['mmcv.ops'] = _mmcv_ops
+        sys.path.pop(0)
+        import torch
+        from mmseg.models.losses import CrossEntropyLoss, cross_entropy
+        label = torch.tensor([[[0, 255]]])
+        for avg_non_ignore in (False, True):
+            loss = CrossEntropyLoss(
+                class_weight=[1., 3.], avg_non_ignore=avg_non_ignore)
+            assert loss.cls_criterion is cross_entropy
+            value = loss(torch.zeros(1, 2, 1, 2), label, ignore_index=255)
+            print('value', round(value.item(), 4))
+        ''', tmp_path, 'IndexError')
+    assert output.count('value 0.6931') == 2
+
+
+def naive_cross_entropy(scores, labels, class_weight, avg_non_ignore):
+    """Pixel by pixel, as the fork means it; None: no weights."""
+    total = norm = 0.
+    for b, y, x in torch.cartesian_prod(*(torch.arange(n)
+                                          for n in labels.shape)).tolist():
+        label = labels[b, y, x].item()
+        if label == 255:
+            # Counted only where nothing says otherwise.
+            norm += class_weight is None and not avg_non_ignore
+            continue
+        weight = 1. if class_weight is None else class_weight[label].item()
+        row = scores[b, :, y, x]
+        total = total + weight * (row.exp().sum().log() - row[label])
+        norm += weight
+    return total / norm
+
+
+@pytest.mark.parametrize('avg_non_ignore', [False, True])
+@pytest.mark.parametrize('weighted', [False, True])
+@pytest.mark.parametrize('ignored', [0, 5])
+def test_weighted_cross_entropy_equals_its_definition(avg_non_ignore, weighted,
+                                                      ignored):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 4, 3, 5, dtype=torch.float64, generator=generator)
+    scores.requires_grad_()
+    labels = torch.randint(0, 4, (2, 3, 5), generator=generator)
+    labels.view(-1)[torch.randperm(30, generator=generator)[:ignored]] = 255
+    weight = torch.tensor([.5, 1., 2., 4.]).double() if weighted else None
+    options = dict(
+        class_weight=weight, ignore_index=255, avg_non_ignore=avg_non_ignore)
+    loss = losses.cross_entropy(scores, labels, **options)
+    # Its divisor has float32's epsilon added.
+    close = dict(rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        loss, naive_cross_entropy(scores, labels, weight, avg_non_ignore),
+        **close)
+    gradient, = torch.autograd.grad(loss, scores)
+    assert gradient.isfinite().all()
+    seen = (gradient != 0).any(dim=1)
+    assert torch.equal(seen, labels != 255)
+    own = F.cross_entropy(scores, labels, weight, ignore_index=255)
+    if weighted or avg_non_ignore or not ignored:
+        torch.testing.assert_close(loss, own, **close)
+    try:
+        stock = losses.cross_entropy.__wrapped__(scores, labels, **options)
+    except IndexError:
+        assert weighted and (avg_non_ignore or UPSTREAM and ignored)
+    else:
+        torch.testing.assert_close(loss, stock, rtol=1e-12, atol=0)
+
+
+def test_weighted_cross_entropy_with_other_reductions():
+    scores = torch.randn(1, 3, 2, 4, dtype=torch.float64)
+    labels = torch.tensor([[[0, 1, 2, 255], [255, 2, 1, 0]]])
+    weight = torch.tensor([1., 2., 3.]).double()
+    options = dict(class_weight=weight, ignore_index=255)
+    pixels = F.cross_entropy(
+        scores, labels, weight, reduction='none', ignore_index=255)
+    for reduction, expected in (('none', pixels), ('sum', pixels.sum())):
+        torch.testing.assert_close(
+            losses.cross_entropy(
+                scores, labels, reduction=reduction, **options), expected)
+    torch.testing.assert_close(
+        losses.cross_entropy(scores, labels, avg_factor=7., **options),
+        pixels.sum() / 7,
+        rtol=1e-6,
+        atol=0)
+    factor = torch.rand(1, 2, 4)
+    torch.testing.assert_close(
+        losses.cross_entropy(scores, labels, factor, **options),
+        (pixels * factor).sum() / 12,
+        rtol=1e-6,
+        atol=0)
+    # Nothing but ignored pixels: no loss, not NaN.
+    nothing = torch.full_like(labels, 255)
+    assert losses.cross_entropy(scores, nothing, **options) == 0
+
+
+def test_a_sound_cross_entropy_is_left_alone():
+    sound = losses.cross_entropy
+    assert compat._weigh_with_ignored_pixels() is False
+    assert losses.cross_entropy is sound
+    assert losses.cross_entropy_loss.cross_entropy is sound
 
 
 def test_stock_files():

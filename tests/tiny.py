@@ -2,31 +2,17 @@
 """A real training run, small enough for a test."""
 import itertools
 import os.path as osp
-from contextlib import contextmanager
 
 import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
-from mmseg.registry import OPTIM_WRAPPERS
 
 CLASSES = ('sky', 'building', 'road', 'sidewalk', 'pole', 'car', 'truck',
            'person')
 SIZE = (32, 64)
 _RUNS = itertools.count()
-
-
-@OPTIM_WRAPPERS.register_module()
-class CPUAmpOptimWrapper(OptimWrapper):
-    """Autocast to bfloat16; MMEngine's AmpOptimWrapper insists on a GPU."""
-
-    @contextmanager
-    def optim_context(self, model):
-        with super().optim_context(model), torch.autocast(
-                'cpu', dtype=torch.bfloat16):
-            yield
 
 
 def write_dataset(root, num_images=6):

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Usage: [NNODES= NODE_RANK= MASTER_ADDR= PORT=] \
 #        bash tools/dist_train.sh CONFIG GPUS [arguments of tools/train.py]
+# Without a GPU the processes work on the CPUs, over gloo.
 set -e
 
 CONFIG=$1

@@ -2,14 +2,49 @@
 """Train a segmentor: MMSegmentation's ``tools/train.py`` and its arguments.
 
 Before the run starts, text embeddings that the config describes (``build=``)
-and that are missing are made.
+and that are missing are made. ``--resume`` also takes the path of a
+checkpoint, and without a GPU ``--launcher pytorch`` and ``--amp`` work too.
 """
 import argparse
+import os.path as osp
+import sys
+from typing import List, Optional, Tuple
 
 from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.dist import is_main_process
 
 from mmseg_textkd.compat import load_stock_tool
+from mmseg_textkd.engine import join_cpu_ranks
 from mmseg_textkd.text.build import ensure_embeddings
+
+
+def split_resume(words: List[str]) -> Tuple[Optional[str], List[str]]:
+    """Take ``--resume [auto | PATH]`` out of the arguments.
+
+    Args:
+        words (list[str]): The arguments.
+
+    Returns:
+        tuple[str | None, list[str]]: 'auto' (the latest checkpoint of the
+        work directory, as the stock tool has it), a checkpoint, or None; and
+        the other arguments.
+
+    Raises:
+        SystemExit: If there is no such checkpoint.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument('--resume', nargs='?', const='auto')
+    args, rest = parser.parse_known_args(words)
+    resume = args.resume
+    if resume and resume.endswith(('.py', '.json', '.yaml', '.yml')):
+        # `--resume CONFIG`, as the stock tool allows.
+        return 'auto', [resume, *rest]
+    if resume in (None, 'auto') or osp.isfile(resume) or '://' in resume:
+        return resume, rest
+    sys.exit(f'--resume {resume}: there is no such checkpoint. Give the path '
+             'of a .pth file, or `--resume auto` for the latest one of the '
+             'work directory.')
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -29,8 +64,24 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def main() -> None:
     """Make what embeddings are missing, then train."""
+    resume, sys.argv[1:] = split_resume(sys.argv[1:])
     stock = load_stock_tool('train.py')
-    ensure_embeddings(load_config(stock.parse_args()))
+    args = stock.parse_args()
+    args.resume = resume is not None
+    options = args.cfg_options = dict(args.cfg_options or {})
+    if resume not in (None, 'auto'):
+        options['load_from'] = resume
+    cfg = load_config(args)
+    ensure_embeddings(cfg)
+    if get_device() == 'cpu':
+        if args.launcher == 'pytorch':
+            options.update(join_cpu_ranks(cfg))
+        if args.amp and cfg.optim_wrapper.type == 'OptimWrapper':
+            args.amp = False
+            options['optim_wrapper.type'] = 'CPUAmpOptimWrapper'
+            if is_main_process():
+                print('--amp without a GPU: autocast to bfloat16 on the CPU')
+    stock.parse_args = lambda: args
     stock.main()
 
 

@@ -4,11 +4,13 @@ import json
 import os.path as osp
 import socket
 
+import numpy as np
 import pytest
+import torch
 from processes import TOOLS, load, side_by_side, start
 from tiny import CLASSES, tiny_config
 
-ITERS, SWITCH = 4, 2
+ITERS, SWITCH = 6, 3
 OFFSET = 'decode_head.conv_seg.text.offset'
 
 
@@ -18,42 +20,68 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
+def write_config(root, name, batch_size=2, hooks=(), **options):
+    """Residual prompts on vectors that the first run has to make."""
+    file = root / 'text' / 'toy.safetensors'
+    build = dict(model='toyclip', vocabulary=list(CLASSES), templates='photo')
+    text = dict(
+        type='ResidualPromptLearner',
+        embeddings=dict(type='ClassEmbeddings', file=str(file), build=build))
+    cfg = tiny_config(
+        root,
+        text,
+        dict(switch_at=SWITCH),
+        max_iters=ITERS,
+        log_level='INFO',
+        **options)
+    cfg.custom_imports.imports.append('fate_hook')
+    cfg.custom_hooks[:0] = [dict(type='FateHook')
+                            ] + [dict(type=hook) for hook in hooks]
+    cfg.default_hooks.checkpoint.interval = ITERS
+    if name != 'with':
+        for key in [k for k in cfg if k.startswith(('val', 'test'))]:
+            cfg.pop(key)
+        cfg.train_cfg.pop('val_interval')
+    cfg.train_dataloader.batch_size = batch_size
+    cfg.dump(str(root / f'{name}.py'))
+
+
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp('ddp')
-    text = dict(
-        type='ResidualPromptLearner',
-        embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
-    cfg = tiny_config(
-        root, text, dict(switch_at=SWITCH), max_iters=ITERS, log_level='INFO')
-    cfg.custom_imports.imports.append('fate_hook')
-    cfg.custom_hooks.insert(0, dict(type='FateHook'))
-    cfg.default_hooks.checkpoint.interval = ITERS
-    # MMEngine's default, but for the CUDA device that it names.
-    cfg.model_wrapper_cfg = dict(
-        type='MMDistributedDataParallel',
-        device_ids=None,
-        broadcast_buffers=False,
-        find_unused_parameters=True)
-    cfg.dump(str(root / 'with.py'))
-    cfg.model_wrapper_cfg.pop('find_unused_parameters')
-    cfg.dump(str(root / 'without.py'))
+    # Stock configs have SyncBN, which torch has on GPUs only.
+    sync = {'type': 'SyncBN'}
+    write_config(
+        root, 'with', **{
+            'model.backbone.norm_cfg': sync,
+            'model.decode_head.norm_cfg': sync
+        })
+    write_config(root, 'without', find_unused_parameters=False)
+    # Batches of the same four pictures, in two processes or in one; the
+    # frozen norms do not normalise yet, so it takes large steps to learn.
+    frozen = {'hooks': ['FrozenNormHook'], 'optim_wrapper.optimizer.lr': 0.5}
+    write_config(root, 'two', **frozen)
+    write_config(root, 'one', batch_size=4, **frozen)
 
     def train(name):
+        words = ['python', osp.join(TOOLS, 'train.py'), root / f'{name}.py']
+        if name != 'one':
+            words = ['bash', osp.join(TOOLS, 'dist_train.sh'), words[-1], '2']
         return start(
-            'bash',
-            osp.join(TOOLS, 'dist_train.sh'),
-            root / f'{name}.py',
-            '2',
-            '--work-dir',
-            root / name,
-            cwd=root,
-            PORT=free_port())
+            *words, '--work-dir', root / name, cwd=root, PORT=free_port())
 
     return root, side_by_side(
-        {name: lambda name=name: train(name)
-         for name in ('with', 'without')},
+        {
+            name: lambda name=name: train(name)
+            for name in ('with', 'without', 'two', 'one')
+        },
         width=1)
+
+
+def reports(root, name):
+    """What each rank of a run tells."""
+    files = sorted((root / name).glob('report_*.json'))
+    return [json.loads(file.read_text()) for file in files]
 
 
 def test_both_ranks_go_through_the_switch_and_stay_equal(runs):
@@ -61,9 +89,7 @@ def test_both_ranks_go_through_the_switch_and_stay_equal(runs):
     done = outcomes['with']
     assert done.status == 0, done.output[-4000:]
     assert 'Expected to have finished reduction' not in done.output
-    first, second = (
-        json.loads((root / 'with' / f'report_{rank}.json').read_text())
-        for rank in (0, 1))
+    first, second = reports(root, 'with')
     assert first['iters'] == second['iters'] == list(range(ITERS))
     assert first['learns'] == second['learns']
     assert [OFFSET in learns for learns in first['learns']
@@ -76,10 +102,62 @@ def test_both_ranks_go_through_the_switch_and_stay_equal(runs):
     # They have seen different pictures: each rank has its own statistics.
     means = [n for n in first['sums'] if 'running_mean' in n]
     assert any(first['sums'][n] != second['sums'][n] for n in means)
+    assert done.output.count('each rank has statistics of its own') == 1
     saved = load(root / 'with' / f'iter_{ITERS}.pth')['state_dict']
-    assert saved[OFFSET].shape == (len(CLASSES), 16)
+    assert saved[OFFSET].shape == (len(CLASSES), 64)
     assert saved[OFFSET].abs().max() > 0
     assert float(saved[OFFSET].double().sum()) == first['sums'][OFFSET]
+
+
+def test_shared_files_have_one_writer(runs):
+    root, outcomes = runs
+    # The lock that settles who makes the vectors is not a shared file.
+    first, second = ({
+        path
+        for path in report['written']
+        if path.startswith(str(root)) and not path.endswith('.lock')
+    } for report in reports(root, 'with'))
+    vectors = {str(root / 'text' / 'toy.safetensors')}
+    assert outcomes['with'].output.count('Made ') == 1
+    assert len(vectors & first) + len(vectors & second) == 1
+    # Of all else rank 1 has written nothing.
+    assert not second - vectors
+    work = root / 'with'
+    logs = {str(path) for path in work.rglob('*.log')}
+    assert len(logs) == 1
+    assert logs | {str(work / f'iter_{ITERS}.pth')} <= first
+
+
+def test_two_processes_train_as_one_with_their_batches(runs):
+    """The same curve and the same network, to rounding."""
+    root, outcomes = runs
+    for name in ('two', 'one'):
+        assert outcomes[name].status == 0, outcomes[name].output[-4000:]
+    first, second = reports(root, 'two')
+    one, = reports(root, 'one')
+    for a, b, both in zip(first['images'], second['images'], one['images']):
+        assert len(a) == len(b) == 2 and sorted(a + b) == sorted(both)
+    assert first['images'] != second['images']
+    assert one['learns'] == first['learns'] == second['learns']
+    losses = np.array([first['losses'], second['losses']])
+    assert losses.shape == (2, ITERS)
+    # Neither rank has the mean's loss by itself, and the loss moves.
+    assert (abs(losses[0] / losses[1] - 1) > 1e-3).all()
+    curve = np.array(one['losses'])
+    assert np.ptp(curve[:SWITCH]) > 0.02 and np.ptp(curve[SWITCH:]) > 0.02
+    np.testing.assert_allclose(losses.mean(0), curve, rtol=1e-5)
+    states = [
+        load(root / name / f'iter_{ITERS}.pth')['state_dict']
+        for name in ('two', 'one')
+    ]
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        torch.testing.assert_close(
+            value,
+            states[1][key],
+            rtol=1e-4,
+            atol=1e-6,
+            msg=lambda text, key=key: f'{key}: {text}')
 
 
 def test_without_find_unused_parameters_the_hook_says_so(runs):

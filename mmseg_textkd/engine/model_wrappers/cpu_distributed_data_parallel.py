@@ -1,0 +1,43 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import logging
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+# MMEngine's runner looks up the class in its own registry only.
+from mmengine.registry import MODEL_WRAPPERS
+from torch import nn
+
+
+@MODEL_WRAPPERS.register_module()
+class CPUDistributedDataParallel(MMDistributedDataParallel):
+    """Distributed training of a model on CPUs.
+
+    Synchronised batch norm, which torch has on GPUs only, becomes plain batch
+    norm: each rank then normalises by its own part of the batch.
+
+    Args:
+        module (nn.Module): The model.
+        broadcast_buffers (bool): Whether rank 0's buffers replace those of
+            the others before each step. Defaults to False, as in MMEngine's
+            runner.
+        **kwargs: Arguments of :class:`MMDistributedDataParallel`.
+            ``device_ids`` is ignored: the runner names a CUDA device.
+    """
+
+    def __init__(self,
+                 module: nn.Module,
+                 broadcast_buffers: bool = False,
+                 **kwargs: Any) -> None:
+        # By name: there are torch's and mmcv's, and mmcv-lite has none.
+        synchronised = sum(
+            type(m).__name__ == 'SyncBatchNorm' for m in module.modules())
+        if synchronised:
+            module = revert_sync_batchnorm(module)
+            print_log(
+                f'{synchronised} SyncBN layers became plain batch norm, as '
+                'SyncBN needs a GPU: each rank has statistics of its own, and '
+                'rank 0 saves its own.', 'current', logging.WARNING)
+        kwargs['device_ids'] = None
+        super().__init__(
+            module=module, broadcast_buffers=broadcast_buffers, **kwargs)

@@ -1,0 +1,141 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""What ``tools/train.py`` adds to MMSegmentation's: resume, and no GPU."""
+import json
+import os.path as osp
+from importlib.util import module_from_spec, spec_from_file_location
+
+import numpy as np
+import pytest
+import torch
+from processes import TOOLS, load, options, side_by_side, start
+from tiny import tiny_config
+
+ITERS = 4
+
+
+@pytest.fixture(scope='module')
+def tool():
+    spec = spec_from_file_location('textkd_train', f'{TOOLS}/train.py')
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """A run in mixed precision, and two that go on from it."""
+    root = tmp_path_factory.mktemp('tool')
+    text = dict(
+        type='ResidualPromptLearner',
+        embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
+    cfg = tiny_config(
+        root, text, dict(switch_at=3), max_iters=ITERS, log_level='INFO')
+    cfg.custom_imports.imports.append('fate_hook')
+    cfg.custom_hooks.insert(0, dict(type='FateHook'))
+    for name in [k for k in cfg if k.startswith(('val', 'test'))]:
+        cfg.pop(name)
+    cfg.train_cfg.pop('val_interval')
+    cfg.dump(str(root / 'config.py'))
+
+    def train(name, *words):
+        return start(
+            'python',
+            osp.join(TOOLS, 'train.py'),
+            *words,
+            '--work-dir',
+            root / name,
+            cwd=root)
+
+    done = {'amp': train('amp', 'config.py', '--amp')}
+    report(root, 'amp').rename(root / 'amp.json')
+    done.update(
+        side_by_side({
+            'auto':
+            lambda: train('amp', 'config.py', '--resume', 'auto',
+                          *options(train_cfg__max_iters=ITERS + 1)),
+            'path':
+            lambda: train('path', '--resume', 'amp/iter_2.pth', 'config.py')
+        }))
+    return root, done
+
+
+def report(root, name):
+    return root / name / 'report_0.json'
+
+
+def test_amp_without_a_gpu_is_bfloat16(runs):
+    root, done = runs
+    assert done['amp'].status == 0, done['amp'].output[-3000:]
+    line = '--amp without a GPU: autocast to bfloat16 on the CPU'
+    assert done['amp'].output.count(line) == 1
+    facts = json.loads((root / 'amp.json').read_text())
+    assert facts['dtypes'] == ['torch.bfloat16']
+    assert len(facts['losses']) == ITERS
+    assert np.isfinite(facts['losses']).all()
+    saved = load(root / 'amp' / f'iter_{ITERS}.pth')
+    assert {
+        v.dtype
+        for v in saved['state_dict'].values() if v.is_floating_point()
+    } == {torch.float32}
+    momenta = [
+        s['momentum_buffer'] for s in saved['optimizer']['state'].values()
+        if s['momentum_buffer'] is not None
+    ]
+    assert momenta and {m.dtype for m in momenta} == {torch.float32}
+
+
+def test_resume_auto_goes_on_with_the_latest(runs):
+    root, done = runs
+    assert done['auto'].status == 0, done['auto'].output[-3000:]
+    facts = json.loads(report(root, 'amp').read_text())
+    assert facts['iters'] == [ITERS]
+    # Without `--amp`, a run that had it goes on in full precision.
+    assert facts['dtypes'] == ['torch.float32']
+
+
+def test_resume_path_goes_on_with_that_one(runs):
+    root, done = runs
+    assert done['path'].status == 0, done['path'].output[-3000:]
+    facts = json.loads(report(root, 'path').read_text())
+    assert facts['iters'] == [2, 3]
+    # The same pictures and schedule as before, but for the precision.
+    before = json.loads((root / 'amp.json').read_text())
+    np.testing.assert_allclose(
+        facts['losses'], before['losses'][2:], rtol=0.02)
+    assert facts['learns'] == before['learns'][2:]
+
+
+@pytest.mark.stacks
+@pytest.mark.parametrize('words, resume, rest', [
+    ('c.py', None, 'c.py'),
+    ('c.py --resume', 'auto', 'c.py'),
+    ('c.py --resume auto --amp', 'auto', 'c.py --amp'),
+    ('--resume c.py --amp', 'auto', 'c.py --amp'),
+    ('--resume --amp c.py', 'auto', '--amp c.py'),
+    ('c.py --cfg-options a=1 b.0=-2 --resume --work-dir w', 'auto',
+     'c.py --cfg-options a=1 b.0=-2 --work-dir w'),
+    ('--resume {file} c.py', '{file}', 'c.py'),
+    ('c.py --resume={file} --amp', '{file}', 'c.py --amp'),
+    ('c.py --resume https://x.y/z.pth', 'https://x.y/z.pth', 'c.py'),
+])
+def test_resume_is_told_from_the_other_arguments(tmp_path, tool, words, resume,
+                                                 rest):
+    file = tmp_path / 'iter_1.pth'
+    file.touch()
+    words, resume, rest = (
+        text and text.format(file=file) for text in (words, resume, rest))
+    assert tool.split_resume(words.split()) == (resume, rest.split())
+
+
+@pytest.mark.stacks
+@pytest.mark.parametrize('path', ['iter_9.pth', 'folder'])
+def test_a_missing_checkpoint_is_refused_at_once(tmp_path, tool, monkeypatch,
+                                                 path):
+    (tmp_path / 'folder').mkdir()
+    monkeypatch.chdir(tmp_path)
+    # There is not even a config.
+    monkeypatch.setattr('sys.argv', ['train.py', 'c.py', '--resume', path])
+    with pytest.raises(
+            SystemExit, match=f'--resume {path}: there is no such checkpoint'):
+        tool.main()
+    assert [p.name for p in tmp_path.iterdir()] == ['folder']
