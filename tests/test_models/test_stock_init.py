@@ -1,0 +1,279 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Text classifiers that start from a stock classifier."""
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmseg.registry import MODELS
+
+import mmseg_textkd
+from mmseg_textkd.models import TextClassifier
+from mmseg_textkd.models.stock_init import (compare_with_stock, head_features,
+                                            init_from_stock)
+
+CHANNELS = 7
+
+
+@pytest.fixture
+def build(make_embeddings):
+    """Get a function that builds a classifier away from its start values."""
+
+    def make(num_classes=5, dim=16, vectors=None, **kwargs):
+        text = dict(
+            type='ClassEmbeddings', file=make_embeddings(num_classes, dim))
+        module = TextClassifier(CHANNELS, num_classes, text, **kwargs)
+        with torch.no_grad():
+            for param in module.parameters():
+                param.add_(torch.randn_like(param) * 0.3)
+        if vectors is not None:
+            module.text.fill(vectors)
+        return module
+
+    return make
+
+
+def stock(num_classes=5, channels=CHANNELS):
+    return torch.randn(num_classes, channels, 1, 1), torch.randn(num_classes)
+
+
+def batches():
+    """Of different sizes and levels, so that their order could matter."""
+    return [
+        torch.randn(n, CHANNELS, 6, 5) * spread + level
+        for n, spread, level in ((2, 1, 0), (1, 3, 5), (4, .5, -2))
+    ]
+
+
+def system(module, weight, bias):
+    """The linear system in numpy and float64: text and what it must make."""
+    text = module.scale().item() * module.text().double().numpy()
+    target = weight.double().flatten(1).numpy()
+    if module.logit_bias is None:
+        target = np.concatenate([target, bias.double().numpy()[:, None]], 1)
+    return text, target
+
+
+@pytest.mark.parametrize('norm', ['bn', 'none'])
+@pytest.mark.parametrize('bias', [True, False])
+def test_evaluation_mode_is_exact(build, norm, bias):
+    module = build(norm=norm, bias=bias)
+    scale, text = module.scale().item(), module.text().clone()
+    weight, offset = stock()
+    residual = init_from_stock(module, weight, offset, batches())
+    assert residual < 1e-12
+    # Text and scale are what the run has; only the rest gives way.
+    assert module.scale().item() == scale
+    assert torch.equal(module.text(), text)
+    module.eval()
+    for feat in (torch.randn(2, CHANNELS, 16, 16) * 3, batches()[1]):
+        expected, got = F.conv2d(feat, weight, offset), module(feat)
+        assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert torch.equal(got.argmax(1), expected.argmax(1))
+    conv = module.as_conv()
+    torch.testing.assert_close(conv.weight, weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(conv.bias, offset, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('num_classes, dim', [(5, 16), (20, 6)])
+@pytest.mark.parametrize('bias', [True, False])
+def test_projection_is_the_least_squares_solution(build, num_classes, dim,
+                                                  bias):
+    module = build(num_classes, dim, bias=bias)
+    weight, offset = stock(num_classes)
+    residual = init_from_stock(module, weight, offset, batches())
+    text, target = system(module, weight, offset)
+    solution = np.linalg.lstsq(text, target, rcond=None)[0]
+    kernel = module.projection.conv.weight.flatten(1).detach().numpy()
+    np.testing.assert_allclose(kernel, solution[:, :CHANNELS], atol=1e-5)
+    left = np.linalg.norm(text @ solution - target) / np.linalg.norm(target)
+    assert residual == pytest.approx(left, abs=1e-6)
+    assert (residual > 0.3) == (num_classes > dim)
+    # What it cannot express is missing from the logits, and no more.
+    feat = torch.randn(1, CHANNELS, 8, 8)
+    shift = offset.double().numpy() if bias else (text @ solution)[:, -1]
+    expected = np.einsum('kc,nchw->nkhw', (text @ solution)[:, :CHANNELS],
+                         feat.double()) + shift[:, None, None]
+    np.testing.assert_allclose(
+        module.eval()(feat).detach(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_batch_norm_gets_the_statistics_of_all_pixels(build):
+    module = build()
+    features = batches()
+    init_from_stock(module, *stock(), iter(features))
+    bn = module.projection.bn
+    kernel = module.projection.conv.weight.flatten(1).double().detach()
+    pixels = torch.cat([
+        f.double().permute(1, 0, 2, 3).flatten(1) for f in features
+    ], 1).numpy()  # yapf: disable
+    embeddings = kernel.numpy() @ pixels
+    mean, var = embeddings.mean(axis=1), embeddings.var(axis=1)
+    np.testing.assert_allclose(bn.running_mean, mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(bn.running_var, var, rtol=1e-4)
+    with torch.no_grad():
+        np.testing.assert_allclose(bn.weight, np.sqrt(var + bn.eps), rtol=1e-4)
+        np.testing.assert_allclose(bn.bias, mean, rtol=1e-4, atol=1e-5)
+
+
+def test_training_mode_differs_by_the_statistics_only(build):
+    """On a batch with the statistics that it was given it is exact too."""
+    module, (weight, offset) = build(bias=False), stock()
+    features = batches()
+    together = torch.cat(features)
+    init_from_stock(module, weight, offset, features)
+    near = compare_with_stock(module.train(), weight, offset, [together])
+    assert near.max_difference < 1e-4 * near.max_logit
+    other = compare_with_stock(module, weight, offset, features[1:2])
+    assert other.max_difference > 0.1
+
+
+def test_equal_rows_share_what_their_classes_had(build):
+    """Float32 noise between equal rows is not blown up into a solution."""
+    vectors = F.normalize(torch.randn(5, 16), dim=1)
+    vectors[3] = vectors[1] + 1e-7 * torch.randn(16)
+    module, (weight, offset) = build(vectors=vectors), stock()
+    residual = init_from_stock(module, weight, offset, batches())
+    conv = module.eval().as_conv()
+    mean = (weight[1] + weight[3]) / 2
+    for k, expected in ((0, weight[0]), (1, mean), (3, mean)):
+        torch.testing.assert_close(
+            conv.weight[k], expected, rtol=1e-3, atol=1e-3)
+    lost = (weight[1] - weight[3]).norm() / 2**.5 / weight.norm()
+    assert residual == pytest.approx(lost.item(), rel=1e-3)
+    assert module.projection.conv.weight.abs().max() < 100
+
+
+def test_a_dead_channel_stays_finite(build):
+    """One feature that never varies: nothing to divide by."""
+    module, (weight, offset) = build(), stock()
+    weight[:, 1:] = 0
+    features = [torch.full((2, CHANNELS, 4, 4), 0.5)]
+    init_from_stock(module, weight, offset, features)
+    near = compare_with_stock(module.train(), weight, offset, features)
+    assert near.max_difference < 1e-4
+    near = compare_with_stock(module.eval(), weight, offset, batches())
+    assert near.max_difference < 1e-3
+
+
+@pytest.mark.parametrize('kwargs, change, words', [
+    (dict(norm='l2'), {}, "norm='l2'.*role='auxiliary'.*load_from"),
+    (dict(norm_cfg=dict(type='BN', affine=False)), {}, 'cannot be undone'),
+    (dict(norm_cfg=dict(type='BN', track_running_stats=False)), {},
+     'cannot be undone'),
+    ({}, dict(features=[]), 'there are none'),
+    ({}, dict(weight=torch.ones(4, CHANNELS, 1, 1)), r'\(4, 7, 1, 1\).*\(5,'),
+    ({}, dict(weight=torch.ones(5, 3, 1, 1)), r'\(5, 3, 1, 1\).*\(5, 7,'),
+    ({}, dict(bias=torch.ones(4)), r'shape \(4,\)'),
+    ({}, dict(bias=torch.full((5, ), torch.nan)), 'NaN'),
+    ({}, dict(weight=torch.full((5, CHANNELS, 1, 1), torch.inf)), 'infinity'),
+    ({}, dict(features=[torch.full((1, CHANNELS, 2, 2), torch.nan)]), 'NaN'),
+])
+def test_what_cannot_be_done_changes_nothing(build, kwargs, change, words):
+    module = build(**kwargs)
+    before = copy.deepcopy(module.state_dict())
+    weight, bias = stock()
+    values = dict(weight=weight, bias=bias, features=batches(), **{})
+    with pytest.raises(ValueError, match=words):
+        init_from_stock(module, **{**values, **change})
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_comparison_counts_what_it_should(build):
+    module = build(norm='none')
+    weight, offset = stock()
+    init_from_stock(module, weight, offset)
+    with torch.no_grad():
+        module.logit_bias[2] += 50  # wins everywhere
+    feat = torch.randn(2, CHANNELS, 3, 4)
+    logits = F.conv2d(feat, weight, offset)
+    near = compare_with_stock(module, weight, offset, [feat[:1], feat[1:]])
+    assert near.max_difference == pytest.approx(50, rel=1e-4)
+    assert near.mean_difference == pytest.approx(50 / 5, rel=1e-4)
+    assert near.max_logit == pytest.approx(logits.abs().max().item())
+    assert near.agreement == (logits.argmax(1) == 2).float().mean()
+    assert near.pixels == 24
+    with pytest.raises(ValueError, match='no images'):
+        compare_with_stock(module, weight, offset, [])
+
+
+# ------------------------------------------------------- real networks
+NETS = {
+    'TextFCNHead':
+    'bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py',
+    'TextDDRHead':
+    'ddrnet/ddrnet_23-slim_in1k-pre_2xb6-120k_cityscapes-1024x1024.py',
+}
+TEXT = dict(type='ControlEmbeddings', kind='random', dim=32)
+
+
+def network(path, type=None, auxiliary=False):
+    """The stock model, or with a ``type`` the text model."""
+    cfg = Config.fromfile(mmseg_textkd.stock_config(path)).model
+    cfg.backbone.init_cfg = cfg.pretrained = None
+    if type is not None:
+        cfg.decode_head.update(type=type, text=TEXT)
+    if auxiliary:
+        cfg.auxiliary_head[1].update(type=type, text=TEXT)
+    return MODELS.build(cfg)
+
+
+def loaded(size=(64, 128)):
+    return [
+        dict(
+            inputs=list(torch.randint(0, 256, (2, 3, *size)).byte()),
+            data_samples=None) for _ in range(3)
+    ]
+
+
+@pytest.mark.parametrize('type', NETS)
+def test_network_predicts_what_the_stock_one_predicts(type):
+    reference = network(NETS[type])
+    model = network(NETS[type], type)
+    data = loaded()
+    with torch.no_grad():
+        reference.decode_head.conv_seg.weight.normal_()
+        for batch in data:  # moves the statistics of the batch norms
+            reference.train()(
+                reference.data_preprocessor(batch, False)['inputs'])
+    reference.eval()
+    model.load_state_dict(reference.state_dict(), strict=False)
+    learner = copy.deepcopy(model).train()
+    conv = reference.decode_head.conv_seg
+    before = {n: set(vars(m)) for n, m in learner.named_modules()}
+    init_from_stock(model.decode_head.conv_seg, conv.weight, conv.bias,
+                    head_features(learner, learner.decode_head, data, False))
+    assert before == {n: set(vars(m)) for n, m in learner.named_modules()}
+    assert not learner.decode_head.conv_seg._forward_pre_hooks
+    inputs = reference.data_preprocessor(data[0], False)['inputs']
+    with torch.no_grad():
+        expected = reference(inputs)
+        got = model.eval()(inputs)
+        bound = 1e-4 * expected.abs().max()
+        assert (got - expected).abs().max() < bound
+        assert (got.argmax(1) == expected.argmax(1)).float().mean() > 0.9999
+        # The same through the features that the tool measures on.
+        features = list(head_features(model, model.decode_head, data, False))
+        assert torch.equal(conv(features[0]), expected)
+    near = compare_with_stock(model.decode_head.conv_seg, conv.weight,
+                              conv.bias, features)
+    assert near.max_difference < 1e-4 * near.max_logit
+    assert near.pixels == 3 * 2 * expected[0, 0].numel()
+
+
+def test_features_of_an_auxiliary_head_are_its_own():
+    type = 'TextFCNHead'
+    model = network(NETS[type], type, auxiliary=True).eval()
+    head, data = model.auxiliary_head[1], loaded()[:1]
+    feat, = head_features(model, head, data, False)
+    inputs = model.data_preprocessor(data[0], False)['inputs']
+    with torch.no_grad():
+        logits = head(model.extract_feat(inputs))
+        assert torch.equal(head.conv_seg(feat), logits)
+    weight, bias = stock(19, feat.shape[1])
+    init_from_stock(head.conv_seg, weight, bias, [feat])
+    near = compare_with_stock(head.conv_seg, weight, bias, [feat])
+    assert near.max_difference < 1e-4 * near.max_logit

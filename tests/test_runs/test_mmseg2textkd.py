@@ -1,0 +1,470 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Text runs that start from a trained stock checkpoint."""
+import copy
+import importlib.util
+import os.path as osp
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from mmengine.runner import Runner, load_checkpoint
+from processes import TOOLS, load, start
+from tiny import CLASSES, run, tiny_config
+
+from mmseg_textkd.text import TextEmbeddings
+
+TOOL = osp.join(TOOLS, 'model_converters', 'mmseg2textkd.py')
+KEY = 'decode_head.conv_seg'
+AUXILIARY = dict(
+    type='FCNHead',
+    in_channels=4,
+    in_index=1,
+    channels=8,
+    num_convs=1,
+    concat_input=False,
+    dropout_ratio=0.,
+    num_classes=len(CLASSES),
+    norm_cfg=dict(type='BN'),
+    align_corners=False,
+    loss_decode=dict(type='CrossEntropyLoss', loss_weight=0.4))
+
+
+def residual(file):
+    return dict(
+        type='ResidualPromptLearner',
+        embeddings=dict(type='ClassEmbeddings', file=str(file)))
+
+
+def config(folder, text=None, hook=None, **options):
+    """The tiny network with an auxiliary head."""
+    cfg = tiny_config(folder, text, hook, **options)
+    cfg.model.auxiliary_head = AUXILIARY
+    cfg.default_hooks.checkpoint.interval = cfg.train_cfg.max_iters
+    cfg.log_level = 'WARNING'
+    for name in ('train', 'val', 'test'):
+        # Serialising begins with a garbage collection, a second each time.
+        cfg[f'{name}_dataloader'].dataset.serialize_data = False
+    return cfg
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A stock run that has learned something, and the tool's result."""
+    folder = tmp_path_factory.mktemp('stock')
+    cfg = config(folder, max_iters=60)
+    cfg.optim_wrapper.optimizer.lr = 0.2
+    run(cfg)
+    generator = torch.Generator().manual_seed(0)
+    TextEmbeddings(
+        vectors=F.normalize(torch.randn(8, 16, generator=generator) + 1),
+        names=CLASSES,
+        phrases=tuple((n, ) for n in CLASSES),
+        templates=('{}', ),
+        model='random',
+        pretrained='',
+        library='test').save(folder / 'text.safetensors')
+    checkpoint = folder / 'work' / 'iter_60.pth'
+    text = residual(folder / 'text.safetensors')
+    textual = config(folder, text, dict(switch_at=0.5), max_iters=2)
+    textual.dump(folder / 'config.py')
+    done = start(
+        'python',
+        TOOL,
+        'config.py',
+        checkpoint,
+        'made/out.pth',
+        *('--num-images', '12'),
+        cwd=folder)
+    assert done.status == 0, done.output[-3000:]
+    return SimpleNamespace(
+        folder=folder,
+        cfg=cfg,
+        checkpoint=checkpoint,
+        text=text,
+        textual=textual,
+        out=folder / 'made' / 'out.pth',
+        printed=done.output)
+
+
+@pytest.fixture
+def convert(trained, tmp_path, monkeypatch):
+    """Get a function that runs the tool in this process."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
+    spec = importlib.util.spec_from_file_location('mmseg2textkd', TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def go(cfg=trained.textual, checkpoint=trained.checkpoint, *words):
+        path, out = tmp_path / 'config.py', tmp_path / 'out.pth'
+        cfg.dump(path)
+        # Twice the training images; of repeated options the last one counts.
+        words = (path, checkpoint, out, '--num-images', 12, *words)
+        tool.main([str(w) for w in words])
+        return out
+
+    return go
+
+
+def first_loss(cfg, load_from, name):
+    """The loss of the first iteration of a run."""
+    cfg = copy.deepcopy(cfg)
+    cfg.load_from, cfg.work_dir = str(load_from), f'{cfg.work_dir}_{name}'
+    runner = run(cfg, **{'train_cfg.max_iters': 2})
+    return runner.message_hub.get_scalar('train/decode.loss_ce').data[0][0]
+
+
+def built(cfg, checkpoint):
+    """A model with weights that fit without a word."""
+    model = MODELS.build(cfg.model)
+    load_checkpoint(model, str(checkpoint), strict=True)
+    return model
+
+
+@pytest.mark.stacks
+def test_what_the_tool_says(trained):
+    # MMEngine's standard message: what was left over and what was missing.
+    assert f'unexpected key in source state_dict: {KEY}.weight' in (
+        trained.printed)
+    assert f'{KEY}.projection.conv.weight' in trained.printed
+    found = re.findall(
+        r'least squares (\S+)\n|by at most (\S+), on|same class at (\S+) %',
+        trained.printed)
+    least, exact, same, near, nearly = (float(''.join(v)) for v in found)
+    assert least < 1e-10 and exact < 1e-4 and same == 100
+    assert exact < near and 80 < nearly <= 100
+    assert 'evaluation mode, val images' in trained.printed
+    assert 'training mode, as in the first iteration, train images' in (
+        trained.printed)
+    assert [p.name for p in trained.out.parent.iterdir()] == ['out.pth']
+
+
+@pytest.mark.stacks
+def test_losses_of_step_0_are_those_of_the_stock_network(trained):
+    stock = built(trained.cfg, trained.checkpoint)
+    text = built(trained.textual, trained.out)
+    loader = Runner.build_dataloader(trained.cfg.train_dataloader, seed=3)
+    batch = next(iter(loader))
+    losses = [
+        m.eval().loss(**m.data_preprocessor(batch, True))
+        for m in (stock, text)
+    ]
+    assert losses[0].keys() == losses[1].keys()
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[1][name], value, rtol=1e-4, atol=0)
+    # In training mode, in runs with the same batches.
+    old = first_loss(trained.cfg, trained.checkpoint, 'stock')
+    new = first_loss(trained.textual, trained.out, 'text')
+    random = first_loss(trained.textual, trained.checkpoint, 'random')
+    assert new == pytest.approx(old, rel=0.1)
+    assert random > 2 * old
+
+
+@pytest.mark.stacks
+def test_result_is_a_plain_checkpoint(trained):
+    saved = torch.load(trained.out, weights_only=True)
+    assert saved.keys() == {'state_dict', 'meta'}
+    meta = saved['meta']
+    assert tuple(meta['dataset_meta']['classes']) == CLASSES
+    assert len(meta['dataset_meta']['palette']) == len(CLASSES)
+    assert meta['stock_checkpoint'] == 'iter_60.pth'
+    old = load(trained.checkpoint)['state_dict']
+    for key, value in old.items():
+        if not key.startswith(f'{KEY}.'):
+            assert torch.equal(saved['state_dict'][key], value), key
+
+
+def load_as_a_run(cfg, load_from, capsys):
+    """The state before and after, and what MMEngine printed about it."""
+    cfg.load_from, cfg.experiment_name = str(load_from), cfg.work_dir
+    runner = Runner.from_cfg(cfg)
+    before = {k: v.clone() for k, v in runner.model.state_dict().items()}
+    capsys.readouterr()
+    runner.load_or_resume()
+    return before, runner.model.state_dict(), capsys.readouterr().out
+
+
+def test_run_from_the_result_goes_on_with_the_same_text(
+        trained, tmp_path, capsys):
+    cfg = copy.deepcopy(trained.textual)
+    cfg.work_dir = str(tmp_path)
+    _, state, printed = load_as_a_run(cfg, trained.out, capsys)
+    assert 'Loads checkpoint' in printed and 'do not match' not in printed
+    saved = load(trained.out)['state_dict']
+    assert saved.keys() == state.keys()
+    file = trained.text['embeddings']['file']
+    torch.testing.assert_close(saved[f'{KEY}.text.class_embeddings'],
+                               TextEmbeddings.load(file).vectors)
+    runner = run(cfg)
+    with open(osp.join(runner.log_dir, f'{runner.timestamp}.log')) as log:
+        assert 'The class embeddings in the loaded' not in log.read()
+
+
+def missing_keys(printed):
+    return set(
+        re.search('missing keys in source state_dict: (.*)',
+                  printed)[1].split(', '))
+
+
+def variants(checkpoint):
+    """Other forms in which stock weights come."""
+    state = checkpoint['state_dict']
+    classes = list(CLASSES)
+    return dict(
+        bare=state,
+        wrapped=dict(state_dict={
+            f'module.{k}': v
+            for k, v in state.items()
+        }),
+        old=dict(state_dict=state, meta=dict(CLASSES=classes, PALETTE=None)),
+        # Of EMAHook: the averages are where they are looked for.
+        averaged=dict(checkpoint, ema_state_dict=dict(steps=torch.tensor(3))))
+
+
+@pytest.mark.parametrize('form', ['bare', 'wrapped', 'old', 'averaged'])
+def test_other_forms_of_a_checkpoint(convert, trained, tmp_path, capsys, form):
+    torch.save(variants(load(trained.checkpoint))[form], tmp_path / 'in.pth')
+    made = load(convert(trained.textual, tmp_path / 'in.pth'))['state_dict']
+    for key, value in load(trained.out)['state_dict'].items():
+        assert torch.equal(made[key], value), key
+    named = form in ('old', 'averaged')
+    assert ('are not named' in capsys.readouterr().out) is not named
+
+
+def test_saved_statistics_that_lag_behind_do_no_harm(convert, trained,
+                                                     tmp_path, capsys):
+    """A short run leaves such; its first iteration does not use them."""
+    stock = load(trained.checkpoint)
+    for key, value in stock['state_dict'].items():
+        if key.endswith('running_var'):
+            value.mul_(9)
+    torch.save(stock, tmp_path / 'in.pth')
+    made = load(convert(trained.textual, tmp_path / 'in.pth'))['state_dict']
+    for key, value in load(trained.out)['state_dict'].items():
+        if key.startswith(f'{KEY}.'):
+            assert torch.equal(made[key], value), key
+    assert 'same class at 100.0000 %' in capsys.readouterr().out
+
+
+def test_auxiliary_role_keeps_the_stock_classifier(convert, trained, tmp_path,
+                                                   capsys):
+    cfg = copy.deepcopy(trained.textual)
+    cfg.model.decode_head.role = 'auxiliary'
+    cfg.work_dir = str(tmp_path)
+    out = convert(cfg)
+    assert 'the text branch starts fresh' in capsys.readouterr().out
+    old, new = load(trained.checkpoint)['state_dict'], load(out)['state_dict']
+    assert old.keys() == new.keys()
+    assert all(torch.equal(value, new[key]) for key, value in old.items())
+    before, after, printed = load_as_a_run(cfg, out, capsys)
+    missing = missing_keys(printed)
+    assert missing and all('.text_' in key for key in missing)
+    assert 'unexpected' not in printed and 'mismatch' not in printed
+    for key, value in after.items():
+        assert torch.equal(value, before[key] if '.text_' in key else old[key])
+
+
+def test_text_on_an_auxiliary_head(convert, trained, tmp_path, capsys):
+    cfg = copy.deepcopy(trained.textual)
+    cfg.model.auxiliary_head = [
+        dict(AUXILIARY, type='TextFCNHead', text=trained.text)
+    ]
+    stock = load(trained.checkpoint)
+    stock['state_dict'] = {
+        k.replace('auxiliary_head.', 'auxiliary_head.0.'): v
+        for k, v in stock['state_dict'].items()
+    }
+    torch.save(stock, tmp_path / 'in.pth')
+    model = built(cfg, convert(cfg, tmp_path / 'in.pth')).eval()
+    for name in ('decode_head', 'auxiliary_head.0'):
+        conv = model.get_submodule(f'{name}.conv_seg').as_conv()
+        torch.testing.assert_close(
+            conv.weight,
+            stock['state_dict'][f'{name}.conv_seg.weight'],
+            rtol=1e-4,
+            atol=1e-5)
+    printed = capsys.readouterr().out
+    assert printed.count('same class at 100.0000 %') >= 2
+    assert 'auxiliary_head.0: 8 classes' in printed
+
+
+def test_without_validation_images(convert, trained, capsys):
+    cfg = copy.deepcopy(trained.textual)
+    cfg.val_dataloader.dataset.data_prefix.img_path = 'nowhere'
+    # A sampler that ends: after six images it begins again.
+    cfg.train_dataloader.sampler = dict(type='DefaultSampler', shuffle=True)
+    convert(cfg)
+    printed = capsys.readouterr().out
+    assert 'No validation images' in printed and 'nowhere' in printed
+    assert 'evaluation mode, train images' in printed
+    assert f'of {12 * 4 * 8} pixels' in printed
+
+
+def test_more_classes_than_dimensions_are_reported(convert, trained, tmp_path,
+                                                   capsys):
+    record = TextEmbeddings.load(trained.text['embeddings']['file'])
+    file = tmp_path / 'narrow.safetensors'
+    replace(record, vectors=F.normalize(record.vectors[:, :3])).save(file)
+    cfg = copy.deepcopy(trained.textual)
+    cfg.model.decode_head.text = residual(file)
+    convert(cfg)
+    printed = capsys.readouterr().out
+    assert 'more classes than its width' in printed
+    assert 0.1 < float(re.search(r'least squares (\S+)', printed)[1]) < 1
+
+
+# ------------------------------------------------------- bad input
+def other_k(state, meta):
+    state[f'{KEY}.weight'] = torch.ones(5, 16, 1, 1)
+    state[f'{KEY}.bias'] = torch.ones(5)
+    meta['dataset_meta']['classes'] = list('abcde')
+
+
+def other_width(state, meta):
+    state[f'{KEY}.weight'] = torch.ones(8, 24, 1, 1)
+
+
+def other_order(state, meta):
+    names = list(CLASSES)
+    names[1], names[6] = names[6], names[1]
+    meta['dataset_meta']['classes'] = tuple(names)
+
+
+def no_classifier(state, meta):
+    del state[f'{KEY}.weight']
+
+
+def a_text_network(state, meta):
+    state[f'{KEY}.projection.conv.weight'] = torch.ones(16, 16, 1, 1)
+    del state[f'{KEY}.weight'], state[f'{KEY}.bias']
+
+
+def diverged(state, meta):
+    state[f'{KEY}.weight'][0, 0] = torch.nan
+
+
+BAD = {
+    other_k: [
+        "has 5 classes ['a', 'b', 'c', 'd', 'e']", 'num_classes=8',
+        'plain `load_from`'
+    ],
+    other_width: ['24 input channels', 'decode_head has 16'],
+    other_order: [
+        'in another order', "1: 'truck' instead of 'building'",
+        "6: 'building' instead of 'truck'"
+    ],
+    no_classifier: [
+        f'has no {KEY}.weight and .bias',
+        "['auxiliary_head', 'backbone', 'decode_head']"
+    ],
+    a_text_network: ['has a text classifier', '`load_from`'],
+    diverged: ['NaN or infinity'],
+}
+
+
+def refused(convert, tmp_path, *args):
+    """Run the tool where it must fail; what it says."""
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(SystemExit) as info:
+        convert(*args)
+    after = set(tmp_path.rglob('*')) - {tmp_path / 'config.py'}
+    assert after <= set(before)
+    assert str(info.value).startswith('Error: ')
+    return str(info.value)
+
+
+@pytest.mark.parametrize('damage', BAD, ids=lambda d: d.__name__)
+def test_bad_checkpoint(convert, trained, tmp_path, damage):
+    checkpoint = load(trained.checkpoint)
+    damage(checkpoint['state_dict'], checkpoint['meta'])
+    torch.save(checkpoint, tmp_path / 'in.pth')
+    error = refused(convert, tmp_path, trained.textual, tmp_path / 'in.pth')
+    for words in BAD[damage]:
+        assert words in error
+    assert 'in.pth' in error or damage is diverged
+
+
+@pytest.mark.parametrize('content', [None, b'', b'not a checkpoint'])
+def test_no_checkpoint(convert, trained, tmp_path, content):
+    if content is not None:
+        (tmp_path / 'in.pth').write_bytes(content)
+    error = refused(convert, tmp_path, trained.textual, tmp_path / 'in.pth')
+    assert 'in.pth' in error
+    assert ('can not be found' in error) is (content is None)
+
+
+@pytest.mark.parametrize('change, words', [
+    ({
+        'model.decode_head.text_branch': dict(norm='l2')
+    }, ["norm='l2'", "norm='bn'"]),
+    ({
+        'model.decode_head.text.embeddings.file': 'gone.safetensors',
+        'model.decode_head.text.embeddings.dim': 16
+    }, ['gone.safetensors', 'encode_text.py']),
+    ({
+        'train_dataloader.dataset.data_prefix.img_path': 'gone'
+    }, ['gone']),
+])
+def test_bad_config(convert, trained, tmp_path, change, words):
+    cfg = copy.deepcopy(trained.textual)
+    cfg.merge_from_dict(change)
+    error = refused(convert, tmp_path, cfg)
+    for word in words:
+        assert word in error
+
+
+def test_stock_config_by_mistake(convert, trained, tmp_path):
+    error = refused(convert, tmp_path, trained.cfg)
+    assert 'no text head' in error and 'config.py' in error
+
+
+def test_text_for_other_classes(convert, trained, tmp_path):
+    record = TextEmbeddings.load(trained.text['embeddings']['file'])
+    file = tmp_path / 'other.safetensors'
+    replace(record, names=CLASSES[::-1]).save(file)
+    cfg = copy.deepcopy(trained.textual)
+    cfg.model.decode_head.text = residual(file)
+    error = refused(convert, tmp_path, cfg)
+    assert 'in another order' in error and 'BaseSegDataset' in error
+
+
+def test_bad_arguments(convert, trained, tmp_path, capsys):
+    (tmp_path / 'out.pth').write_bytes(b'precious')
+    with pytest.raises(SystemExit):
+        convert()
+    assert 'out.pth exists' in capsys.readouterr().err
+    assert (tmp_path / 'out.pth').read_bytes() == b'precious'
+    with pytest.raises(SystemExit):
+        convert(trained.textual, 'any.pth', '--num-images', '0')
+    assert 'at least 1' in capsys.readouterr().err
+
+
+# -------------------------------------------- load_from without the tool
+@pytest.mark.stacks
+def test_plain_load_from_of_another_k_says_what_it_left(
+        trained, tmp_path, capsys):
+    """MMEngine's own message; the rest taken over, the text untouched."""
+    cfg = copy.deepcopy(trained.cfg)
+    cfg.model.decode_head.num_classes = 5
+    cfg.model.auxiliary_head.num_classes = 5
+    weights = MODELS.build(cfg.model).state_dict()
+    torch.save(dict(state_dict=weights, meta={}), tmp_path / 'five.pth')
+    cfg = copy.deepcopy(trained.textual)
+    cfg.work_dir = str(tmp_path)
+    before, after, printed = load_as_a_run(cfg, tmp_path / 'five.pth', capsys)
+    for part in ('weight', 'bias'):
+        assert re.search(
+            f'size mismatch for auxiliary_head.conv_seg.{part}.*5.*8', printed)
+    assert (f'unexpected key in source state_dict: {KEY}.weight, {KEY}.bias'
+            in printed)
+    own = {k for k in after if k.startswith(f'{KEY}.')}
+    assert missing_keys(printed) == {
+        k
+        for k in own if not k.endswith('num_batches_tracked')
+    }
+    kept = own | {f'auxiliary_head.conv_seg.{p}' for p in ('weight', 'bias')}
+    for key, value in after.items():
+        assert torch.equal(value, (before if key in kept else weights)[key])
