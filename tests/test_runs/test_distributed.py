@@ -10,6 +10,8 @@ import torch
 from processes import TOOLS, load, side_by_side, start
 from tiny import CLASSES, tiny_config
 
+pytestmark = pytest.mark.stacks
+
 ITERS, SWITCH = 6, 3
 OFFSET = 'decode_head.conv_seg.text.offset'
 

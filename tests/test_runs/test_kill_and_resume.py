@@ -12,6 +12,8 @@ from tiny import CLASSES, assert_equal, tiny_config
 from mmseg_textkd.text import TextTower
 from mmseg_textkd.text.build import encode_classes
 
+pytestmark = pytest.mark.stacks
+
 ITERS, SWITCH, INTERVAL = 8, 4, 2
 # Where each run is killed, and the iteration that it then goes on with.
 FATES = dict(

@@ -10,6 +10,8 @@ import torch
 from processes import TOOLS, load, options, side_by_side, start
 from tiny import tiny_config
 
+pytestmark = pytest.mark.stacks
+
 ITERS = 4
 
 
@@ -105,7 +107,6 @@ def test_resume_path_goes_on_with_that_one(runs):
     assert facts['learns'] == before['learns'][2:]
 
 
-@pytest.mark.stacks
 @pytest.mark.parametrize('words, resume, rest', [
     ('c.py', None, 'c.py'),
     ('c.py --resume', 'auto', 'c.py'),
@@ -127,7 +128,6 @@ def test_resume_is_told_from_the_other_arguments(tmp_path, tool, words, resume,
     assert tool.split_resume(words.split()) == (resume, rest.split())
 
 
-@pytest.mark.stacks
 @pytest.mark.parametrize('path', ['iter_9.pth', 'folder'])
 def test_a_missing_checkpoint_is_refused_at_once(tmp_path, tool, monkeypatch,
                                                  path):
