@@ -15,12 +15,12 @@ class CheckLabels(BaseTransform):
 
     Put it directly behind ``LoadAnnotations``. Behind ``Resize`` it is right
     too, where MMSegmentation's test pipelines load the label map in the
-    original size.
+    original size. Where no label map has been loaded, for a picture of one's
+    own, nothing is checked.
 
     Required Keys:
 
-    - gt_seg_map
-    - img, ori_shape, seg_map_path, img_path (optional)
+    - gt_seg_map, img, ori_shape, seg_map_path, img_path (optional)
 
     Args:
         num_classes (int): Number of classes K; labels 0 to K - 1 are good.
@@ -44,13 +44,12 @@ class CheckLabels(BaseTransform):
             dict: The same dict, unchanged.
 
         Raises:
-            KeyError: If no label map has been loaded.
             ValueError: If the label map is no H×W array of the image's size
                 or holds labels beyond the classes.
         """
         if 'gt_seg_map' not in results:
-            raise KeyError('CheckLabels found no label map (gt_seg_map): put '
-                           'it behind LoadAnnotations')
+            # `inference_model` takes `LoadAnnotations` out of the pipeline.
+            return results
         seg_map = results['gt_seg_map']
         where = f'Label map {results.get("seg_map_path", "of a sample")}'
         if seg_map.ndim != 2:

@@ -280,8 +280,9 @@ def test_check_labels_alone():
     assert check(good) is good
     with pytest.raises(ValueError, match=r'2 classes: \[-1, 255\] in 2 of 4'):
         check(dict(gt_seg_map=np.array([[0, -1], [255, 9]])))
-    with pytest.raises(KeyError, match='behind LoadAnnotations'):
-        check(dict(img=good['img']))
+    # A picture of one's own has no labels.
+    bare = dict(img=good['img'])
+    assert check(bare) is bare and list(bare) == ['img']
     with pytest.raises(ValueError, match='must be positive, but got 0'):
         CheckLabels(num_classes=0)
     assert repr(check) == 'CheckLabels(num_classes=2, ignore_index=9)'
