@@ -17,6 +17,7 @@ from mmseg.structures import SegDataSample
 from tiny import run
 from torch.utils.data import Dataset
 
+from mmseg_textkd.deploy import fold_state_dict
 from mmseg_textkd.models.text_parameters import (prompt_parameters,
                                                  text_parameters,
                                                  text_providers)
@@ -373,17 +374,10 @@ class BaseNetworkTester:
         torch.testing.assert_close(
             self.logits(text, self.size), self.logits(stock, self.size))
 
-    def test_folded_weights_load_into_the_stock_model(self, build):
-        model = self.settle(build('classifier'))
-        state = model.state_dict()
-        conv = model.decode_head.conv_seg.as_conv()
-        state = {
-            k: v
-            for k, v in state.items()
-            if not k.startswith('decode_head.conv_seg.')
-        }
-        state['decode_head.conv_seg.weight'] = conv.weight
-        state['decode_head.conv_seg.bias'] = conv.bias
+    @pytest.mark.parametrize('role', ROLES)
+    def test_folded_weights_load_into_the_stock_model(self, build, role):
+        model = self.settle(build(role))
+        state = fold_state_dict(model)
         stock = build().eval()
         stock.load_state_dict(state, strict=True)
         for size in (self.size, (96, 160)):

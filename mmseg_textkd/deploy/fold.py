@@ -1,0 +1,126 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from typing import Dict, Mapping, Optional
+
+import torch
+from mmengine.config import Config
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from mmseg_textkd.models import TextClassifier, TextHeadMixin
+from .l2_conv_seg import fold_with_length, fuse_l2
+from .stock_cfg import to_stock_cfg
+
+
+def fold_state_dict(
+        model: nn.Module,
+        strip_auxiliary: bool = False,
+        keep_l2: bool = False,
+        lengths: Optional[Mapping[str, float]] = None) -> Dict[str, Tensor]:
+    """Fold the text of a network into the weights of the stock network.
+
+    In the role 'classifier' projection, norm, class embeddings, scale and
+    bias become the head's own ``conv_seg``, in float64, cast once; in the
+    role 'auxiliary' the text branch is left out. Auxiliary heads are treated
+    as the decode head is. The weights of a model without text come back as
+    they are, so folding twice is folding once.
+
+    Args:
+        model (nn.Module): The model, or a head, in evaluation mode. Left as
+            it is.
+        strip_auxiliary (bool): Whether to leave out auxiliary heads, which
+            only training needs. Defaults to False.
+        keep_l2 (bool): Whether classifiers with ``norm='l2'`` become
+            :class:`L2ConvSeg`. Defaults to False.
+        lengths (Mapping[str, float], optional): Lengths by the name of the
+            classifier, as of :func:`mean_lengths`. Classifiers with
+            ``norm='l2'`` are folded as if all pixel embeddings had that
+            length, which is an approximation. Defaults to None.
+
+    Returns:
+        dict[str, Tensor]: Copies, on the CPU, that fit the stock config
+        (:func:`to_stock_cfg`) with ``strict=True``.
+
+    Raises:
+        RuntimeError: In training mode, or if class embeddings are missing.
+        ValueError: If a weight is not finite, or with ``norm='l2'`` where
+            neither way out has been chosen.
+    """
+    if model.training:
+        raise RuntimeError('only a model in evaluation mode can be folded; '
+                           'call `.eval()` first.')
+    left_out = ('auxiliary_head.', ) if strip_auxiliary else ()
+    state = {
+        k: v
+        for k, v in model.state_dict().items() if not k.startswith(left_out)
+    }
+    for name, head in model.named_modules():
+        prefix = f'{name}.' if name else ''
+        if not isinstance(head, TextHeadMixin) or prefix.startswith(left_out):
+            continue
+        text = (f'{prefix}text_branch.', f'{prefix}text_losses.')
+        if head.role == 'classifier':
+            text += (f'{prefix}conv_seg.', )
+        state = {k: v for k, v in state.items() if not k.startswith(text)}
+        if head.role == 'classifier':
+            own = _fold(head.conv_seg, f'{prefix}conv_seg', keep_l2, lengths)
+            state.update({f'{prefix}conv_seg.{k}': v for k, v in own.items()})
+    odd = [
+        k for k, v in state.items()
+        if v.is_floating_point() and not v.isfinite().all()
+    ]
+    if odd:
+        raise ValueError(
+            f'{len(odd)} weights have NaN or infinite values and cannot be '
+            f'deployed: {odd[:5]}. The training has diverged; take an '
+            'earlier checkpoint.')
+    return {k: v.detach().cpu().clone() for k, v in state.items()}
+
+
+def fold(model: nn.Module,
+         cfg: Config,
+         strip_auxiliary: bool = False) -> nn.Module:
+    """Make the stock model that predicts what a text model predicts.
+
+    Args:
+        model (nn.Module): The model with text, in evaluation mode.
+        cfg (Config): Its config.
+        strip_auxiliary (bool): Whether to leave out auxiliary heads. Defaults
+            to False.
+
+    Returns:
+        nn.Module: The stock model, in evaluation mode, on the device and with
+        the ``dataset_meta`` of the model. Its ``cfg`` is the stock config.
+
+    Raises:
+        RuntimeError: As of :func:`fold_state_dict`.
+        ValueError: As of :func:`fold_state_dict` and :func:`to_stock_cfg`.
+    """
+    state = fold_state_dict(model, strip_auxiliary)
+    stock_cfg = to_stock_cfg(cfg, strip_auxiliary)
+    stock = MODELS.build(stock_cfg.model)
+    stock.load_state_dict(state, strict=True)
+    stock.cfg = stock_cfg
+    if hasattr(model, 'dataset_meta'):
+        stock.dataset_meta = model.dataset_meta
+    return stock.to(next(model.parameters())).eval()
+
+
+@torch.no_grad()
+def _fold(classifier: TextClassifier, name: str, keep_l2: bool,
+          lengths: Optional[Mapping[str, float]]) -> Dict[str, Tensor]:
+    """The weights that take the place of a text classifier."""
+    if classifier.projection.norm != 'l2':
+        return classifier.as_conv().state_dict()
+    if keep_l2:
+        return fuse_l2(classifier)
+    if name in (lengths or {}):
+        conv = fold_with_length(classifier, lengths[name])
+        return conv.to(classifier.projection.conv.weight).state_dict()
+    raise ValueError(
+        f"{name} has norm='l2', which divides each pixel by its own length "
+        'and does not fold into a convolution. Choose: keep the norm, as a '
+        'small module that needs the plugin at inference (keep_l2=True; '
+        '`--l2 keep`), or fold approximately, with a mean length for all '
+        'pixels and a measured disagreement (lengths=...; `--l2 '
+        'approximate`; auxiliary heads, which do not run then, must be '
+        "stripped). Trained with norm='bn' it would fold exactly.")

@@ -1,0 +1,124 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import inspect
+from typing import Any, Dict
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from .stock_forms import DROPPED, PLUGIN, StockForms
+
+# Parts of parameter names that only text has.
+TEXT_PARAMETERS = ('.text.', 'text_branch', 'text_losses', 'log_scale',
+                   'logit_bias')
+
+
+def to_stock_cfg(cfg: Config,
+                 strip_auxiliary: bool = False,
+                 keep_l2: bool = False) -> Config:
+    """Take text and plugin out of a config.
+
+    Text heads become their stock heads, the plugin's datasets a
+    ``BaseSegDataset`` each. Hook, text variables, settings of text
+    parameters, ``CheckLabels`` and the import of the plugin go; so does
+    ``find_unused_parameters``, which the stages had needed.
+
+    Pre-trained weights and ``load_from`` go too: a run of the new config
+    starts from the folded checkpoint, which would overwrite them.
+
+    Args:
+        cfg (Config): Config of a network, with text or without.
+        strip_auxiliary (bool): Whether to remove ``auxiliary_head``, which
+            only training needs. Defaults to False.
+        keep_l2 (bool): Whether classifiers with ``norm='l2'``, which do not
+            fold, become :class:`L2ConvSeg`. The new config then imports the
+            plugin. Defaults to False.
+
+    Returns:
+        Config: The new config.
+
+    Raises:
+        ValueError: If something of the plugin cannot be replaced, and where
+            it is.
+    """
+    stock = cfg.to_dict()
+    imports = (stock.pop('custom_imports', None) or {}).get('imports', [])
+    imports = [imports] if isinstance(imports, str) else imports
+    forms = StockForms(imports, keep_l2)
+    for key in list(stock):
+        value = stock.pop(key)
+        if key.startswith('text_') or forms.find(value) is not None:
+            continue
+        try:
+            value = forms.replace(value, key)
+        except ValueError:
+            if key in inspect.signature(Runner).parameters:
+                raise
+            # A variable of the config: where it counts, it has been copied.
+            continue
+        if value is not DROPPED:
+            stock[key] = value
+    stock.pop('find_unused_parameters', None)
+    if stock.get('load_from'):
+        stock['load_from'] = None
+    if strip_auxiliary:
+        stock['model'].pop('auxiliary_head', None)
+    _drop_pretrained(stock['model'])
+    _drop_text_parameters(stock.get('optim_wrapper') or {})
+    for split in ('val', 'test'):
+        _ignore_unlabelled(cfg, stock, split, forms)
+    imports = [name for name in imports if not forms.needs_plugin(name)]
+    if 'L2ConvSegHead' in str(stock['model']):
+        imports.append(f'{PLUGIN}.deploy')
+    if imports:
+        stock['custom_imports'] = dict(
+            imports=imports, allow_failed_imports=False)
+    return Config(stock)
+
+
+def _drop_pretrained(value: Any) -> None:
+    """Remove weights of pre-training from a model's config, in place."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            _drop_pretrained(item)
+    elif isinstance(value, dict):
+        if value.get('pretrained'):
+            value['pretrained'] = None
+        init = value.get('init_cfg') or []
+        kept = [
+            cfg for cfg in ([init] if isinstance(init, dict) else init)
+            if cfg['type'] != 'Pretrained'
+        ]
+        if init and not kept:
+            del value['init_cfg']
+        elif isinstance(init, list) and init:
+            value['init_cfg'] = kept
+        for item in value.values():
+            _drop_pretrained(item)
+
+
+def _drop_text_parameters(optim_wrapper: Dict) -> None:
+    """Remove the settings of text parameters, in place."""
+    paramwise = optim_wrapper.get('paramwise_cfg') or {}
+    keys = paramwise.get('custom_keys', {})
+    for key in [k for k in keys if any(t in k for t in TEXT_PARAMETERS)]:
+        del keys[key]
+    if not keys:
+        paramwise.pop('custom_keys', None)
+    if not paramwise:
+        optim_wrapper.pop('paramwise_cfg', None)
+
+
+def _ignore_unlabelled(cfg: Config, stock: Dict, split: str,
+                       forms: StockForms) -> None:
+    """Let the evaluator ignore the label that the dataset turned to 255.
+
+    ``BaseSegDataset`` cannot turn it.
+    """
+    dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}
+    label = getattr(forms.find(dataset.get('type')), 'UNLABELLED', None)
+    evaluators = stock.get(f'{split}_evaluator') or []
+    if isinstance(evaluators, dict):
+        evaluators = [evaluators]
+    for evaluator in evaluators:
+        if label is not None and evaluator['type'] == 'IoUMetric':
+            evaluator['ignore_index'] = label

@@ -1,0 +1,185 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""What takes the place of the plugin's own things in a stock config."""
+import inspect
+import os.path as osp
+import sys
+from glob import glob
+from typing import Any, Dict, List, Optional
+
+import mmengine.registry
+import mmseg.registry
+from mmengine.registry import Registry
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import MODELS
+
+from mmseg_textkd.datasets import CheckLabels
+from mmseg_textkd.engine import (CPUAmpOptimWrapper,
+                                 CPUDistributedDataParallel, PromptLearnerHook)
+from mmseg_textkd.models import TextHeadMixin
+from .l2_conv_seg import l2_conv_seg_head
+
+PLUGIN = 'mmseg_textkd'
+DROPPED = object()
+
+
+class StockForms:
+    """Find what needs the plugin, through the registries, and replace it.
+
+    Args:
+        imports (list[str]): Modules that the config imports. Those that
+            import the plugin themselves are part of it here.
+        keep_l2 (bool): Whether heads with ``norm='l2'`` keep their norm.
+    """
+
+    def __init__(self, imports: List[str], keep_l2: bool) -> None:
+        self.keep_l2 = keep_l2
+        self.packages = {PLUGIN, *filter(_uses_plugin, imports)}
+        self.registered = {
+            name: thing
+            for module in (mmengine.registry, mmseg.registry)
+            for registry in vars(module).values()
+            if isinstance(registry, Registry)
+            for name, thing in registry.module_dict.items()
+            if self.needs_plugin(thing.__module__)
+        }
+
+    def needs_plugin(self, module: str) -> bool:
+        """Whether a module cannot be imported without the plugin.
+
+        Args:
+            module (str): Its name.
+
+        Returns:
+            bool: True if it cannot.
+        """
+        return any(f'{module}.'.startswith(f'{package}.')
+                   for package in self.packages)
+
+    def find(self, kind: Any) -> Optional[Any]:
+        """Look up a ``type``.
+
+        Args:
+            kind (Any): Value of a config, of use if it is a name.
+
+        Returns:
+            Any, optional: What is registered under that name, if it needs
+            the plugin.
+        """
+        if isinstance(kind, str):
+            return self.registered.get(kind.split('.')[-1])
+        return None
+
+    def replace(self, value: Any, where: str) -> Any:
+        """Give the stock form of a value and all that is in it.
+
+        Args:
+            value (Any): Part of a config.
+            where (str): Its place, for messages.
+
+        Returns:
+            Any: The new value; ``DROPPED`` if nothing is left.
+
+        Raises:
+            ValueError: If something of the plugin cannot be replaced.
+        """
+        if isinstance(value, dict):
+            kind = self.find(value.get('type'))
+            if kind is not None:
+                value = self._stock_form(kind, value, where)
+                if value is DROPPED:
+                    return DROPPED
+            items = {
+                k: self.replace(v, f'{where}.{k}')
+                for k, v in value.items()
+            }
+            return {k: v for k, v in items.items() if v is not DROPPED}
+        if isinstance(value, (list, tuple)) and value:
+            items = [
+                self.replace(v, f'{where}[{i}]') for i, v in enumerate(value)
+            ]
+            items = [item for item in items if item is not DROPPED]
+            return type(value)(items) if items else DROPPED
+        return value
+
+    def _stock_form(self, kind: Any, value: Dict, where: str) -> Any:
+        if kind in (CheckLabels, CPUDistributedDataParallel,
+                    PromptLearnerHook):
+            return DROPPED
+        if kind is CPUAmpOptimWrapper:
+            return dict(value, type='OptimWrapper')
+        if kind is l2_conv_seg_head and self.keep_l2:
+            return value
+        if inspect.isclass(kind) and issubclass(kind, TextHeadMixin):
+            return self._stock_head(kind, value, where)
+        if inspect.isclass(kind) and issubclass(kind, BaseSegDataset):
+            return _stock_dataset(kind, value, where)
+        raise ValueError(
+            f'{where}: {value["type"]!r} is defined in {kind.__module__}, '
+            f'which needs {PLUGIN}, and MMSegmentation has nothing that '
+            'could take its place. Remove it from the config, or define it '
+            f'in a module that does not import {PLUGIN}.')
+
+    def _stock_head(self, kind: type, value: Dict, where: str) -> Dict:
+        """Take the text out of a head."""
+        names = {thing: name for name, thing in MODELS.module_dict.items()}
+        lineage = [c for c in kind.__mro__ if not issubclass(c, TextHeadMixin)]
+        stock = next((c for c in lineage if c in names), None)
+        # All else that the text head inherits must be in the stock head too.
+        if (stock is None or self.needs_plugin(stock.__module__)
+                or set(lineage) != set(stock.__mro__)):
+            raise ValueError(
+                f'{where}: no stock head takes the place of {kind.__name__}: '
+                'behind TextHeadMixin it must have one base, registered and '
+                f'defined in a module that does not import {PLUGIN}.')
+        head = {
+            k: v
+            for k, v in value.items()
+            if k not in ('text', 'role', 'text_branch', 'text_losses')
+        }
+        head['type'] = names[stock]
+        norm = (value.get('text_branch') or {}).get('norm')
+        if (self.keep_l2 and norm == 'l2'
+                and value.get('role', 'classifier') == 'classifier'):
+            provider = MODELS.build(
+                dict(value['text']),
+                default_args=dict(num_classes=value['num_classes']))
+            head = dict(type='L2ConvSegHead', head=head, dim=provider.dim)
+        return head
+
+
+def _uses_plugin(name: str) -> bool:
+    """Whether a module of the config imports the plugin."""
+    homes = [name]
+    module = sys.modules.get(name)
+    for thing in () if module is None else vars(module).values():
+        if inspect.ismodule(thing):
+            homes.append(thing.__name__)
+        elif inspect.isclass(thing):
+            homes += [c.__module__ for c in thing.__mro__]
+        else:
+            homes.append(str(getattr(thing, '__module__', '')))
+    return any(f'{home}.'.startswith(f'{PLUGIN}.') for home in homes)
+
+
+def _stock_dataset(kind: type, value: Dict, where: str) -> Dict:
+    """Turn a dataset of the plugin into the ``BaseSegDataset`` that it is."""
+    metainfo = dict(kind.METAINFO, **(value.get('metainfo') or {}))
+    known = inspect.signature(BaseSegDataset).parameters
+    odd = [k for k in value if k not in (*known, 'type') or k == 'ann_file']
+    if tuple(metainfo['classes']) != tuple(kind.METAINFO['classes']):
+        odd.append('metainfo.classes')
+    if odd:
+        raise ValueError(
+            f'{where}: a {kind.__name__} with {odd} cannot be replaced by a '
+            'BaseSegDataset, which would treat that otherwise.')
+    own = inspect.signature(kind).parameters.values()
+    stock = {p.name: p.default for p in own if p.default is not p.empty}
+    stock.update(value, type='BaseSegDataset', metainfo=metainfo)
+    if stock['img_suffix'] is None:
+        # As CamVidDataset, which looks what the images end in.
+        folder = osp.join(
+            stock.get('data_root') or '',
+            stock.get('data_prefix', {}).get('img_path') or '')
+        is_jpg = bool(glob(osp.join(folder, '*.jpg')))
+        stock['img_suffix'] = '.jpg' if is_jpg else '.png'
+    return stock

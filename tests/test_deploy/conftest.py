@@ -1,0 +1,109 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Trained text networks to fold."""
+import copy
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import EMAHook
+from mmengine.registry import DefaultScope
+from tiny import CLASSES, run, tiny_config
+
+from mmseg_textkd.text import TextEmbeddings
+
+AUXILIARY = dict(
+    type='FCNHead',
+    in_channels=4,
+    in_index=1,
+    channels=8,
+    num_convs=1,
+    concat_input=False,
+    dropout_ratio=0.,
+    num_classes=len(CLASSES),
+    norm_cfg=dict(type='BN'),
+    align_corners=False,
+    loss_decode=dict(type='CrossEntropyLoss', loss_weight=0.4))
+# Stage 2 begins after iteration 3.
+RUNS = dict(
+    plain=dict(),
+    auxiliary={'model.decode_head.role': 'auxiliary'},
+    ema=dict(custom_hooks=dict(type='EMAHook', momentum=0.3)),
+    bf16={'optim_wrapper.type': 'CPUAmpOptimWrapper'},
+    l2={'model.decode_head.text_branch': dict(norm='l2')})
+
+
+def train(folder, options):
+    """Train for six iterations and forget the class vectors."""
+    vectors = torch.randn(
+        len(CLASSES), 16, generator=torch.Generator().manual_seed(0))
+    TextEmbeddings(
+        vectors=torch.nn.functional.normalize(vectors, dim=1),
+        names=CLASSES,
+        phrases=tuple((name, ) for name in CLASSES),
+        templates=('{}', ),
+        model='random',
+        pretrained='',
+        library='test').save(folder / 'text.safetensors')
+    cfg = tiny_config(
+        folder,
+        dict(
+            type='ResidualPromptLearner',
+            embeddings=dict(
+                type='ClassEmbeddings',
+                file=str(folder / 'text.safetensors'),
+                dim=16)), dict(switch_at=3))
+    cfg.model.auxiliary_head = [AUXILIARY]
+    cfg.optim_wrapper.optimizer.lr = .2
+    cfg.default_hooks.checkpoint.interval = 3
+    options = copy.deepcopy(options)
+    hook = options.pop('custom_hooks', None)
+    cfg.merge_from_dict(options)
+    if hook:
+        cfg.custom_hooks.append(hook)
+    runner = run(cfg)
+    (folder / 'text.safetensors').unlink()
+    cfg.dump(folder / 'config.py')
+    averaged = [
+        h.ema_model.module for h in runner.hooks if isinstance(h, EMAHook)
+    ]
+    return SimpleNamespace(
+        folder=folder,
+        cfg=Config.fromfile(folder / 'config.py'),
+        config=folder / 'config.py',
+        stage1=folder / 'work' / 'iter_3.pth',
+        weights=folder / 'work' / 'iter_6.pth',
+        model=runner.model.eval(),
+        averaged=averaged[0].eval() if averaged else None)
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """Get a function that gives one of the ``RUNS``, made when asked for."""
+    made = {}
+
+    def get(name='plain'):
+        if name not in made:
+            with DefaultScope.overwrite_default_scope('mmseg'):
+                made[name] = train(tmp_path_factory.mktemp(name), RUNS[name])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def write_camvid():
+    """Get a function that writes a test set with some unlabelled pixels."""
+
+    def write(root, suffix='.png'):
+        rng = np.random.default_rng(0)
+        for folder, end in (('test', suffix), ('testannot', '.png')):
+            (root / folder).mkdir(parents=True)
+            for i in range(2):
+                shape = (36, 48, 3) if folder == 'test' else (36, 48)
+                values = rng.integers(0, 12, shape, np.uint8)
+                cv2.imwrite(str(root / folder / f'{i}{end}'), values)
+
+    return write

@@ -1,0 +1,189 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Fold a trained text network into a checkpoint of the stock network.
+
+Writes OUT and, beside it, its config: a stock config, dumped whole, into which
+OUT loads strictly and with no plugin installed. Before anything is written
+the folded network is compared with the trained one.
+
+A checkpoint with no text, folded already or stock, is checked and written as
+it is.
+"""
+import argparse
+import io
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+import mmengine
+import mmseg
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.dataset import pseudo_collate
+from mmengine.device import get_device
+from mmengine.registry import MODELS, init_default_scope
+from mmseg.registry import DATASETS
+
+import mmseg_textkd
+from mmseg_textkd.deploy import (fold_state_dict, load_strictly, mean_lengths,
+                                 read_checkpoint, to_stock_cfg, verify,
+                                 write_files)
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of the text network')
+    parser.add_argument('checkpoint', type=Path, help='its checkpoint')
+    parser.add_argument(
+        'out', type=Path, help='checkpoint to write, *.pth; beside it *.py')
+    parser.add_argument(
+        '--strip-auxiliary',
+        action='store_true',
+        help='leave out auxiliary heads, which only training needs')
+    parser.add_argument(
+        '--l2',
+        choices=('keep', 'approximate'),
+        help="for norm='l2', which does not fold: keep the norm (OUT needs "
+        'the plugin), or fold with a mean length for all pixels (OUT '
+        'predicts something else, and it is said how often)')
+    parser.add_argument(
+        '--num-images',
+        type=int,
+        default=10,
+        help='images of test_dataloader to compare on, if they are there, '
+        'and with `--l2 approximate` as many before (default: 10)')
+    parser.add_argument(
+        '--device', default=get_device(), help='default: %(default)s')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings of the config to override, as key=value')
+    args = parser.parse_args(argv)
+    if args.num_images < 1:
+        parser.error('--num-images must be at least 1')
+    if args.out.suffix != '.pth':
+        parser.error(f'OUT must end in .pth, but got {args.out}')
+    if not args.out.parent.is_dir():
+        parser.error(f'there is no folder {args.out.parent}')
+    for path in (args.out, args.out.with_suffix('.py')):
+        if path.exists():
+            parser.error(f'{path} exists; remove it or write elsewhere')
+    return args
+
+
+def dataset_config(cfg: Config) -> Dict:
+    """Get the config of the test set, the first of several."""
+    dataset = cfg.get('test_dataloader', {}).get('dataset', {})
+    while 'dataset' in dataset or 'datasets' in dataset:
+        dataset = dataset.get('dataset') or dataset['datasets'][0]
+    return dataset
+
+
+def dataset_meta(cfg: Config, saved: Optional[Dict]) -> Dict:
+    """Get classes and palette: the checkpoint's, else the config's."""
+    if not saved:
+        dataset = dataset_config(cfg)
+        if not dataset:
+            raise ValueError('neither the checkpoint nor a test_dataloader of '
+                             'the config names the classes.')
+        # As the dataset does itself, but its files need not be there.
+        kind = DATASETS.get(dataset['type'])
+        saved = kind._load_metainfo(dataset.get('metainfo'))
+    return {k: saved[k] for k in ('classes', 'palette') if k in saved}
+
+
+def test_images(cfg: Config, number: int) -> List[Dict]:
+    """Read images of the test set, one a batch, spread over all of it."""
+    dataset = cfg.get('test_dataloader', {}).get('dataset')
+    try:
+        if dataset is None:
+            raise ValueError('the config has no test_dataloader')
+        dataset = DATASETS.build(dataset)
+        step = max(len(dataset) // number, 1)
+        batches = [
+            pseudo_collate([dataset[i]]) for i in range(0, len(dataset), step)
+        ][:number]
+        if not batches:
+            raise ValueError('the test set is empty')
+        return batches
+    except (AssertionError, OSError, ValueError) as error:
+        print(f'Only random inputs are compared, no images: {error}')
+        return []
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options or {})
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    # TF32 would be measured in place of the fold.
+    torch.backends.cudnn.allow_tf32 = False
+    checkpoint = read_checkpoint(args.checkpoint)
+    state, meta = checkpoint['state_dict'], checkpoint['meta']
+
+    folded = not any(key.endswith('.class_embeddings') for key in state)
+    strip = args.strip_auxiliary
+    if folded:
+        print(f'{args.checkpoint} has no text: it is folded already, or stock')
+        strip = strip or not any(k.startswith('auxiliary_head') for k in state)
+        state = {
+            k: v
+            for k, v in state.items()
+            if not (strip and k.startswith('auxiliary_head.'))
+        }
+    stock_cfg = to_stock_cfg(cfg, strip, args.l2 == 'keep')
+    text = stock_cfg.pretty_text
+    # What is verified is what will be in the file.
+    stock_cfg = Config.fromstring(text, '.py')
+    model = MODELS.build((stock_cfg if folded else cfg).model)
+    load_strictly(model, state, args.checkpoint)
+    model.to(args.device).eval()
+
+    lengths = None
+    if args.l2 == 'approximate':
+        images = test_images(stock_cfg, 2 * args.num_images)
+        if len(images) < 2:
+            raise ValueError('`--l2 approximate` needs images of the test '
+                             'set: to measure lengths on, and the result.')
+        lengths, images = mean_lengths(model, images[::2]), images[1::2]
+    else:
+        images = test_images(stock_cfg, args.num_images)
+    state = fold_state_dict(model, strip, args.l2 == 'keep', lengths)
+    report = verify(
+        model, stock_cfg, state, images, tolerance=None if lengths else 1e-4)
+
+    meta = dict(
+        dataset_meta=dataset_meta(stock_cfg, meta.get('dataset_meta')),
+        cfg=text,
+        folded_from=args.checkpoint.name,
+        verified=str(report),
+        mmseg_textkd_version=mmseg_textkd.__version__,
+        mmengine_version=mmengine.__version__,
+        mmseg_version=mmseg.__version__,
+        torch_version=str(torch.__version__))
+    data = io.BytesIO()
+    torch.save(dict(state_dict=state, meta=meta), data)
+    out = args.out.with_suffix('.py')
+    write_files({out: text.encode(), args.out: data.getvalue()})
+    print(report)
+    if lengths:
+        print('THE FOLD IS APPROXIMATE, with mean lengths '
+              f'{lengths}: judge it by the figures above.')
+    print(f'wrote {args.out} and {out}')
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the tool."""
+    args = parse_args(argv)
+    try:
+        convert(args)
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError,
+            ValueError) as error:
+        sys.exit(f'Error: {error}')
+
+
+if __name__ == '__main__':
+    main()
