@@ -8,7 +8,6 @@ import difflib
 import functools
 import importlib
 import importlib.metadata as metadata
-import inspect
 import os.path as osp
 import sys
 import warnings
@@ -49,7 +48,7 @@ def apply() -> Tuple[str, ...]:
         check_versions()
         for name, cure in (('mmseg assertion',
                             _import_mmseg), ('mmcv.ops', _stand_in_for_ops),
-                           ('safe globals', _allow_runner_checkpoints),
+                           ('safe globals', allow_runner_checkpoints),
                            ('distribution name', _name_distribution),
                            ('pkg_resources', _find_without_pkg_resources),
                            ('class weights', _weigh_with_ignored_pixels)):
@@ -221,20 +220,23 @@ def _stand_in_for_ops() -> bool:
     return True
 
 
-def _allow_runner_checkpoints() -> bool:
+def allow_runner_checkpoints() -> bool:
     """Let ``torch.load(weights_only=True)`` read a runner's checkpoint.
 
     Besides tensors it holds the log history, that is a ``HistoryBuffer`` of
-    numpy arrays. From torch 2.6 on that is refused unless allowed; MMEngine
-    0.10.7 does not know of it.
+    numpy arrays, and with ``save_best`` a numpy scalar. From torch 2.6 on
+    that is refused unless allowed. MMEngine 0.10.7 does not know of it;
+    OneDL's list lacks some, and then its loader allows everything. Nor is
+    once enough there: its loader takes back what it allows.
+
+    Returns:
+        bool: Whether anything had to be allowed.
     """
     import numpy as np
     import torch
     from mmengine.logging import HistoryBuffer
-    from mmengine.runner import checkpoint
     from packaging.version import parse
-    if (parse(torch.__version__).release < (2, 6)
-            or 'weights_only' in inspect.getsource(checkpoint)):
+    if parse(torch.__version__).release < (2, 6):
         return False
     core = np._core if hasattr(np, '_core') else np.core
     dtypes = {type(np.dtype(code)) for code in '?bBhHiIlLqQefdg'}

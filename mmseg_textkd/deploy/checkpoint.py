@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Dict, Mapping
 
 import torch
-from mmengine.runner import checkpoint as runner_checkpoint
 from torch import Tensor, nn
+
+from mmseg_textkd.compat import allow_runner_checkpoints
 
 SHOWN = 5
 
@@ -31,9 +32,6 @@ def read_checkpoint(path: Path) -> Dict:
         ValueError: If it is damaged, holds more than weights and logs, or is
             no checkpoint.
     """
-    # OneDL's MMEngine has its list of what may be in a runner's checkpoint;
-    # for upstream's the plugin has allowed it.
-    allowed = getattr(runner_checkpoint, 'get_torch_safe_globals', list)()
     try:
         if zipfile.is_zipfile(path):
             # torch does not look at the checksums.
@@ -41,9 +39,8 @@ def read_checkpoint(path: Path) -> Dict:
                 broken = archive.testzip()
             if broken:
                 raise ValueError(f'the checksum of {broken} does not fit')
-        with torch.serialization.safe_globals(allowed):
-            checkpoint = torch.load(
-                path, map_location='cpu', weights_only=True)
+        allow_runner_checkpoints()
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged pickle raises anything
