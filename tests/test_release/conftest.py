@@ -1,0 +1,70 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Runs whose checkpoints are folded, published and compared."""
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from processes import TOOLS
+from tiny import CLASSES, run, tiny_config
+
+
+class Run(NamedTuple):
+    """A finished run and its files."""
+    runner: object
+    config: Path
+    work_dir: Path
+
+    def checkpoint(self, iteration):
+        return self.work_dir / f'iter_{iteration}.pth'
+
+    @property
+    def log(self):
+        path, = self.work_dir.rglob('scalars.json')
+        return path
+
+
+@pytest.fixture(scope='package')
+def load_tool():
+    """Get a function that loads a tool as a module."""
+
+    def load(name):
+        path = Path(TOOLS, name)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def train(root, cfg):
+    cfg.train_cfg.val_interval = cfg.default_hooks.checkpoint.interval
+    done = Run(run(cfg), root / 'tiny_1xb2.py', root / 'work')
+    # As all configs have it.
+    cfg.default_hooks.checkpoint.save_best = 'mIoU'
+    cfg.dump(done.config)
+    return done
+
+
+@pytest.fixture(scope='package')
+def stock(tmp_path_factory):
+    """A stock network whose weights are averaged."""
+    root = tmp_path_factory.mktemp('stock')
+    cfg = tiny_config(
+        root, max_iters=20, custom_hooks=[dict(type='EMAHook', momentum=.5)])
+    cfg.default_hooks.checkpoint.interval = 10
+    cfg.optim_wrapper.optimizer.lr = .2
+    return train(root, cfg)
+
+
+@pytest.fixture(scope='package')
+def text(tmp_path_factory):
+    """A text network with random vectors."""
+    root = tmp_path_factory.mktemp('text')
+    cfg = tiny_config(
+        root,
+        dict(type='ControlEmbeddings', kind='random', dim=len(CLASSES)),
+        max_iters=2)
+    cfg.default_hooks.checkpoint.interval = 2
+    return train(root, cfg)

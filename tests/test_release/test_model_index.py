@@ -1,0 +1,229 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""metafile.yaml and model-index.yml, and the tool that makes them."""
+import os
+import os.path as osp
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from processes import ROOT
+
+TOOL = 'tools/analysis_tools/model_index.py'
+README = 'configs/textkd/README.md'
+STOCK = 'bisenetv2_fcn_1xb8-10k_camvid-360x480'
+TEXT = 'textkd_bisenetv2_fcn_vit-b16_1xb8-10k_camvid-360x480'
+URL = 'https://example.org/weights'
+# Row of a network that has been measured and published.
+FIELDS = dict(
+    method='BiSeNetV2 + TextKD',
+    crop='360x480',
+    schedule='10000',
+    memory='3.21',
+    device='V100',
+    miou='71.2 ± 0.3',
+    config=f'[config]({TEXT}.py)',
+    download=f'[model]({URL}/{TEXT}_20260102_030405-0123abcd.pth) \\| '
+    f'[log]({URL}/{TEXT}_20260102_030405.json)')
+ROW = ('| {method} | BiSeNetV2 | {crop} | {schedule} | {memory} | 55.1 | '
+       '{device} | {miou} | 72.50 | {config} | {download} |')
+
+
+def lint(root, *args):
+    """Run the tool of a tree; returns its status and output."""
+    done = subprocess.run(
+        [sys.executable, osp.join(root, TOOL), *args],
+        capture_output=True,
+        text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def models(root):
+    """All entries, by name, as mim reads them."""
+    found = {}
+    index = yaml.safe_load((root / 'model-index.yml').read_text())
+    for path in index['Import']:
+        meta = yaml.safe_load((root / path).read_text())
+        known = {c['Name'] for c in meta['Collections']}
+        for collection in meta['Collections']:
+            assert (root / collection['README']).is_file()
+            assert collection['Metadata']['Training Data']
+        for model in meta['Models']:
+            assert model['In Collection'] in known
+            assert model['Name'] not in found
+            # The config that the entry is named after lies beside it.
+            assert (root / path).with_name(f'{model["Name"]}.py').is_file()
+            assert (root / model['Config']).is_file()
+            found[model['Name']] = model
+    return found
+
+
+def copy(target):
+    for name in ('configs', 'tools', 'model-index.yml'):
+        source = osp.join(ROOT, name)
+        if osp.isdir(source):
+            shutil.copytree(
+                source,
+                target / name,
+                ignore=shutil.ignore_patterns('__pycache__'))
+        else:
+            shutil.copyfile(source, target / name)
+    return target
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy without documentation, as in an installed package."""
+    return copy(tmp_path)
+
+
+def edit(tree, fields, name=TEXT):
+    """Put a row in the place of another; returns its line number."""
+    path = tree / README
+    lines = path.read_text().splitlines()
+    number, = (i for i, line in enumerate(lines)
+               if line.startswith('|') and f'{name}.py)' in line)
+    lines[number] = ROW.format(**dict(FIELDS, **fields))
+    path.write_text('\n'.join(lines) + '\n')
+    return number + 1
+
+
+def test_files_are_up_to_date():
+    status, output = lint(ROOT, '--check')
+    assert status == 0, output
+
+
+def test_nothing_is_claimed_that_was_not_measured():
+    text = Path(ROOT, README).read_text()
+    rows = [
+        line.split('|')[1:-1] for line in text.splitlines()
+        if '[config](' in line and line.startswith('|')
+    ]
+    found = models(Path(ROOT))
+    assert len(rows) == len(found) > 0
+    for cells in rows:
+        model = found[re.search(r'([^/(]+)\.py\)', cells[9])[1]]
+        assert ('Results' in model) == (cells[7].strip() != '-')
+        assert ('Weights' in model) == ('[model]' in cells[10])
+
+
+def test_wheel_has_all_that_the_index_names(tmp_path):
+    source, site = tmp_path / 'source', tmp_path / 'site'
+    source.mkdir()
+    copy(source)
+    for name in ('setup.py', 'README.md'):
+        shutil.copyfile(osp.join(ROOT, name), source / name)
+    for name in ('mmseg_textkd', 'requirements'):
+        shutil.copytree(
+            osp.join(ROOT, name),
+            source / name,
+            ignore=shutil.ignore_patterns('.mim', '__pycache__'))
+    pip = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
+    subprocess.run([
+        *pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', tmp_path,
+        source
+    ], check=True)  # yapf: disable
+    wheel, = tmp_path.glob('*.whl')
+    subprocess.run([*pip, 'install', '--no-deps', '--target', site, wheel],
+                   check=True)
+    mim = site / 'mmseg_textkd' / '.mim'
+    assert lint(mim, '--check')[0] == 0
+    assert models(mim) == models(Path(ROOT))
+    os.remove(mim / 'configs' / 'stock' / f'{STOCK}.py')
+    status, output = lint(mim, '--check')
+    assert status == 1 and f'there is no ../stock/{STOCK}.py' in output
+
+
+def test_round_trip_of_a_measured_row(tree):
+    before = models(tree)
+    edit(tree, {})
+    status, output = lint(tree, '--check')
+    assert status == 1 and 'textkd/metafile.yaml is out of date' in output
+    assert models(tree) == before
+    assert lint(tree)[0] == 0 and lint(tree, '--check')[0] == 0
+    after = models(tree)
+    old, got = before.pop(TEXT), after.pop(TEXT)
+    assert after == before
+    metadata = {
+        'Training Data': 'CamVid',
+        'Batch Size': 8,
+        'Architecture': ['BiSeNetV2', 'TextKD']
+    }
+    assert old == {
+        'Name': TEXT,
+        'In Collection': 'TextKD',
+        'Config': f'configs/textkd/{TEXT}.py',
+        'Metadata': metadata,
+        'Framework': 'PyTorch'
+    }
+    assert got == {
+        **old,
+        # Folded weights run with the stock config.
+        'Config': f'configs/stock/{STOCK}.py',
+        'Results': {
+            'Task': 'Semantic Segmentation',
+            'Dataset': 'CamVid',
+            'Metrics': {
+                'mIoU': 71.2,
+                'mIoU(ms+flip)': 72.5
+            }
+        },
+        'Metadata': {
+            **metadata, 'Training Resources': '1x V100',
+            'Memory (GB)': 3.21
+        },
+        'Weights': f'{URL}/{TEXT}_20260102_030405-0123abcd.pth',
+        'Training log': f'{URL}/{TEXT}_20260102_030405.json'
+    }
+
+
+@pytest.mark.parametrize('fields, message', [
+    (dict(config='[config](no_1xb8-10k_camvid-360x480.py)'),
+     'there is no no_1xb8-10k_camvid-360x480.py'),
+    (dict(config='[config](../../tools/train.py)'),
+     '.*train.py is not named as a config, or in none of the folders'),
+    (dict(config='-'), r'config must be \[config\]\(PATH\)'),
+    (dict(config=f'[config](../stock/{STOCK}.py)', download='-'),
+     f'{STOCK} has two rows'),
+    (dict(schedule='160000'), 'Lr schd is 160000, but .* says 10000'),
+    (dict(crop='480x360'), 'Crop Size is 480x360, but .* says 360x480'),
+    (dict(miou='about 71'), "mIoU is 'about 71'; write -, 71.2"),
+    (dict(memory=''), r"Mem \(GB\) is ''"),
+    (dict(download=FIELDS['download'].replace('abcd', 'abc')),
+     'download is .*DATE-SHA8'),
+    (dict(download=FIELDS['download'].replace('textkd_', '')),
+     'download is .*DATE-SHA8'),
+    (dict(device='V100 | 8'), '12 cells, not 11'),
+], ids=lambda value: value if isinstance(value, str) else '')  # yapf: disable
+def test_faults_are_named_with_their_place(tree, fields, message):
+    number = edit(tree, fields)
+    for args in ((), ('--check', )):
+        status, output = lint(tree, *args)
+        assert status == 1
+        assert re.search(f'^{README}:([0-9]+): {message}', output, re.M)
+        assert f'{README}:{number}: ' in output or 'two rows' in message
+    # Nothing is half-written.
+    assert models(tree) == models(Path(ROOT))
+
+
+def test_all_faults_at_once_and_other_columns(tree):
+    first = edit(tree, dict(crop='1x1'))
+    second = edit(tree, dict(crop='2x2'), STOCK)
+    status, output = lint(tree)
+    assert status == 1
+    for number in (first, second):
+        assert f'{README}:{number}: Crop Size' in output
+    path = tree / README
+    path.write_text(path.read_text().replace('| Mem (GB) |', '| Mem |'))
+    assert re.search(f"{README}:[0-9]+: the columns must be .'Method'",
+                     lint(tree)[1])
+
+
+def test_broken_link_in_the_readme(tree):
+    (tree / 'docs').mkdir()
+    status, output = lint(tree, '--check')
+    assert status == 1
+    assert re.search(f'{README}:[0-9]+: there is no ../../docs/', output)

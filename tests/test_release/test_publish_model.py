@@ -1,0 +1,230 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import hashlib
+import json
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmseg.registry import MODELS
+from processes import TOOLS, load
+from tiny import CLASSES
+
+TOOL = f'{TOOLS}/model_converters/publish_model.py'
+META = dict(dataset_meta=dict(classes=CLASSES))
+
+
+@pytest.fixture(scope='module')
+def tool(load_tool):
+    return load_tool(TOOL)
+
+
+@pytest.fixture
+def out(tmp_path):
+    folder = tmp_path / 'out'
+    folder.mkdir()
+    return folder
+
+
+def publish(tool, *args):
+    """Publish and return the path of the weights."""
+    return tool.publish(tool.parse_args([str(arg) for arg in args]))
+
+
+def refuse(tool, out, match, *args):
+    """Expect a message and nothing written."""
+    with pytest.raises(SystemExit, match=match):
+        tool.main([str(arg) for arg in args])
+    assert not list(out.iterdir())
+
+
+@pytest.mark.stacks
+def test_published_file(tool, load_tool, stock, out):
+    path = publish(tool, stock.checkpoint(20), out, '--config', stock.config,
+                   '--log', stock.log)
+    source = load(stock.checkpoint(20))
+    date, sha = re.fullmatch(r'tiny_1xb2_(\d{8}_\d{6})-([0-9a-f]{8})\.pth',
+                             path.name).groups()
+    assert date == source['meta']['time']
+    assert hashlib.sha256(path.read_bytes()).hexdigest()[:8] == sha
+    names = {path.name, f'{path.stem}.md', f'tiny_1xb2_{date}.json'}
+    assert {p.name for p in out.iterdir()} == names
+
+    # In a process that has never heard of the plugin.
+    code = ('import sys, torch; torch.load(sys.argv[1], weights_only=True); '
+            'assert "mmengine" not in sys.modules')
+    subprocess.run([sys.executable, '-I', '-c', code, path], check=True)
+    got = torch.load(path, weights_only=True)
+    assert list(got) == ['state_dict', 'meta'] and len(source) > 2
+    assert got['meta']['dataset_meta'] == source['meta']['dataset_meta']
+    assert got['meta']['cfg'] == source['meta']['cfg']
+    assert got['meta']['published_with']['torch'] == torch.__version__
+    assert path.stat().st_size < .7 * stock.checkpoint(20).stat().st_size
+
+    model = MODELS.build(Config.fromfile(stock.config).model)
+    model.load_state_dict(got['state_dict'], strict=True)
+
+    # The index accepts the name.
+    index = load_tool('analysis_tools/model_index.py')
+    cell = f'[model](https://a.b/{path.name}) \\| [log](https://a.b/c.json)'
+    assert index.DOWNLOAD.fullmatch(cell)['name'] == 'tiny_1xb2'
+
+    # The log, whose last line is the validation of the last iteration.
+    log = out / f'tiny_1xb2_{date}.json'
+    assert log.read_bytes() == stock.log.read_bytes()
+    last = json.loads(stock.log.read_text().splitlines()[-1])
+    assert got['meta']['training_log'] == dict(
+        file=log.name,
+        iter=20,
+        metrics={k: last[k]
+                 for k in ('aAcc', 'mIoU', 'mAcc')})
+
+
+def test_weights_are_the_averaged_ones(tool, stock, out):
+    hook, = (h for h in stock.runner.hooks if type(h).__name__ == 'EMAHook')
+    averaged = hook.ema_model.module.state_dict()
+    plain = stock.runner.model.state_dict()
+    name = 'decode_head.conv_seg.weight'
+    assert not torch.equal(averaged[name], plain[name])
+    path = publish(tool, stock.checkpoint(20), out, '--config', stock.config)
+    got = torch.load(path, weights_only=True)['state_dict']
+    assert got.keys() == averaged.keys()
+    assert all(torch.equal(got[key], averaged[key]) for key in got)
+
+
+def test_model_card(tool, stock, out):
+    path = publish(tool, stock.checkpoint(20), out / 'my_net', '--config',
+                   stock.config, '--log', stock.log)
+    card = path.with_suffix('.md').read_text()
+    model = stock.runner.model
+    last = json.loads(stock.log.read_text().splitlines()[-1])
+    for words in ('# my_net\n', hashlib.sha256(path.read_bytes()).hexdigest(),
+                  f'| {sum(p.numel() for p in model.parameters()):,} |',
+                  f'{path.stat().st_size:,} bytes', ', '.join(CLASSES),
+                  '| iterations | 20 |', '| batch on each device | 2 |',
+                  '| crop | 32x64 |', '| random seed | 0 |',
+                  f'mIoU {last["mIoU"]:.2f}',
+                  'Spread over seeds: not measured',
+                  'network of `tiny_1xb2.py`', 'Folded from: not recorded'):
+        assert words in card
+    assert not re.search(r'\{\w*\}', card)
+
+
+def test_same_input_gives_the_same_file(tool, stock, tmp_path, out):
+    args = '--config', stock.config
+    first = publish(tool, stock.checkpoint(20), out, *args)
+    other = tmp_path / 'other'
+    other.mkdir()
+    second = publish(tool, stock.checkpoint(20), other, *args)
+    assert first.name == second.name
+    assert first.read_bytes() == second.read_bytes()
+    first.with_suffix('.md').write_text('completed by hand')
+    with pytest.raises(ValueError, match='exists; remove it'):
+        publish(tool, stock.checkpoint(20), out, *args)
+    assert first.with_suffix('.md').read_text() == 'completed by hand'
+    # A published file can be published again, but not one that was changed.
+    again = publish(tool, first, other / 'again')
+    assert again.name == first.name.replace('tiny_1xb2', 'again')
+    renamed = first.with_name(first.name.replace(first.stem[-8:], '0' * 8))
+    first.rename(renamed)
+    with pytest.raises(ValueError, match='not the file that was published'):
+        publish(tool, renamed, out / 'again')
+
+
+def test_text_is_folded_first(tool, load_tool, text, out, tmp_path):
+    weights = text.checkpoint(2)
+    refuse(tool, out, r'text in it.*class_embeddings.*textkd2mmseg\.py',
+           weights, out, '--config', text.config)
+    path = publish(tool, weights, out, '--config', text.config, '--keep-text')
+    assert 'needs mmseg_textkd' in path.with_suffix('.md').read_text()
+
+    folded = tmp_path / 'folded.pth'
+    load_tool('model_converters/textkd2mmseg.py').main(
+        [str(text.config),
+         str(weights),
+         str(folded), '--device', 'cpu'])
+    target = tmp_path / 'release'
+    target.mkdir()
+    path = publish(tool, folded, target / 'textkd_tiny', '--config',
+                   folded.with_suffix('.py'))
+    got = torch.load(path, weights_only=True)
+    assert not [key for key in got['state_dict'] if '.text.' in key]
+    assert got['meta']['cfg'] == folded.with_suffix('.py').read_text()
+    card = path.with_suffix('.md').read_text()
+    assert 'Folded from: iter_2.pth' in card and 'parameters,' in card
+    # The text config is not that of the folded weights.
+    with pytest.raises(ValueError, match='not of the network of the config'):
+        publish(tool, folded, tmp_path / 'new', '--config', text.config)
+
+
+def nan(path, target):
+    checkpoint = load(path)
+    checkpoint['state_dict']['decode_head.conv_seg.bias'][3] = float('nan')
+    torch.save(checkpoint, target)
+
+
+def nameless(path, target):
+    checkpoint = load(path)
+    del checkpoint['meta']['dataset_meta']
+    torch.save(checkpoint, target)
+
+
+def truncated(path, target):
+    target.write_bytes(path.read_bytes()[:-1000])
+
+
+def flipped(path, target):
+    """One bit of a weight, which torch itself does not notice."""
+    data = bytearray(path.read_bytes())
+    weights = load(path)['state_dict']['decode_head.conv_seg.weight']
+    data[data.index(weights.numpy().tobytes()) + 7] ^= 1
+    target.write_bytes(data)
+    load(target)
+
+
+def foreign(path, target):
+    torch.save(dict(state_dict=torch.nn.Conv2d(1, 1, 1)), target)
+
+
+def other_network(path, target):
+    torch.save(dict(state_dict=dict(a=torch.zeros(1)), meta=META), target)
+
+
+@pytest.mark.parametrize('damage, match', [
+    (nan, 'NaN or infinite.*conv_seg.bias.*earlier checkpoint'),
+    (nameless, 'does not name its classes'),
+    (truncated, 'no checkpoint, a damaged one'),
+    (flipped, 'checksum'),
+    (foreign, 'not safe to read'),
+    (other_network, 'not of the network of the config'),
+], ids=lambda value: getattr(value, '__name__', None))  # yapf: disable
+def test_bad_checkpoints_are_refused(tool, stock, tmp_path, out, damage,
+                                     match):
+    target = tmp_path / 'bad.pth'
+    damage(stock.checkpoint(20), target)
+    refuse(tool, out, match, target, out, '--config', stock.config)
+
+
+def test_bad_arguments_are_refused(tool, stock, tmp_path, out, capsys):
+    weights = stock.checkpoint(20)
+    refuse(tool, out, 'missing.pth', tmp_path / 'missing.pth', out / 'a')
+    refuse(tool, out, 'is no log', weights, out / 'a', '--log', stock.config)
+    refuse(tool, out, '2', weights, out)
+    assert 'give --config' in capsys.readouterr().err
+    refuse(tool, out, '2', weights, out / 'none' / 'a')
+    assert 'no folder' in capsys.readouterr().err
+
+
+def test_full_disk_leaves_nothing(tool, stock, out):
+    """The card and the log still fit, the weights do not."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = stock.log.stat().st_size + 5000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        refuse(tool, out, 'cannot write to .*File too large.*Nothing was left',
+               stock.checkpoint(20), out / 'net', '--log', stock.log)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
