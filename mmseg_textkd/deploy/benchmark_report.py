@@ -1,0 +1,145 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Where something was measured, and what came out, as tables and files."""
+import argparse
+import json
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
+
+import mmcv
+import mmengine
+import mmseg
+import torch
+
+import mmseg_textkd
+from .checkpoint import write_files
+
+TIME_HEADER = ('median [quartiles], ms', 'minimum, ms',
+               'ratio [95 % interval]')
+
+
+def environment(*libraries: ModuleType) -> Dict[str, Any]:
+    """Describe where and when something is measured.
+
+    Args:
+        *libraries (module): Further libraries whose versions matter.
+
+    Returns:
+        dict[str, Any]: Machine, versions, threads, date, and the load (mean
+        number of running processes in the last minute) before the start.
+    """
+    cpu = platform.processor()
+    info = Path('/proc/cpuinfo')
+    if info.exists():
+        names = [
+            line.split(':', 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith('model name')
+        ]
+        cpu = names[0] if names else cpu
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    modules = (torch, mmengine, mmcv, mmseg, mmseg_textkd, *libraries)
+    return dict(
+        date=datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
+        cpu=cpu or platform.machine(),
+        cores=os.cpu_count(),
+        gpu=gpu,
+        threads=torch.get_num_threads(),
+        load=round(os.getloadavg()[0], 2),
+        versions=dict(
+            python=platform.python_version(),
+            **{m.__name__: str(m.__version__)
+               for m in modules}))
+
+
+def describe(where: Mapping[str, Any]) -> str:
+    """Write what :func:`environment` gives as a paragraph."""
+    versions = ', '.join(f'{k} {v}' for k, v in where['versions'].items())
+    gpu = f', {where["gpu"]}' if where['gpu'] else ''
+    return (f'{where["date"]}; {where["cpu"]}, {where["cores"]} cores{gpu}, '
+            f'{where["threads"]} threads, load {where["load"]} before the '
+            f'start; {versions}.')
+
+
+def time_cells(summary: Mapping[str, Any]) -> List[str]:
+    """Write median, quartiles, minimum and ratio as cells of a table."""
+    low, high = summary['ratio_ci95']
+    return [
+        f'{summary["median_ms"]:.2f} '
+        f'[{summary["q1_ms"]:.2f}, {summary["q3_ms"]:.2f}]',
+        f'{summary["min_ms"]:.2f}',
+        f'{summary["ratio"]:.3f} [{low:.3f}, {high:.3f}]'
+    ]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a Markdown table."""
+    lines = (header, ['---'] * len(header), *rows)
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def write_results(results: Mapping[str,
+                                   Any], page: str, json_path: Optional[Path],
+                  markdown_path: Optional[Path]) -> None:
+    """Print a page and write the files that are asked for, whole."""
+    print(page)
+    files = {}
+    if json_path:
+        files[json_path] = json.dumps(results, indent=2).encode() + b'\n'
+    if markdown_path:
+        files[markdown_path] = page.encode()
+    write_files(files)
+
+
+def add_options(parser: argparse.ArgumentParser, runs: int,
+                warmup: int) -> None:
+    """Add the options that all benchmarks have.
+
+    Args:
+        parser (ArgumentParser): Parser of the tool.
+        runs (int): Default number of rounds.
+        warmup (int): Default number of rounds before.
+    """
+    parser.add_argument(
+        '--runs',
+        type=int,
+        default=runs,
+        help='rounds, in each of which everything runs once, in a drawn '
+        'order (default: %(default)s)')
+    parser.add_argument(
+        '--warmup',
+        type=int,
+        default=warmup,
+        help='rounds before, which do not count (default: %(default)s)')
+    parser.add_argument(
+        '--threads', type=int, help='on the CPU (default: that of PyTorch)')
+    parser.add_argument('--json', type=Path, help='file to write')
+    parser.add_argument('--markdown', type=Path, help='file to write')
+
+
+def parse_options(parser: argparse.ArgumentParser,
+                  argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Read a command line, check its common options, set the threads.
+
+    Args:
+        parser (ArgumentParser): Parser with :func:`add_options`.
+        argv (Sequence[str], optional): The command line.
+
+    Returns:
+        Namespace: The arguments.
+    """
+    args = parser.parse_args(argv)
+    for name, least in dict(runs=2, warmup=0, threads=1).items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f'--{name} must be at least {least}')
+    for path in filter(None, (args.json, args.markdown)):
+        # Known now and not after all has been measured.
+        if not path.parent.is_dir():
+            parser.error(f'there is no folder {path.parent}')
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args

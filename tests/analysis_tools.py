@@ -1,0 +1,37 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Load and run the tools of tools/analysis_tools in this process."""
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_tool(name):
+    """Load a tool as a module."""
+    path = ROOT / 'tools' / 'analysis_tools' / f'{name}.py'
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(tool, folder, *argv):
+    """Run a benchmark; return its results and its page."""
+    paths = folder / 'out.json', folder / 'out.md'
+    tool.main([
+        *map(str, argv), '--json',
+        str(paths[0]), '--markdown',
+        str(paths[1])
+    ])
+    return json.loads(paths[0].read_text()), paths[1].read_text()
+
+
+def fails(tool, capsys, *argv):
+    """Run a tool where it must fail; return what it says."""
+    with pytest.raises(SystemExit) as info:
+        tool.main([str(arg) for arg in argv])
+    assert info.value.code not in (0, None)
+    return f'{info.value.code} {capsys.readouterr().err}'

@@ -1,0 +1,191 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Time the stock network, the text network and the folded one of a config.
+
+All are built in one process and run in turn, one picture at a time, from the
+picture's tensor to the logits at the resolution of the head. `stock again` is
+a second stock network: what it differs by is noise. Weights and class vectors
+are random; no checkpoint, vectors or data are needed.
+"""
+import argparse
+import sys
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmseg_textkd.deploy import fold, to_stock_cfg
+from mmseg_textkd.deploy.benchmark import (interleave, num_bytes, peak_memory,
+                                           random_text, stopwatch, summarize)
+from mmseg_textkd.deploy.benchmark_backends import (BACKENDS, Backend, Skipped,
+                                                    onnxruntime)
+from mmseg_textkd.deploy.benchmark_report import (TIME_HEADER, add_options,
+                                                  describe, environment,
+                                                  parse_options, table,
+                                                  time_cells, write_results)
+from mmseg_textkd.models.text_parameters import text_providers
+
+STOCK = 'stock'
+
+
+def build_networks(cfg: Config) -> Dict[str, nn.Module]:
+    """Build what is compared.
+
+    Args:
+        cfg (Config): Config of a text network.
+
+    Returns:
+        dict[str, nn.Module]: By name, in evaluation mode.
+
+    Raises:
+        ValueError: If the config has no text, or does not fold.
+    """
+    cfg = random_text(cfg)
+    torch.manual_seed(0)
+    text = MODELS.build(cfg.model).eval()
+    if not text_providers(text):
+        raise ValueError('the network of the config has no text; give a text '
+                         'config, from which the stock one is derived.')
+    stock = to_stock_cfg(cfg).model
+    networks = {
+        STOCK: MODELS.build(stock),
+        'stock again': MODELS.build(stock),
+        'text, unfolded': text,
+        'text, folded': fold(text, cfg)
+    }
+    return {k: revert_sync_batchnorm(m).eval() for k, m in networks.items()}
+
+
+def count(model: nn.Module, inputs: Tensor) -> Dict[str, int]:
+    """Count parameters, all of them, and FLOPs of one picture."""
+    with FlopCounterMode(display=False) as counter:
+        model(inputs)
+    return dict(
+        params=sum(p.numel() for p in model.parameters()),
+        flops=counter.get_total_flops())
+
+
+def measure(networks: Mapping[str, nn.Module], backend: Backend,
+            inputs: Tensor, runs: int, warmup: int) -> Dict[str, Dict]:
+    """Measure the networks with one backend.
+
+    Args:
+        networks (Mapping[str, nn.Module]): By name.
+        backend (Backend): The backend.
+        inputs (Tensor): Float tensor with shape (1, 3, H, W).
+        runs (int): Number of rounds.
+        warmup (int): Number of rounds before.
+
+    Returns:
+        dict[str, dict]: By name of the network, as of :func:`summarize`, and
+        the weights with the peak of other tensors in bytes.
+
+    Raises:
+        Skipped: If it cannot be had here.
+    """
+    if backend.device == 'cuda' and not torch.cuda.is_available():
+        raise Skipped('no CUDA device')
+    inputs = inputs.to(backend.device)
+    functions = {
+        name: backend.prepare(model.to(backend.device), inputs)
+        for name, model in networks.items()
+    }
+    seconds = interleave(
+        {
+            name: stopwatch(function, backend.device)
+            for name, function in functions.items()
+        }, runs, warmup)
+    results = summarize(seconds, STOCK)
+    for name, model in networks.items():
+        results[name]['peak_bytes'] = None
+        if backend.sees_memory:
+            own = num_bytes([*model.parameters(), *model.buffers()])
+            results[name]['peak_bytes'] = own + peak_memory(
+                functions[name], backend.device)
+    return results
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """Write the results as Markdown."""
+    counts = [(name, f'{c["params"]:,}', f'{c["flops"] / 1e9:.4f}')
+              for name, c in results['networks'].items()]
+    times, skipped = [], []
+    for backend, rows in results['backends'].items():
+        if 'skipped' in rows:
+            skipped.append(f'- `{backend}` was skipped: {rows["skipped"]}')
+            continue
+        for name, row in rows.items():
+            peak = row['peak_bytes']
+            times.append((backend, name, *time_cells(row),
+                          'n/a' if peak is None else f'{peak / 2**20:.1f}'))
+    height, width = results['size']
+    parts: List[str] = [
+        f'`{results["config"]}`, one picture of {height}x{width}, float32; '
+        f'{results["runs"]} rounds after {results["warmup"]}; '
+        f'{describe(results["environment"])}',
+        table(('network', 'parameters', 'GFLOPs'), counts),
+        table(('backend', 'network', *TIME_HEADER, 'peak memory, MiB'), times)
+    ]
+    return '\n\n'.join(parts + ['\n'.join(skipped)] * bool(skipped)) + '\n'
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of a text network')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        default=(1024, 2048),
+        metavar=('HEIGHT', 'WIDTH'),
+        help='default: 1024 2048')
+    parser.add_argument(
+        '--backends',
+        nargs='+',
+        choices=BACKENDS,
+        default=list(BACKENDS),
+        help='default: all; what is not there is skipped')
+    add_options(parser, runs=50, warmup=10)
+    return parse_options(parser, argv)
+
+
+@torch.no_grad()
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the tool."""
+    args = parse_args(argv)
+    where = environment(*[onnxruntime] * (onnxruntime is not None))
+    init_default_scope('mmseg')
+    try:
+        networks = build_networks(Config.fromfile(args.config))
+    except (FileNotFoundError, RuntimeError, ValueError) as error:
+        sys.exit(f'Error: {error}')
+    inputs = torch.randn(1, 3, *args.size)
+    results = dict(
+        config=args.config,
+        size=list(args.size),
+        runs=args.runs,
+        warmup=args.warmup,
+        environment=where,
+        networks={
+            k: count(m, inputs)
+            for k, m in networks.items()
+        },
+        backends={})
+    for name in sorted(set(args.backends), key=list(BACKENDS).index):
+        try:
+            results['backends'][name] = measure(networks, BACKENDS[name],
+                                                inputs, args.runs, args.warmup)
+        except Skipped as reason:
+            print(f'{name} is skipped: {reason}')
+            results['backends'][name] = dict(skipped=str(reason))
+    write_results(results, page(results), args.json, args.markdown)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,230 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Time training iterations of stock, of both stages, and of LSeg's classifier.
+
+All are built in one process and train in turn on the same random pictures:
+data preprocessor, forward, backward and the optimizer of the config, and what
+PromptLearnerHook does; no data loading. `stock again` is a second stock
+network: what it differs by is noise. No checkpoint, vectors or data needed.
+"""
+import argparse
+import copy
+import math
+import sys
+from types import SimpleNamespace
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.hooks import Hook
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import HOOKS, MODELS, init_default_scope
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+
+from mmseg_textkd.deploy import to_stock_cfg
+from mmseg_textkd.deploy.benchmark import (interleave, num_bytes, peak_memory,
+                                           random_text, stopwatch, summarize)
+from mmseg_textkd.deploy.benchmark_report import (TIME_HEADER, add_options,
+                                                  describe, environment,
+                                                  parse_options, table,
+                                                  time_cells, write_results)
+
+STOCK = 'stock'
+
+
+class Training:
+    """A network in training, an iteration at a time.
+
+    One iteration, of stage 1, is done at once: then the optimizer has all the
+    state that it will have, also of what rests in stage 2.
+
+    Args:
+        cfg (Config): Config of the network.
+        batch (dict): What a data loader yields.
+        device (str): Where to train.
+        hook (dict, optional): Config of the hook of the stages. Defaults to
+            None.
+    """
+
+    def __init__(self,
+                 cfg: Config,
+                 batch: dict,
+                 device: str,
+                 hook: Optional[dict] = None) -> None:
+        torch.manual_seed(0)
+        self.batch = batch
+        self.model = revert_sync_batchnorm(MODELS.build(cfg.model)).to(device)
+        self.optim_wrapper = build_optim_wrapper(self.model, cfg.optim_wrapper)
+        self.hook = HOOKS.build(hook) if hook else Hook()
+        # All of a runner that the hook asks for.
+        self.runner = SimpleNamespace(
+            model=self.model,
+            optim_wrapper=self.optim_wrapper,
+            hooks=[],
+            iter=0,
+            max_iters=sys.maxsize,
+            train_dataloader=None,
+            message_hub=MessageHub.get_current_instance(),
+            _resume=False)
+        self.hook.before_train(self.runner)
+        self.iterate()
+
+    def iterate(self) -> None:
+        """Do one iteration, as the training loop does.
+
+        Raises:
+            RuntimeError: If the loss is not finite.
+        """
+        self.model.train()
+        self.hook.before_train_iter(self.runner, self.runner.iter)
+        losses = self.model.train_step(self.batch, self.optim_wrapper)
+        self.hook.after_train_iter(self.runner, self.runner.iter)
+        self.runner.iter += 1
+        if not math.isfinite(losses['loss'].item()):
+            raise RuntimeError('the training diverges on random pictures; '
+                               'its time would tell nothing.')
+
+    def peak_bytes(self, device: str) -> int:
+        """Measure weights, optimizer state and the peak of an iteration."""
+        state = [
+            value for values in self.optim_wrapper.optimizer.state.values()
+            for value in values.values() if torch.is_tensor(value)
+        ]
+        own = [*self.model.parameters(), *self.model.buffers(), *state]
+        return num_bytes(own) + peak_memory(self.iterate, device)
+
+
+def random_batch(cfg: Config, size: Tuple[int, int], number: int,
+                 device: str) -> dict:
+    """Make random pictures with labels of all classes and edge maps."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, samples = [], []
+    for _ in range(number):
+        inputs.append(
+            torch.randint(
+                256, (3, *size), dtype=torch.uint8,
+                generator=generator).to(device))
+        labels = torch.randint(
+            cfg.model.decode_head.num_classes, (1, *size), generator=generator)
+        sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size))
+        sample.gt_sem_seg = PixelData(data=labels)
+        sample.gt_edge_map = PixelData(data=labels % 2)
+        samples.append(sample.to(device))
+    return dict(inputs=inputs, data_samples=samples)
+
+
+def build_trainings(cfg: Config, size: Tuple[int, int], number: int,
+                    device: str) -> Dict[str, Training]:
+    """Build what is compared.
+
+    Args:
+        cfg (Config): Config of a text network.
+        size (tuple[int, int]): Height and width of the pictures.
+        number (int): Number of pictures in a batch.
+        device (str): Where to train.
+
+    Returns:
+        dict[str, Training]: By name.
+
+    Raises:
+        ValueError: If the config has no text.
+    """
+    cfg = random_text(cfg)
+    cfg.model.data_preprocessor.size = size
+    if 'text' not in cfg.model.decode_head:
+        raise ValueError('the decode head of the config has no text; give a '
+                         'text config, from which the stock one is derived.')
+    lseg = copy.deepcopy(cfg)
+    lseg.model.decode_head.update(
+        role='classifier', text_branch=dict(norm='l2'))
+    stock, batch = to_stock_cfg(cfg), random_batch(cfg, size, number, device)
+    hook = dict(type='PromptLearnerHook')
+    for other in cfg.get('custom_hooks') or []:
+        if other['type'] == hook['type']:
+            hook = other
+    return {
+        STOCK: Training(stock, batch, device),
+        'stock again': Training(stock, batch, device),
+        'stage 1': Training(cfg, batch, device, dict(hook, switch_at=None)),
+        'stage 2': Training(cfg, batch, device, dict(hook, switch_at=1)),
+        'LSeg-style': Training(lseg, batch, device, dict(hook, switch_at=None))
+    }
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """Write the results as Markdown."""
+    parts = [
+        f'{results["runs"]} rounds after {results["warmup"]} on '
+        f'{results["device"]}; {describe(results["environment"])}'
+    ]
+    for path, entry in results['configs'].items():
+        arms, (height, width) = entry['arms'], entry['size']
+        peaks = {name: row['peak_bytes'] for name, row in arms.items()}
+        rows = [(name, *time_cells(row), f'{peaks[name] / 2**20:.1f}',
+                 f'{peaks[name] / peaks[STOCK]:.3f}')
+                for name, row in arms.items()]
+        parts += [
+            f'`{path}`, {entry["batch"]} pictures of {height}x{width}:',
+            table(('training', *TIME_HEADER, 'peak memory, MiB', 'ratio'),
+                  rows)
+        ]
+    return '\n\n'.join(parts) + '\n'
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('configs', nargs='+', help='configs of text networks')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('HEIGHT', 'WIDTH'),
+        help='default: that of the data preprocessor of the config')
+    parser.add_argument('--batch', type=int, help='default: of the config')
+    parser.add_argument(
+        '--device', default=get_device(), help='default: %(default)s')
+    add_options(parser, runs=20, warmup=3)
+    return parse_options(parser, argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the tool."""
+    args = parse_args(argv)
+    results = dict(
+        runs=args.runs,
+        warmup=args.warmup,
+        device=args.device,
+        environment=environment(),
+        configs={})
+    init_default_scope('mmseg')
+    # Which parameters learn would be listed for each.
+    MMLogger.get_current_instance().setLevel('WARNING')
+    for path in args.configs:
+        try:
+            cfg = Config.fromfile(path)
+            size = tuple(args.size or cfg.model.data_preprocessor.size)
+            number = args.batch or cfg.train_dataloader.batch_size
+            trainings = build_trainings(cfg, size, number, args.device)
+        except (FileNotFoundError, ValueError) as error:
+            sys.exit(f'Error: {path}: {error}')
+        seconds = interleave(
+            {
+                name: stopwatch(training.iterate, args.device)
+                for name, training in trainings.items()
+            }, args.runs, args.warmup)
+        arms = summarize(seconds, STOCK)
+        for name, training in trainings.items():
+            arms[name]['peak_bytes'] = training.peak_bytes(args.device)
+        results['configs'][path] = dict(
+            size=list(size), batch=number, arms=arms)
+    write_results(results, page(results), args.json, args.markdown)
+
+
+if __name__ == '__main__':
+    main()
