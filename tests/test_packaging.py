@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """What a wheel, a source distribution and an editable install contain."""
+import json
 import os
 import os.path as osp
 import re
@@ -12,9 +13,12 @@ import venv
 import zipfile
 from email import message_from_string
 from glob import glob
+from importlib import metadata
 
 import mmengine
 import pytest
+
+from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
 
 ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
 DATA = ('text/vocabularies', 'text/toy_clip')
@@ -128,6 +132,66 @@ def test_mim_and_config_names_work_from_a_wheel(wheel, tmp_path):
         cwd=tmp_path,
         PYTHONPATH='site')
     assert str(tmp_path) in out and out.split()[-1] == 'mmseg'
+
+
+def has_mim():
+    """Whether OpenMMLab's mim is installed; OneDL's finds no wheel of ours."""
+    try:
+        return bool(metadata.version('openmim'))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize('mim', [
+    False,
+    pytest.param(
+        True,
+        marks=pytest.mark.skipif(
+            not has_mim(), reason='openmim is not installed'))
+])
+def test_wheel_trains_and_tests(wheel, tmp_path, mim):
+    """With `mim`, and by the command that `mim` puts together."""
+    pip('install', '--no-deps', '--target', 'site', wheel, cwd=tmp_path)
+    generate_toy_scenes(
+        tmp_path / 'data/toy_scenes',
+        num_train=2,
+        num_val=2,
+        height=64,
+        width=128)
+    name = 'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py'
+    inside = str(tmp_path / 'site/mmseg_textkd/.mim')
+
+    def call(command, *args, **checkpoint):
+        words = [sys.executable, '-m', 'mim', command, 'mmseg_textkd', name]
+        words += [f'--{k}={v}' for k, v in checkpoint.items()] + ['--gpus=0']
+        if not mim:
+            tool = f'{inside}/tools/{command}.py'
+            config = f'{inside}/configs/textkd/{name}'
+            words = [sys.executable, tool, config, *checkpoint.values()]
+            words += ['--launcher', 'none']
+        for split in ('train', 'val', 'test'):
+            args += (f'{split}_dataloader.num_workers=0',
+                     f'{split}_dataloader.persistent_workers=False',
+                     f'{split}_dataloader.batch_size=2')
+        return run(
+            *words,
+            '--work-dir=work',
+            '--cfg-options',
+            *args,
+            cwd=tmp_path,
+            PYTHONPATH='site',
+            CUDA_VISIBLE_DEVICES='')
+
+    call('train', 'train_cfg.max_iters=2', 'train_cfg.val_interval=2',
+         'custom_hooks.0.switch_at=1', 'default_hooks.checkpoint.interval=2')
+    # Vectors were made, and the two scores are of the same weights.
+    assert (tmp_path / 'data/text_embeddings').is_dir()
+    call('test', checkpoint=str(tmp_path / 'work/iter_2.pth'))
+    trained, = tmp_path.glob('work/*/vis_data/scalars.json')
+    tested, = tmp_path.glob('work/*/*.json')
+    validated = json.loads(trained.read_text().splitlines()[-1])
+    found = json.loads(tested.read_text())
+    assert 0 < found['mIoU'] == validated['mIoU']
 
 
 def test_editable_install_links_to_the_checkout(source, tmp_path):
