@@ -4,10 +4,4 @@ _base_ = [
 ]
 model = dict(
     decode_head=dict(type='TextSegformerHead', text=_base_.text_provider))
-# Text learns at the rate that the stock config gives to its head.
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        custom_keys={
-            '.text.': dict(lr_mult=10., decay_mult=0.),
-            'log_scale': dict(lr_mult=10., decay_mult=0.)
-        }))
+optim_wrapper = dict(paramwise_cfg=_base_.text_paramwise_x10)

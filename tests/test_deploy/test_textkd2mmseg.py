@@ -206,7 +206,7 @@ def test_folded_again_it_is_the_same(trained, convert, tmp_path):
 def test_half_precision_and_bare_weights(trained, convert, tmp_path):
     """A state dict alone, with fp16 values; its classes are the config's."""
     run = trained()
-    state = torch.load(run.weights, weights_only=False)['state_dict']
+    state = load(run.weights)['state_dict']
     half = {
         f'module.{k}': v.half() if v.is_floating_point() else v
         for k, v in state.items()
@@ -253,7 +253,7 @@ def test_l2_norm_asks_for_a_choice(trained, convert, tmp_path):
 
 def damaged(run, how, path):
     """Write a checkpoint that must be refused."""
-    checkpoint = torch.load(run.weights, weights_only=False)
+    checkpoint = load(run.weights)
     state = checkpoint['state_dict']
     key = 'decode_head.conv_seg.projection.conv.weight'
     if how == 'NaN':

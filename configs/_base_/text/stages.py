@@ -5,6 +5,12 @@ text_paramwise = dict(custom_keys={
     '.text.': dict(decay_mult=0.),
     'log_scale': dict(decay_mult=0.)
 })
+# The same where the stock config lets its head learn at ten times the rate.
+text_paramwise_x10 = dict(
+    custom_keys={
+        '.text.': dict(lr_mult=10., decay_mult=0.),
+        'log_scale': dict(lr_mult=10., decay_mult=0.)
+    })
 # The hook freezes parameters after the model has been wrapped for DDP.
 find_unused_parameters = True
 custom_hooks = [
