@@ -11,7 +11,9 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmseg.registry import DATASETS, MODELS
 from network_tester import CONFIGS, load_config
-from processes import TOOLS, start
+from processes import TOOLS
+from processes import load as load_checkpoint
+from processes import start
 from tiny import CLASSES, SIZE
 
 from mmseg_textkd import compat
@@ -206,7 +208,7 @@ def test_folded_again_it_is_the_same(trained, convert, tmp_path):
 def test_half_precision_and_bare_weights(trained, convert, tmp_path):
     """A state dict alone, with fp16 values; its classes are the config's."""
     run = trained()
-    state = load(run.weights)['state_dict']
+    state = load_checkpoint(run.weights)['state_dict']
     half = {
         f'module.{k}': v.half() if v.is_floating_point() else v
         for k, v in state.items()
@@ -253,7 +255,7 @@ def test_l2_norm_asks_for_a_choice(trained, convert, tmp_path):
 
 def damaged(run, how, path):
     """Write a checkpoint that must be refused."""
-    checkpoint = load(run.weights)
+    checkpoint = load_checkpoint(run.weights)
     state = checkpoint['state_dict']
     key = 'decode_head.conv_seg.projection.conv.weight'
     if how == 'NaN':

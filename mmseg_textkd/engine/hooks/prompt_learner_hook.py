@@ -2,6 +2,7 @@
 import logging
 from typing import Dict, List, Optional, Sequence, Union
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmseg.registry import HOOKS
@@ -163,6 +164,12 @@ class PromptLearnerHook(Hook):
             for group in runner.optim_wrapper.param_groups:
                 # Set already where the run has a schedule.
                 group.setdefault('initial_lr', group['lr'])
+        if runner.cfg.get('compile'):
+            # MMEngine compiles the whole step. The optimizer would be traced
+            # again for each learning rate, and in stage 2, where it first
+            # sees the prompts, Dynamo fails on it.
+            step = runner.optim_wrapper.step
+            runner.optim_wrapper.step = torch.compiler.disable(step)
         self._apply(runner)
 
     # -------------------------------------------------------- stages
