@@ -61,6 +61,7 @@ class Training:
         self.hook = HOOKS.build(hook) if hook else Hook()
         # All of a runner that the hook asks for.
         self.runner = SimpleNamespace(
+            cfg=cfg,
             model=self.model,
             optim_wrapper=self.optim_wrapper,
             hooks=[],
