@@ -3,7 +3,7 @@
 set -u
 cd "$(dirname "$0")/.."
 
-FILES=(mmseg_textkd configs tools tests setup.py)
+FILES=(mmseg_textkd configs tools tests demo setup.py)
 FAULTS=()
 step() {
     echo "lint: $1"

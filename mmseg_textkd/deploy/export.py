@@ -1,0 +1,212 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Exporters to ONNX and TorchScript."""
+import copy
+import io
+import json
+import traceback
+import warnings
+from contextlib import contextmanager
+from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple
+
+import torch
+from mmseg.models.utils import resize
+from torch import Tensor
+
+from ..version import __version__
+from .adaptive_pool import replace_adaptive_pools
+from .exportable import ExportableSegmentor, Size
+
+OPSET = 20
+META = 'mmseg_textkd'
+
+
+class Exported(NamedTuple):
+    """A network in another format.
+
+    Attributes:
+        data (bytes): What the file will hold.
+        run (Callable): Runs it: from the input to the output and, if the
+            output is labels and the format can tell, to the logits.
+    """
+    data: bytes
+    run: Callable[[Tensor], Tuple[Tensor, Optional[Tensor]]]
+
+
+def metadata(network: ExportableSegmentor, classes: Dict) -> str:
+    """What a program needs to know beside the graph, as JSON.
+
+    Args:
+        network (ExportableSegmentor): The network.
+        classes (dict): ``classes`` and ``palette`` (RGB).
+
+    Returns:
+        str: These, ``preprocess`` (see :meth:`ExportableSegmentor.spec`; None
+        if it is in the graph), ``output`` and ``version``.
+    """
+    return json.dumps(
+        dict(
+            classes,
+            preprocess=None if network.preprocess else network.spec(),
+            output=network.output,
+            version=__version__))
+
+
+def to_onnx(network: ExportableSegmentor,
+            size: Size,
+            dynamic: bool,
+            meta: str,
+            opset: int = OPSET) -> Exported:
+    """Export to ONNX, by way of ``torch.export``.
+
+    Args:
+        network (ExportableSegmentor): The network.
+        size (tuple[int, int]): Height and width of the input.
+        dynamic (bool): Whether the graph is to take other sizes too.
+        meta (str): Put into the file as the property ``mmseg_textkd``.
+        opset (int): Version of the operators, at least 18. Defaults to 20,
+            for which both tested versions of torch export.
+
+    Returns:
+        Exported: To be run by ONNX Runtime on the CPU.
+
+    Raises:
+        ImportError: If onnx, onnxruntime or onnxscript is missing.
+        ValueError: If an operator does not export, and where it is.
+    """
+    import onnx
+    import onnxscript  # noqa: F401  (torch needs it)
+    traced = copy.deepcopy(network)
+    replace_adaptive_pools(traced)
+    image = network.example(size)
+    shapes = names = None
+    if dynamic:
+        axes = (1, 2) if network.preprocess else (2, 3)
+        shapes = dict(image=dict.fromkeys(axes, torch.export.Dim.DYNAMIC))
+        names = dict(image=dict(zip(axes, ('height', 'width'))))
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), _no_advice():
+            warnings.simplefilter('ignore')
+            program = torch.export.export(
+                traced, (image, ), dynamic_shapes=shapes, strict=False)
+            graph = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=['image'],
+                # Not 'argmax': so torch calls a value on the way.
+                output_names=[
+                    'labels' if network.output == 'argmax' else network.output
+                ],
+                # The program has symbols already; these name them.
+                dynamic_shapes=names,
+                verbose=False).model_proto
+    except Exception as error:  # torch raises anything
+        raise ValueError(_why(error, dynamic)) from error
+    if graph.opset_import[0].version != opset:
+        raise ValueError(f'torch {torch.__version__} cannot export opset '
+                         f'{opset}, only {graph.opset_import[0].version}.')
+    _tidy(graph)
+    onnx.helper.set_model_props(graph, {META: meta})
+    graph.producer_name, graph.producer_version = META, __version__
+    onnx.checker.check_model(graph)
+    return Exported(graph.SerializeToString(), _onnx_runner(graph))
+
+
+@contextmanager
+def _no_advice() -> Iterator[None]:
+    """Silence ``resize``: to give advice on sizes it makes numbers of them,
+    which pins them to those of the trace.
+    """
+    defaults = resize.__defaults__
+    resize.__defaults__ = (*defaults[:-1], False)  # `warning`
+    try:
+        yield
+    finally:
+        resize.__defaults__ = defaults
+
+
+def _tidy(graph) -> None:
+    """Remove what torch writes about its work, such as paths of sources."""
+    graph = graph.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output,
+                 *graph.initializer, *graph.value_info):
+        part.ClearField('metadata_props')
+        part.ClearField('doc_string')
+
+
+def _onnx_runner(model) -> Callable:
+    """Run an ONNX model, whose logits are an output too if it has labels."""
+    import onnx
+    import onnxruntime
+    model, extra = copy.deepcopy(model), []
+    if model.graph.output[0].name == 'labels':
+        # The last is ours: what a network does ends in its logits.
+        logits = [
+            n.input[0] for n in model.graph.node if n.op_type == 'ArgMax'
+        ][-1]
+        extra = [onnx.helper.make_empty_tensor_value_info(logits)]
+        model.graph.output.extend(extra)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # it is said what failed
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=['CPUExecutionProvider'])
+
+    def run(image: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+        outputs = session.run(None, {'image': image.numpy()})
+        found = [torch.from_numpy(output) for output in outputs]
+        return found[0], found[1] if extra else None
+
+    return run
+
+
+def to_torchscript(network: ExportableSegmentor, size: Size, dynamic: bool,
+                   meta: str) -> Exported:
+    """Export to TorchScript, by tracing.
+
+    Args:
+        network (ExportableSegmentor): The network.
+        size (tuple[int, int]): Height and width of the input.
+        dynamic (bool): Whether other sizes are meant to work too; a trace is
+            the same either way.
+        meta (str): Put into the file as the extra file
+            ``mmseg_textkd.json``.
+
+    Returns:
+        Exported: The trace as it is after loading.
+
+    Raises:
+        ValueError: If it cannot be traced.
+    """
+    buffer = io.BytesIO()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            trace = torch.jit.trace(
+                network, network.example(size), check_trace=False)
+            torch.jit.save(
+                torch.jit.freeze(trace.eval()), buffer, {f'{META}.json': meta})
+            buffer.seek(0)
+            loaded = torch.jit.load(buffer)
+    except Exception as error:  # torch raises anything
+        raise ValueError(_why(error, dynamic)) from error
+
+    def run(image: Tensor) -> Tuple[Tensor, None]:
+        with torch.no_grad():
+            return loaded(image), None
+
+    return Exported(buffer.getvalue(), run)
+
+
+def _why(error: Exception, dynamic: bool) -> str:
+    """Say what does not export and where it stands."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__)
+        if '/torch/' not in frame.filename and frame.filename != __file__
+    ]
+    where = (f' at `{frames[-1].line}` ({frames[-1].filename}:'
+             f'{frames[-1].lineno})' if frames else '')
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    hint = '. Export a fixed size: --size H W without --dynamic.'
+    return f'it does not export{where}: {first}{hint if dynamic else ""}'

@@ -1,0 +1,131 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import copy
+from typing import Dict, Tuple
+
+import torch
+import torch.nn.functional as F
+from mmseg.structures import SegDataSample
+from torch import Tensor, nn
+
+Size = Tuple[int, int]
+
+
+class ExportableSegmentor(nn.Module):
+    """Image in, logits, probabilities or labels of all pixels out.
+
+    Auxiliary heads have no part in it. Windows (``test_cfg`` with
+    ``mode='slide'``) neither: the network sees the whole image.
+
+    Args:
+        model (nn.Module): A stock segmentor in evaluation mode.
+        output (str): 'logits' (1, K, H, W), float32, at the resolution of
+            the input; 'probabilities', the softmax of these; or 'argmax',
+            labels (1, H, W), uint8. Defaults to 'logits'.
+        preprocess (bool): Whether the input is an image as OpenCV reads it,
+            (1, H, W, 3), uint8, BGR, that is normalised and, if the model
+            does that in testing, padded here. Otherwise it is that already,
+            (1, 3, H, W), float32. Defaults to False.
+
+    Raises:
+        ValueError: If the model has one output for two classes, or more
+            classes than uint8 holds labels.
+    """
+
+    def __init__(self,
+                 model: nn.Module,
+                 output: str = 'logits',
+                 preprocess: bool = False) -> None:
+        super().__init__()
+        classes = model.decode_head.out_channels
+        if classes == 1:
+            raise ValueError('the decode head has out_channels=1 and a '
+                             'threshold, which is not supported; train it '
+                             'with out_channels=2.')
+        if output == 'argmax' and classes > 256:
+            raise ValueError(f'labels are uint8, but there are {classes} '
+                             "classes: export 'logits'.")
+        self.model = model
+        self.output = output
+        self.preprocess = preprocess
+        # Without the padding, which does not export.
+        self.preprocessor = copy.deepcopy(model.data_preprocessor)
+        self.preprocessor.test_cfg = None
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Predict one image."""
+        if self.preprocess:
+            scores = self._from_bytes(image)
+        else:
+            scores = self._encode_decode(image)
+        if self.output == 'probabilities':
+            return scores.softmax(1)
+        if self.output == 'argmax':
+            return scores.argmax(1).to(torch.uint8)
+        return scores
+
+    def _encode_decode(self, inputs: Tensor) -> Tensor:
+        """Predict a normalised image."""
+        meta = dict(img_shape=inputs.shape[2:])
+        return self.model.encode_decode(inputs, [meta])
+
+    def _from_bytes(self, image: Tensor) -> Tensor:
+        """Normalise, pad, predict, and crop again."""
+        images = list(image.permute(0, 3, 1, 2))
+        inputs = self.preprocessor(dict(inputs=images))['inputs']
+        padding = self.model.data_preprocessor.test_cfg
+        if not padding:
+            return self._encode_decode(inputs)
+        height, width = inputs.shape[2:]
+        size, divisor = padding.get('size'), padding.get('size_divisor')
+        if size is None:
+            more = -height % divisor, -width % divisor
+        else:
+            more = [
+                torch.sym_max(full - now, 0)
+                for full, now in zip(size, (height, width))
+            ]
+        inputs = F.pad(
+            inputs, (0, more[1], 0, more[0]), value=self.preprocessor.pad_val)
+        return self._encode_decode(inputs)[..., :height, :width]
+
+    @torch.no_grad()
+    def reference(self, image: Tensor) -> Tensor:
+        """Logits by MMSegmentation's own path, to hold the export against."""
+        if not self.preprocess:
+            return self._encode_decode(image)
+        size = tuple(image.shape[1:3])
+        sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size))
+        result, = self.model.test_step(
+            dict(
+                inputs=list(image.permute(0, 3, 1, 2)), data_samples=[sample]))
+        return result.seg_logits.data[None]
+
+    def example(self, size: Size) -> Tensor:
+        """A random input of that height and width, always the same."""
+        generator = torch.Generator().manual_seed(0)
+        if self.preprocess:
+            return torch.randint(
+                0, 256, (1, *size, 3), dtype=torch.uint8, generator=generator)
+        return torch.randn(1, 3, *size, generator=generator)
+
+    def spec(self) -> Dict:
+        """What a user of a graph without preprocessing has to do.
+
+        Returns:
+            dict: ``mean`` and ``std`` (lists of 3, or None), and
+            ``swap_channels``: whether the network sees RGB.
+        """
+        # Each MMSegmentation has its own name for it, so a test: is the first
+        # channel that comes out blind to the first that goes in?
+        images = torch.zeros(2, 3, 1, 1, dtype=torch.uint8)
+        images[1, 0] = 255
+        first, second = self.preprocessor(dict(inputs=list(images)))['inputs']
+        swapped = first[0] == second[0]
+        lists = {
+            key: value.flatten().tolist()
+            for key, value in self.preprocessor.named_buffers()
+        }
+        return dict(
+            mean=lists.get('mean'),
+            std=lists.get('std'),
+            swap_channels=bool(swapped))

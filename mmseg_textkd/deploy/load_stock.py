@@ -1,0 +1,111 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from pathlib import Path
+from typing import Dict, Optional, Tuple
+
+import numpy as np
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import init_default_scope
+from mmseg.registry import DATASETS, MODELS
+from torch import Tensor, nn
+
+from ..models import TextHeadMixin
+from .checkpoint import load_strictly, read_checkpoint
+
+FOLD = 'fold it first: tools/model_converters/textkd2mmseg.py'
+
+
+def load_stock(
+        config: str,
+        checkpoint: Path,
+        cfg_options: Optional[Dict] = None) -> Tuple[Config, nn.Module, Dict]:
+    """Load a stock network for inference on the CPU.
+
+    Args:
+        config (str): Path of its config.
+        checkpoint (Path): Path of its checkpoint, with auxiliary heads or
+            without.
+        cfg_options (dict, optional): Settings of the config to override.
+            Defaults to None.
+
+    Returns:
+        tuple[Config, nn.Module, dict]: Config, model in evaluation mode
+        without auxiliary heads, and ``classes`` and ``palette``.
+
+    Raises:
+        FileNotFoundError: If there is no such config or checkpoint.
+        ValueError: If config or checkpoint is one of a text network, or the
+            checkpoint is not of the network of the config.
+    """
+    cfg = Config.fromfile(config)
+    cfg.merge_from_dict(cfg_options or {})
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    head = cfg.model.decode_head
+    if isinstance(head, list):
+        raise ValueError('a cascade of decode heads is not supported.')
+    if issubclass(MODELS.get(head.type) or object, TextHeadMixin):
+        raise ValueError(f'{config} is the config of a text network; {FOLD}.')
+    saved = read_checkpoint(checkpoint)
+    state = {
+        key: value
+        for key, value in saved['state_dict'].items()
+        if not key.startswith('auxiliary_head.')
+    }
+    if any(key.endswith('.class_embeddings') for key in state):
+        raise ValueError(
+            f'{checkpoint} is the checkpoint of a text network; {FOLD}.')
+    broken = [key for key, value in state.items() if not _is_finite(value)]
+    if broken:
+        raise ValueError(f'{checkpoint} has NaN or infinite weights: '
+                         f'{broken[:3]}')
+    cfg.model.pop('auxiliary_head', None)
+    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+    load_strictly(model, state, checkpoint)
+    # Windows would be another computation than that of the graph.
+    model.test_cfg = ConfigDict(mode='whole')
+    meta = _dataset_meta(cfg, saved['meta'], model.decode_head.num_classes)
+    return cfg, _fix_bases(model), meta
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinite values."""
+    return not value.is_floating_point() or bool(value.isfinite().all())
+
+
+def _fix_bases(model: nn.Module) -> nn.Module:
+    """Draw the random bases of SegNeXt's head once instead of every time."""
+    heads = [m for m in model.modules() if getattr(m, 'rand_init', False)]
+    for head in heads:
+        head.rand_init = False
+    if heads:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            # It draws them when it first runs.
+            model(torch.zeros(1, 3, 64, 64))
+        print('The head draws random bases for every image; in the graph they '
+              'are drawn once.')
+    return model
+
+
+def _dataset_meta(cfg: Config, saved: Dict, num_classes: int) -> Dict:
+    """Classes and palette, of the checkpoint or else of the test set."""
+    meta = saved.get('dataset_meta')
+    if not meta:
+        dataset = cfg.get('test_dataloader', {}).get('dataset', {})
+        while 'dataset' in dataset or 'datasets' in dataset:
+            dataset = dataset.get('dataset') or dataset['datasets'][0]
+        if not dataset:
+            raise ValueError('neither the checkpoint nor a test_dataloader of '
+                             'the config names the classes.')
+        kind = DATASETS.get(dataset['type'])
+        # As the dataset does itself, but its files need not be there.
+        meta = kind._load_metainfo(dataset.get('metainfo'))
+    classes = list(meta.get('classes') or [])
+    if len(classes) != num_classes:
+        raise ValueError(f'the network has {num_classes} classes, but the '
+                         f'data set {len(classes)}: {classes}')
+    palette = meta.get('palette')
+    if not palette:
+        palette = np.random.default_rng(42).integers(0, 256, (num_classes, 3))
+    return dict(classes=classes, palette=np.asarray(palette).tolist())

@@ -1,0 +1,207 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""The demo, where nothing but numpy, OpenCV and ONNX Runtime is there."""
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from processes import ROOT, start
+
+sys.path.insert(0, str(Path(ROOT, 'demo')))
+
+import onnx_runtime_demo  # noqa: E402
+
+DEMO = onnx_runtime_demo.__file__
+CLASSES = ('blue', 'green', 'red')
+PALETTE = np.array([[200, 10, 30], [20, 60, 220], [90, 160, 0]])  # RGB
+SIZE = (48, 96)
+ALONE = f"""
+import runpy, sys
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('torch', 'mmseg', 'mmengine', 'mmcv', 'onnx',
+                                  'mmseg_textkd'):
+            raise ImportError(f'{{name}} is not installed here')
+
+sys.meta_path.insert(0, Nothing())
+runpy.run_path({DEMO!r}, run_name='__main__')
+"""
+
+
+def save_graph(path, preprocess=None, size=('height', 'width')):
+    """Save a network by hand: the class is the largest channel."""
+    meta = dict(
+        classes=CLASSES,
+        palette=PALETTE.tolist(),
+        preprocess=preprocess,
+        output='argmax',
+        version='test')
+    if preprocess is None:
+        nodes = [
+            helper.make_node('Cast', ['image'], ['x'], to=TensorProto.FLOAT),
+            helper.make_node('ArgMax', ['x'], ['y'], axis=3, keepdims=0),
+            helper.make_node('Cast', ['y'], ['labels'], to=TensorProto.UINT8)
+        ]
+        image = 'image', TensorProto.UINT8, [1, *size, 3]
+        out = 'labels', TensorProto.UINT8, [1, *size]
+    else:
+        nodes = [helper.make_node('Identity', ['image'], ['logits'])]
+        image = 'image', TensorProto.FLOAT, [1, 3, *size]
+        out = 'logits', TensorProto.FLOAT, [1, 3, *size]
+    graph = helper.make_graph(nodes, 'by hand',
+                              [helper.make_tensor_value_info(*image)],
+                              [helper.make_tensor_value_info(*out)])
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid('', 20)], ir_version=10)
+    helper.set_model_props(model, dict(mmseg_textkd=json.dumps(meta)))
+    onnx.save(model, path)
+    return str(path)
+
+
+@pytest.fixture
+def model(tmp_path):
+    return save_graph(tmp_path / 'model.onnx')
+
+
+def picture(seed=0):
+    """Large areas of blue, green and red, with noise."""
+    rng = np.random.default_rng(seed)
+    areas = np.eye(3)[rng.integers(0, 3, (2, 4))].repeat(24, 0).repeat(24, 1)
+    noise = rng.integers(0, 50, (*SIZE, 3))
+    return (areas * 150 + noise).astype(np.uint8)
+
+
+def blend(image, opacity):
+    """What the picture and its classes give together."""
+    colours = PALETTE[image.argmax(2)][..., ::-1]
+    return ((1 - opacity) * image + opacity * colours).astype(np.uint8)
+
+
+def test_picture_in_a_process_without_torch(model, tmp_path):
+    image = picture()
+    cv2.imwrite(str(tmp_path / 'in.png'), image)
+    done = start(
+        'python',
+        '-c',
+        ALONE,
+        model,
+        'in.png',
+        '--out',
+        'out.png',
+        '--opacity',
+        '0.25',
+        cwd=str(tmp_path))
+    assert done.status == 0, done.output
+    assert re.match(
+        r'1 pictures: [\d.]+ fps with reading.*alone [\d.]+ fps \(median\)\n$',
+        done.output)
+    shown = cv2.imread(str(tmp_path / 'out.png'))
+    assert np.array_equal(shown[:, :96], blend(image, 0.25))
+    # The legend: the classes that are there, the most frequent first.
+    counts = np.bincount(image.argmax(2).ravel(), minlength=3)
+    order = np.argsort(-counts, kind='stable')[:2]
+    assert counts[order].all()
+    patches = shown[[11, 33], 96 + 18]
+    assert np.array_equal(patches[:, ::-1], PALETTE[order])
+    # Beside each colour stands something.
+    assert all((shown[row:row + 22, 96 + 36:] < 128).any() for row in (0, 22))
+
+
+def test_without_torch_means_that(tmp_path):
+    """The process above would fail with torch."""
+    code = ALONE.replace('runpy.run_path', 'import torch; runpy.run_path')
+    done = start('python', '-c', code, cwd=str(tmp_path))
+    assert done.status and 'torch is not installed here' in done.output
+
+
+def test_folder(model, tmp_path):
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'in' / 'notes.txt').write_text('no picture')
+    for seed, name in enumerate(('b.png', 'a.png', 'c.bmp')):
+        cv2.imwrite(str(tmp_path / 'in' / name), picture(seed))
+    out = tmp_path / 'new' / 'folder'
+    onnx_runtime_demo.main([model, str(tmp_path / 'in'), '--out', str(out)])
+    assert sorted(p.name for p in out.iterdir()) == ['a.png', 'b.png', 'c.bmp']
+    for seed, name in enumerate(('b.png', 'a.png', 'c.bmp')):
+        shown = cv2.imread(str(out / name))[:, :96]
+        assert np.array_equal(shown, blend(picture(seed), 0.5))
+
+
+def test_video_round_trip(model, tmp_path, capsys):
+    paths = [str(tmp_path / name) for name in ('in.avi', 'out.avi')]
+    codec = cv2.VideoWriter_fourcc(*'MJPG')
+    writer = cv2.VideoWriter(paths[0], codec, 10, SIZE[::-1])
+    for seed in range(3):
+        writer.write(picture(seed))
+    writer.release()
+    onnx_runtime_demo.main([model, paths[0], '--out', paths[1]])
+    assert capsys.readouterr().out.startswith('3 pictures: ')
+    before, after = (cv2.VideoCapture(path) for path in paths)
+    assert after.get(cv2.CAP_PROP_FPS) == 10
+    for _ in range(3):
+        image, shown = before.read()[1], after.read()[1]
+        assert shown.shape == (48, 96 + 160, 3)
+        # The file is lossy.
+        difference = shown[:, :96].astype(int) - blend(image, 0.5)
+        assert np.abs(difference).mean() < 12
+    assert not after.read()[0]
+
+
+def test_graph_that_takes_normalised_input(tmp_path):
+    spec = dict(mean=[100., 0., 0.], std=[1., 2., 1.], swap_channels=True)
+    network = onnx_runtime_demo.Network(
+        save_graph(tmp_path / 'a.onnx', preprocess=spec))
+    image = picture()
+    scores = (image[..., ::-1] - [100, 0, 0]) / [1, 2, 1]
+    assert len(np.unique(scores.argmax(2))) == 3
+    assert np.array_equal(network(image), scores.argmax(2))
+
+
+def test_graph_of_one_size_sees_resized_pictures(tmp_path):
+    network = onnx_runtime_demo.Network(
+        save_graph(tmp_path / 'a.onnx', size=(24, 48)))
+    image = np.kron(picture()[::24, ::24], np.ones((24, 24, 1), np.uint8))
+    assert np.array_equal(network(image), image.argmax(2))
+
+
+def test_errors(model, tmp_path, capsys):
+    image = str(tmp_path / 'in.png')
+    cv2.imwrite(image, picture())
+    out = str(tmp_path / 'out.png')
+    other = str(tmp_path / 'other.onnx')
+    graph = onnx.load(model)
+    graph.ClearField('metadata_props')
+    onnx.save(graph, other)
+    fixed = save_graph(tmp_path / 'fixed.onnx', size=('height', 8))
+    empty, bad = str(tmp_path / 'empty'), str(tmp_path / 'bad.png')
+    os.mkdir(empty)
+    Path(bad).write_text('x')
+    for message, *args in [
+        ('cannot load', image, image, '--out', out),
+        ('names no classes', other, image, '--out', out),
+        ('no images in', model, empty, '--out', out),
+        ('cannot be read as an image', model, bad, '--out', out),
+        ('does not take 48x96.*--size H W', fixed, image, '--out', out),
+        ('cannot open .*gone.mp4', model, 'gone.mp4', '--out', 'out.mp4'),
+        ('cannot open 99', model, '--webcam', '99', '--out', 'out.mp4'),
+        ('cannot write', model, image, '--out', f'{empty}/no/a.png'),
+    ]:
+        with pytest.raises(SystemExit, match=f'Error: .*{message}'):
+            onnx_runtime_demo.main(args)
+    for message, *args in [
+        ('one of them', model, '--out', out),
+        ('one of them', model, image, '--webcam', '--out', out),
+        ('--out, --show or both', model, image),
+        ('--opacity', model, image, '--out', out, '--opacity', '2'),
+    ]:
+        with pytest.raises(SystemExit):
+            onnx_runtime_demo.main(args)
+        assert message in capsys.readouterr().err
+    assert not Path(out).exists() and not os.listdir(empty)
