@@ -68,12 +68,18 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
             self.class_embeddings.copy_(F.normalize(vectors.float(), dim=1))
         self._filled = True
 
-    def forward(self) -> Tensor:
+    def forward(self, num_images: int = 1) -> Tensor:
         """Get the class embeddings.
 
+        Args:
+            num_images (int): Number of images N in the batch, for providers
+                that draw other text for each of them in training. Defaults
+                to 1.
+
         Returns:
-            Tensor: Unit rows, float32, with shape (K, D). They carry a graph
-            to the learnable parameters while the provider is learning.
+            Tensor: Unit rows, float32, with shape (K, D), or in training
+            (N, K, D) where each image has its own. They carry a graph to the
+            learnable parameters while the provider is learning.
 
         Raises:
             RuntimeError: If neither a file nor a checkpoint has filled them.

@@ -175,3 +175,14 @@ def test_is_registered():
             num_classes=3,
             text=dict(type='ControlEmbeddings', kind='onehot')))
     assert module.text.dim == 3
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_each_image_may_have_its_own_text(bias):
+    module = build(bias=bias).double().eval()
+    embeddings = torch.randn(3, module.text.dim, 2, 4).double()
+    text = F.normalize(torch.randn(3, 5, module.text.dim).double(), dim=-1)
+    together = module.classify(embeddings, text)
+    for n in range(3):
+        alone = module.classify(embeddings[n:n + 1], text[n])
+        torch.testing.assert_close(together[n:n + 1], alone)

@@ -39,8 +39,11 @@ class TextHeadMixin:
             (``norm``, ``norm_cfg``). ``norm_cfg`` defaults to the head's own
             where that is a batch norm, else to BN. Defaults to None.
         text_losses (Sequence[dict], optional): Losses on pixel and class
-            embeddings. Defaults to None: none for 'classifier', one
-            ``TextAlignmentLoss`` of weight 0.4 (DenseCLIP's) for 'auxiliary'.
+            embeddings, called with both, the labels at the resolution of the
+            pixel embeddings, ``ignore_index`` and ``batch_data_samples``
+            (which bring what a teacher knows of the images). Defaults to
+            None: none for 'classifier', one ``TextAlignmentLoss`` of weight
+            0.4 (DenseCLIP's) for 'auxiliary'.
 
     Raises:
         TypeError: If the stock head is no ``BaseDecodeHead`` or has no 1x1
@@ -126,7 +129,11 @@ class TextHeadMixin:
             return losses
         values = [tensors[0] for tensors in taken]
         if self.role == 'auxiliary':
-            values = [self.text.projection(values[0]), self.text.text()]
+            feat, = values
+            values = [
+                self.text.projection(feat),
+                self.text.text(feat.shape[0])
+            ]
         losses.update(self._text_losses(*values, args[-2]))
         return losses
 
@@ -145,7 +152,8 @@ class TextHeadMixin:
                 embeddings,
                 text,
                 labels if full else small,
-                ignore_index=self.ignore_index)
+                ignore_index=self.ignore_index,
+                batch_data_samples=batch_data_samples)
             name = module.loss_name
             losses[name] = losses[name] + value if name in losses else value
         return losses

@@ -2,11 +2,11 @@
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from .logit_scale import LogitScale
+from .similarity import pixel_text_similarity
 from .text_branch import TextBranch
 
 
@@ -65,14 +65,15 @@ class TextClassifier(TextBranch):
         Returns:
             Tensor: Logits, float32 or wider, with shape (N, K, H, W).
         """
-        return self.classify(self.projection(feat), self.text())
+        return self.classify(self.projection(feat), self.text(feat.shape[0]))
 
     def classify(self, embeddings: Tensor, text: Tensor) -> Tensor:
         """Compare pixel embeddings with class embeddings.
 
         Args:
             embeddings (Tensor): Pixel embeddings, shape (N, D, H, W).
-            text (Tensor): Class embeddings with unit rows, shape (K, D).
+            text (Tensor): Class embeddings with unit rows, shape (K, D) or,
+                for each image its own, (N, K, D).
 
         Returns:
             Tensor: Logits, float32 or wider, with shape (N, K, H, W).
@@ -82,10 +83,10 @@ class TextClassifier(TextBranch):
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(embeddings.dtype, torch.float32)
             weight = (self.scale() * text).to(dtype)
-            bias = self.logit_bias
-            return F.conv2d(
-                embeddings.to(dtype), weight[:, :, None, None],
-                None if bias is None else bias.to(dtype))
+            logits = pixel_text_similarity(embeddings.to(dtype), weight)
+            if self.logit_bias is not None:
+                logits = logits + self.logit_bias.to(dtype)[:, None, None]
+            return logits
 
     @torch.no_grad()
     def as_conv(self) -> nn.Conv2d:

@@ -8,7 +8,7 @@ from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ..layers import LogitScale
+from ..layers import LogitScale, pixel_text_similarity
 
 
 @MODELS.register_module()
@@ -70,7 +70,7 @@ class TextAlignmentLoss(nn.Module):
         Args:
             embeddings (Tensor): Pixel embeddings, shape (N, D, h, w), of any
                 length.
-            text (Tensor): Class embeddings, shape (K, D).
+            text (Tensor): Class embeddings, shape (K, D) or (N, K, D).
             labels (Tensor): Long tensor with shape (N, H, W), of values in
                 [0, K) or ``ignore_index``. Where H, W differ from h, w the
                 similarities are resized to them.
@@ -85,9 +85,8 @@ class TextAlignmentLoss(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(embeddings.dtype, torch.float32)
             embeddings = F.normalize(embeddings.to(dtype), dim=1)
-            text = F.normalize(text.to(dtype), dim=1)
-            logits = self.scale() * F.conv2d(embeddings, text[:, :, None,
-                                                              None])
+            text = F.normalize(text.to(dtype), dim=-1)
+            logits = self.scale() * pixel_text_similarity(embeddings, text)
             if logits.shape[2:] != labels.shape[1:]:
                 logits = resize(
                     logits,
