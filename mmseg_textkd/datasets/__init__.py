@@ -1,6 +1,11 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .camvid import CamVidDataset
 from .check_labels import CheckLabels
+from .load_region_embeddings import LoadRegionEmbeddings
+from .pack_region_inputs import PackRegionInputs
 from .toy_scenes import ToyScenesDataset
 
-__all__ = ['CamVidDataset', 'CheckLabels', 'ToyScenesDataset']
+__all__ = [
+    'CamVidDataset', 'CheckLabels', 'LoadRegionEmbeddings', 'PackRegionInputs',
+    'ToyScenesDataset'
+]

@@ -12,10 +12,12 @@ from mmengine.registry import Registry
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import MODELS
 
-from mmseg_textkd.datasets import CheckLabels
+from mmseg_textkd.datasets import (CheckLabels, LoadRegionEmbeddings,
+                                   PackRegionInputs)
 from mmseg_textkd.engine import (CPUAmpOptimWrapper,
-                                 CPUDistributedDataParallel, PromptLearnerHook)
-from mmseg_textkd.models import TextHeadMixin
+                                 CPUDistributedDataParallel, PromptLearnerHook,
+                                 TeacherHook)
+from mmseg_textkd.models import DistilledEncoderDecoder, TextHeadMixin
 from .l2_conv_seg import l2_conv_seg_head
 
 PLUGIN = 'mmseg_textkd'
@@ -103,8 +105,17 @@ class StockForms:
 
     def _stock_form(self, kind: Any, value: Dict, where: str) -> Any:
         if kind in (CheckLabels, CPUDistributedDataParallel,
-                    PromptLearnerHook):
+                    LoadRegionEmbeddings, PromptLearnerHook, TeacherHook):
             return DROPPED
+        if kind is PackRegionInputs:
+            return dict(value, type='PackSegInputs')
+        if kind is DistilledEncoderDecoder:
+            model = {
+                k: v
+                for k, v in value.items()
+                if k not in ('teacher', 'distill_losses')
+            }
+            return dict(model, type='EncoderDecoder')
         if kind is CPUAmpOptimWrapper:
             return dict(value, type='OptimWrapper')
         if kind is l2_conv_seg_head and self.keep_l2:
