@@ -14,7 +14,7 @@ compat.apply()
 from . import datasets, engine, models, text  # noqa: E402
 from .compat import stock_config  # noqa: E402
 from .config_utils import add_region_embeddings  # noqa: E402
-from .config_utils import insert_transform, stock_network
+from .config_utils import insert_transform, stock_network  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = [
