@@ -1,13 +1,14 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .decode_heads import (TextDDRHead, TextDepthwiseSeparableFCNHead,
-                           TextFCNHead, TextHeadMixin, TextLightHamHead,
-                           TextPIDHead, TextSegformerHead)
-from .layers import LogitScale, PixelProjection, TextBranch, TextClassifier
+                           TextDPTHead, TextFCNHead, TextHeadMixin,
+                           TextLightHamHead, TextPIDHead, TextSegformerHead)
+from .layers import (LogitScale, PixelProjection, SpatialRegularization,
+                     TextBranch, TextClassifier)
 from .losses import TextAlignmentLoss
 
 __all__ = [
-    'LogitScale', 'PixelProjection', 'TextAlignmentLoss', 'TextBranch',
-    'TextClassifier', 'TextDDRHead', 'TextDepthwiseSeparableFCNHead',
-    'TextFCNHead', 'TextHeadMixin', 'TextLightHamHead', 'TextPIDHead',
-    'TextSegformerHead'
+    'LogitScale', 'PixelProjection', 'SpatialRegularization',
+    'TextAlignmentLoss', 'TextBranch', 'TextClassifier', 'TextDDRHead',
+    'TextDPTHead', 'TextDepthwiseSeparableFCNHead', 'TextFCNHead',
+    'TextHeadMixin', 'TextLightHamHead', 'TextPIDHead', 'TextSegformerHead'
 ]
