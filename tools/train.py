@@ -3,8 +3,8 @@
 
 Before the run starts, text embeddings that the config describes (``build=``)
 and region embeddings are made where they are missing. ``--resume`` also takes
-the path of a checkpoint, and without a GPU ``--launcher pytorch`` and ``--amp``
-work too.
+the path of a checkpoint, and without a GPU ``--launcher pytorch`` and
+``--amp`` work too.
 """
 import argparse
 import os.path as osp

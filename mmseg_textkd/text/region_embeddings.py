@@ -56,7 +56,8 @@ class RegionEmbeddings(NamedTuple):
         try:
             with safe_open(path, framework='pt') as file:
                 meta = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                # Copies: what it gives are windows into the file.
+                tensors = {n: file.get_tensor(n).clone() for n in file.keys()}
         except (OSError, SafetensorError):
             return None
         if (set(tensors) != set(cls._fields) or meta.get('kind') != KIND
