@@ -3,11 +3,11 @@ from .decode_heads import (TextDDRHead, TextDepthwiseSeparableFCNHead,
                            TextFCNHead, TextHeadMixin, TextLightHamHead,
                            TextPIDHead, TextSegformerHead)
 from .layers import LogitScale, PixelProjection, TextBranch, TextClassifier
-from .losses import TextAlignmentLoss
+from .losses import SemanticStructureLoss, TextAlignmentLoss
 
 __all__ = [
-    'LogitScale', 'PixelProjection', 'TextAlignmentLoss', 'TextBranch',
-    'TextClassifier', 'TextDDRHead', 'TextDepthwiseSeparableFCNHead',
-    'TextFCNHead', 'TextHeadMixin', 'TextLightHamHead', 'TextPIDHead',
-    'TextSegformerHead'
+    'LogitScale', 'PixelProjection', 'SemanticStructureLoss',
+    'TextAlignmentLoss', 'TextBranch', 'TextClassifier', 'TextDDRHead',
+    'TextDepthwiseSeparableFCNHead', 'TextFCNHead', 'TextHeadMixin',
+    'TextLightHamHead', 'TextPIDHead', 'TextSegformerHead'
 ]

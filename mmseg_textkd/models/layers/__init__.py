@@ -1,11 +1,11 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .logit_scale import LogitScale
 from .pixel_projection import PixelProjection
-from .similarity import pixel_text_similarity
+from .similarity import pixel_text_similarity, text_of_batch
 from .text_branch import TextBranch
 from .text_classifier import TextClassifier
 
 __all__ = [
     'LogitScale', 'PixelProjection', 'TextBranch', 'TextClassifier',
-    'pixel_text_similarity'
+    'pixel_text_similarity', 'text_of_batch'
 ]
