@@ -12,9 +12,10 @@ from mmengine.registry import Registry
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import MODELS
 
-from mmseg_textkd.datasets import CheckLabels
+from mmseg_textkd.datasets import CheckLabels, HideClasses
 from mmseg_textkd.engine import (CPUAmpOptimWrapper,
                                  CPUDistributedDataParallel, PromptLearnerHook)
+from mmseg_textkd.evaluation import ZeroShotIoUMetric
 from mmseg_textkd.models import TextHeadMixin
 from .l2_conv_seg import l2_conv_seg_head
 
@@ -102,9 +103,12 @@ class StockForms:
         return value
 
     def _stock_form(self, kind: Any, value: Dict, where: str) -> Any:
-        if kind in (CheckLabels, CPUDistributedDataParallel,
+        if kind in (CheckLabels, CPUDistributedDataParallel, HideClasses,
                     PromptLearnerHook):
             return DROPPED
+        if kind is ZeroShotIoUMetric:
+            metric = {k: v for k, v in value.items() if k != 'unseen'}
+            return dict(metric, type='IoUMetric')
         if kind is CPUAmpOptimWrapper:
             return dict(value, type='OptimWrapper')
         if kind is l2_conv_seg_head and self.keep_l2:
@@ -137,13 +141,15 @@ class StockForms:
             if k not in ('text', 'role', 'text_branch', 'text_losses')
         }
         head['type'] = names[stock]
-        norm = (value.get('text_branch') or {}).get('norm')
-        if (self.keep_l2 and norm == 'l2'
+        branch = value.get('text_branch') or {}
+        if (self.keep_l2 and branch.get('norm') == 'l2'
                 and value.get('role', 'classifier') == 'classifier'):
             provider = MODELS.build(
                 dict(value['text']),
                 default_args=dict(num_classes=value['num_classes']))
             head = dict(type='L2ConvSegHead', head=head, dim=provider.dim)
+            if branch.get('regularization') is not None:
+                head['regularization'] = branch['regularization']
         return head
 
 

@@ -1,13 +1,15 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .decode_heads import (TextDDRHead, TextDepthwiseSeparableFCNHead,
-                           TextFCNHead, TextHeadMixin, TextLightHamHead,
-                           TextPIDHead, TextSegformerHead)
-from .layers import LogitScale, PixelProjection, TextBranch, TextClassifier
+                           TextDPTHead, TextFCNHead, TextHeadMixin,
+                           TextLightHamHead, TextPIDHead, TextSegformerHead)
+from .layers import (LogitScale, PixelProjection, SpatialRegularization,
+                     TextBranch, TextClassifier)
 from .losses import SemanticStructureLoss, TextAlignmentLoss
 
 __all__ = [
     'LogitScale', 'PixelProjection', 'SemanticStructureLoss',
-    'TextAlignmentLoss', 'TextBranch', 'TextClassifier', 'TextDDRHead',
+    'SpatialRegularization', 'TextAlignmentLoss', 'TextBranch',
+    'TextClassifier', 'TextDDRHead', 'TextDPTHead',
     'TextDepthwiseSeparableFCNHead', 'TextFCNHead', 'TextHeadMixin',
     'TextLightHamHead', 'TextPIDHead', 'TextSegformerHead'
 ]

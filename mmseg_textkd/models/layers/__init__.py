@@ -2,10 +2,11 @@
 from .logit_scale import LogitScale
 from .pixel_projection import PixelProjection
 from .similarity import pixel_text_similarity, text_of_batch
+from .spatial_regularization import SpatialRegularization
 from .text_branch import TextBranch
 from .text_classifier import TextClassifier
 
 __all__ = [
-    'LogitScale', 'PixelProjection', 'TextBranch', 'TextClassifier',
-    'pixel_text_similarity', 'text_of_batch'
+    'LogitScale', 'PixelProjection', 'SpatialRegularization', 'TextBranch',
+    'TextClassifier', 'pixel_text_similarity', 'text_of_batch'
 ]
