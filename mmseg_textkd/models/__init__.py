@@ -5,15 +5,16 @@ from .decode_heads import (TextDDRHead, TextDepthwiseSeparableFCNHead,
 from .layers import (LogitScale, PixelProjection, SpatialRegularization,
                      TextBranch, TextClassifier)
 from .losses import (ChannelWiseDistillationLoss, LogitDistillationLoss,
-                     TextAlignmentLoss, TextGuidedDistillationLoss,
+                     SemanticStructureLoss, TextAlignmentLoss,
+                     TextGuidedDistillationLoss,
                      TextSimilarityDistillationLoss)
 from .segmentors import DistilledEncoderDecoder, FrozenTeacher
 
 __all__ = [
     'ChannelWiseDistillationLoss', 'DistilledEncoderDecoder', 'FrozenTeacher',
     'LogitDistillationLoss', 'LogitScale', 'PixelProjection',
-    'SpatialRegularization', 'TextAlignmentLoss', 'TextBranch',
-    'TextClassifier', 'TextDDRHead', 'TextDPTHead',
+    'SemanticStructureLoss', 'SpatialRegularization', 'TextAlignmentLoss',
+    'TextBranch', 'TextClassifier', 'TextDDRHead', 'TextDPTHead',
     'TextDepthwiseSeparableFCNHead', 'TextFCNHead',
     'TextGuidedDistillationLoss', 'TextHeadMixin', 'TextLightHamHead',
     'TextPIDHead', 'TextSegformerHead', 'TextSimilarityDistillationLoss'
