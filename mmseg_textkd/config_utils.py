@@ -5,11 +5,12 @@ Called from configs as ``__import__('mmseg_textkd').stock_network(...)``,
 since MMEngine allows no other import there.
 """
 import copy
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 from mmengine.config import Config
 
 from .compat import stock_config
+from .text import Vocabulary
 
 
 def stock_network(path: str, num_classes: int,
@@ -70,6 +71,39 @@ def insert_transform(dataloader: Dict, transform: Dict, before: str) -> Dict:
         raise ValueError(f'no pipeline of the data loader has a {before!r} to '
                          f'put {transform["type"]!r} in front of.')
     return dataloader
+
+
+def zero_shot(train_dataloader: Dict, vocabulary: str, unseen: Sequence[str],
+              before: str) -> Tuple[Dict, Dict, Dict]:
+    """Hide classes in training, and score them apart in evaluation.
+
+    Args:
+        train_dataloader (dict): Config of the data loader.
+        vocabulary (str): Key of the vocabulary of its classes.
+        unseen (Sequence[str]): Names of the classes to hide.
+        before (str): Type of the transform that they are hidden in front of,
+            the first behind ``LoadAnnotations`` that looks at labels.
+
+    Returns:
+        tuple[dict, dict, dict]: ``text_branch`` of the text head (to be
+        merged into what it has), ``train_dataloader`` and ``val_evaluator``
+        for a config.
+
+    Raises:
+        ValueError: If a class is not in the vocabulary, or as of
+            :func:`insert_transform`.
+    """
+    names = Vocabulary.from_spec(vocabulary).names
+    unknown = [name for name in unseen if name not in names]
+    if unknown:
+        raise ValueError(f'there are no classes {unknown} in the vocabulary '
+                         f'{vocabulary!r}, which has {list(names)}.')
+    indices = sorted(names.index(name) for name in unseen)
+    train_dataloader = insert_transform(
+        train_dataloader, dict(type='HideClasses', classes=indices), before)
+    evaluator = dict(
+        type='ZeroShotIoUMetric', iou_metrics=['mIoU'], unseen=list(unseen))
+    return dict(unseen=indices, bias=False), train_dataloader, evaluator
 
 
 def add_region_embeddings(dataloader: Dict, transform: Dict) -> Dict:

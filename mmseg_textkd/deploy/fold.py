@@ -43,8 +43,9 @@ def fold_state_dict(
 
     Raises:
         RuntimeError: In training mode, or if class embeddings are missing.
-        ValueError: If a weight is not finite, or with ``norm='l2'`` where
-            neither way out has been chosen.
+        ValueError: If a weight is not finite, with ``norm='l2'`` where
+            neither way out has been chosen, or with regularization blocks,
+            which only ``keep_l2`` keeps.
     """
     if model.training:
         raise RuntimeError('only a model in evaluation mode can be folded; '
@@ -112,10 +113,18 @@ def fold(model: nn.Module,
 def _fold(classifier: TextClassifier, name: str, keep_l2: bool,
           lengths: Optional[Mapping[str, float]]) -> Dict[str, Tensor]:
     """The weights that take the place of a text classifier."""
-    if classifier.projection.norm != 'l2':
-        return classifier.as_conv().state_dict()
-    if keep_l2:
+    norm, blocks = classifier.projection.norm, classifier.regularization
+    if norm == 'l2' and keep_l2:
         return fuse_l2(classifier)
+    if blocks is not None and blocks.depth:
+        raise ValueError(
+            f'{name} has spatial regularization blocks, which look at '
+            'neighbouring pixels and other labels and do not fold into a 1x1 '
+            "convolution. With norm='l2' they can be kept, in a small module "
+            'that needs the plugin at inference (keep_l2=True; `--l2 keep`). '
+            f'Here norm={norm!r} and keep_l2={keep_l2}.')
+    if norm != 'l2':
+        return classifier.as_conv().state_dict()
     if name in (lengths or {}):
         conv = fold_with_length(classifier, lengths[name])
         return conv.to(classifier.projection.conv.weight).state_dict()

@@ -1,17 +1,20 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .decode_heads import (TextDDRHead, TextDepthwiseSeparableFCNHead,
-                           TextFCNHead, TextHeadMixin, TextLightHamHead,
-                           TextPIDHead, TextSegformerHead)
-from .layers import LogitScale, PixelProjection, TextBranch, TextClassifier
+                           TextDPTHead, TextFCNHead, TextHeadMixin,
+                           TextLightHamHead, TextPIDHead, TextSegformerHead)
+from .layers import (LogitScale, PixelProjection, SpatialRegularization,
+                     TextBranch, TextClassifier)
 from .losses import (ChannelWiseDistillationLoss, LogitDistillationLoss,
-                     TextAlignmentLoss, TextGuidedDistillationLoss,
+                     SemanticStructureLoss, TextAlignmentLoss,
+                     TextGuidedDistillationLoss,
                      TextSimilarityDistillationLoss)
 from .segmentors import DistilledEncoderDecoder, FrozenTeacher
 
 __all__ = [
     'ChannelWiseDistillationLoss', 'DistilledEncoderDecoder', 'FrozenTeacher',
     'LogitDistillationLoss', 'LogitScale', 'PixelProjection',
-    'TextAlignmentLoss', 'TextBranch', 'TextClassifier', 'TextDDRHead',
+    'SemanticStructureLoss', 'SpatialRegularization', 'TextAlignmentLoss',
+    'TextBranch', 'TextClassifier', 'TextDDRHead', 'TextDPTHead',
     'TextDepthwiseSeparableFCNHead', 'TextFCNHead',
     'TextGuidedDistillationLoss', 'TextHeadMixin', 'TextLightHamHead',
     'TextPIDHead', 'TextSegformerHead', 'TextSimilarityDistillationLoss'

@@ -2,6 +2,7 @@
 from contextlib import ExitStack, contextmanager
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
+import torch
 import torch.nn.functional as F
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
@@ -35,9 +36,10 @@ class TextHeadMixin:
         role (str): 'classifier' or 'auxiliary'. Defaults to 'classifier'.
         text_branch (dict, optional): Further arguments of
             :class:`TextClassifier` (``norm``, ``norm_cfg``, ``scale``,
-            ``bias``) or, in the role 'auxiliary', of :class:`TextBranch`
-            (``norm``, ``norm_cfg``). ``norm_cfg`` defaults to the head's own
-            where that is a batch norm, else to BN. Defaults to None.
+            ``bias``, ``regularization``, ``unseen``) or, in the role
+            'auxiliary', of :class:`TextBranch` (``norm``, ``norm_cfg``).
+            ``norm_cfg`` defaults to the head's own where that is a batch
+            norm, else to BN. Defaults to None.
         text_losses (Sequence[dict], optional): Losses on pixel and class
             embeddings, called with both, the labels at the resolution of the
             pixel embeddings, ``ignore_index`` and ``batch_data_samples``
@@ -109,7 +111,12 @@ class TextHeadMixin:
         Raises:
             RuntimeError: If the stock head does not call its classifier, or
                 with text losses if it calls it more than once.
+            ValueError: If there are labels of classes that are to stay
+                unseen.
         """
+        unseen = getattr(self.text, 'unseen', ())
+        if unseen:
+            self._check_hidden(self._labels(args[-2]), unseen)
         if self._classifier_called and not self.text_losses:
             return super().loss(inputs, *args)
         # The tensors are taken on their way through the stock forward, by
@@ -135,11 +142,21 @@ class TextHeadMixin:
         losses.update(self._text_losses(*values, args[-2]))
         return losses
 
-    def _text_losses(self, embeddings: Tensor, text: Tensor,
-                     batch_data_samples: list) -> Dict[str, Tensor]:
+    def _labels(self, batch_data_samples: list) -> Tensor:
         labels = self._stack_batch_gt(batch_data_samples)
         if isinstance(labels, tuple):  # PIDHead: labels and edges
             labels = labels[0]
+        return labels
+
+    def _text_losses(self, embeddings: Tensor, text: Tensor,
+                     batch_data_samples: list) -> Dict[str, Tensor]:
+        labels = self._labels(batch_data_samples)
+        if getattr(self.text, 'unseen', ()):
+            # As if there were no other classes.
+            seen = self.text.seen
+            text = text[..., seen, :]
+            own = torch.searchsorted(seen, labels)
+            labels = torch.where(labels == self.ignore_index, labels, own)
         small = F.interpolate(
             labels.float(), size=embeddings.shape[2:], mode='nearest')
         small, labels = small.squeeze(1).long(), labels.squeeze(1)
@@ -155,6 +172,16 @@ class TextHeadMixin:
             name = module.loss_name
             losses[name] = losses[name] + value if name in losses else value
         return losses
+
+    def _check_hidden(self, labels: Tensor, unseen: Sequence[int]) -> None:
+        found = torch.isin(labels, labels.new_tensor(unseen))
+        if found.any():
+            classes = labels[found].unique().tolist()
+            raise ValueError(
+                f'the classes {classes} are to stay unseen in training, but '
+                'have labels. Hide them: dict(type=\'HideClasses\', classes='
+                f'{list(unseen)}) behind LoadAnnotations in the pipeline of '
+                'train_dataloader.')
 
     def _check_calls(self, number: int) -> None:
         name = type(self).__name__

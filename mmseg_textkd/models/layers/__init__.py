@@ -2,11 +2,12 @@
 from .class_means import class_means
 from .logit_scale import LogitScale
 from .pixel_projection import PixelProjection
-from .similarity import pixel_text_similarity
+from .similarity import pixel_text_similarity, text_of_batch
+from .spatial_regularization import SpatialRegularization
 from .text_branch import TextBranch
 from .text_classifier import TextClassifier
 
 __all__ = [
-    'LogitScale', 'PixelProjection', 'TextBranch', 'TextClassifier',
-    'class_means', 'pixel_text_similarity'
+    'LogitScale', 'PixelProjection', 'SpatialRegularization', 'TextBranch',
+    'TextClassifier', 'class_means', 'pixel_text_similarity', 'text_of_batch'
 ]
