@@ -2,12 +2,15 @@
 from .decode_heads import (TextDDRHead, TextDepthwiseSeparableFCNHead,
                            TextFCNHead, TextHeadMixin, TextLightHamHead,
                            TextPIDHead, TextSegformerHead)
-from .layers import LogitScale, PixelProjection, TextBranch, TextClassifier
+from .fusion import ContextAwareText, TwoWayBridge
+from .layers import (LogitScale, PixelProjection, TextBranch, TextClassifier,
+                     TextFusion)
 from .losses import TextAlignmentLoss
 
 __all__ = [
-    'LogitScale', 'PixelProjection', 'TextAlignmentLoss', 'TextBranch',
-    'TextClassifier', 'TextDDRHead', 'TextDepthwiseSeparableFCNHead',
-    'TextFCNHead', 'TextHeadMixin', 'TextLightHamHead', 'TextPIDHead',
-    'TextSegformerHead'
+    'ContextAwareText', 'LogitScale', 'PixelProjection', 'TextAlignmentLoss',
+    'TextBranch', 'TextClassifier', 'TextDDRHead',
+    'TextDepthwiseSeparableFCNHead', 'TextFCNHead', 'TextFusion',
+    'TextHeadMixin', 'TextLightHamHead', 'TextPIDHead', 'TextSegformerHead',
+    'TwoWayBridge'
 ]

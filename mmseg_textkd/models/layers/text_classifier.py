@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .logit_scale import LogitScale
 from .similarity import pixel_text_similarity
 from .text_branch import TextBranch
+from .text_fusion import WAYS_OUT
 
 
 @MODELS.register_module()
@@ -36,6 +37,8 @@ class TextClassifier(TextBranch):
             None: learned, from 1 with a batch norm (whose embeddings have a
             length of about ``D ** 0.5``) and from 1 / 0.07 without.
         bias (bool): Whether each class has a bias. Defaults to True.
+        fusion (dict, optional): Config of a :class:`TextFusion`. Defaults to
+            None.
     """
 
     def __init__(self,
@@ -45,8 +48,10 @@ class TextClassifier(TextBranch):
                  norm: str = 'bn',
                  norm_cfg: Optional[dict] = None,
                  scale: Optional[dict] = None,
-                 bias: bool = True) -> None:
-        super().__init__(in_channels, num_classes, text, norm, norm_cfg)
+                 bias: bool = True,
+                 fusion: Optional[dict] = None) -> None:
+        super().__init__(in_channels, num_classes, text, norm, norm_cfg,
+                         fusion)
         if scale is None:
             scale = dict(init=1. if norm == 'bn' else 1 / 0.07)
         self.scale = LogitScale(**scale)
@@ -65,15 +70,28 @@ class TextClassifier(TextBranch):
         Returns:
             Tensor: Logits, float32 or wider, with shape (N, K, H, W).
         """
-        return self.classify(self.projection(feat), self.text(feat.shape[0]))
+        text = self.text(feat.shape[0])
+        if self.keeps_fusion:
+            return self.fusion.classify(self, feat, text)
+        return self.classify(self.projection(feat), text)
 
-    def classify(self, embeddings: Tensor, text: Tensor) -> Tensor:
+    @property
+    def keeps_fusion(self) -> bool:
+        """bool: Whether a fusion has a part in the logits."""
+        return self.fusion is not None and self.fusion.kept
+
+    def classify(self,
+                 embeddings: Tensor,
+                 text: Tensor,
+                 products: Optional[Tensor] = None) -> Tensor:
         """Compare pixel embeddings with class embeddings.
 
         Args:
             embeddings (Tensor): Pixel embeddings, shape (N, D, H, W).
             text (Tensor): Class embeddings with unit rows, shape (K, D) or,
                 for each image its own, (N, K, D).
+            products (Tensor, optional): Added to the similarities before the
+                scale, shape (N, K, H, W). Defaults to None.
 
         Returns:
             Tensor: Logits, float32 or wider, with shape (N, K, H, W).
@@ -82,8 +100,11 @@ class TextClassifier(TextBranch):
         # cosines differ in the third digit.
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(embeddings.dtype, torch.float32)
-            weight = (self.scale() * text).to(dtype)
+            scale = self.scale()
+            weight = (scale * text).to(dtype)
             logits = pixel_text_similarity(embeddings.to(dtype), weight)
+            if products is not None:
+                logits = logits + (scale * products).to(dtype)
             if self.logit_bias is not None:
                 logits = logits + self.logit_bias.to(dtype)[:, None, None]
             return logits
@@ -92,10 +113,9 @@ class TextClassifier(TextBranch):
     def as_conv(self) -> nn.Conv2d:
         r"""Fold everything into one ordinary 1x1 convolution.
 
-        With :math:`g = \gamma / \sqrt{\sigma^2 + \epsilon}`:
-        :math:`W = s\, T \mathrm{diag}(g) P` and
-        :math:`B = s\, T (g \odot (p_b - \mu) + \beta) + b`, in float64, cast
-        once.
+        With the affine map A, a of the projection (see
+        :meth:`PixelProjection.affine`): :math:`W = s\, T A` and
+        :math:`B = s\, T a + b`, in float64, cast once.
 
         Returns:
             nn.Conv2d: C -> K, with the dtype of the projection.
@@ -103,29 +123,21 @@ class TextClassifier(TextBranch):
         Raises:
             RuntimeError: In training mode, in which the batch norm is not
                 yet an affine map.
-            ValueError: With an L2 norm, which is not affine.
+            ValueError: With an L2 norm, which is not affine, or a fusion that
+                is kept at inference.
         """
         if self.training:
             raise RuntimeError('TextClassifier.as_conv() needs evaluation '
                                'mode; call `.eval()` first.')
+        if self.keeps_fusion:
+            raise ValueError(f'{type(self.fusion).__name__} {WAYS_OUT}')
         if self.projection.norm == 'l2':
             raise ValueError(
                 "norm='l2' divides each pixel by its own length and cannot "
                 "be folded into a convolution; train with norm='bn', or "
                 'deploy unfolded.')
-        conv, bn = self.projection.conv, self.projection.bn
-        weight = conv.weight.double().flatten(1)
-        shift = weight.new_zeros(len(weight))
-        if conv.bias is not None:
-            shift = conv.bias.double()
-        if bn is not None:
-            gain = (bn.running_var.double() + bn.eps).rsqrt()
-            offset = torch.zeros_like(gain)
-            if bn.affine:
-                gain = gain * bn.weight.double()
-                offset = bn.bias.double()
-            weight = gain[:, None] * weight
-            shift = gain * (shift - bn.running_mean.double()) + offset
+        conv = self.projection.conv
+        weight, shift = self.projection.affine(torch.float64)
         text = self.scale().double() * self.text().double()
         bias = text @ shift
         if self.logit_bias is not None:
