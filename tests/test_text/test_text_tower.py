@@ -177,8 +177,7 @@ def test_tokenize(clip_dirs):
 def test_sentences_are_tokenized_once(clip_dirs, monkeypatch, variant):
     tower = tower_of(clip_dirs, variant)
     sentences = [*SENTENCES, ' '.join(['road'] * 75)]
-    expected = tower.tokenizer(
-        sentences, context_length=tower.context_length)
+    expected = tower.tokenizer(sentences, context_length=tower.context_length)
     plain, seen = tower.tokenizer, []
 
     def counted(texts, context_length=None):

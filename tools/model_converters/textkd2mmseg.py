@@ -29,8 +29,8 @@ from mmseg_textkd.deploy import (fold_state_dict, load_strictly, mean_lengths,
                                  write_files)
 
 # What MMEngine's runner and this tool note of a training.
-TRAINING = ('epoch', 'iter', 'seed', 'experiment_name', 'time',
-            'trained_with', 'training_cfg')
+TRAINING = ('epoch', 'iter', 'seed', 'experiment_name', 'time', 'trained_with',
+            'training_cfg')
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
