@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+from .class_means import class_means
 from .logit_scale import LogitScale
 from .pixel_projection import PixelProjection
 from .similarity import pixel_text_similarity, text_of_batch
@@ -8,5 +9,5 @@ from .text_classifier import TextClassifier
 
 __all__ = [
     'LogitScale', 'PixelProjection', 'SpatialRegularization', 'TextBranch',
-    'TextClassifier', 'pixel_text_similarity', 'text_of_batch'
+    'TextClassifier', 'class_means', 'pixel_text_similarity', 'text_of_batch'
 ]
