@@ -13,7 +13,8 @@ import numpy as np
 import yaml
 from mmengine.config import Config
 
-from mmseg_textkd.text import EmbeddingFileError, TextEmbeddings
+from mmseg_textkd.text import TextEmbeddings
+from mmseg_textkd.text.vector_import import EmbeddingFileError
 from .run_config import make_config
 
 VARIABLE = re.compile(r'\$\{(\w+)\}')
@@ -113,7 +114,7 @@ class Study:
 
     @property
     def evaluate(self) -> Sequence[str]:
-        """Sequence[str]: The splits that the last checkpoint is measured on."""
+        """Sequence[str]: What the last checkpoint is measured on."""
         return self.spec['evaluate']
 
     def runs(self) -> List[Run]:
