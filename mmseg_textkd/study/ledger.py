@@ -1,5 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""The ledger of a study: one JSON line for each finished run."""
+"""The ledger of a study: JSON lines, one when it is registered and one for
+each finished run.
+"""
 import errno
 import fcntl
 import json
@@ -13,6 +15,7 @@ NEEDED = {
     'study', 'network', 'arm', 'seed', 'train_fraction', 'config_hash',
     'iterations', 'classes', 'val', 'curve'
 }
+REGISTRATION = {'study', 'registered', 'baseline', 'arms', 'planned'}
 
 
 class LedgerError(ValueError):
@@ -32,6 +35,7 @@ class Ledger:
     def __init__(self, path: Union[str, Path]) -> None:
         self.path = Path(path)
         self._entries: Dict[Tuple[str, Run], Dict[str, Any]] = {}
+        self._registered: Dict[str, List[Dict[str, Any]]] = {}
         if self.path.exists():
             lines = self.path.read_text(encoding='utf-8').split('\n')
             for number, line in enumerate(lines, 1):
@@ -55,8 +59,40 @@ class Ledger:
         """
         return self._entries.get((study, run))
 
+    def registrations(self, study: str) -> List[Dict[str, Any]]:
+        """Get what was written down of a study before its runs.
+
+        Args:
+            study (str): Name of the study.
+
+        Returns:
+            list[dict]: The registration and, where the study was changed
+            later, its amendments.
+        """
+        return self._registered.get(study, [])
+
+    def register(self, entry: Dict[str, Any], registered: str) -> bool:
+        """Write down a study, unless it is there as it is.
+
+        Args:
+            entry (dict): Its name, plan, question and analysis.
+            registered (str): Time of the registration.
+
+        Returns:
+            bool: Whether a line was added.
+        """
+        known = self.registrations(entry['study'])
+        if known and {
+                **known[-1], 'registered': None
+        } == {
+                **entry, 'registered': None
+        }:
+            return False
+        self.append(dict(entry, registered=registered))
+        return True
+
     def append(self, entry: Dict[str, Any]) -> None:
-        """Add the entry of a finished run: its line is there or it is not.
+        """Add a line: it is there or it is not.
 
         Args:
             entry (dict): What JSON can hold.
@@ -91,13 +127,19 @@ class Ledger:
             raise LedgerError(
                 f'{where} is damaged ({error}). Restore it, or remove the '
                 'line: its run will then be made again.') from error
-        missing = NEEDED - set(entry) if isinstance(entry, dict) else NEEDED
+        if not isinstance(entry, dict):
+            raise LedgerError(f'{where} is no JSON object.')
+        needed = REGISTRATION if 'registered' in entry else NEEDED
+        missing = needed - set(entry)
         if missing:
-            raise LedgerError(f'{where} is no entry of a run: it has no '
-                              f'{sorted(missing)}.')
+            raise LedgerError(f'{where} is neither a registration nor a run: '
+                              f'it has no {sorted(missing)}.')
         return entry
 
     def _take(self, entry: Dict[str, Any], where: Union[int, str]) -> None:
+        if 'registered' in entry:
+            self._registered.setdefault(entry['study'], []).append(entry)
+            return
         run = Run(entry['network'], entry['arm'], entry['seed'],
                   entry['train_fraction'])
         key = (entry['study'], run)

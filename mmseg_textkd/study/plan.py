@@ -132,6 +132,26 @@ class Study:
                 runs[Run(network, arm, int(seed), float(fraction))] = None
         return list(runs)
 
+    def registration(self) -> Dict[str, Any]:
+        """Get what is to be written down before the first run.
+
+        Returns:
+            dict: For :meth:`Ledger.register`.
+        """
+        used = {run.arm for run in self.runs()}
+        return dict(
+            study=self.name,
+            title=self.spec.get('title', self.name),
+            registration=self.spec.get('registration', ''),
+            baseline=self.spec['baseline'],
+            controls=list(self.spec.get('controls', [])),
+            evaluate=list(self.evaluate),
+            arms={
+                name: arm.get('what', '')
+                for name, arm in self.spec['arms'].items() if name in used
+            },
+            planned=[run.name for run in self.runs()])
+
     def iterations(self, run: Run) -> int:
         """Get the number of iterations of a run.
 

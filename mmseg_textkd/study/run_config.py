@@ -39,6 +39,9 @@ def make_config(path: Path,
     """
     cfg = copy.deepcopy(_load(path))
     cfg.merge_from_dict(options)
+    # A variable of the text configs, whose vectors an arm may not use:
+    # tools/train.py would make them all the same.
+    cfg.pop('text_provider', None)
     if auxiliary_head is not None:
         heads = cfg.model.get('auxiliary_head') or []
         heads = list(heads) if isinstance(heads, list) else [heads]

@@ -158,6 +158,8 @@ class Scheduler:
         own = _lock(self.work_dir / '.lock')
         if own is None:
             raise StudyError(f'another driver is at work in {self.work_dir}.')
+        if self.ledger.register(self.study.registration(), _now()):
+            self.say(f'registered the study in {self.ledger.path}')
         waiting, jobs, told = self.todo(), [], 0.
         handler = signal.signal(signal.SIGTERM, _leave)
         try:
@@ -295,7 +297,7 @@ class Scheduler:
             jobs=self.jobs,
             threads=os.environ.get('OMP_NUM_THREADS'),
             commit=self.commit,
-            finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+            finished=_now(),
             **describe_machine())
         self.ledger.append(entry)
         job.lock.close()
@@ -364,6 +366,10 @@ def _lock(path: Path) -> Optional[IO]:
         file.close()
         return None
     return file
+
+
+def _now() -> str:
+    return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
 
 
 def _leave(*args: Any) -> None:
