@@ -92,8 +92,8 @@ def test_what_trains_with_a_teacher(tmp_path):
     assert more >= weights > 0
     text = tool.build_trainings(text, (32, 64), 2, 'cpu')
     assert list(text)[2:] == ['stage 1', 'stage 2', 'LSeg-style']
-    gamma = text['stage 1'].model.decode_head.text_losses[0].gamma
-    assert gamma.log_scale.grad.abs() > 0
+    for loss in text['stage 1'].model.decode_head.text_losses:
+        assert loss.gamma() != 1  # it has learned
 
 
 @pytest.fixture
