@@ -1,9 +1,11 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Opening a tower with open_clip from what :mod:`.text_weights` has found."""
 
+import hashlib
 from pathlib import Path
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
+import torch
 from torch import nn
 
 from .text_weights import (BPE_NAME, LOCAL, PathLike, TextTowerError,
@@ -31,14 +33,59 @@ def load_clip(
     """
     open_clip = import_open_clip()
     location = find_weights(model, pretrained, cache_dir)
-    return (_load_model(open_clip, model, location),
+    return (_load_model(open_clip, model, location,
+                        ('visual', 'text_decoder')),
             _load_tokenizer(open_clip, model, location, cache_dir),
             f'open_clip_torch {open_clip.__version__}')
 
 
-def _load_model(open_clip: Any, model: str,
-                location: WeightsLocation) -> nn.Module:
-    """Load a model in float32 and drop all but its text side."""
+def load_clip_image_side(
+        model: str,
+        pretrained: Optional[str] = None,
+        cache_dir: Optional[PathLike] = None) -> Tuple[nn.Module, float]:
+    """Load the image side of a CLIP model.
+
+    Args:
+        model (str): See :class:`.text_tower.TextTower`.
+        pretrained (str, optional): Tag or weights file. Defaults to None.
+        cache_dir (str or PathLike, optional): Download cache. Defaults to
+            None.
+
+    Returns:
+        tuple: open_clip's image tower (float32, on the CPU) and the model's
+        own factor on cosines.
+
+    Raises:
+        TextTowerError: If open_clip or the weights are missing or damaged.
+    """
+    open_clip = import_open_clip()
+    location = find_weights(model, pretrained, cache_dir)
+    clip = _load_model(open_clip, model, location, ())
+    return clip.visual, clip.logit_scale.exp().item()
+
+
+def checksum(module: nn.Module) -> str:
+    """Hash all weights, to prove that training has not touched them.
+
+    Args:
+        module (nn.Module): The module.
+
+    Returns:
+        str: SHA-256 over names, types, shapes and bytes of all parameters
+        and buffers.
+    """
+    digest = hashlib.sha256()
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    for name, value in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f'{name} {value.dtype} {tuple(value.shape)};'.encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load_model(open_clip: Any, model: str, location: WeightsLocation,
+                drop: Sequence[str]) -> nn.Module:
+    """Load a model in float32 and drop the parts that are not needed."""
     try:
         clip = open_clip.create_model(
             location.name,
@@ -56,7 +103,7 @@ def _load_model(open_clip: Any, model: str,
             'TorchScript archive such as OpenAI\'s original .pt files (use '
             'the tag `openai`, or the same weights as safetensors).'
         ) from error
-    for name in ('visual', 'text_decoder'):
+    for name in drop:
         if hasattr(clip, name):
             delattr(clip, name)
     return clip.float()
