@@ -106,6 +106,43 @@ def zero_shot(train_dataloader: Dict, vocabulary: str, unseen: Sequence[str],
     return dict(unseen=indices, bias=False), train_dataloader, evaluator
 
 
+def add_region_embeddings(dataloader: Dict, transform: Dict) -> Dict:
+    """Let every pipeline of a data loader load region embeddings.
+
+    Args:
+        dataloader (dict): Config of the data loader.
+        transform (dict): Config of the ``LoadRegionEmbeddings``, which is put
+            directly behind ``LoadAnnotations``.
+
+    Returns:
+        dict: Config of the new data loader, whose pipelines end in
+        ``PackRegionInputs`` instead of ``PackSegInputs``.
+
+    Raises:
+        ValueError: If no pipeline has a ``LoadAnnotations`` and a
+            ``PackSegInputs``.
+    """
+    dataloader = copy.deepcopy(dict(dataloader))
+
+    def change(cfg: Any) -> int:
+        if isinstance(cfg, dict):
+            return sum(change(c) for c in cfg.values())
+        if not isinstance(cfg, list):
+            return 0
+        types = [c.get('type') for c in cfg if isinstance(c, dict)]
+        if not {'LoadAnnotations', 'PackSegInputs'} <= set(types):
+            return sum(change(c) for c in cfg)
+        cfg[types.index('PackSegInputs')]['type'] = 'PackRegionInputs'
+        cfg.insert(
+            types.index('LoadAnnotations') + 1, copy.deepcopy(transform))
+        return 1
+
+    if not change(dataloader):
+        raise ValueError('no pipeline of the data loader has '
+                         "'LoadAnnotations' and 'PackSegInputs'.")
+    return dataloader
+
+
 def _insert(cfg: Any, transform: Dict, before: str) -> int:
     """Insert in place; the number of pipelines that were changed."""
     if isinstance(cfg, list):

@@ -21,8 +21,9 @@ def fold_state_dict(
     In the role 'classifier' projection, norm, class embeddings, scale and
     bias become the head's own ``conv_seg``, in float64, cast once; in the
     role 'auxiliary' the text branch is left out. Auxiliary heads are treated
-    as the decode head is. The weights of a model without text come back as
-    they are, so folding twice is folding once.
+    as the decode head is, and ``distill_losses`` are left out. The weights of
+    a model without text come back as they are, so folding twice is folding
+    once.
 
     Args:
         model (nn.Module): The model, or a head, in evaluation mode. Left as
@@ -49,7 +50,9 @@ def fold_state_dict(
     if model.training:
         raise RuntimeError('only a model in evaluation mode can be folded; '
                            'call `.eval()` first.')
-    left_out = ('auxiliary_head.', ) if strip_auxiliary else ()
+    left_out = ('distill_losses.', )
+    if strip_auxiliary:
+        left_out += ('auxiliary_head.', )
     state = {
         k: v
         for k, v in model.state_dict().items() if not k.startswith(left_out)

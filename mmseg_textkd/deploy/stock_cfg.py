@@ -7,9 +7,9 @@ from mmengine.runner import Runner
 
 from .stock_forms import DROPPED, PLUGIN, StockForms
 
-# Parts of parameter names that only text has.
+# Parts of parameter names that only training with text or teacher has.
 TEXT_PARAMETERS = ('.text.', 'text_branch', 'text_losses', 'log_scale',
-                   'logit_bias')
+                   'logit_bias', 'distill_losses')
 
 
 def to_stock_cfg(cfg: Config,

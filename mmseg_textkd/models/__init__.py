@@ -4,11 +4,18 @@ from .decode_heads import (TextDDRHead, TextDepthwiseSeparableFCNHead,
                            TextLightHamHead, TextPIDHead, TextSegformerHead)
 from .layers import (LogitScale, PixelProjection, SpatialRegularization,
                      TextBranch, TextClassifier)
-from .losses import TextAlignmentLoss
+from .losses import (ChannelWiseDistillationLoss, LogitDistillationLoss,
+                     SemanticStructureLoss, TextAlignmentLoss,
+                     TextGuidedDistillationLoss,
+                     TextSimilarityDistillationLoss)
+from .segmentors import DistilledEncoderDecoder, FrozenTeacher
 
 __all__ = [
-    'LogitScale', 'PixelProjection', 'SpatialRegularization',
-    'TextAlignmentLoss', 'TextBranch', 'TextClassifier', 'TextDDRHead',
-    'TextDPTHead', 'TextDepthwiseSeparableFCNHead', 'TextFCNHead',
-    'TextHeadMixin', 'TextLightHamHead', 'TextPIDHead', 'TextSegformerHead'
+    'ChannelWiseDistillationLoss', 'DistilledEncoderDecoder', 'FrozenTeacher',
+    'LogitDistillationLoss', 'LogitScale', 'PixelProjection',
+    'SemanticStructureLoss', 'SpatialRegularization', 'TextAlignmentLoss',
+    'TextBranch', 'TextClassifier', 'TextDDRHead', 'TextDPTHead',
+    'TextDepthwiseSeparableFCNHead', 'TextFCNHead',
+    'TextGuidedDistillationLoss', 'TextHeadMixin', 'TextLightHamHead',
+    'TextPIDHead', 'TextSegformerHead', 'TextSimilarityDistillationLoss'
 ]

@@ -1,6 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from contextlib import ExitStack, contextmanager
-from typing import Dict, Iterator, List, Optional, Sequence, Union
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -124,19 +124,17 @@ class TextHeadMixin:
         # copied, and nothing stays behind on the modules.
         with ExitStack() as stack:
             if self.role == 'classifier':
-                taken = [
-                    stack.enter_context(_outputs_of(self.text.projection)),
-                    stack.enter_context(_outputs_of(self.text.text))
-                ]
+                modules = [self.text.projection, self.text.text]
             else:
-                taken = [stack.enter_context(_inputs_of(self.conv_seg))]
+                modules = [self.conv_seg]
+            taken = [stack.enter_context(calls_of(m)) for m in modules]
             losses = super().loss(inputs, *args)
         self._check_calls(len(taken[0]))
         if not self.text_losses:
             return losses
-        values = [tensors[0] for tensors in taken]
+        values = [output for (_, output), in taken]
         if self.role == 'auxiliary':
-            feat, = values
+            feat = taken[0][0][0]
             values = [
                 self.text.projection(feat),
                 self.text.text(feat.shape[0])
@@ -240,22 +238,24 @@ class TextHeadMixin:
 
 
 @contextmanager
-def _outputs_of(module: nn.Module) -> Iterator[List[Tensor]]:
-    taken: List[Tensor] = []
+def calls_of(
+        module: Optional[nn.Module]) -> Iterator[List[Tuple[Tensor, Tensor]]]:
+    """Note the calls of a module while the context lasts.
+
+    Args:
+        module (nn.Module, optional): A module of one input and one output.
+            Of None no call is noted.
+
+    Yields:
+        list[tuple[Tensor, Tensor]]: Input and output of each call.
+    """
+    calls: List[Tuple[Tensor, Tensor]] = []
+    if module is None:
+        yield calls
+        return
     handle = module.register_forward_hook(
-        lambda module, args, output: taken.append(output))
+        lambda module, args, output: calls.append((args[0], output)))
     try:
-        yield taken
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[List[Tensor]]:
-    taken: List[Tensor] = []
-    handle = module.register_forward_pre_hook(
-        lambda module, args: taken.append(args[0]))
-    try:
-        yield taken
+        yield calls
     finally:
         handle.remove()
