@@ -23,7 +23,7 @@ from torch import nn
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
 from mmseg_textkd.models.text_parameters import text_providers
 
-COLUMNS = ('config', 'parameters (M)', 'GMACs', 'deployed: parameters (M)',
+COLUMNS = ('network', 'parameters (M)', 'GMACs', 'deployed: parameters (M)',
            'deployed: GMACs')
 
 
@@ -68,7 +68,7 @@ def count(model: Optional[nn.Module], shape: Sequence[int]) -> List[str]:
         inputs=(torch.zeros(1, 3, *shape), ),
         show_table=False,
         show_arch=False)
-    return [f'{found["params"] / 1e6:.3f}', f'{found["flops"] / 1e9:.2f}']
+    return [f'{found["params"] / 1e6:.3f}', f'{found["flops"] / 1e9:.3f}']
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
