@@ -19,6 +19,7 @@ from mmseg_textkd.engine import (CPUAmpOptimWrapper,
                                  TeacherHook)
 from mmseg_textkd.evaluation import ZeroShotIoUMetric
 from mmseg_textkd.models import DistilledEncoderDecoder, TextHeadMixin
+from mmseg_textkd.models.layers.text_fusion import WAYS_OUT
 from .l2_conv_seg import l2_conv_seg_head
 
 PLUGIN = 'mmseg_textkd'
@@ -149,10 +150,14 @@ class StockForms:
                 f'{where}: no stock head takes the place of {kind.__name__}: '
                 'behind TextHeadMixin it must have one base, registered and '
                 f'defined in a module that does not import {PLUGIN}.')
+        fusion = value.get('fusion') or {}
+        if fusion.get('use') == 'inference':
+            raise ValueError(f'{where}: a {fusion["type"]} {WAYS_OUT}')
         head = {
             k: v
             for k, v in value.items()
-            if k not in ('text', 'role', 'text_branch', 'text_losses')
+            if k not in ('text', 'role', 'text_branch', 'text_losses',
+                         'fusion')
         }
         head['type'] = names[stock]
         branch = value.get('text_branch') or {}

@@ -2,8 +2,9 @@
 from .decode_heads import (TextDDRHead, TextDepthwiseSeparableFCNHead,
                            TextDPTHead, TextFCNHead, TextHeadMixin,
                            TextLightHamHead, TextPIDHead, TextSegformerHead)
+from .fusion import ContextAwareText, TwoWayBridge
 from .layers import (LogitScale, PixelProjection, SpatialRegularization,
-                     TextBranch, TextClassifier)
+                     TextBranch, TextClassifier, TextFusion)
 from .losses import (ChannelWiseDistillationLoss, LogitDistillationLoss,
                      SemanticStructureLoss, TextAlignmentLoss,
                      TextGuidedDistillationLoss,
@@ -11,11 +12,13 @@ from .losses import (ChannelWiseDistillationLoss, LogitDistillationLoss,
 from .segmentors import DistilledEncoderDecoder, FrozenTeacher
 
 __all__ = [
-    'ChannelWiseDistillationLoss', 'DistilledEncoderDecoder', 'FrozenTeacher',
-    'LogitDistillationLoss', 'LogitScale', 'PixelProjection',
-    'SemanticStructureLoss', 'SpatialRegularization', 'TextAlignmentLoss',
-    'TextBranch', 'TextClassifier', 'TextDDRHead', 'TextDPTHead',
-    'TextDepthwiseSeparableFCNHead', 'TextFCNHead',
+    'ChannelWiseDistillationLoss', 'ContextAwareText',
+    'DistilledEncoderDecoder', 'FrozenTeacher', 'LogitDistillationLoss',
+    'LogitScale', 'PixelProjection', 'SemanticStructureLoss',
+    'SpatialRegularization', 'TextAlignmentLoss', 'TextBranch',
+    'TextClassifier', 'TextDDRHead', 'TextDPTHead',
+    'TextDepthwiseSeparableFCNHead', 'TextFCNHead', 'TextFusion',
     'TextGuidedDistillationLoss', 'TextHeadMixin', 'TextLightHamHead',
-    'TextPIDHead', 'TextSegformerHead', 'TextSimilarityDistillationLoss'
+    'TextPIDHead', 'TextSegformerHead', 'TextSimilarityDistillationLoss',
+    'TwoWayBridge'
 ]

@@ -6,8 +6,10 @@ from .similarity import pixel_text_similarity, text_of_batch
 from .spatial_regularization import SpatialRegularization
 from .text_branch import TextBranch
 from .text_classifier import TextClassifier
+from .text_fusion import TextFusion
 
 __all__ = [
     'LogitScale', 'PixelProjection', 'SpatialRegularization', 'TextBranch',
-    'TextClassifier', 'class_means', 'pixel_text_similarity', 'text_of_batch'
+    'TextClassifier', 'TextFusion', 'class_means', 'pixel_text_similarity',
+    'text_of_batch'
 ]
