@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import re
 from pathlib import Path
 
 import onnxruntime
@@ -79,8 +80,8 @@ def load_model(path):
 def stock_twin(path):
     """The config of the same name without the text."""
     name = path.name[len('textkd_'):]
-    for tag in ('vit-b16-aux', 'vit-b16', 'toyclip', 'random'):
-        name = name.replace(f'_{tag}_', '_')
+    # The text encoder, and what else it is about.
+    name = re.sub('_(vit-b16|toyclip|random)(-[a-z]+)?_', '_', name)
     twin = CONFIGS / 'stock' / name
     assert twin.exists(), f'{path.name} has no stock twin'
     return twin
