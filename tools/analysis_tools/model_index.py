@@ -27,6 +27,9 @@ READMES = {
     'configs/lseg/README.md': {
         'lseg': 'LSeg'
     },
+    'configs/distillation/README.md': {
+        'distillation': 'Distillation'
+    },
 }
 COLUMNS = [
     'Method', 'Backbone', 'Crop Size', 'Lr schd', 'Mem (GB)', 'Inf time (fps)',
