@@ -98,8 +98,8 @@ class TextHeadMixin:
             if not text_losses and fusion is None:
                 raise ValueError(
                     "role='auxiliary' with no `text_losses` would leave the "
-                    'text branch unused; give at least one loss, or a `fusion`.'
-                )
+                    'text branch unused; give at least one loss, or a '
+                    '`fusion`.')
         self.text_losses = nn.ModuleList(
             MODELS.build(loss) for loss in text_losses or [])
         self._classifier_called = False
