@@ -1,16 +1,24 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .decode_heads import (TextDDRHead, TextDepthwiseSeparableFCNHead,
-                           TextFCNHead, TextHeadMixin, TextLightHamHead,
-                           TextPIDHead, TextSegformerHead)
+                           TextDPTHead, TextFCNHead, TextHeadMixin,
+                           TextLightHamHead, TextPIDHead, TextSegformerHead)
 from .fusion import ContextAwareText, TwoWayBridge
-from .layers import (LogitScale, PixelProjection, TextBranch, TextClassifier,
-                     TextFusion)
-from .losses import TextAlignmentLoss
+from .layers import (LogitScale, PixelProjection, SpatialRegularization,
+                     TextBranch, TextClassifier, TextFusion)
+from .losses import (ChannelWiseDistillationLoss, LogitDistillationLoss,
+                     SemanticStructureLoss, TextAlignmentLoss,
+                     TextGuidedDistillationLoss,
+                     TextSimilarityDistillationLoss)
+from .segmentors import DistilledEncoderDecoder, FrozenTeacher
 
 __all__ = [
-    'ContextAwareText', 'LogitScale', 'PixelProjection', 'TextAlignmentLoss',
-    'TextBranch', 'TextClassifier', 'TextDDRHead',
+    'ChannelWiseDistillationLoss', 'ContextAwareText',
+    'DistilledEncoderDecoder', 'FrozenTeacher', 'LogitDistillationLoss',
+    'LogitScale', 'PixelProjection', 'SemanticStructureLoss',
+    'SpatialRegularization', 'TextAlignmentLoss', 'TextBranch',
+    'TextClassifier', 'TextDDRHead', 'TextDPTHead',
     'TextDepthwiseSeparableFCNHead', 'TextFCNHead', 'TextFusion',
-    'TextHeadMixin', 'TextLightHamHead', 'TextPIDHead', 'TextSegformerHead',
+    'TextGuidedDistillationLoss', 'TextHeadMixin', 'TextLightHamHead',
+    'TextPIDHead', 'TextSegformerHead', 'TextSimilarityDistillationLoss',
     'TwoWayBridge'
 ]

@@ -31,14 +31,42 @@ def load_clip(
     """
     open_clip = import_open_clip()
     location = find_weights(model, pretrained, cache_dir)
-    return (_load_model(open_clip, model, location),
-            _load_tokenizer(open_clip, model, location, cache_dir),
+    clip = _load_model(open_clip, model, location)
+    for name in ('visual', 'text_decoder'):
+        if hasattr(clip, name):
+            delattr(clip, name)
+    return (clip, _load_tokenizer(open_clip, model, location, cache_dir),
             f'open_clip_torch {open_clip.__version__}')
+
+
+def load_visual(model: str,
+                pretrained: Optional[str] = None,
+                cache_dir: Optional[PathLike] = None) -> Tuple[nn.Module, str]:
+    """Load the image side of a CLIP model.
+
+    Args:
+        model (str): See :class:`.text_tower.TextTower`.
+        pretrained (str, optional): Tag or weights file. Defaults to None.
+        cache_dir (str or PathLike, optional): Download cache. Defaults to
+            None.
+
+    Returns:
+        tuple: What open_clip's ``encode_image`` calls (float32, on the CPU;
+        its ``preprocess_cfg`` tells how pictures are prepared), and the name
+        and version of the library.
+
+    Raises:
+        TextTowerError: If open_clip or the weights are missing or damaged.
+    """
+    open_clip = import_open_clip()
+    location = find_weights(model, pretrained, cache_dir)
+    clip = _load_model(open_clip, model, location)
+    return clip.visual, f'open_clip_torch {open_clip.__version__}'
 
 
 def _load_model(open_clip: Any, model: str,
                 location: WeightsLocation) -> nn.Module:
-    """Load a model in float32 and drop all but its text side."""
+    """Load a model in float32."""
     try:
         clip = open_clip.create_model(
             location.name,
@@ -50,15 +78,12 @@ def _load_model(open_clip: Any, model: str,
             require_pretrained=True)
     except Exception as error:
         raise TextTowerError(
-            f'The text tower {model!r} was found at '
+            f'The tower {model!r} was found at '
             f'{location.pretrained or location.name}, but cannot be loaded: '
             f'{error}\nThe file may be damaged, of another architecture, or a '
             'TorchScript archive such as OpenAI\'s original .pt files (use '
             'the tag `openai`, or the same weights as safetensors).'
         ) from error
-    for name in ('visual', 'text_decoder'):
-        if hasattr(clip, name):
-            delattr(clip, name)
     return clip.float()
 
 

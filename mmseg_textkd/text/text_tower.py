@@ -1,12 +1,12 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-import hashlib
-from typing import List, Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 from weakref import WeakValueDictionary
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from .checksum import checksum
 from .text_loading import load_clip
 from .text_weights import BPE_NAME, PathLike, TextTowerError
 
@@ -309,16 +309,7 @@ class TextTower(nn.Module):
             str: SHA-256 over names, types, shapes and bytes of all parameters
             and buffers.
         """
-        digest = hashlib.sha256()
-        tensors: List[Tuple[str, Tensor]] = [
-            *self.named_parameters(), *self.named_buffers()
-        ]
-        for name, value in sorted(tensors, key=lambda item: item[0]):
-            digest.update(
-                f'{name} {value.dtype} {tuple(value.shape)};'.encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return checksum(self)
 
     def extra_repr(self) -> str:
         """Describe the tower in one line of ``repr``."""

@@ -1,7 +1,8 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from contextlib import ExitStack, contextmanager
-from typing import Dict, Iterator, List, Optional, Sequence, Union
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
+import torch
 import torch.nn.functional as F
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
@@ -35,9 +36,10 @@ class TextHeadMixin:
         role (str): 'classifier' or 'auxiliary'. Defaults to 'classifier'.
         text_branch (dict, optional): Further arguments of
             :class:`TextClassifier` (``norm``, ``norm_cfg``, ``scale``,
-            ``bias``) or, in the role 'auxiliary', of :class:`TextBranch`
-            (``norm``, ``norm_cfg``). ``norm_cfg`` defaults to the head's own
-            where that is a batch norm, else to BN. Defaults to None.
+            ``bias``, ``regularization``, ``unseen``) or, in the role
+            'auxiliary', of :class:`TextBranch` (``norm``, ``norm_cfg``).
+            ``norm_cfg`` defaults to the head's own where that is a batch
+            norm, else to BN. Defaults to None.
         text_losses (Sequence[dict], optional): Losses on pixel and class
             embeddings, called with both, the labels at the resolution of the
             pixel embeddings, ``ignore_index`` and ``batch_data_samples``
@@ -125,7 +127,12 @@ class TextHeadMixin:
         Raises:
             RuntimeError: If the stock head does not call its classifier, or
                 with text losses if it calls it more than once.
+            ValueError: If there are labels of classes that are to stay
+                unseen.
         """
+        unseen = getattr(self.text, 'unseen', ())
+        if unseen:
+            self._check_hidden(self._labels(args[-2]), unseen)
         extra = bool(self.text_losses) or self.text.fusion is not None
         if self._classifier_called and not extra:
             return super().loss(inputs, *args)
@@ -133,31 +140,40 @@ class TextHeadMixin:
         # hooks that live no longer than this call: the head need not be
         # copied, and nothing stays behind on the modules.
         with ExitStack() as stack:
-            taken = [
-                stack.enter_context(_inputs_of(self.conv_seg)),
-                stack.enter_context(_outputs_of(self.conv_seg))
-            ]
+            modules = [self.conv_seg]
             if self.role == 'classifier':
-                taken += [
-                    stack.enter_context(_outputs_of(self.text.projection)),
-                    stack.enter_context(_outputs_of(self.text.text))
-                ]
+                modules += [self.text.projection, self.text.text]
+            taken = [stack.enter_context(calls_of(m)) for m in modules]
             losses = super().loss(inputs, *args)
         self._check_calls(len(taken[0]), extra)
         if not extra:
             return losses
-        feat, logits, *branch = [tensors[0] for tensors in taken]
-        if self.role == 'auxiliary':
-            branch = self.text.projection(feat), self.text.text(len(feat))
-        losses.update(self._text_losses(feat, logits, *branch, args[-2]))
+        feat, logits = taken[0][0]
+        if self.role == 'classifier':
+            embeddings, text = (output for (_, output), in taken[1:])
+        else:
+            embeddings = self.text.projection(feat)
+            text = self.text.text(feat.shape[0])
+        losses.update(
+            self._text_losses(feat, logits, embeddings, text, args[-2]))
         return losses
+
+    def _labels(self, batch_data_samples: list) -> Tensor:
+        labels = self._stack_batch_gt(batch_data_samples)
+        if isinstance(labels, tuple):  # PIDHead: labels and edges
+            labels = labels[0]
+        return labels
 
     def _text_losses(self, feat: Tensor, logits: Tensor, embeddings: Tensor,
                      text: Tensor,
                      batch_data_samples: list) -> Dict[str, Tensor]:
-        labels = self._stack_batch_gt(batch_data_samples)
-        if isinstance(labels, tuple):  # PIDHead: labels and edges
-            labels = labels[0]
+        labels = self._labels(batch_data_samples)
+        if getattr(self.text, 'unseen', ()):
+            # As if there were no other classes.
+            seen = self.text.seen
+            text = text[..., seen, :]
+            own = torch.searchsorted(seen, labels)
+            labels = torch.where(labels == self.ignore_index, labels, own)
         small = F.interpolate(
             labels.float(), size=embeddings.shape[2:], mode='nearest')
         small, labels = small.squeeze(1).long(), labels.squeeze(1)
@@ -177,6 +193,16 @@ class TextHeadMixin:
                 self.text.fusion.loss(self.text, feat, embeddings, text,
                                       logits, small, self.ignore_index))
         return losses
+
+    def _check_hidden(self, labels: Tensor, unseen: Sequence[int]) -> None:
+        found = torch.isin(labels, labels.new_tensor(unseen))
+        if found.any():
+            classes = labels[found].unique().tolist()
+            raise ValueError(
+                f'the classes {classes} are to stay unseen in training, but '
+                'have labels. Hide them: dict(type=\'HideClasses\', classes='
+                f'{list(unseen)}) behind LoadAnnotations in the pipeline of '
+                'train_dataloader.')
 
     def _check_calls(self, number: int, extra: bool) -> None:
         name = type(self).__name__
@@ -240,22 +266,24 @@ def _needs_classifier(fusion: Optional[dict]) -> bool:
 
 
 @contextmanager
-def _outputs_of(module: nn.Module) -> Iterator[List[Tensor]]:
-    taken: List[Tensor] = []
+def calls_of(
+        module: Optional[nn.Module]) -> Iterator[List[Tuple[Tensor, Tensor]]]:
+    """Note the calls of a module while the context lasts.
+
+    Args:
+        module (nn.Module, optional): A module of one input and one output.
+            Of None no call is noted.
+
+    Yields:
+        list[tuple[Tensor, Tensor]]: Input and output of each call.
+    """
+    calls: List[Tuple[Tensor, Tensor]] = []
+    if module is None:
+        yield calls
+        return
     handle = module.register_forward_hook(
-        lambda module, args, output: taken.append(output))
+        lambda module, args, output: calls.append((args[0], output)))
     try:
-        yield taken
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[List[Tensor]]:
-    taken: List[Tensor] = []
-    handle = module.register_forward_pre_hook(
-        lambda module, args: taken.append(args[0]))
-    try:
-        yield taken
+        yield calls
     finally:
         handle.remove()

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 from mmseg.registry import MODELS
@@ -7,8 +7,12 @@ from torch import Tensor, nn
 
 from .logit_scale import LogitScale
 from .similarity import pixel_text_similarity
+from .spatial_regularization import SpatialRegularization
 from .text_branch import TextBranch
 from .text_fusion import WAYS_OUT
+
+# Softmax gives exactly 0 in float32, and resizing no NaN as of infinity.
+HIDDEN_LOGIT = -1e4
 
 
 @MODELS.register_module()
@@ -24,6 +28,12 @@ class TextClassifier(TextBranch):
     :meth:`as_conv` gives the one 1x1 convolution that computes the same.
     With ``norm='l2'`` it is the cosine classifier of `LSeg
     <https://arxiv.org/abs/2201.03546>`_, equation 1, which does not fold.
+    With ``norm='l2'`` and ``regularization`` it is LSeg's whole head.
+
+    Classes that are ``unseen`` take no part in training: neither their text
+    nor their logits are computed, so that the softmax is one over the seen
+    classes, the regularization mixes none but these, and no gradient depends
+    on what is unseen. In evaluation mode all classes are equal.
 
     Args:
         in_channels (int): Channels C of the head's features.
@@ -37,8 +47,19 @@ class TextClassifier(TextBranch):
             None: learned, from 1 with a batch norm (whose embeddings have a
             length of about ``D ** 0.5``) and from 1 / 0.07 without.
         bias (bool): Whether each class has a bias. Defaults to True.
+        regularization (dict, optional): Arguments of
+            :class:`SpatialRegularization`, whose blocks then follow the
+            logits. They keep the classifier from folding. Defaults to None:
+            no blocks.
+        unseen (Sequence[int], optional): Indices of the classes without
+            labels in training (``HideClasses``), for zero-shot protocols.
+            Defaults to None: none.
         fusion (dict, optional): Config of a :class:`TextFusion`. Defaults to
             None.
+
+    Raises:
+        ValueError: If ``unseen`` does not fit, or comes with a bias, which
+            nothing would learn for these classes, or with a fusion.
     """
 
     def __init__(self,
@@ -49,6 +70,8 @@ class TextClassifier(TextBranch):
                  norm_cfg: Optional[dict] = None,
                  scale: Optional[dict] = None,
                  bias: bool = True,
+                 regularization: Optional[dict] = None,
+                 unseen: Optional[Sequence[int]] = None,
                  fusion: Optional[dict] = None) -> None:
         super().__init__(in_channels, num_classes, text, norm, norm_cfg,
                          fusion)
@@ -60,6 +83,30 @@ class TextClassifier(TextBranch):
         self.logit_bias = None
         if bias:
             self.logit_bias = nn.Parameter(torch.zeros(num_classes))
+        self.regularization = None
+        if regularization is not None:
+            self.regularization = SpatialRegularization(**regularization)
+        self.num_classes = num_classes
+        self.unseen = tuple(unseen or ())
+        if self.unseen:
+            self._hide(bias)
+
+    def _hide(self, bias: bool) -> None:
+        seen = [k for k in range(self.num_classes) if k not in self.unseen]
+        if not seen or len(seen) + len(set(self.unseen)) != self.num_classes:
+            raise ValueError('`unseen` must be some of the classes 0 to '
+                             f'{self.num_classes - 1}, and not all, but got '
+                             f'{list(self.unseen)}.')
+        if bias:
+            raise ValueError(
+                'a bias of an unseen class would stay 0 while those of the '
+                'seen ones are learned; set bias=False beside `unseen`.')
+        if self.fusion is not None:
+            raise ValueError('in a fusion of image and text unseen classes '
+                             'would have a part; leave out `fusion` or '
+                             '`unseen`.')
+        # It follows from the config and is not in checkpoints.
+        self.register_buffer('seen', torch.tensor(seen), persistent=False)
 
     def forward(self, feat: Tensor) -> Tensor:
         """Classify each pixel.
@@ -96,6 +143,9 @@ class TextClassifier(TextBranch):
         Returns:
             Tensor: Logits, float32 or wider, with shape (N, K, H, W).
         """
+        hide = self.training and self.unseen
+        if hide:
+            text = text[..., self.seen, :]
         # Under AMP too: half precision cannot tell class names apart whose
         # cosines differ in the third digit.
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -107,7 +157,13 @@ class TextClassifier(TextBranch):
                 logits = logits + (scale * products).to(dtype)
             if self.logit_bias is not None:
                 logits = logits + self.logit_bias.to(dtype)[:, None, None]
-            return logits
+            if self.regularization is not None:
+                logits = self.regularization(logits)
+        if hide:
+            shape = (len(logits), self.num_classes, *logits.shape[2:])
+            logits = logits.new_full(shape, HIDDEN_LOGIT).index_copy(
+                1, self.seen, logits)
+        return logits
 
     @torch.no_grad()
     def as_conv(self) -> nn.Conv2d:
@@ -123,8 +179,9 @@ class TextClassifier(TextBranch):
         Raises:
             RuntimeError: In training mode, in which the batch norm is not
                 yet an affine map.
-            ValueError: With an L2 norm, which is not affine, or a fusion that
-                is kept at inference.
+            ValueError: With an L2 norm, which is not affine, with
+                regularization blocks, which look at more than one pixel, or
+                with a fusion that is kept at inference.
         """
         if self.training:
             raise RuntimeError('TextClassifier.as_conv() needs evaluation '
@@ -136,6 +193,12 @@ class TextClassifier(TextBranch):
                 "norm='l2' divides each pixel by its own length and cannot "
                 "be folded into a convolution; train with norm='bn', or "
                 'deploy unfolded.')
+        if self.regularization is not None and self.regularization.depth:
+            raise ValueError(
+                'spatial regularization blocks look at neighbouring pixels '
+                'and other labels and cannot be folded into a 1x1 '
+                'convolution; train without `regularization`, or deploy '
+                'unfolded.')
         conv = self.projection.conv
         weight, shift = self.projection.affine(torch.float64)
         text = self.scale().double() * self.text().double()
