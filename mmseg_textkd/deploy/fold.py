@@ -22,9 +22,9 @@ def fold_state_dict(
     In the role 'classifier' projection, norm, class embeddings, scale and
     bias become the head's own ``conv_seg``, in float64, cast once; in the
     role 'auxiliary' the text branch is left out. Auxiliary heads are treated
-    as the decode head is, and ``distill_losses`` and a fusion for training
-    only are left out. The weights of a model without text come back as they
-    are, so folding twice is folding once.
+    as the decode head is; ``distill_losses``, and a fusion for training only,
+    are left out. The weights of a model without text come back as they are,
+    so folding twice is folding once.
 
     Args:
         model (nn.Module): The model, or a head, in evaluation mode. Left as
@@ -44,10 +44,9 @@ def fold_state_dict(
 
     Raises:
         RuntimeError: In training mode, or if class embeddings are missing.
-        ValueError: If a weight is not finite, with ``norm='l2'`` where
-            neither way out has been chosen, with regularization blocks,
-            which only ``keep_l2`` keeps, or with a fusion that is kept at
-            inference.
+        ValueError: If a weight is not finite, a fusion is kept at inference,
+            with ``norm='l2'`` where neither way out has been chosen, or with
+            regularization blocks, which only ``keep_l2`` keeps.
     """
     if model.training:
         raise RuntimeError('only a model in evaluation mode can be folded; '

@@ -40,7 +40,7 @@ class PhraseBank:
 
         Returns:
             Tensor: Unit vectors, float32: (N, K, D) for 'draw', (K, D) for
-            'mean', (1, K, R, D) for 'max'.
+            'mean', (1, R, K, D) for 'max'.
         """
         if self.vectors.device != device:
             # Once; only the draws travel in each iteration.
@@ -58,8 +58,8 @@ class PhraseBank:
         # A phrase that is there twice changes no maximum.
         best = self.probability.argmax(dim=1).to(device)
         rows = torch.arange(len(vectors), device=device)
-        return vectors.where(used[..., None], vectors[rows, best][:,
-                                                                  None])[None]
+        full = vectors.where(used[..., None], vectors[rows, best][:, None])
+        return full.transpose(0, 1)[None]
 
     def select(self, rows: Tensor) -> 'PhraseBank':
         """Keep, repeat or reorder the classes.

@@ -83,7 +83,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
 
         Returns:
             Tensor: Unit rows, float32, with shape (K, D), or in training
-            (N, K, D) where each image has its own, or (1, K, R, D) where each
+            (N, K, D) where each image has its own, or (1, R, K, D) where each
             class has several that count. They carry a graph to the learnable
             parameters while the provider is learning.
 

@@ -199,7 +199,7 @@ def test_mean_and_max(file, centre):
     best = build(file, mode='max', centre=centre)(7)
     assert best.shape == (1, 4, 4, D)
     pixel = torch.randn(50, D)
-    scores = torch.einsum('pd,krd->pkr', pixel, best[0]).amax(2)
+    scores = torch.einsum('pd,rkd->pkr', pixel, best[0]).amax(2)
     torch.testing.assert_close(
         scores, torch.stack([(pixel @ u.T).amax(1) for u in used], 1))
 

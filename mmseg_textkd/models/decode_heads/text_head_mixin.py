@@ -100,7 +100,7 @@ class TextHeadMixin:
             if not text_losses and fusion is None:
                 raise ValueError(
                     "role='auxiliary' with no `text_losses` would leave the "
-                    'text branch unused; give at least one loss, or a '
+                    'text branch unused; give at least one loss, or '
                     '`fusion`.')
         self.text_losses = nn.ModuleList(
             MODELS.build(loss) for loss in text_losses or [])
@@ -148,9 +148,9 @@ class TextHeadMixin:
         self._check_calls(len(taken[0]), extra)
         if not extra:
             return losses
-        feat, logits = taken[0][0]
+        (feat, logits), *branch = [calls[0] for calls in taken]
         if self.role == 'classifier':
-            embeddings, text = (output for (_, output), in taken[1:])
+            embeddings, text = [output for _, output in branch]
         else:
             embeddings = self.text.projection(feat)
             text = self.text.text(feat.shape[0])

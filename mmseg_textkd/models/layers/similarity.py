@@ -9,7 +9,7 @@ def pixel_text_similarity(embeddings: Tensor, text: Tensor) -> Tensor:
     Args:
         embeddings (Tensor): Pixel embeddings with shape (N, D, H, W).
         text (Tensor): Class embeddings of the same dtype: (K, D) for all
-            images; (N, K, D), those of each image; or (1, K, R, D), R phrases
+            images; (N, K, D), those of each image; or (1, R, K, D), R phrases
             of each class, of which the one that fits a pixel best counts.
 
     Returns:
@@ -19,7 +19,7 @@ def pixel_text_similarity(embeddings: Tensor, text: Tensor) -> Tensor:
         return F.conv2d(embeddings, text[:, :, None, None])
     if text.dim() == 4:
         product = pixel_text_similarity(embeddings, text[0].flatten(0, 1))
-        return product.unflatten(1, text.shape[1:3]).amax(dim=2)
+        return product.unflatten(1, text.shape[1:3]).amax(dim=1)
     product = text @ embeddings.flatten(2)
     return product.unflatten(2, embeddings.shape[2:])
 
@@ -39,7 +39,7 @@ def text_of_batch(text: Tensor) -> Tensor:
         Tensor: Unit rows with shape (K, D).
     """
     if text.dim() == 4:
-        text = text[0].transpose(0, 1)
+        text = text[0]
     if text.dim() == 3:
         text = text.mean(dim=0)
     return F.normalize(text, dim=1)

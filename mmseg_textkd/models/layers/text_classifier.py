@@ -47,6 +47,8 @@ class TextClassifier(TextBranch):
             None: learned, from 1 with a batch norm (whose embeddings have a
             length of about ``D ** 0.5``) and from 1 / 0.07 without.
         bias (bool): Whether each class has a bias. Defaults to True.
+        fusion (dict, optional): Config of a :class:`TextFusion`. Defaults to
+            None.
         regularization (dict, optional): Arguments of
             :class:`SpatialRegularization`, whose blocks then follow the
             logits. They keep the classifier from folding. Defaults to None:
@@ -54,12 +56,11 @@ class TextClassifier(TextBranch):
         unseen (Sequence[int], optional): Indices of the classes without
             labels in training (``HideClasses``), for zero-shot protocols.
             Defaults to None: none.
-        fusion (dict, optional): Config of a :class:`TextFusion`. Defaults to
-            None.
 
     Raises:
         ValueError: If ``unseen`` does not fit, or comes with a bias, which
-            nothing would learn for these classes, or with a fusion.
+            nothing would learn for these classes, or with a fusion, whose
+            tokens would know their names.
     """
 
     def __init__(self,
@@ -70,9 +71,9 @@ class TextClassifier(TextBranch):
                  norm_cfg: Optional[dict] = None,
                  scale: Optional[dict] = None,
                  bias: bool = True,
+                 fusion: Optional[dict] = None,
                  regularization: Optional[dict] = None,
-                 unseen: Optional[Sequence[int]] = None,
-                 fusion: Optional[dict] = None) -> None:
+                 unseen: Optional[Sequence[int]] = None) -> None:
         super().__init__(in_channels, num_classes, text, norm, norm_cfg,
                          fusion)
         if scale is None:
@@ -102,9 +103,10 @@ class TextClassifier(TextBranch):
                 'a bias of an unseen class would stay 0 while those of the '
                 'seen ones are learned; set bias=False beside `unseen`.')
         if self.fusion is not None:
-            raise ValueError('in a fusion of image and text unseen classes '
-                             'would have a part; leave out `fusion` or '
-                             '`unseen`.')
+            raise ValueError(
+                f'{type(self.fusion).__name__} lets all class names take part '
+                'in training, also those that `unseen` hides; leave one of '
+                'them out.')
         # It follows from the config and is not in checkpoints.
         self.register_buffer('seen', torch.tensor(seen), persistent=False)
 

@@ -137,7 +137,7 @@ class SemanticStructureLoss(nn.Module):
             embeddings (Tensor): Pixel embeddings, shape (N, D, h, w), of any
                 length.
             text (Tensor): Class embeddings, shape (K, D), (N, K, D) or
-                (1, K, R, D).
+                (1, R, K, D).
             labels (Tensor): Long tensor with shape (N, H, W), of values in
                 [0, K) or ``ignore_index``. Where H, W differ from h, w the
                 nearest labels are taken.
