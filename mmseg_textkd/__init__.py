@@ -13,10 +13,11 @@ compat.apply()
 
 from . import datasets, engine, models, text  # noqa: E402
 from .compat import stock_config  # noqa: E402
-from .config_utils import insert_transform, stock_network  # noqa: E402
+from .config_utils import insert_transform  # noqa: E402
+from .config_utils import open_vocabulary_test, stock_network  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = [
     '__version__', 'compat', 'datasets', 'engine', 'insert_transform',
-    'models', 'stock_config', 'stock_network', 'text'
+    'models', 'open_vocabulary_test', 'stock_config', 'stock_network', 'text'
 ]
