@@ -10,8 +10,8 @@ model = dict(
             type='ClassEmbeddings',
             num_classes=59,
             dim=512,
-            file=
-            'data/text_embeddings/pascal_context59_vit-b16-openai.safetensors',
+            file='data/text_embeddings/'
+            'pascal_context59_vit-b16-openai.safetensors',
             build=dict(
                 vocabulary=vocabulary,
                 model='ViT-B-16',

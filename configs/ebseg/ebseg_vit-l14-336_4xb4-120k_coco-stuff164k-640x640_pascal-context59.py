@@ -10,8 +10,8 @@ model = dict(
             type='ClassEmbeddings',
             num_classes=59,
             dim=768,
-            file=
-            'data/text_embeddings/pascal_context59_vit-l14-336-openai.safetensors',
+            file='data/text_embeddings/'
+            'pascal_context59_vit-l14-336-openai.safetensors',
             build=dict(
                 vocabulary=vocabulary,
                 model='ViT-L-14-336',

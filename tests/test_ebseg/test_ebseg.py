@@ -27,8 +27,8 @@ def towers(model):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, model_cfg):
-    """A run of 30 iterations, with its checkpoints and first losses."""
-    cfg = tiny_config(tmp_path_factory.mktemp('ebseg'), max_iters=30)
+    """A run of 20 iterations and its config."""
+    cfg = tiny_config(tmp_path_factory.mktemp('ebseg'), max_iters=20)
     cfg.model = model_cfg()
     cfg.optim_wrapper = dict(
         type='OptimWrapper',
@@ -38,7 +38,7 @@ def trained(tmp_path_factory, model_cfg):
         dict(type='PromptLearnerHook'),
         dict(type='EMAHook', momentum=0.5)
     ]
-    cfg.default_hooks.checkpoint.interval = 15
+    cfg.default_hooks.checkpoint.interval = 10
     return cfg, run(cfg)
 
 
@@ -57,9 +57,9 @@ def logged(runner, name='loss'):
 
 def test_it_learns(trained):
     _, runner = trained
-    assert len(logged(runner)) == 30
+    assert len(logged(runner)) == 20
     # Colours say the classes: masks and both classifiers learn it.
-    for name, factor in (('loss', .6), ('decode.loss_mask', .8),
+    for name, factor in (('loss', .7), ('decode.loss_mask', .8),
                          ('decode.loss_cls', .5), ('decode.loss_cls_attention',
                                                    .9)):
         values = logged(runner, name)
@@ -88,7 +88,7 @@ def test_the_towers_are_untouched(trained, model):
 
 def test_only_the_positional_embedding_of_clip_is_trained_and_saved(trained):
     cfg, runner = trained
-    checkpoint = torch.load(f'{cfg.work_dir}/iter_30.pth', weights_only=True)
+    checkpoint = torch.load(f'{cfg.work_dir}/iter_20.pth', weights_only=True)
     state = checkpoint['state_dict']
     assert [k for k in state if k.startswith(('image_encoder', 'backbone'))
             ] == ['image_encoder.positional_embedding']
@@ -101,14 +101,14 @@ def test_only_the_positional_embedding_of_clip_is_trained_and_saved(trained):
     assert id(learned) in known
     start = runner.model.image_encoder.network.positional_embedding
     assert not torch.equal(learned, start)
-    half = torch.load(f'{cfg.work_dir}/iter_15.pth', weights_only=True)
+    half = torch.load(f'{cfg.work_dir}/iter_10.pth', weights_only=True)
     for name, _ in runner.model.named_parameters():
         assert not torch.equal(state[name], half['state_dict'][name]), name
 
 
 def test_a_checkpoint_brings_everything_back(trained, model_cfg):
     cfg, runner = trained
-    checkpoint = torch.load(f'{cfg.work_dir}/iter_30.pth', weights_only=True)
+    checkpoint = torch.load(f'{cfg.work_dir}/iter_20.pth', weights_only=True)
     fresh = MODELS.build(model_cfg())
     fresh.load_state_dict(checkpoint['state_dict'], strict=True)
     twin = MODELS.build(model_cfg())
@@ -123,7 +123,7 @@ def test_a_resumed_run_goes_on_as_the_whole_one(trained, tmp_path):
     cfg, runner = trained
     resumed = cfg.copy()
     resumed.work_dir = str(tmp_path)
-    resumed.load_from = f'{cfg.work_dir}/iter_15.pth'
+    resumed.load_from = f'{cfg.work_dir}/iter_10.pth'
     resumed.resume = True
     again = run(resumed)
     assert_equal(
