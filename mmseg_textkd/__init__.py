@@ -11,13 +11,15 @@ from . import compat
 # Before anything that imports mmseg.models: the cures must be in place.
 compat.apply()
 
-from . import datasets, engine, models, text  # noqa: E402
+from . import datasets, engine, evaluation, models, text  # noqa: E402
 from .compat import stock_config  # noqa: E402
-from .config_utils import insert_transform  # noqa: E402
-from .config_utils import open_vocabulary_test, stock_network  # noqa: E402
+from .config_utils import add_region_embeddings  # noqa: E402
+from .config_utils import (insert_transform,  # noqa: E402
+                           open_vocabulary_test, stock_network, zero_shot)
 from .version import __version__  # noqa: E402
 
 __all__ = [
-    '__version__', 'compat', 'datasets', 'engine', 'insert_transform',
-    'models', 'open_vocabulary_test', 'stock_config', 'stock_network', 'text'
+    '__version__', 'add_region_embeddings', 'compat', 'datasets', 'engine',
+    'evaluation', 'insert_transform', 'models', 'open_vocabulary_test',
+    'stock_config', 'stock_network', 'text', 'zero_shot'
 ]

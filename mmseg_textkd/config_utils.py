@@ -118,6 +118,76 @@ def open_vocabulary_test(
     })
 
 
+def zero_shot(train_dataloader: Dict, vocabulary: str, unseen: Sequence[str],
+              before: str) -> Tuple[Dict, Dict, Dict]:
+    """Hide classes in training, and score them apart in evaluation.
+
+    Args:
+        train_dataloader (dict): Config of the data loader.
+        vocabulary (str): Key of the vocabulary of its classes.
+        unseen (Sequence[str]): Names of the classes to hide.
+        before (str): Type of the transform that they are hidden in front of,
+            the first behind ``LoadAnnotations`` that looks at labels.
+
+    Returns:
+        tuple[dict, dict, dict]: ``text_branch`` of the text head (to be
+        merged into what it has), ``train_dataloader`` and ``val_evaluator``
+        for a config.
+
+    Raises:
+        ValueError: If a class is not in the vocabulary, or as of
+            :func:`insert_transform`.
+    """
+    names = Vocabulary.from_spec(vocabulary).names
+    unknown = [name for name in unseen if name not in names]
+    if unknown:
+        raise ValueError(f'there are no classes {unknown} in the vocabulary '
+                         f'{vocabulary!r}, which has {list(names)}.')
+    indices = sorted(names.index(name) for name in unseen)
+    train_dataloader = insert_transform(
+        train_dataloader, dict(type='HideClasses', classes=indices), before)
+    evaluator = dict(
+        type='ZeroShotIoUMetric', iou_metrics=['mIoU'], unseen=list(unseen))
+    return dict(unseen=indices, bias=False), train_dataloader, evaluator
+
+
+def add_region_embeddings(dataloader: Dict, transform: Dict) -> Dict:
+    """Let every pipeline of a data loader load region embeddings.
+
+    Args:
+        dataloader (dict): Config of the data loader.
+        transform (dict): Config of the ``LoadRegionEmbeddings``, which is put
+            directly behind ``LoadAnnotations``.
+
+    Returns:
+        dict: Config of the new data loader, whose pipelines end in
+        ``PackRegionInputs`` instead of ``PackSegInputs``.
+
+    Raises:
+        ValueError: If no pipeline has a ``LoadAnnotations`` and a
+            ``PackSegInputs``.
+    """
+    dataloader = copy.deepcopy(dict(dataloader))
+
+    def change(cfg: Any) -> int:
+        if isinstance(cfg, dict):
+            return sum(change(c) for c in cfg.values())
+        if not isinstance(cfg, list):
+            return 0
+        types = [c.get('type') for c in cfg if isinstance(c, dict)]
+        if not {'LoadAnnotations', 'PackSegInputs'} <= set(types):
+            return sum(change(c) for c in cfg)
+        cfg[types.index('PackSegInputs')]['type'] = 'PackRegionInputs'
+        cfg.insert(
+            types.index('LoadAnnotations') + 1, copy.deepcopy(transform))
+        return 1
+
+    if not change(dataloader):
+        raise ValueError('no pipeline of the data loader has '
+                         "'LoadAnnotations' and 'PackSegInputs'.")
+    return dataloader
+
+
 def _insert(cfg: Any, transform: Dict, before: str) -> int:
     """Insert in place; the number of pipelines that were changed."""
     if isinstance(cfg, list):

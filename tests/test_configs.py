@@ -58,8 +58,8 @@ def test_every_file_is_tested():
         assert len(found) == len(here) > 0
     folders = {p.parts[0] for p in below}
     # EBSeg's are tested in test_ebseg.
-    assert folders == {'_base_', 'ebseg', 'stock', 'textkd'
-                       }, 'a folder is untested'
+    assert folders == {'_base_', 'ebseg', 'stock',
+                       'textkd'}, 'a folder is untested'
 
 
 def test_all_combinations_are_there():

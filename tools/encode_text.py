@@ -8,7 +8,7 @@ from typing import List, Optional, Sequence
 
 from torch import Tensor
 
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.build import encode_classes, look_up_phrases
 from mmseg_textkd.text.embedding_file import (TextEmbeddings, ce_floor, centre,
                                               closest_pairs, geometry)
 from mmseg_textkd.text.text_tower import TextTower, TextTowerError
@@ -24,6 +24,12 @@ EXAMPLES = """examples:
   # plain vectors made elsewhere, under the names of a dataset
   python tools/encode_text.py camvid --import camvid11.npy \\
       --names-file camvid11.json --out data/text/camvid.safetensors
+  # further words for each class, and a vector for each of them
+  python tools/encode_text.py camvid+synonyms --model toyclip --keep-bank \\
+      --out data/text/camvid_synonyms.safetensors
+  # the same of plain vectors of many phrases
+  python tools/encode_text.py camvid+synonyms --import phrases.npy \\
+      --names-file phrases.json --by-phrase --keep-bank --out own.safetensors
   # fetch a model on a machine with a network
   python tools/encode_text.py --prefetch --model hf-hub:org/name --cache-dir D
   # look at a file
@@ -40,8 +46,9 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument(
         'classes',
         nargs='?',
-        help=f'dataset ({", ".join(Vocabulary.keys())}), a .txt or .json file '
-        'of names and phrases, or an embeddings file to look at')
+        help=f'dataset ({", ".join(Vocabulary.keys())}), one with +synonyms '
+        'behind it, a .txt or .json file of names and phrases, or an '
+        'embeddings file to look at')
     parser.add_argument('--names', help='class names, separated by commas')
     parser.add_argument('--out', type=Path, help='embeddings file to write')
     parser.add_argument(
@@ -77,6 +84,10 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         '--names-file',
         help='names of the imported rows: .txt, or .json with "names" and '
         'optionally "phrases", "template", "model"')
+    plain.add_argument(
+        '--by-phrase',
+        action='store_true',
+        help='the imported rows are phrases: look up those of each class')
     report = parser.add_argument_group('report')
     report.add_argument(
         '--closest', type=int, metavar='N', help='print the N closest pairs')
@@ -101,15 +112,18 @@ def _check_args(parser: argparse.ArgumentParser,
     if args.classes and args.names:
         parser.error('give either a dataset or file, or --names')
     if args.vectors:
-        if args.model or args.keep_bank:
-            parser.error('--import encodes nothing: --model and --keep-bank '
-                         'make no sense with it')
+        if args.model or (args.keep_bank and not args.by_phrase):
+            parser.error('--import encodes nothing: --model and, without '
+                         '--by-phrase, --keep-bank make no sense with it')
+        if args.by_phrase and not (args.classes and args.names_file):
+            parser.error('--by-phrase needs a dataset or a file of names and '
+                         'phrases, and the --names-file of the rows')
         if not (args.names_file or args.names or args.classes):
             parser.error('--import needs the names of its rows: --names-file, '
                          '--names or a dataset')
-    elif args.names_file:
-        parser.error('--names-file belongs to --import; give a file of names '
-                     'to encode as first argument')
+    elif args.names_file or args.by_phrase:
+        parser.error('--names-file belongs to --import, as --by-phrase does; '
+                     'give a file of names to encode as first argument')
     elif not (args.classes or args.names):
         parser.error('nothing to encode: give a dataset, a file or --names')
     looking = _is_embeddings(args.classes) and not args.vectors
@@ -153,6 +167,9 @@ def make(args: argparse.Namespace) -> TextEmbeddings:
             args.templates,
             keep_bank=args.keep_bank,
             progress=True)
+    if args.by_phrase:
+        found = TextEmbeddings.from_vectors(args.vectors, args.names_file)
+        return look_up_phrases(classes, found, args.keep_bank)
     wanted = None if classes is None else Vocabulary.from_spec(classes).names
     embeddings = TextEmbeddings.from_vectors(args.vectors, args.names_file
                                              or wanted)

@@ -2,8 +2,9 @@
 """Train a segmentor: MMSegmentation's ``tools/train.py`` and its arguments.
 
 Before the run starts, text embeddings that the config describes (``build=``)
-and that are missing are made. ``--resume`` also takes the path of a
-checkpoint, and without a GPU ``--launcher pytorch`` and ``--amp`` work too.
+and region embeddings are made where they are missing. ``--resume`` also takes
+the path of a checkpoint, and without a GPU ``--launcher pytorch`` and
+``--amp`` work too.
 """
 import argparse
 import os.path as osp
@@ -15,6 +16,7 @@ from mmengine.device import get_device
 from mmengine.dist import is_main_process
 
 from mmseg_textkd.compat import load_stock_tool
+from mmseg_textkd.datasets.encode_regions import ensure_regions
 from mmseg_textkd.engine import join_cpu_ranks
 from mmseg_textkd.text.build import ensure_embeddings
 
@@ -73,6 +75,7 @@ def main() -> None:
         options['load_from'] = resume
     cfg = load_config(args)
     ensure_embeddings(cfg)
+    ensure_regions(cfg, progress=True)
     if get_device() == 'cpu':
         if args.launcher == 'pytorch':
             options.update(join_cpu_ranks(cfg))

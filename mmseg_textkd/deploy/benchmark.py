@@ -14,7 +14,12 @@ from mmengine.config import Config
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from mmseg_textkd.text.build import FILE_PROVIDERS
+
 Device = Union[str, torch.device]
+# For each class, where a bank of phrases is replaced: about as many as the
+# vocabularies with synonyms have.
+PHRASES = 6
 
 
 class Ratio(NamedTuple):
@@ -190,8 +195,7 @@ def random_text(cfg: Config) -> Config:
         if not isinstance(value, dict):
             return
         for key, item in value.items():
-            if (isinstance(item, dict)
-                    and item.get('type') == 'ClassEmbeddings'
+            if (isinstance(item, dict) and item.get('type') in FILE_PROVIDERS
                     and item.get('dim')
                     and value.get('type') != 'MixturePromptLearner'):
                 if value.get('type') == 'ContextPromptLearner':
@@ -199,6 +203,8 @@ def random_text(cfg: Config) -> Config:
                     value.setdefault('vocabulary', item.get('classes'))
                 value[key] = dict(
                     type='ControlEmbeddings', kind='random', dim=item.dim)
+                if item.type == 'SynonymSampler':
+                    value[key].update(phrases=PHRASES)
             else:
                 walk(item)
 

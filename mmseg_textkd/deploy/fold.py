@@ -7,6 +7,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_textkd.models import TextClassifier, TextHeadMixin
+from mmseg_textkd.models.layers.text_fusion import WAYS_OUT
 from .l2_conv_seg import fold_with_length, fuse_l2
 from .stock_cfg import to_stock_cfg
 
@@ -21,8 +22,9 @@ def fold_state_dict(
     In the role 'classifier' projection, norm, class embeddings, scale and
     bias become the head's own ``conv_seg``, in float64, cast once; in the
     role 'auxiliary' the text branch is left out. Auxiliary heads are treated
-    as the decode head is. The weights of a model without text come back as
-    they are, so folding twice is folding once.
+    as the decode head is; ``distill_losses``, and a fusion for training only,
+    are left out. The weights of a model without text come back as they are,
+    so folding twice is folding once.
 
     Args:
         model (nn.Module): The model, or a head, in evaluation mode. Left as
@@ -42,13 +44,16 @@ def fold_state_dict(
 
     Raises:
         RuntimeError: In training mode, or if class embeddings are missing.
-        ValueError: If a weight is not finite, or with ``norm='l2'`` where
-            neither way out has been chosen.
+        ValueError: If a weight is not finite, a fusion is kept at inference,
+            with ``norm='l2'`` where neither way out has been chosen, or with
+            regularization blocks, which only ``keep_l2`` keeps.
     """
     if model.training:
         raise RuntimeError('only a model in evaluation mode can be folded; '
                            'call `.eval()` first.')
-    left_out = ('auxiliary_head.', ) if strip_auxiliary else ()
+    left_out = ('distill_losses.', )
+    if strip_auxiliary:
+        left_out += ('auxiliary_head.', )
     state = {
         k: v
         for k, v in model.state_dict().items() if not k.startswith(left_out)
@@ -109,10 +114,21 @@ def fold(model: nn.Module,
 def _fold(classifier: TextClassifier, name: str, keep_l2: bool,
           lengths: Optional[Mapping[str, float]]) -> Dict[str, Tensor]:
     """The weights that take the place of a text classifier."""
-    if classifier.projection.norm != 'l2':
-        return classifier.as_conv().state_dict()
-    if keep_l2:
+    if classifier.keeps_fusion:
+        kind = type(classifier.fusion).__name__
+        raise ValueError(f'{name} has a {kind}, which {WAYS_OUT}')
+    norm, blocks = classifier.projection.norm, classifier.regularization
+    if norm == 'l2' and keep_l2:
         return fuse_l2(classifier)
+    if blocks is not None and blocks.depth:
+        raise ValueError(
+            f'{name} has spatial regularization blocks, which look at '
+            'neighbouring pixels and other labels and do not fold into a 1x1 '
+            "convolution. With norm='l2' they can be kept, in a small module "
+            'that needs the plugin at inference (keep_l2=True; `--l2 keep`). '
+            f'Here norm={norm!r} and keep_l2={keep_l2}.')
+    if norm != 'l2':
+        return classifier.as_conv().state_dict()
     if name in (lengths or {}):
         conv = fold_with_length(classifier, lengths[name])
         return conv.to(classifier.projection.conv.weight).state_dict()

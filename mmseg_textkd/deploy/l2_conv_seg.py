@@ -1,13 +1,13 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """The two ways to deploy ``norm='l2'``, which does not fold."""
 import copy
-from typing import Dict, Iterable, List
+from typing import Dict, Iterable, List, Optional
 
 import torch
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_textkd.models import TextClassifier
+from mmseg_textkd.models import SpatialRegularization, TextClassifier
 
 EPS = 1e-12  # as of torch.nn.functional.normalize
 
@@ -27,13 +27,22 @@ class L2ConvSeg(nn.Module):
         in_channels (int): Channels C of the head's features.
         num_classes (int): Number of classes K.
         dim (int): Width D of the text embeddings.
+        regularization (dict, optional): Arguments of
+            :class:`SpatialRegularization`, which follows. Defaults to None.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, dim: int) -> None:
+    def __init__(self,
+                 in_channels: int,
+                 num_classes: int,
+                 dim: int,
+                 regularization: Optional[dict] = None) -> None:
         super().__init__()
         self.length = nn.Conv2d(in_channels, min(dim, in_channels + 1), 1)
         self.product = nn.Conv2d(in_channels, num_classes, 1)
         self.logit_bias = nn.Parameter(torch.zeros(num_classes, 1, 1))
+        self.regularization = nn.Identity()
+        if regularization is not None:
+            self.regularization = SpatialRegularization(**regularization)
 
     def forward(self, feat: Tensor) -> Tensor:
         """Classify each pixel.
@@ -48,23 +57,28 @@ class L2ConvSeg(nn.Module):
         dtype = torch.promote_types(feat.dtype, torch.float32)
         length = self.length(feat).to(dtype).norm(dim=1, keepdim=True)
         product = self.product(feat).to(dtype)
-        return product / length.clamp(min=EPS) + self.logit_bias
+        logits = product / length.clamp(min=EPS) + self.logit_bias
+        return self.regularization(logits)
 
 
 @MODELS.register_module(name='L2ConvSegHead')
-def l2_conv_seg_head(head: dict, dim: int) -> nn.Module:
+def l2_conv_seg_head(head: dict,
+                     dim: int,
+                     regularization: Optional[dict] = None) -> nn.Module:
     """Build a stock head with :class:`L2ConvSeg` for its ``conv_seg``.
 
     Args:
         head (dict): Config of the stock head.
         dim (int): Width D of the text embeddings.
+        regularization (dict, optional): As of :class:`L2ConvSeg`. Defaults to
+            None.
 
     Returns:
         nn.Module: The head.
     """
     built = MODELS.build(head)
     built.conv_seg = L2ConvSeg(built.conv_seg.in_channels, built.num_classes,
-                               dim)
+                               dim, regularization)
     return built
 
 
@@ -94,6 +108,9 @@ def fuse_l2(classifier: TextClassifier) -> Dict[str, Tensor]:
         'product.bias': product[:, -1],
         'logit_bias': bias[:, None, None],
     }
+    if classifier.regularization is not None:
+        blocks = classifier.regularization.state_dict(prefix='regularization.')
+        state.update(blocks)
     return {k: v.to(conv.weight.dtype) for k, v in state.items()}
 
 

@@ -7,9 +7,9 @@ from mmengine.runner import Runner
 
 from .stock_forms import DROPPED, PLUGIN, StockForms
 
-# Parts of parameter names that only text has.
+# Parts of parameter names that only training with text or teacher has.
 TEXT_PARAMETERS = ('.text.', 'text_branch', 'text_losses', 'log_scale',
-                   'logit_bias')
+                   'logit_bias', 'distill_losses', '.fusion.')
 
 
 def to_stock_cfg(cfg: Config,
@@ -20,7 +20,9 @@ def to_stock_cfg(cfg: Config,
     Text heads become their stock heads, the plugin's datasets a
     ``BaseSegDataset`` each. Hook, text variables, settings of text
     parameters, ``CheckLabels`` and the import of the plugin go; so does
-    ``find_unused_parameters``, which the stages had needed.
+    ``find_unused_parameters``, which the stages had needed. To a stock
+    network no class is unseen: ``HideClasses`` goes, and an ``IoUMetric``
+    takes the place of ``ZeroShotIoUMetric``.
 
     Pre-trained weights and ``load_from`` go too: a run of the new config
     starts from the folded checkpoint, which would overwrite them.

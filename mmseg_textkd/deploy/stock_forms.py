@@ -12,14 +12,28 @@ from mmengine.registry import Registry
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import MODELS
 
-from mmseg_textkd.datasets import CheckLabels
+from mmseg_textkd.datasets import (CheckLabels, HideClasses,
+                                   LoadRegionEmbeddings, PackRegionInputs)
 from mmseg_textkd.engine import (CPUAmpOptimWrapper,
-                                 CPUDistributedDataParallel, PromptLearnerHook)
-from mmseg_textkd.models import TextHeadMixin
+                                 CPUDistributedDataParallel, PromptLearnerHook,
+                                 TeacherHook)
+from mmseg_textkd.evaluation import ZeroShotIoUMetric
+from mmseg_textkd.models import DistilledEncoderDecoder, TextHeadMixin
+from mmseg_textkd.models.layers.text_fusion import WAYS_OUT
 from .l2_conv_seg import l2_conv_seg_head
 
 PLUGIN = 'mmseg_textkd'
 DROPPED = object()
+# What only training needs.
+NOT_DEPLOYED = (CheckLabels, CPUDistributedDataParallel, HideClasses,
+                LoadRegionEmbeddings, PromptLearnerHook, TeacherHook)
+# What is a stock thing with additions: its name, and their arguments.
+STOCK_FORMS = {
+    CPUAmpOptimWrapper: ('OptimWrapper', ()),
+    DistilledEncoderDecoder: ('EncoderDecoder', ('teacher', 'distill_losses')),
+    PackRegionInputs: ('PackSegInputs', ()),
+    ZeroShotIoUMetric: ('IoUMetric', ('unseen', )),
+}
 
 
 class StockForms:
@@ -102,11 +116,16 @@ class StockForms:
         return value
 
     def _stock_form(self, kind: Any, value: Dict, where: str) -> Any:
-        if kind in (CheckLabels, CPUDistributedDataParallel,
-                    PromptLearnerHook):
+        if kind in NOT_DEPLOYED:
             return DROPPED
-        if kind is CPUAmpOptimWrapper:
-            return dict(value, type='OptimWrapper')
+        if kind in STOCK_FORMS:
+            name, own = STOCK_FORMS[kind]
+            return {
+                **{
+                    k: v
+                    for k, v in value.items() if k not in own
+                }, 'type': name
+            }
         if kind is l2_conv_seg_head and self.keep_l2:
             return value
         if inspect.isclass(kind) and issubclass(kind, TextHeadMixin):
@@ -131,19 +150,25 @@ class StockForms:
                 f'{where}: no stock head takes the place of {kind.__name__}: '
                 'behind TextHeadMixin it must have one base, registered and '
                 f'defined in a module that does not import {PLUGIN}.')
+        fusion = value.get('fusion') or {}
+        if fusion.get('use') == 'inference':
+            raise ValueError(f'{where}: a {fusion["type"]} {WAYS_OUT}')
         head = {
             k: v
             for k, v in value.items()
-            if k not in ('text', 'role', 'text_branch', 'text_losses')
+            if k not in ('text', 'role', 'text_branch', 'text_losses',
+                         'fusion')
         }
         head['type'] = names[stock]
-        norm = (value.get('text_branch') or {}).get('norm')
-        if (self.keep_l2 and norm == 'l2'
+        branch = value.get('text_branch') or {}
+        if (self.keep_l2 and branch.get('norm') == 'l2'
                 and value.get('role', 'classifier') == 'classifier'):
             provider = MODELS.build(
                 dict(value['text']),
                 default_args=dict(num_classes=value['num_classes']))
             head = dict(type='L2ConvSegHead', head=head, dim=provider.dim)
+            if branch.get('regularization') is not None:
+                head['regularization'] = branch['regularization']
         return head
 
 

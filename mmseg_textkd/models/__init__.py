@@ -1,16 +1,27 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .decode_heads import (TextDDRHead, TextDepthwiseSeparableFCNHead,
-                           TextFCNHead, TextHeadMixin, TextLightHamHead,
-                           TextPIDHead, TextSegformerHead)
+                           TextDPTHead, TextFCNHead, TextHeadMixin,
+                           TextLightHamHead, TextPIDHead, TextSegformerHead)
 from .ebseg import (CLIPSAMNeck, EBSeg, EBSegHead, EBSegLoss, FrozenCLIPViT,
                     FrozenSAMViT, MaskDecoder)
-from .layers import LogitScale, PixelProjection, TextBranch, TextClassifier
-from .losses import TextAlignmentLoss
+from .fusion import ContextAwareText, TwoWayBridge
+from .layers import (LogitScale, PixelProjection, SpatialRegularization,
+                     TextBranch, TextClassifier, TextFusion)
+from .losses import (ChannelWiseDistillationLoss, LogitDistillationLoss,
+                     SemanticStructureLoss, TextAlignmentLoss,
+                     TextGuidedDistillationLoss,
+                     TextSimilarityDistillationLoss)
+from .segmentors import DistilledEncoderDecoder, FrozenTeacher
 
 __all__ = [
-    'CLIPSAMNeck', 'EBSeg', 'EBSegHead', 'EBSegLoss', 'FrozenCLIPViT',
-    'FrozenSAMViT', 'MaskDecoder', 'LogitScale', 'PixelProjection',
-    'TextAlignmentLoss', 'TextBranch', 'TextClassifier', 'TextDDRHead',
-    'TextDepthwiseSeparableFCNHead', 'TextFCNHead', 'TextHeadMixin',
-    'TextLightHamHead', 'TextPIDHead', 'TextSegformerHead'
+    'CLIPSAMNeck', 'ChannelWiseDistillationLoss', 'ContextAwareText',
+    'DistilledEncoderDecoder', 'EBSeg', 'EBSegHead', 'EBSegLoss',
+    'FrozenCLIPViT', 'FrozenSAMViT', 'FrozenTeacher', 'LogitDistillationLoss',
+    'LogitScale', 'MaskDecoder', 'PixelProjection', 'SemanticStructureLoss',
+    'SpatialRegularization', 'TextAlignmentLoss', 'TextBranch',
+    'TextClassifier', 'TextDDRHead', 'TextDPTHead',
+    'TextDepthwiseSeparableFCNHead', 'TextFCNHead', 'TextFusion',
+    'TextGuidedDistillationLoss', 'TextHeadMixin', 'TextLightHamHead',
+    'TextPIDHead', 'TextSegformerHead', 'TextSimilarityDistillationLoss',
+    'TwoWayBridge'
 ]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mmseg.models import BaseSegmentor
 from torch import Tensor
 
-from .decode_heads.text_head_mixin import TextHeadMixin, _inputs_of
+from .decode_heads.text_head_mixin import TextHeadMixin, calls_of
 from .layers import TextClassifier
 
 
@@ -166,12 +166,12 @@ def head_features(model: BaseSegmentor, head: TextHeadMixin,
         others = list(model.auxiliary_head.modules())
     for batch in batches:
         inputs = model.data_preprocessor(batch, padded)['inputs']
-        with torch.no_grad(), _inputs_of(head.conv_seg) as taken:
+        with torch.no_grad(), calls_of(head.conv_seg) as calls:
             if any(head is other for other in others):
                 head(model.extract_feat(inputs))
             else:
                 model(inputs)
-        yield from taken
+        yield from (feat for feat, _ in calls)
 
 
 def _moments(batches: Iterable[Tensor]) -> Tuple[Tensor, Tensor]:

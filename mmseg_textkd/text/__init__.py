@@ -6,6 +6,7 @@ from .embedding_file import TextEmbeddings
 from .mixture_prompt_learner import MixturePromptLearner
 from .prompt_learner import PromptLearner
 from .residual_prompt_learner import ResidualPromptLearner
+from .synonym_sampler import SynonymSampler
 from .templates import get_templates
 from .text_provider import TextProvider
 from .text_tower import TextTower
@@ -14,6 +15,6 @@ from .vocabulary import Vocabulary
 __all__ = [
     'ClassEmbeddings', 'ContextPromptLearner', 'ControlEmbeddings',
     'MixturePromptLearner', 'PromptLearner', 'ResidualPromptLearner',
-    'TextEmbeddings', 'TextProvider', 'TextTower', 'Vocabulary',
-    'get_templates'
+    'SynonymSampler', 'TextEmbeddings', 'TextProvider', 'TextTower',
+    'Vocabulary', 'get_templates'
 ]

@@ -2,11 +2,13 @@
 import logging
 from itertools import chain
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Union
+from typing import (Any, Dict, Iterator, List, Mapping, Optional, Sequence,
+                    Union)
 
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .embedding_file import TextEmbeddings
@@ -16,6 +18,8 @@ from .vocabulary import Vocabulary, VocabularySpec
 
 BUILD_KEYS = ('model', 'pretrained', 'templates', 'vocabulary', 'keep_bank',
               'cache_dir')
+# Providers that take their vectors from a file.
+FILE_PROVIDERS = ('ClassEmbeddings', 'SynonymSampler')
 # Encoding a thousand phrases with a large tower on a CPU takes minutes.
 LOCK_TIMEOUT = 3600.
 
@@ -64,6 +68,70 @@ def encode_classes(vocabulary: VocabularySpec,
     vectors = F.normalize(
         tower.encode_text(list(place), progress=progress).cpu(), dim=1)
     groups = [vectors[[place[s] for s in row]] for row in rows]
+    return _assemble(
+        vocabulary.names,
+        vocabulary.phrases,
+        groups,
+        keep_bank,
+        templates=tuple(templates),
+        model=tower.model,
+        pretrained=tower.pretrained or '',
+        library=tower.library)
+
+
+def look_up_phrases(vocabulary: VocabularySpec,
+                    found: TextEmbeddings,
+                    keep_bank: bool = False) -> TextEmbeddings:
+    """Make class embeddings of the vectors of single phrases.
+
+    For vectors that were made elsewhere, where no tower is at hand. Phrases
+    that have no vector are left out.
+
+    Args:
+        vocabulary (VocabularySpec): See :meth:`Vocabulary.from_spec`.
+        found (TextEmbeddings): A vector for each phrase, under its words as
+            name.
+        keep_bank (bool): Whether to keep a vector for each phrase. Defaults
+            to False.
+
+    Returns:
+        TextEmbeddings: One vector per class, as :func:`encode_classes` makes
+        them.
+
+    Raises:
+        ValueError: If the first phrase of a class has no vector.
+    """
+    vocabulary = Vocabulary.from_spec(vocabulary)
+    rows = {name.lower(): row for row, name in enumerate(found.names)}
+    groups = [[p for p in phrases if p.lower() in rows]
+              for phrases in vocabulary.phrases]
+    lost = [
+        phrases[0] for phrases in vocabulary.phrases
+        if phrases[0].lower() not in rows
+    ]
+    if lost:
+        raise ValueError(f'no vectors of {lost}, which are the plain names of '
+                         'classes. Import vectors that include them.')
+    number = sum(map(len, vocabulary.phrases))
+    print_log(
+        f'{sum(map(len, groups))} of {number} phrases have a vector; the '
+        'others are left out.', 'current')
+    vectors = [found.vectors[[rows[p.lower()] for p in g]] for g in groups]
+    return _assemble(
+        vocabulary.names,
+        groups,
+        vectors,
+        keep_bank,
+        templates=found.templates,
+        model=found.model,
+        pretrained=found.pretrained,
+        library=found.library)
+
+
+def _assemble(names: Sequence[str], phrases: Sequence[Sequence[str]],
+              groups: Sequence[Tensor], keep_bank: bool,
+              **origin: Any) -> TextEmbeddings:
+    """Average the vectors of each class; keep them where that is wanted."""
     bank = mask = None
     if keep_bank:
         bank = pad_sequence(groups, batch_first=True)
@@ -72,14 +140,11 @@ def encode_classes(vocabulary: VocabularySpec,
     return TextEmbeddings(
         vectors=F.normalize(
             torch.stack([group.mean(dim=0) for group in groups]), dim=1),
-        names=vocabulary.names,
-        phrases=vocabulary.phrases,
-        templates=tuple(templates),
-        model=tower.model,
-        pretrained=tower.pretrained or '',
-        library=tower.library,
+        names=tuple(names),
+        phrases=tuple(map(tuple, phrases)),
         bank=bank,
-        bank_mask=mask)
+        bank_mask=mask,
+        **origin)
 
 
 def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
@@ -90,10 +155,10 @@ def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
 
     Args:
         cfg (Mapping): An ``mmengine.Config`` or any nested dict. All
-            ``dict(type='ClassEmbeddings', file=..., build=dict(...))`` in it
-            are looked at; ``build`` takes the keys ``model``,
-            ``pretrained``, ``cache_dir``, ``templates``, ``vocabulary`` and
-            ``keep_bank``.
+            ``dict(type='ClassEmbeddings', file=..., build=dict(...))`` in it,
+            and those of ``SynonymSampler``, are looked at; ``build`` takes
+            the keys ``model``, ``pretrained``, ``cache_dir``, ``templates``,
+            ``vocabulary`` and ``keep_bank``.
         progress (bool): Whether to show a progress bar. Defaults to False.
 
     Returns:
@@ -164,8 +229,7 @@ def _find_nodes(node: Any) -> Iterator[Mapping]:
     if isinstance(node, Mapping):
         kind = node.get('type')
         kind = str(getattr(kind, '__name__', kind)).split('.')[-1]
-        if kind == 'ClassEmbeddings' and node.get('build') and node.get(
-                'file'):
+        if kind in FILE_PROVIDERS and node.get('build') and node.get('file'):
             yield node
         node = list(node.values())
     if isinstance(node, (list, tuple)):

@@ -84,11 +84,15 @@ class ClassEmbeddings(TextProvider):
         # Learners that start from this text are centred by the same vector.
         self.shift: Optional[Tensor] = None
         if record is not None:
-            self._source = record.vectors
+            self._source = self._rows(record)
             if centre:
-                self._source = centre_rows(record.vectors)
-                self.shift = record.vectors.mean(dim=0)
+                self.shift = self._source.mean(dim=0)
+                self._source = centre_rows(self._source)
             self.fill(self._source)
+
+    def _rows(self, record: TextEmbeddings) -> Tensor:
+        """Choose the vectors of the classes."""
+        return record.vectors
 
     @property
     def can_compute(self) -> bool:

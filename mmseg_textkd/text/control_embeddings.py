@@ -2,9 +2,11 @@
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor
 
+from .phrase_bank import PhraseBank
 from .text_provider import TextProvider
 
 KINDS = ('random', 'shuffled', 'onehot')
@@ -27,7 +29,12 @@ class ControlEmbeddings(TextProvider):
             for 'onehot', and that of ``embeddings`` for 'shuffled'.
         seed (int): Seed of the draw. Defaults to 0.
         embeddings (dict, optional): Config of the provider to shuffle.
-            Defaults to None.
+            Defaults to None. Phrases of a ``SynonymSampler`` go with the
+            rows.
+        phrases (int): With more than one, training draws one of so many
+            vectors for each image and class, as with ``SynonymSampler``: the
+            row and random ones around it. A gain that these reach too comes
+            from the noise and not from the synonyms. Defaults to 1.
 
     Raises:
         ValueError: If the kind is unknown or its arguments do not fit.
@@ -38,7 +45,8 @@ class ControlEmbeddings(TextProvider):
                  num_classes: int,
                  dim: Optional[int] = None,
                  seed: int = 0,
-                 embeddings: Optional[dict] = None) -> None:
+                 embeddings: Optional[dict] = None,
+                 phrases: int = 1) -> None:
         if kind not in KINDS:
             raise ValueError(
                 f'unknown kind of control embeddings {kind!r}; choose one of '
@@ -47,6 +55,9 @@ class ControlEmbeddings(TextProvider):
             raise ValueError(
                 "`embeddings` belongs to kind='shuffled' and to no other; "
                 f'got kind={kind!r} with embeddings={embeddings}.')
+        if phrases < 1 or (phrases > 1 and kind == 'shuffled'):
+            raise ValueError('`phrases` must be at least 1, and 1 for '
+                             f"kind='shuffled', but got {phrases}.")
         source = None
         if kind == 'shuffled':
             source = MODELS.build(
@@ -70,11 +81,17 @@ class ControlEmbeddings(TextProvider):
         elif source.filled:
             rows = derangement(num_classes, generator)
             self._source = source.class_embeddings[rows]
+            if source.phrase_bank is not None:
+                self.phrase_bank = source.phrase_bank.select(rows)
         else:
             self._source = None
             self._missing_hint = source._missing_hint
         if self._source is not None:
             self.fill(self._source)
+        if phrases > 1:
+            vectors = around(self.class_embeddings, phrases, generator)
+            self.phrase_bank = PhraseBank(
+                vectors, torch.full((num_classes, phrases), 1 / phrases))
 
     @property
     def can_compute(self) -> bool:
@@ -93,6 +110,30 @@ class ControlEmbeddings(TextProvider):
         super()._select_rows(rows)
         if self._source is not None:
             self._source = self._source[rows]
+
+
+def around(rows: Tensor,
+           number: int,
+           generator: torch.Generator,
+           cosine: float = 0.9) -> Tensor:
+    """Draw unit vectors around others.
+
+    Args:
+        rows (Tensor): Unit rows with shape (K, D).
+        number (int): Number R of vectors for each, the row itself included.
+        generator (torch.Generator): Source of randomness.
+        cosine (float): Cosine of the others to their row. Defaults to 0.9,
+            about that of synonyms by CLIP.
+
+    Returns:
+        Tensor: Unit vectors with shape (K, R, D), the rows first.
+    """
+    rows = rows[:, None]
+    noise = torch.randn(
+        len(rows), number - 1, rows.shape[-1], generator=generator)
+    noise = noise - (noise * rows).sum(dim=2, keepdim=True) * rows
+    others = cosine * rows + (1 - cosine**2)**0.5 * F.normalize(noise, dim=2)
+    return torch.cat([rows, others], dim=1)
 
 
 def derangement(num: int, generator: torch.Generator) -> Tensor:

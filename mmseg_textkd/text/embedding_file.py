@@ -2,6 +2,7 @@
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -95,7 +96,7 @@ class TextEmbeddings:
     def _check_names(self) -> None:
         """Require a name of its own and phrases for each row."""
         empty = [k for k, n in enumerate(self.names) if not str(n).strip()]
-        twice = sorted({n for n in self.names if self.names.count(n) > 1})
+        twice = sorted(n for n, c in Counter(self.names).items() if c > 1)
         if empty or twice:
             raise EmbeddingFileError(
                 f'Class names must be there and differ, but the rows {empty} '

@@ -49,7 +49,16 @@ def write_file(path: Union[str, os.PathLike], tensors: Mapping[str, Tensor],
     from safetensors.torch import save
     meta = dict(texts, kind=KIND, sha256=digest(texts, tensors))
     data = save(dict(tensors), metadata=meta)
-    path = Path(path)
+    write_atomically(Path(path), data)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file at once or not at all.
+
+    Args:
+        path (Path): The file. Folders are made.
+        data (bytes): Its content.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder: os.replace is atomic within a file system only.
     handle, temporary = tempfile.mkstemp(

@@ -41,6 +41,9 @@ class PromptLearner(TextProvider):
         self.register_buffer('started', torch.zeros((), dtype=torch.bool))
         self.has_base = fixed.filled
         self.record = getattr(fixed, 'record', None)
+        # Stage 1 trains with them, stage 2 with what is learned.
+        self.phrase_bank = fixed.phrase_bank
+        self._bank_hint = fixed._bank_hint
         if self.has_base:
             self.fill(fixed.class_embeddings)
 

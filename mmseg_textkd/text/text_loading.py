@@ -1,11 +1,8 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Opening a tower with open_clip from what :mod:`.text_weights` has found."""
-
-import hashlib
 from pathlib import Path
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Optional, Tuple
 
-import torch
 from torch import nn
 
 from .text_weights import (BPE_NAME, LOCAL, PathLike, TextTowerError,
@@ -33,16 +30,18 @@ def load_clip(
     """
     open_clip = import_open_clip()
     location = find_weights(model, pretrained, cache_dir)
-    return (_load_model(open_clip, model, location,
-                        ('visual', 'text_decoder')),
-            _load_tokenizer(open_clip, model, location, cache_dir),
+    clip = _load_model(open_clip, model, location)
+    for name in ('visual', 'text_decoder'):
+        if hasattr(clip, name):
+            delattr(clip, name)
+    return (clip, _load_tokenizer(open_clip, model, location, cache_dir),
             f'open_clip_torch {open_clip.__version__}')
 
 
-def load_clip_image_side(
+def load_visual(
         model: str,
         pretrained: Optional[str] = None,
-        cache_dir: Optional[PathLike] = None) -> Tuple[nn.Module, float]:
+        cache_dir: Optional[PathLike] = None) -> Tuple[nn.Module, str, float]:
     """Load the image side of a CLIP model.
 
     Args:
@@ -52,40 +51,23 @@ def load_clip_image_side(
             None.
 
     Returns:
-        tuple: open_clip's image tower (float32, on the CPU) and the model's
-        own factor on cosines.
+        tuple: What open_clip's ``encode_image`` calls (float32, on the CPU;
+        its ``preprocess_cfg`` tells how pictures are prepared), the name and
+        version of the library, and the model's own factor on cosines.
 
     Raises:
         TextTowerError: If open_clip or the weights are missing or damaged.
     """
     open_clip = import_open_clip()
     location = find_weights(model, pretrained, cache_dir)
-    clip = _load_model(open_clip, model, location, ())
-    return clip.visual, clip.logit_scale.exp().item()
+    clip = _load_model(open_clip, model, location)
+    return (clip.visual, f'open_clip_torch {open_clip.__version__}',
+            clip.logit_scale.exp().item())
 
 
-def checksum(module: nn.Module) -> str:
-    """Hash all weights, to prove that training has not touched them.
-
-    Args:
-        module (nn.Module): The module.
-
-    Returns:
-        str: SHA-256 over names, types, shapes and bytes of all parameters
-        and buffers.
-    """
-    digest = hashlib.sha256()
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    for name, value in sorted(tensors, key=lambda item: item[0]):
-        digest.update(f'{name} {value.dtype} {tuple(value.shape)};'.encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _load_model(open_clip: Any, model: str, location: WeightsLocation,
-                drop: Sequence[str]) -> nn.Module:
-    """Load a model in float32 and drop the parts that are not needed."""
+def _load_model(open_clip: Any, model: str,
+                location: WeightsLocation) -> nn.Module:
+    """Load a model in float32."""
     try:
         clip = open_clip.create_model(
             location.name,
@@ -97,15 +79,12 @@ def _load_model(open_clip: Any, model: str, location: WeightsLocation,
             require_pretrained=True)
     except Exception as error:
         raise TextTowerError(
-            f'The text tower {model!r} was found at '
+            f'The tower {model!r} was found at '
             f'{location.pretrained or location.name}, but cannot be loaded: '
             f'{error}\nThe file may be damaged, of another architecture, or a '
             'TorchScript archive such as OpenAI\'s original .pt files (use '
             'the tag `openai`, or the same weights as safetensors).'
         ) from error
-    for name in drop:
-        if hasattr(clip, name):
-            delattr(clip, name)
     return clip.float()
 
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from .phrase_bank import PhraseBank
+
 
 class TextProvider(BaseModule, metaclass=ABCMeta):
     """Where the class-text matrix comes from.
@@ -39,6 +41,9 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         self.learning = False
         self._filled = False
         self._missing_hint = 'no class embeddings were given.'
+        # Phrases for training to take in the place of the class embeddings.
+        self.phrase_bank: Optional[PhraseBank] = None
+        self._bank_hint = ''  # why they are missing, if they must not
         self.register_buffer('class_embeddings',
                              torch.full((num_classes, dim), float('nan')))
 
@@ -78,11 +83,13 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
 
         Returns:
             Tensor: Unit rows, float32, with shape (K, D), or in training
-            (N, K, D) where each image has its own. They carry a graph to the
-            learnable parameters while the provider is learning.
+            (N, K, D) where each image has its own, or (1, R, K, D) where each
+            class has several that count. They carry a graph to the learnable
+            parameters while the provider is learning.
 
         Raises:
-            RuntimeError: If neither a file nor a checkpoint has filled them.
+            RuntimeError: If neither a file nor a checkpoint has filled them,
+                or phrases to train with are missing.
         """
         if self.learning and self.training:
             # Under AMP too: a K×D matrix costs nothing in float32.
@@ -92,6 +99,13 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         if not self._filled:
             raise RuntimeError('The class embeddings are empty: '
                                f'{self._missing_hint}')
+        if self.training and not self.learning:
+            if self.phrase_bank is not None:
+                return self.phrase_bank.take(num_images,
+                                             self.class_embeddings.device)
+            if self._bank_hint:
+                raise RuntimeError('Training needs the phrases of the '
+                                   f'classes: {self._bank_hint}')
         return self.class_embeddings
 
     @abstractmethod
@@ -208,6 +222,8 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         """Reorder everything that has one row a class."""
         self.class_embeddings = self.class_embeddings[rows.to(
             self.class_embeddings.device)]
+        if self.phrase_bank is not None:
+            self.phrase_bank = self.phrase_bank.select(rows)
 
     def _load_from_state_dict(self, state_dict, prefix, *args,
                               **kwargs) -> None:

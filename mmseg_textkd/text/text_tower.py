@@ -6,7 +6,8 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .text_loading import checksum, load_clip
+from .checksum import checksum
+from .text_loading import load_clip
 from .text_weights import BPE_NAME, PathLike, TextTowerError
 
 __all__ = ['TextTower', 'TextTowerError', 'load_tower']
@@ -147,8 +148,8 @@ class TextTower(nn.Module):
         inner = getattr(self.tokenizer, 'tokenizer', None)
         pad = getattr(inner, 'pad_token_id', None) or 0
         # The 'clips' mode of HF tokenizers puts a token into the last place.
-        tail = roomy[:, length:-1] if getattr(self.tokenizer, 'tokenizer_mode',
-                                              '') else roomy[:, length:]
+        last = bool(getattr(self.tokenizer, 'tokenizer_mode', ''))
+        tail = roomy[:, length:-1] if last else roomy[:, length:]
         too_long = (tail != pad).any(dim=1).nonzero().flatten().tolist()
         if too_long:
             count = length + int((tail[too_long[0]] != pad).sum())
@@ -158,7 +159,10 @@ class TextTower(nn.Module):
                 f'{" or more" if count >= 4 * length else ""}: '
                 f'{sentences[too_long[0]]!r}. Shorten the phrase or the '
                 'template.')
-        return self.tokenizer(sentences, context_length=length)
+        if last:
+            return self.tokenizer(sentences, context_length=length)
+        # Tokenizing takes as long as a small tower; once is enough.
+        return roomy[:, :length].contiguous()
 
     @torch.no_grad()
     def encode_text(self,

@@ -8,6 +8,7 @@ when a download fails.
 """
 
 import difflib
+import hashlib
 import json
 import os
 import socket
@@ -147,6 +148,42 @@ def find_weights(model: str,
     except Exception as error:
         raise missing_weights(model, pretrained, looked,
                               f'the download failed: {error}') from error
+
+
+def hash_weights(model: str,
+                 pretrained: Optional[str] = None,
+                 cache_dir: Optional[PathLike] = None) -> Optional[str]:
+    """Hash the files of a tower, without loading it.
+
+    Args:
+        model (str): See :func:`find_weights`.
+        pretrained (str, optional): Tag or weights file of an architecture.
+            Defaults to None.
+        cache_dir (str or PathLike, optional): Download cache. Defaults to
+            None, the cache of the hub.
+
+    Returns:
+        str, optional: SHA-256 over weights and configuration, in hexadecimal
+        digits; None if they are not on this machine. Nothing is downloaded.
+    """
+    try:
+        location = _locate(model, pretrained, cache_dir)
+    except (_NotHere, TextTowerError):
+        return None
+    if location.pretrained:
+        files = [Path(location.pretrained)]
+    else:
+        folder = Path(location.name[len(LOCAL):])
+        files = sorted(p for p in folder.iterdir()
+                       if p.suffix in WEIGHT_SUFFIXES or p.name == CONFIG_NAME)
+    total = hashlib.sha256()
+    if location.pretrained:
+        total.update(f'{location.name} {location.quick_gelu};'.encode())
+    for path in files:
+        with open(path, 'rb') as file:
+            for block in iter(lambda: file.read(1 << 22), b''):
+                total.update(block)
+    return total.hexdigest()
 
 
 def find_hub_file(repo: str,

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
 VOCABULARY_DIR = Path(__file__).resolve().parent / 'vocabularies'
 # BDD100K has the classes of Cityscapes, labelled alike: one file for both.
 ALIASES = {'bdd100k': 'cityscapes'}
+SYNONYMS = '+synonyms'
 
 VocabularySpec = Union[str, Path, Mapping[str, Union[str, Sequence[str]]],
                        Sequence[str], 'Vocabulary']
@@ -102,6 +103,8 @@ class Vocabulary:
             spec (str | Path | dict | list | Vocabulary): One of
 
                 - a dataset key, see :meth:`keys`, such as ``'cityscapes'``;
+                - such a key with ``'+synonyms'`` behind it, for further
+                  phrases of each class, see :meth:`with_synonyms`;
                 - the path of a ``.json`` file that holds a dict or a list
                   as below;
                 - the path of a ``.txt`` file with one class per line, either
@@ -134,11 +137,52 @@ class Vocabulary:
         if str(spec) in cls.keys():
             key = ALIASES.get(str(spec), str(spec))
             return cls._from_file(VOCABULARY_DIR / f'{key}.json')
+        if str(spec).endswith(SYNONYMS):
+            return cls._with_own_synonyms(str(spec)[:-len(SYNONYMS)])
         if Path(spec).suffix not in ('.json', '.txt'):
             raise ValueError(
                 f'Unknown vocabulary {str(spec)!r}: neither one of the keys '
                 f'{cls.keys()} nor the path of a .json or .txt file')
         return cls._from_file(Path(spec))
+
+    def with_synonyms(self, synonyms: Mapping[str,
+                                              Sequence[str]]) -> 'Vocabulary':
+        """Put further phrases behind those of the classes.
+
+        Args:
+            synonyms (Mapping[str, Sequence[str]]): Phrases by the name of the
+                class, for some classes or all.
+
+        Returns:
+            Vocabulary: The same classes with more phrases.
+
+        Raises:
+            ValueError: If a class is unknown, or has a phrase twice.
+        """
+        unknown = [name for name in synonyms if name not in self.names]
+        if unknown:
+            raise ValueError(f'There are synonyms for unknown classes: '
+                             f'{unknown}')
+        return type(self)(
+            self.names,
+            tuple((*phrases, *synonyms.get(name, ()))
+                  for name, phrases in zip(self.names, self.phrases)))
+
+    @classmethod
+    def _with_own_synonyms(cls, key: str) -> 'Vocabulary':
+        """Read a vocabulary and the synonyms that come with the package."""
+        folder = VOCABULARY_DIR / 'synonyms'
+        path = folder / f'{ALIASES.get(key, key)}.json'
+        if key not in cls.keys() or not path.is_file():
+            known = [
+                k for k in cls.keys()
+                if (folder / f'{ALIASES.get(k, k)}.json').is_file()
+            ]
+            raise ValueError(f'No synonyms come with the package for {key!r}; '
+                             f'there are some for {known}')
+        more = cls._from_file(path)
+        return cls.from_spec(key).with_synonyms(
+            dict(zip(more.names, more.phrases)))
 
     @classmethod
     def _from_file(cls, path: Path) -> 'Vocabulary':

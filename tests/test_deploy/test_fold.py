@@ -194,6 +194,30 @@ def test_l2_norm_is_kept_on_request(tmp_path, dim):
     assert all(torch.equal(v, again[k]) for k, v in stock.state_dict().items())
 
 
+@pytest.mark.parametrize('kind', ['depthwise', 'bottleneck'])
+def test_blocks_are_kept_with_the_l2_norm_or_refused(tmp_path, kind):
+    branch = dict(norm='l2', regularization=dict(kind=kind, depth=2))
+    cfg = config(tmp_path, text_branch=branch)
+    model = settled(cfg)
+    with torch.no_grad():
+        model.decode_head.conv_seg.regularization.weight.add_(
+            .3 * torch.randn(2, 3, 3))
+    for lengths in (None, {'decode_head.conv_seg': 1.}):
+        with pytest.raises(ValueError, match='blocks.*--l2 keep.*keep_l2=Fa'):
+            fold_state_dict(model, lengths=lengths)
+    stock_cfg = to_stock_cfg(cfg, keep_l2=True)
+    stock = MODELS.build(stock_cfg.model).eval()
+    state = fold_state_dict(model, keep_l2=True)
+    stock.load_state_dict(state, strict=True)
+    assert type(stock.decode_head) is FCNHead
+    assert_near(logits(stock), logits(model))
+    verify(model, stock_cfg, state)
+
+    cfg.model.decode_head.text_branch.norm = 'bn'
+    with pytest.raises(ValueError, match="norm='bn' and keep_l2=True"):
+        fold_state_dict(settled(cfg), keep_l2=True)
+
+
 def test_l2_norm_folds_with_one_length_for_all(tmp_path):
     cfg = config(tmp_path, text_branch=dict(norm='l2'))
     model = settled(cfg)

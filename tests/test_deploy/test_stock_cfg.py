@@ -238,3 +238,24 @@ def test_l2_classifiers_keep_their_norm_on_request(tmp_path):
     assert to_stock_cfg(cfg).model.decode_head == expected
     with pytest.raises(ValueError, match="'L2ConvSegHead' is defined in mmse"):
         to_stock_cfg(stock)
+
+
+def test_blocks_and_zero_shot_settings(tmp_path):
+    cfg = tiny_config(tmp_path, TEXT)
+    blocks = dict(kind='depthwise', depth=1)
+    cfg.model.decode_head.text_branch = dict(
+        norm='l2', bias=False, unseen=[2], regularization=blocks)
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    pipeline.insert(2, dict(type='HideClasses', classes=[2]))
+    cfg.val_evaluator = dict(
+        type='ZeroShotIoUMetric', iou_metrics=['mIoU'], unseen=['road'])
+    stock, expected = to_stock_cfg(cfg, keep_l2=True), tiny_config(tmp_path)
+    assert stock.model.decode_head == dict(
+        type='L2ConvSegHead',
+        head=expected.model.decode_head,
+        dim=16,
+        regularization=blocks)
+    assert stock.train_dataloader == expected.train_dataloader
+    assert stock.val_evaluator == expected.val_evaluator
+    assert to_stock_cfg(stock, keep_l2=True).to_dict() == stock.to_dict()
+    assert to_stock_cfg(cfg).model.decode_head == expected.model.decode_head

@@ -166,6 +166,12 @@ def test_what_is_written(trained, convert, tmp_path):
     assert meta['cfg'] == (tmp_path / 'out.py').read_text()
     assert meta['verified'] in printed
     assert {'mmseg_version', 'mmengine_version', 'torch_version'} <= set(meta)
+    before = load_checkpoint(run.weights)['meta']
+    assert meta['iter'] == 6 and meta['seed'] == 0
+    for key in ('epoch', 'iter', 'seed', 'experiment_name', 'time'):
+        assert meta[key] == before[key]
+    assert meta['trained_with'] == dict(mmengine=before['mmengine_version'])
+    assert meta['training_cfg'] == before['cfg'] != meta['cfg']
     cfg = Config.fromfile(tmp_path / 'out.py')
     assert cfg.to_dict() == to_stock_cfg(run.cfg).to_dict()
     relative = [float(v) for v in re.findall(r'relative (\S+) \(', printed)]
@@ -189,6 +195,9 @@ def test_folded_again_it_is_the_same(trained, convert, tmp_path):
             torch.equal(v, first['state_dict'][k]) for k, v in state.items())
         own, first_cfg = (tmp_path / f for f in (f'{name}.py', 'out.py'))
         assert own.read_text() == first_cfg.read_text()
+        meta, kept = load(again)['meta'], first['meta']
+        for key in ('iter', 'seed', 'time', 'trained_with', 'training_cfg'):
+            assert meta[key] == kept[key]
     # Stripped, then and later.
     convert(
         run.config,

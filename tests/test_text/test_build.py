@@ -31,6 +31,16 @@ def config(file, model, **build):
                 auxiliary_head=[dict(text=dict(embeddings=node))])))
 
 
+def test_missing_files_of_a_sampler_are_made(tmp_path, clip_name):
+    file = tmp_path / 't.safetensors'
+    cfg = config(file, clip_name, keep_bank=True)
+    cfg.model.auxiliary_head = None
+    cfg.model.decode_head.text.embeddings.type = 'SynonymSampler'
+    assert ensure_embeddings(cfg) == [file]
+    assert TextEmbeddings.load(file).bank.shape[1] == 2 * len(TEMPLATES)
+    assert ensure_embeddings(cfg) == []
+
+
 @pytest.fixture(scope='module')
 def tower(clip_name):
     return TextTower(clip_name)

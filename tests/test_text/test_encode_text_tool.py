@@ -119,6 +119,37 @@ def test_import_under_a_datasets_names(tool, tmp_path, capsys):
     assert TextEmbeddings.load(out).sha256 == made.sha256
 
 
+def test_import_by_phrase(tool, tmp_path, capsys):
+    """Rows of phrases become classes, and a bank of what was found."""
+    phrases = ['Street', 'sky', 'road', 'auto', 'car', 'bus']
+    vectors = torch.randn(6, 16)
+    np.save(tmp_path / 'v.npy', vectors.numpy())
+    (tmp_path / 'n.json').write_text(
+        json.dumps(dict(names=phrases, template='a photo of a {}')))
+    (tmp_path /
+     'c.txt').write_text('sky\nroad: road, lane, street\ncar: car, auto\n')
+    out = tmp_path / 'own.safetensors'
+    argv = [
+        str(tmp_path / 'c.txt'), '--import',
+        str(tmp_path / 'v.npy'), '--names-file',
+        str(tmp_path / 'n.json'), '--by-phrase', '--keep-bank', '--out',
+        str(out)
+    ]
+    tool.main(argv)
+    made = TextEmbeddings.load(out)
+    assert made.names == ('sky', 'road', 'car')
+    assert made.phrases == (('sky', ), ('road', 'street'), ('car', 'auto'))
+    assert made.templates == ('a photo of a {}', )
+    unit = F.normalize(vectors, dim=1)
+    for k, rows in enumerate(([1], [2, 0], [4, 3])):
+        assert torch.allclose(made.bank[k][made.bank_mask[k]], unit[rows])
+        mean = F.normalize(unit[rows].mean(0), dim=0)
+        assert torch.allclose(made.vectors[k], mean, atol=1e-6)
+    (tmp_path / 'c.txt').write_text('sky\ntree: tree, bush\n')
+    assert "no vectors of ['tree']" in fails(tool, capsys, [*argv, '--force'])
+    assert TextEmbeddings.load(out).sha256 == made.sha256
+
+
 def test_looking_at_a_file(tool, tmp_path, capsys):
     """--centre changes the report and not the file."""
     vectors = F.normalize(torch.randn(30, 8) + 2, dim=1)
@@ -224,6 +255,8 @@ def test_prefetch_of_what_is_there(tool, clip_name, capsys):
     (['--import', 'v.npy', '--out', 'x.safetensors'], 'needs the names'),
     (['--import', 'v.npy', '--names', 'a', '--model', 'm'], 'no sense'),
     (['--names-file', 'n.json', '--model', 'm'], 'belongs to --import'),
+    (['camvid', '--by-phrase', '--model', 'm'], 'belongs to --import'),
+    (['--import', 'v.npy', '--names', 'a', '--by-phrase'], 'names-file'),
     (['--prefetch'], '--prefetch needs --model'),
     (['x.safetensors', '--out', 'y.safetensors'], 'looked at'),
     (['x.safetensors'], 'no embeddings file'),

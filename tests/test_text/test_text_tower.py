@@ -173,6 +173,22 @@ def test_tokenize(clip_dirs):
         tower.tokenize([])
 
 
+@pytest.mark.parametrize('variant', ['clip', 'eos', 'bidirectional'])
+def test_sentences_are_tokenized_once(clip_dirs, monkeypatch, variant):
+    tower = tower_of(clip_dirs, variant)
+    sentences = [*SENTENCES, ' '.join(['road'] * 75)]
+    expected = tower.tokenizer(sentences, context_length=tower.context_length)
+    plain, seen = tower.tokenizer, []
+
+    def counted(texts, context_length=None):
+        seen.extend(texts)
+        return plain(texts, context_length)
+
+    monkeypatch.setattr(tower, 'tokenizer', counted)
+    assert torch.equal(tower.tokenize(sentences), expected)
+    assert seen == sentences
+
+
 def test_class_token_tower_takes_no_prompts(clip_dirs):
     tower = tower_of(clip_dirs, 'cls')
     with pytest.raises(TextTowerError, match='takes no soft prompts'):

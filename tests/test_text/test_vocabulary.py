@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,54 @@ def test_a_class_name_is_never_a_phrase_of_another_class():
             assert not ({*names} - {name}) & set(phrases), (key, name)
             checked += 1
     assert checked == 19 + 19 + 11 + 150 + 21 + 171 + 65 + 8
+
+
+SYNONYMS = ('ade20k', 'bdd100k', 'camvid', 'cityscapes', 'toy_scenes', 'voc12')
+
+
+@pytest.mark.parametrize('key', SYNONYMS)
+def test_synonyms_are_further_phrases_of_one_class(key):
+    plain = Vocabulary.from_spec(key)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # of a phrase of two classes
+        more = Vocabulary.from_spec(f'{key}+synonyms')
+    assert more.names == plain.names
+    names = [name.strip().lower() for name in plain.names]
+    phrases = [p for ps in more.phrases for p in ps]
+    assert len(set(phrases)) == len(phrases)
+    # Two and more words were found for each class, and three for most.
+    sizes = [len(ps) for ps in more.phrases]
+    assert min(sizes) > 2 and sum(sizes) >= 4 * len(sizes)
+    for name, own, all_ in zip(names, plain.phrases, more.phrases):
+        # What the vocabulary says without them stays as it is, and first.
+        assert all_[:len(own)] == own
+        assert not ({*names} - {name}) & set(all_), name
+    added = [p for p in phrases if p not in sum(plain.phrases, ())]
+    odd = [p for p in added if not re.fullmatch(r"[a-z]+([ '-][a-z]+)*", p)]
+    assert odd == [] and max(len(p.split()) for p in added) <= 8
+    assert not [p for p in added if p.split()[0] in ('a', 'an', 'the')]
+
+
+def test_every_file_of_synonyms_is_tested():
+    files = (VOCABULARY_DIR / 'synonyms').glob('*.json')
+    found = {file.stem for file in files}
+    assert found == {ALIASES.get(key, key) for key in SYNONYMS}
+    assert Vocabulary.from_spec('bdd100k+synonyms') == Vocabulary.from_spec(
+        'cityscapes+synonyms')
+    with pytest.raises(ValueError, match="'coco_stuff'.*'bdd100k'"):
+        Vocabulary.from_spec('coco_stuff+synonyms')
+    with pytest.raises(ValueError, match="'cars'.*'camvid'"):
+        Vocabulary.from_spec('cars+synonyms')
+
+
+def test_synonyms_of_ones_own():
+    vocabulary = Vocabulary.from_spec(['road', 'car'])
+    more = vocabulary.with_synonyms(dict(car=('auto', 'motor car')))
+    assert more.phrases == (('road', ), ('car', 'auto', 'motor car'))
+    with pytest.raises(ValueError, match="unknown classes: .'bus'"):
+        vocabulary.with_synonyms(dict(bus=('coach', )))
+    with pytest.raises(ValueError, match="'car' has a phrase twice"):
+        vocabulary.with_synonyms(dict(car=('Car', )))
 
 
 @pytest.mark.parametrize('key,name,phrase', MEANT)

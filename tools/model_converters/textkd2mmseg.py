@@ -28,6 +28,10 @@ from mmseg_textkd.deploy import (fold_state_dict, load_strictly, mean_lengths,
                                  read_checkpoint, to_stock_cfg, verify,
                                  write_files)
 
+# What MMEngine's runner and this tool note of a training.
+TRAINING = ('epoch', 'iter', 'seed', 'experiment_name', 'time', 'trained_with',
+            'training_cfg')
+
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Read the command line."""
@@ -95,6 +99,20 @@ def dataset_meta(cfg: Config, saved: Optional[Dict]) -> Dict:
     return {k: saved[k] for k in ('classes', 'palette') if k in saved}
 
 
+def training_meta(saved: Dict) -> Dict:
+    """Get what a checkpoint tells of the run that it comes from."""
+    meta = {k: saved[k] for k in TRAINING if k in saved}
+    if 'folded_from' not in saved:
+        # The stock config and this process's versions take their places.
+        meta['trained_with'] = {
+            k[:-len('_version')]: str(v)
+            for k, v in saved.items() if k.endswith('_version')
+        }
+        if 'cfg' in saved:
+            meta['training_cfg'] = saved['cfg']
+    return meta
+
+
 def test_images(cfg: Config, number: int) -> List[Dict]:
     """Read images of the test set, one a batch, spread over all of it."""
     dataset = cfg.get('test_dataloader', {}).get('dataset')
@@ -156,6 +174,7 @@ def convert(args: argparse.Namespace) -> None:
         model, stock_cfg, state, images, tolerance=None if lengths else 1e-4)
 
     meta = dict(
+        training_meta(meta),
         dataset_meta=dataset_meta(stock_cfg, meta.get('dataset_meta')),
         cfg=text,
         folded_from=args.checkpoint.name,

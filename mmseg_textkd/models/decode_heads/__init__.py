@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .text_ddr_head import TextDDRHead
 from .text_depthwise_separable_fcn_head import TextDepthwiseSeparableFCNHead
+from .text_dpt_head import TextDPTHead
 from .text_fcn_head import TextFCNHead
 from .text_head_mixin import TextHeadMixin
 from .text_light_ham_head import TextLightHamHead
@@ -8,6 +9,7 @@ from .text_pid_head import TextPIDHead
 from .text_segformer_head import TextSegformerHead
 
 __all__ = [
-    'TextDDRHead', 'TextDepthwiseSeparableFCNHead', 'TextFCNHead',
-    'TextHeadMixin', 'TextLightHamHead', 'TextPIDHead', 'TextSegformerHead'
+    'TextDDRHead', 'TextDepthwiseSeparableFCNHead', 'TextDPTHead',
+    'TextFCNHead', 'TextHeadMixin', 'TextLightHamHead', 'TextPIDHead',
+    'TextSegformerHead'
 ]

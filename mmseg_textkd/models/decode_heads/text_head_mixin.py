@@ -1,7 +1,8 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from contextlib import ExitStack, contextmanager
-from typing import Dict, Iterator, List, Optional, Sequence, Union
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
+import torch
 import torch.nn.functional as F
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
@@ -35,15 +36,20 @@ class TextHeadMixin:
         role (str): 'classifier' or 'auxiliary'. Defaults to 'classifier'.
         text_branch (dict, optional): Further arguments of
             :class:`TextClassifier` (``norm``, ``norm_cfg``, ``scale``,
-            ``bias``) or, in the role 'auxiliary', of :class:`TextBranch`
-            (``norm``, ``norm_cfg``). ``norm_cfg`` defaults to the head's own
-            where that is a batch norm, else to BN. Defaults to None.
+            ``bias``, ``regularization``, ``unseen``) or, in the role
+            'auxiliary', of :class:`TextBranch` (``norm``, ``norm_cfg``).
+            ``norm_cfg`` defaults to the head's own where that is a batch
+            norm, else to BN. Defaults to None.
         text_losses (Sequence[dict], optional): Losses on pixel and class
             embeddings, called with both, the labels at the resolution of the
             pixel embeddings, ``ignore_index`` and ``batch_data_samples``
             (which bring what a teacher knows of the images). Defaults to
             None: none for 'classifier', one ``TextAlignmentLoss`` of weight
             0.4 (DenseCLIP's) for 'auxiliary'.
+        fusion (dict, optional): Config of a :class:`TextFusion`, such as
+            ``dict(type='TwoWayBridge')``, in which image and text meet: for
+            training only, in either role, or, with ``use='inference'``, for
+            good, in the role 'classifier'. Defaults to None.
 
     Raises:
         TypeError: If the stock head is no ``BaseDecodeHead`` or has no 1x1
@@ -57,6 +63,7 @@ class TextHeadMixin:
                  role: str = 'classifier',
                  text_branch: Optional[dict] = None,
                  text_losses: Optional[Sequence[dict]] = None,
+                 fusion: Optional[dict] = None,
                  **kwargs) -> None:
         if not isinstance(self, BaseDecodeHead):
             raise TypeError(
@@ -70,20 +77,31 @@ class TextHeadMixin:
         self.role = role
         options = dict(text_branch or {})
         options.setdefault('norm_cfg', self._batch_norm_cfg())
-        branch_type = TextBranch if role == 'auxiliary' else TextClassifier
-        branch = branch_type(self.conv_seg.in_channels, self.num_classes, text,
-                             **options)
+        branch_type = TextClassifier
+        if role == 'auxiliary' and not _needs_classifier(fusion):
+            branch_type = TextBranch
+        branch = branch_type(
+            self.conv_seg.in_channels,
+            self.num_classes,
+            text,
+            fusion=fusion,
+            **options)
         if role == 'classifier':
             self.conv_seg = branch
             self._drop_init_of_conv_seg()
         else:
+            if branch.fusion is not None and branch.fusion.kept:
+                raise ValueError(
+                    "a fusion with use='inference' needs role='classifier': "
+                    "in the role 'auxiliary' no text is deployed.")
             self.text_branch = branch
             if text_losses is None:
                 text_losses = [dict(type='TextAlignmentLoss', loss_weight=0.4)]
-            if not text_losses:
+            if not text_losses and fusion is None:
                 raise ValueError(
                     "role='auxiliary' with no `text_losses` would leave the "
-                    'text branch unused; give at least one loss.')
+                    'text branch unused; give at least one loss, or '
+                    '`fusion`.')
         self.text_losses = nn.ModuleList(
             MODELS.build(loss) for loss in text_losses or [])
         self._classifier_called = False
@@ -109,39 +127,53 @@ class TextHeadMixin:
         Raises:
             RuntimeError: If the stock head does not call its classifier, or
                 with text losses if it calls it more than once.
+            ValueError: If there are labels of classes that are to stay
+                unseen.
         """
-        if self._classifier_called and not self.text_losses:
+        unseen = getattr(self.text, 'unseen', ())
+        if unseen:
+            self._check_hidden(self._labels(args[-2]), unseen)
+        extra = bool(self.text_losses) or self.text.fusion is not None
+        if self._classifier_called and not extra:
             return super().loss(inputs, *args)
         # The tensors are taken on their way through the stock forward, by
         # hooks that live no longer than this call: the head need not be
         # copied, and nothing stays behind on the modules.
         with ExitStack() as stack:
+            modules = [self.conv_seg]
             if self.role == 'classifier':
-                taken = [
-                    stack.enter_context(_outputs_of(self.text.projection)),
-                    stack.enter_context(_outputs_of(self.text.text))
-                ]
-            else:
-                taken = [stack.enter_context(_inputs_of(self.conv_seg))]
+                modules += [self.text.projection, self.text.text]
+            taken = [stack.enter_context(calls_of(m)) for m in modules]
             losses = super().loss(inputs, *args)
-        self._check_calls(len(taken[0]))
-        if not self.text_losses:
+        self._check_calls(len(taken[0]), extra)
+        if not extra:
             return losses
-        values = [tensors[0] for tensors in taken]
-        if self.role == 'auxiliary':
-            feat, = values
-            values = [
-                self.text.projection(feat),
-                self.text.text(feat.shape[0])
-            ]
-        losses.update(self._text_losses(*values, args[-2]))
+        (feat, logits), *branch = [calls[0] for calls in taken]
+        if self.role == 'classifier':
+            embeddings, text = [output for _, output in branch]
+        else:
+            embeddings = self.text.projection(feat)
+            text = self.text.text(feat.shape[0])
+        losses.update(
+            self._text_losses(feat, logits, embeddings, text, args[-2]))
         return losses
 
-    def _text_losses(self, embeddings: Tensor, text: Tensor,
-                     batch_data_samples: list) -> Dict[str, Tensor]:
+    def _labels(self, batch_data_samples: list) -> Tensor:
         labels = self._stack_batch_gt(batch_data_samples)
         if isinstance(labels, tuple):  # PIDHead: labels and edges
             labels = labels[0]
+        return labels
+
+    def _text_losses(self, feat: Tensor, logits: Tensor, embeddings: Tensor,
+                     text: Tensor,
+                     batch_data_samples: list) -> Dict[str, Tensor]:
+        labels = self._labels(batch_data_samples)
+        if getattr(self.text, 'unseen', ()):
+            # As if there were no other classes.
+            seen = self.text.seen
+            text = text[..., seen, :]
+            own = torch.searchsorted(seen, labels)
+            labels = torch.where(labels == self.ignore_index, labels, own)
         small = F.interpolate(
             labels.float(), size=embeddings.shape[2:], mode='nearest')
         small, labels = small.squeeze(1).long(), labels.squeeze(1)
@@ -156,15 +188,29 @@ class TextHeadMixin:
                 batch_data_samples=batch_data_samples)
             name = module.loss_name
             losses[name] = losses[name] + value if name in losses else value
+        if self.text.fusion is not None:
+            losses.update(
+                self.text.fusion.loss(self.text, feat, embeddings, text,
+                                      logits, small, self.ignore_index))
         return losses
 
-    def _check_calls(self, number: int) -> None:
+    def _check_hidden(self, labels: Tensor, unseen: Sequence[int]) -> None:
+        found = torch.isin(labels, labels.new_tensor(unseen))
+        if found.any():
+            classes = labels[found].unique().tolist()
+            raise ValueError(
+                f'the classes {classes} are to stay unseen in training, but '
+                'have labels. Hide them: dict(type=\'HideClasses\', classes='
+                f'{list(unseen)}) behind LoadAnnotations in the pipeline of '
+                'train_dataloader.')
+
+    def _check_calls(self, number: int, extra: bool) -> None:
         name = type(self).__name__
         if number == 0:
             raise RuntimeError(
                 f'{name} cannot take text: its stock forward does not call '
                 'its classifier `conv_seg`, which would learn nothing.')
-        if number > 1 and self.text_losses:
+        if number > 1 and extra:
             raise RuntimeError(
                 f'{name} called its main classifier {number} times in one '
                 'forward; text losses need exactly one call.')
@@ -212,23 +258,32 @@ class TextHeadMixin:
         self.init_cfg = kept or None
 
 
+def _needs_classifier(fusion: Optional[dict]) -> bool:
+    """Whether the losses of a fusion compare logits."""
+    kind = (fusion or {}).get('type')
+    kind = MODELS.get(kind) if isinstance(kind, str) else kind
+    return getattr(kind, 'needs_classifier', False)
+
+
 @contextmanager
-def _outputs_of(module: nn.Module) -> Iterator[List[Tensor]]:
-    taken: List[Tensor] = []
+def calls_of(
+        module: Optional[nn.Module]) -> Iterator[List[Tuple[Tensor, Tensor]]]:
+    """Note the calls of a module while the context lasts.
+
+    Args:
+        module (nn.Module, optional): A module of one input and one output.
+            Of None no call is noted.
+
+    Yields:
+        list[tuple[Tensor, Tensor]]: Input and output of each call.
+    """
+    calls: List[Tuple[Tensor, Tensor]] = []
+    if module is None:
+        yield calls
+        return
     handle = module.register_forward_hook(
-        lambda module, args, output: taken.append(output))
+        lambda module, args, output: calls.append((args[0], output)))
     try:
-        yield taken
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[List[Tensor]]:
-    taken: List[Tensor] = []
-    handle = module.register_forward_pre_hook(
-        lambda module, args: taken.append(args[0]))
-    try:
-        yield taken
+        yield calls
     finally:
         handle.remove()

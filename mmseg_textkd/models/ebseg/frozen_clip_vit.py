@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_textkd.text.text_loading import load_clip_image_side
+from mmseg_textkd.text.text_loading import load_visual
 from mmseg_textkd.text.text_weights import PathLike
 from .clip_features import CLIPFeatures
 from .frozen_tower import FrozenTower
@@ -78,8 +78,8 @@ class FrozenCLIPViT(FrozenTower):
         Returns:
             nn.Module: The tower, with CLIP's factor as ``clip_scale``.
         """
-        network, scale = load_clip_image_side(self.model, self.pretrained,
-                                              self.cache_dir)
+        network, _, scale = load_visual(self.model, self.pretrained,
+                                        self.cache_dir)
         self._check(network)
         network.clip_scale = scale
         return network

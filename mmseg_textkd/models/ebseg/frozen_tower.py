@@ -6,7 +6,7 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmseg_textkd.text.text_loading import checksum
+from mmseg_textkd.text.checksum import checksum
 
 
 class _Keeper:

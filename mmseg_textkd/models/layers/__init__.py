@@ -1,11 +1,15 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+from .class_means import class_means
 from .logit_scale import LogitScale
 from .pixel_projection import PixelProjection
-from .similarity import pixel_text_similarity
+from .similarity import pixel_text_similarity, text_of_batch
+from .spatial_regularization import SpatialRegularization
 from .text_branch import TextBranch
 from .text_classifier import TextClassifier
+from .text_fusion import TextFusion
 
 __all__ = [
-    'LogitScale', 'PixelProjection', 'TextBranch', 'TextClassifier',
-    'pixel_text_similarity'
+    'LogitScale', 'PixelProjection', 'SpatialRegularization', 'TextBranch',
+    'TextClassifier', 'TextFusion', 'class_means', 'pixel_text_similarity',
+    'text_of_batch'
 ]

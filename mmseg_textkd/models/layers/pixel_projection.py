@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Optional
+from typing import Optional, Tuple
 
+import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
@@ -65,3 +66,30 @@ class PixelProjection(BaseModule):
             # float32: the sum of squares overflows in half precision.
             return F.normalize(embedding.float(), dim=1)
         return embedding
+
+    def affine(self, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
+        r"""Get convolution and norm as the one affine map that they are.
+
+        With :math:`g = \gamma / \sqrt{\sigma^2 + \epsilon}`:
+        :math:`f \mapsto \mathrm{diag}(g) P f + g \odot (p_b - \mu) + \beta`,
+        in evaluation mode.
+
+        Args:
+            dtype (torch.dtype): What to compute in.
+
+        Returns:
+            tuple[Tensor, Tensor]: Weight (D, C) and shift (D, ).
+        """
+        weight = self.conv.weight.to(dtype).flatten(1)
+        shift = weight.new_zeros(len(weight))
+        if self.conv.bias is not None:
+            shift = self.conv.bias.to(dtype)
+        if self.bn is None:
+            return weight, shift
+        gain = (self.bn.running_var.to(dtype) + self.bn.eps).rsqrt()
+        offset = torch.zeros_like(gain)
+        if self.bn.affine:
+            gain = gain * self.bn.weight.to(dtype)
+            offset = self.bn.bias.to(dtype)
+        shift = gain * (shift - self.bn.running_mean.to(dtype)) + offset
+        return gain[:, None] * weight, shift

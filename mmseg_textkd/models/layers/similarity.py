@@ -9,12 +9,37 @@ def pixel_text_similarity(embeddings: Tensor, text: Tensor) -> Tensor:
     Args:
         embeddings (Tensor): Pixel embeddings with shape (N, D, H, W).
         text (Tensor): Class embeddings of the same dtype: (K, D) for all
-            images, or (N, K, D), those of each image.
+            images; (N, K, D), those of each image; or (1, R, K, D), R phrases
+            of each class, of which the one that fits a pixel best counts.
 
     Returns:
         Tensor: Inner products with shape (N, K, H, W).
     """
     if text.dim() == 2:
         return F.conv2d(embeddings, text[:, :, None, None])
+    if text.dim() == 4:
+        product = pixel_text_similarity(embeddings, text[0].flatten(0, 1))
+        return product.unflatten(1, text.shape[1:3]).amax(dim=1)
     product = text @ embeddings.flatten(2)
     return product.unflatten(2, embeddings.shape[2:])
+
+
+def text_of_batch(text: Tensor) -> Tensor:
+    """Give each class the one vector that stands for it in a whole batch.
+
+    Where images have text of their own, or a class has several phrases, it
+    is their mean, brought back to unit length: what is compared with it, such
+    as a mean over the pixels of all images, has no image of its own either.
+
+    Args:
+        text (Tensor): Class embeddings with unit rows, of a shape that
+            :func:`pixel_text_similarity` takes.
+
+    Returns:
+        Tensor: Unit rows with shape (K, D).
+    """
+    if text.dim() == 4:
+        text = text[0]
+    if text.dim() == 3:
+        text = text.mean(dim=0)
+    return F.normalize(text, dim=1)

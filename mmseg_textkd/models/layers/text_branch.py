@@ -19,6 +19,8 @@ class TextBranch(BaseModule):
             Defaults to 'bn'.
         norm_cfg (dict, optional): Config of the batch norm. Defaults to
             None: BN.
+        fusion (dict, optional): Config of a :class:`TextFusion`, in which
+            image and text meet. Defaults to None.
     """
 
     def __init__(self,
@@ -26,7 +28,8 @@ class TextBranch(BaseModule):
                  num_classes: int,
                  text: dict,
                  norm: str = 'bn',
-                 norm_cfg: Optional[dict] = None) -> None:
+                 norm_cfg: Optional[dict] = None,
+                 fusion: Optional[dict] = None) -> None:
         super().__init__()
         self.text = MODELS.build(
             text, default_args=dict(num_classes=num_classes))
@@ -37,3 +40,12 @@ class TextBranch(BaseModule):
                 f'a {type(self.text).__name__}.')
         self.projection = PixelProjection(in_channels, self.text.dim, norm,
                                           norm_cfg)
+        self.fusion = None
+        if fusion is not None:
+            self.fusion = MODELS.build(
+                fusion,
+                default_args=dict(
+                    in_channels=in_channels,
+                    dim=self.text.dim,
+                    num_classes=num_classes,
+                    norm_cfg=norm_cfg))

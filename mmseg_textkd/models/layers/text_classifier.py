@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 from mmseg.registry import MODELS
@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 from .logit_scale import LogitScale
 from .similarity import pixel_text_similarity
+from .spatial_regularization import SpatialRegularization
 from .text_branch import TextBranch
+from .text_fusion import WAYS_OUT
+
+# Softmax gives exactly 0 in float32, and resizing no NaN as of infinity.
+HIDDEN_LOGIT = -1e4
 
 
 @MODELS.register_module()
@@ -23,6 +28,12 @@ class TextClassifier(TextBranch):
     :meth:`as_conv` gives the one 1x1 convolution that computes the same.
     With ``norm='l2'`` it is the cosine classifier of `LSeg
     <https://arxiv.org/abs/2201.03546>`_, equation 1, which does not fold.
+    With ``norm='l2'`` and ``regularization`` it is LSeg's whole head.
+
+    Classes that are ``unseen`` take no part in training: neither their text
+    nor their logits are computed, so that the softmax is one over the seen
+    classes, the regularization mixes none but these, and no gradient depends
+    on what is unseen. In evaluation mode all classes are equal.
 
     Args:
         in_channels (int): Channels C of the head's features.
@@ -36,6 +47,20 @@ class TextClassifier(TextBranch):
             None: learned, from 1 with a batch norm (whose embeddings have a
             length of about ``D ** 0.5``) and from 1 / 0.07 without.
         bias (bool): Whether each class has a bias. Defaults to True.
+        fusion (dict, optional): Config of a :class:`TextFusion`. Defaults to
+            None.
+        regularization (dict, optional): Arguments of
+            :class:`SpatialRegularization`, whose blocks then follow the
+            logits. They keep the classifier from folding. Defaults to None:
+            no blocks.
+        unseen (Sequence[int], optional): Indices of the classes without
+            labels in training (``HideClasses``), for zero-shot protocols.
+            Defaults to None: none.
+
+    Raises:
+        ValueError: If ``unseen`` does not fit, or comes with a bias, which
+            nothing would learn for these classes, or with a fusion, whose
+            tokens would know their names.
     """
 
     def __init__(self,
@@ -45,8 +70,12 @@ class TextClassifier(TextBranch):
                  norm: str = 'bn',
                  norm_cfg: Optional[dict] = None,
                  scale: Optional[dict] = None,
-                 bias: bool = True) -> None:
-        super().__init__(in_channels, num_classes, text, norm, norm_cfg)
+                 bias: bool = True,
+                 fusion: Optional[dict] = None,
+                 regularization: Optional[dict] = None,
+                 unseen: Optional[Sequence[int]] = None) -> None:
+        super().__init__(in_channels, num_classes, text, norm, norm_cfg,
+                         fusion)
         if scale is None:
             scale = dict(init=1. if norm == 'bn' else 1 / 0.07)
         self.scale = LogitScale(**scale)
@@ -55,6 +84,31 @@ class TextClassifier(TextBranch):
         self.logit_bias = None
         if bias:
             self.logit_bias = nn.Parameter(torch.zeros(num_classes))
+        self.regularization = None
+        if regularization is not None:
+            self.regularization = SpatialRegularization(**regularization)
+        self.num_classes = num_classes
+        self.unseen = tuple(unseen or ())
+        if self.unseen:
+            self._hide(bias)
+
+    def _hide(self, bias: bool) -> None:
+        seen = [k for k in range(self.num_classes) if k not in self.unseen]
+        if not seen or len(seen) + len(set(self.unseen)) != self.num_classes:
+            raise ValueError('`unseen` must be some of the classes 0 to '
+                             f'{self.num_classes - 1}, and not all, but got '
+                             f'{list(self.unseen)}.')
+        if bias:
+            raise ValueError(
+                'a bias of an unseen class would stay 0 while those of the '
+                'seen ones are learned; set bias=False beside `unseen`.')
+        if self.fusion is not None:
+            raise ValueError(
+                f'{type(self.fusion).__name__} lets all class names take part '
+                'in training, also those that `unseen` hides; leave one of '
+                'them out.')
+        # It follows from the config and is not in checkpoints.
+        self.register_buffer('seen', torch.tensor(seen), persistent=False)
 
     def forward(self, feat: Tensor) -> Tensor:
         """Classify each pixel.
@@ -65,37 +119,61 @@ class TextClassifier(TextBranch):
         Returns:
             Tensor: Logits, float32 or wider, with shape (N, K, H, W).
         """
-        return self.classify(self.projection(feat), self.text(feat.shape[0]))
+        text = self.text(feat.shape[0])
+        if self.keeps_fusion:
+            return self.fusion.classify(self, feat, text)
+        return self.classify(self.projection(feat), text)
 
-    def classify(self, embeddings: Tensor, text: Tensor) -> Tensor:
+    @property
+    def keeps_fusion(self) -> bool:
+        """bool: Whether a fusion has a part in the logits."""
+        return self.fusion is not None and self.fusion.kept
+
+    def classify(self,
+                 embeddings: Tensor,
+                 text: Tensor,
+                 products: Optional[Tensor] = None) -> Tensor:
         """Compare pixel embeddings with class embeddings.
 
         Args:
             embeddings (Tensor): Pixel embeddings, shape (N, D, H, W).
             text (Tensor): Class embeddings with unit rows, shape (K, D) or,
                 for each image its own, (N, K, D).
+            products (Tensor, optional): Added to the similarities before the
+                scale, shape (N, K, H, W). Defaults to None.
 
         Returns:
             Tensor: Logits, float32 or wider, with shape (N, K, H, W).
         """
+        hide = self.training and self.unseen
+        if hide:
+            text = text[..., self.seen, :]
         # Under AMP too: half precision cannot tell class names apart whose
         # cosines differ in the third digit.
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(embeddings.dtype, torch.float32)
-            weight = (self.scale() * text).to(dtype)
+            scale = self.scale()
+            weight = (scale * text).to(dtype)
             logits = pixel_text_similarity(embeddings.to(dtype), weight)
+            if products is not None:
+                logits = logits + (scale * products).to(dtype)
             if self.logit_bias is not None:
                 logits = logits + self.logit_bias.to(dtype)[:, None, None]
-            return logits
+            if self.regularization is not None:
+                logits = self.regularization(logits)
+        if hide:
+            shape = (len(logits), self.num_classes, *logits.shape[2:])
+            logits = logits.new_full(shape, HIDDEN_LOGIT).index_copy(
+                1, self.seen, logits)
+        return logits
 
     @torch.no_grad()
     def as_conv(self) -> nn.Conv2d:
         r"""Fold everything into one ordinary 1x1 convolution.
 
-        With :math:`g = \gamma / \sqrt{\sigma^2 + \epsilon}`:
-        :math:`W = s\, T \mathrm{diag}(g) P` and
-        :math:`B = s\, T (g \odot (p_b - \mu) + \beta) + b`, in float64, cast
-        once.
+        With the affine map A, a of the projection (see
+        :meth:`PixelProjection.affine`): :math:`W = s\, T A` and
+        :math:`B = s\, T a + b`, in float64, cast once.
 
         Returns:
             nn.Conv2d: C -> K, with the dtype of the projection.
@@ -103,29 +181,28 @@ class TextClassifier(TextBranch):
         Raises:
             RuntimeError: In training mode, in which the batch norm is not
                 yet an affine map.
-            ValueError: With an L2 norm, which is not affine.
+            ValueError: With an L2 norm, which is not affine, with
+                regularization blocks, which look at more than one pixel, or
+                with a fusion that is kept at inference.
         """
         if self.training:
             raise RuntimeError('TextClassifier.as_conv() needs evaluation '
                                'mode; call `.eval()` first.')
+        if self.keeps_fusion:
+            raise ValueError(f'{type(self.fusion).__name__} {WAYS_OUT}')
         if self.projection.norm == 'l2':
             raise ValueError(
                 "norm='l2' divides each pixel by its own length and cannot "
                 "be folded into a convolution; train with norm='bn', or "
                 'deploy unfolded.')
-        conv, bn = self.projection.conv, self.projection.bn
-        weight = conv.weight.double().flatten(1)
-        shift = weight.new_zeros(len(weight))
-        if conv.bias is not None:
-            shift = conv.bias.double()
-        if bn is not None:
-            gain = (bn.running_var.double() + bn.eps).rsqrt()
-            offset = torch.zeros_like(gain)
-            if bn.affine:
-                gain = gain * bn.weight.double()
-                offset = bn.bias.double()
-            weight = gain[:, None] * weight
-            shift = gain * (shift - bn.running_mean.double()) + offset
+        if self.regularization is not None and self.regularization.depth:
+            raise ValueError(
+                'spatial regularization blocks look at neighbouring pixels '
+                'and other labels and cannot be folded into a 1x1 '
+                'convolution; train without `regularization`, or deploy '
+                'unfolded.')
+        conv = self.projection.conv
+        weight, shift = self.projection.affine(torch.float64)
         text = self.scale().double() * self.text().double()
         bias = text @ shift
         if self.logit_bias is not None:

@@ -1,0 +1,16 @@
+_base_ = [
+    '../_base_/datasets/coco-stuff164k-512x512.py',
+    '../_base_/default_runtime.py', '../_base_/schedules/schedule_160k.py',
+    '../_base_/text/vit-b16_coco_stuff.py', '../_base_/text/lseg.py'
+]
+model, optim_wrapper = __import__('mmseg_textkd').stock_network(
+    'dpt/dpt_vit-b16_8xb2-160k_ade20k-512x512.py',
+    num_classes=171,
+    size=(512, 512))
+model['decode_head'].update(
+    type='TextDPTHead',
+    text=_base_.text_provider.embeddings,
+    text_branch=_base_.text_branch)
+train_dataloader = dict(batch_size=2)
+# No stage 2: the text is fixed. The hook compares its names with the data's.
+custom_hooks = [dict(type='PromptLearnerHook')]

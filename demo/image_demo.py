@@ -1,0 +1,197 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Segment pictures or a video, into classes of your own words if you like.
+
+The input is an image, a folder of images, a video file or, with --webcam, a
+camera. With --classes the classifier is folded anew for these names; nothing
+is trained.
+"""
+import argparse
+import os
+import sys
+from typing import Any, Iterator, Optional, Sequence
+
+import cv2
+import numpy as np
+
+import mmseg_textkd  # noqa: F401  (before mmseg.apis)
+from mmseg_textkd.apis import TextSegInferencer
+from mmseg_textkd.text import Vocabulary
+
+IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+CODECS = {'.mp4': 'mp4v', '.avi': 'MJPG'}
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('input', nargs='?', help='image, folder or video')
+    parser.add_argument('config', help='config of the network')
+    parser.add_argument('checkpoint', help='its weights')
+    parser.add_argument(
+        '--classes',
+        help='names with commas between them, "road, tree, bus stop"; or a '
+        'vocabulary: a .txt or .json file, or a key such as camvid')
+    parser.add_argument(
+        '--other',
+        nargs='?',
+        const='other',
+        help='a word for everything else: one more class (default: other)')
+    parser.add_argument(
+        '--threshold',
+        type=float,
+        help='pixels whose class is less probable than this are "other"')
+    parser.add_argument(
+        '--tower', help='text tower (default: that of the training)')
+    parser.add_argument('--pretrained', help='its tag or file of weights')
+    parser.add_argument(
+        '--templates', help='prompt templates (default: of the training)')
+    parser.add_argument(
+        '--embeddings', help='embeddings file to take instead of a tower')
+    parser.add_argument(
+        '--similarity',
+        help='classes, with commas between them, whose cosine with every '
+        'pixel is drawn too; images only')
+    parser.add_argument(
+        '--out',
+        help='folder for images (vis, pred), or video to write (.mp4, .avi)')
+    parser.add_argument('--opacity', type=float, default=0.5)
+    parser.add_argument('--no-legend', action='store_true')
+    parser.add_argument(
+        '--font', help='TrueType font of the legend, for other scripts')
+    parser.add_argument('--show', action='store_true', help='open a window')
+    parser.add_argument(
+        '--webcam',
+        type=int,
+        nargs='?',
+        const=0,
+        metavar='NUMBER',
+        help='take the camera of this number (default: 0) as the input')
+    parser.add_argument('--device', help='default: a GPU if there is one')
+    args = parser.parse_args(argv)
+    if (args.input is None) == (args.webcam is None):
+        parser.error('give an input or --webcam, one of them')
+    if not args.out and not args.show:
+        parser.error('give --out, --show or both')
+    if not 0 <= args.opacity <= 1:
+        parser.error(f'--opacity must be in [0, 1], but got {args.opacity}')
+    args.still = args.webcam is None and (os.path.isdir(args.input) or
+                                          args.input.lower().endswith(IMAGES))
+    if args.out and not args.still:
+        if os.path.splitext(args.out)[1] not in CODECS:
+            parser.error(f'a video is written as {" or ".join(CODECS)}, but '
+                         f'--out is {args.out}')
+    return args
+
+
+def split(words: str) -> Any:
+    """Read class names: those of a vocabulary, or what is between commas."""
+    if words in Vocabulary.keys() or words.endswith(('.txt', '.json')):
+        return words
+    return [word.strip() for word in words.split(',')]
+
+
+def frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
+    """Yield the frames of a video or a camera until it ends."""
+    while True:
+        there, frame = capture.read()
+        if not there:
+            return
+        yield frame
+
+
+def run_video(inferencer: TextSegInferencer, args: argparse.Namespace) -> int:
+    """Segment a video.
+
+    Returns:
+        int: Number of its frames.
+    """
+    source = args.input if args.webcam is None else args.webcam
+    capture = cv2.VideoCapture(source)
+    if not capture.isOpened():
+        raise ValueError(f'cannot open {source} as a video or camera')
+    fps, writer, count = capture.get(cv2.CAP_PROP_FPS) or 25, None, 0
+    try:
+        for frame in frames(capture):
+            shown = inferencer(
+                frame,
+                return_vis=True,
+                opacity=args.opacity,
+                legend=not args.no_legend)['visualization'][..., ::-1]
+            count += 1
+            if args.out:
+                if writer is None:
+                    codec = CODECS[os.path.splitext(args.out)[1]]
+                    writer = cv2.VideoWriter(args.out,
+                                             cv2.VideoWriter_fourcc(*codec),
+                                             fps, shown.shape[1::-1])
+                    if not writer.isOpened():
+                        raise OSError(f'cannot write {args.out}')
+                writer.write(np.ascontiguousarray(shown))
+            if args.show:
+                cv2.imshow('mmseg_textkd', shown)
+                if cv2.waitKey(1) & 0xff in (27, ord('q')):
+                    break
+    except KeyboardInterrupt:
+        pass
+    finally:
+        capture.release()
+        if writer is not None:
+            writer.release()
+    if not count:
+        raise ValueError('the input has no frames')
+    return count
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    inferencer = TextSegInferencer(
+        args.config, args.checkpoint, device=args.device, font=args.font)
+    inferencer.show_progress = False
+    if args.classes or args.embeddings or args.other or args.threshold:
+        inferencer.set_classes(
+            split(args.classes) if args.classes else None,
+            other=args.other,
+            threshold=args.threshold,
+            tower=args.tower,
+            pretrained=args.pretrained,
+            templates=args.templates,
+            embeddings=args.embeddings)
+    print(f'{len(inferencer.classes)} labels: {inferencer.source}')
+    if not args.still:
+        print(f'{run_video(inferencer, args)} frames')
+        return
+    inputs = args.input
+    if os.path.isdir(inputs):
+        inputs = [
+            os.path.join(inputs, name) for name in sorted(os.listdir(inputs))
+            if name.lower().endswith(IMAGES)
+        ]
+        if not inputs:
+            raise ValueError(f'there are no images in {args.input}')
+    else:
+        inputs = [inputs]
+    for path in inputs:  # one by one: results are not kept in memory
+        inferencer(
+            path,
+            out_dir=args.out or '',
+            show=args.show,
+            opacity=args.opacity,
+            legend=not args.no_legend,
+            similarity=split(args.similarity) if args.similarity else ())
+    print(f'{len(inputs)} pictures')
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the demo."""
+    args = parse_args(argv)
+    try:
+        run(args)
+    except (AssertionError, OSError, ValueError, RuntimeError,
+            cv2.error) as error:
+        sys.exit(f'Error: {error}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,99 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Pictures of label maps and of similarities."""
+import colorsys
+from pathlib import Path
+from typing import List, Optional, Sequence
+
+import cv2
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+LEGEND_WIDTH, ROW, TEXT_SIZE = 180, 22, 13  # pixels
+GREY = [128, 128, 128]
+
+
+def palette_for(known: Sequence[Optional[Sequence[int]]]) -> List[List[int]]:
+    """Give every class a colour.
+
+    Args:
+        known (Sequence): For each class its colour (R, G, B), or None.
+
+    Returns:
+        list[list[int]]: Those colours, and others, as different as can be,
+        in the places of None.
+    """
+    colours = []
+    for number, colour in enumerate(known):
+        if colour is None:
+            # Turns of the golden ratio never come back to the same hue.
+            hue = number * 0.618033988749895 % 1
+            value = 1. - number // 12 % 3 * 0.25
+            colour = [
+                round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.85, value)
+            ]
+        colours.append([int(v) for v in colour])
+    return colours
+
+
+def draw_labels(image: np.ndarray,
+                labels: np.ndarray,
+                classes: Sequence[str],
+                palette: Sequence[Sequence[int]],
+                opacity: float = 0.5,
+                legend: bool = True,
+                font: Optional[str] = None) -> np.ndarray:
+    """Blend a picture with its classes.
+
+    Args:
+        image (np.ndarray): The picture, uint8, RGB, shape (H, W, 3).
+        labels (np.ndarray): Class numbers, shape (H, W).
+        classes (Sequence[str]): Names of the classes.
+        palette (Sequence[Sequence[int]]): Their colours, RGB.
+        opacity (float): Weight of the colours, in [0, 1]. Defaults to 0.5.
+        legend (bool): Whether the names of the classes that are seen stand
+            to the right, the largest first, as many as there is room.
+            Defaults to True.
+        font (str, optional): A TrueType font for them. Defaults to None:
+            DejaVu Sans, which has Latin, Greek, Cyrillic and more, but no
+            Chinese, Japanese or Korean letters.
+
+    Returns:
+        np.ndarray: uint8, RGB, shape (H, W, 3), or with a legend
+        (H, W + 180, 3).
+    """
+    colours = np.array(palette, np.uint8)
+    shown = (1 - opacity) * image + opacity * colours[labels]
+    shown = shown.astype(np.uint8)
+    if not legend:
+        return shown
+    column = Image.new('RGB', (LEGEND_WIDTH, len(image)), 'white')
+    draw = ImageDraw.Draw(column)
+    font = ImageFont.truetype(font or str(_default_font()), TEXT_SIZE)
+    counts = np.bincount(labels.ravel(), minlength=len(classes))
+    order = [k for k in np.argsort(-counts, kind='stable') if counts[k]]
+    for row, k in enumerate(order[:len(image) // ROW]):
+        y = row * ROW
+        draw.rectangle((6, y + 4, 30, y + 18), tuple(colours[k].tolist()))
+        draw.text((36, y + ROW // 2), classes[k], 'black', font, anchor='lm')
+    return np.hstack([shown, np.asarray(column)])
+
+
+def draw_similarity(similarity: np.ndarray) -> np.ndarray:
+    """Colour a map of cosines, dark blue at its lowest and yellow at its top.
+
+    Args:
+        similarity (np.ndarray): Cosines, shape (H, W).
+
+    Returns:
+        np.ndarray: uint8, RGB, shape (H, W, 3).
+    """
+    low, high = float(similarity.min()), float(similarity.max())
+    grey = (similarity - low) / max(high - low, 1e-6)
+    grey = (255 * grey).round().astype(np.uint8)
+    return cv2.applyColorMap(grey, cv2.COLORMAP_VIRIDIS)[..., ::-1]
+
+
+def _default_font() -> Path:
+    """A font that every installation of Matplotlib has."""
+    return Path(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf')

@@ -1,0 +1,166 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Label maps for any number of classes, in bounded memory."""
+from typing import List, NamedTuple, Optional, Tuple
+
+import torch
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+from torch import Tensor, nn
+
+from mmseg_textkd.deploy import L2ConvSeg
+
+# Values of logits at a time: 128 MiB as float32.
+BUDGET = 2**25
+
+
+class _Best(NamedTuple):
+    """What is known of a picture after some of the classes.
+
+    Attributes:
+        label (Tensor): Class of the largest logit so far, shape (H, W).
+        logit (Tensor): That logit.
+        total (Tensor, optional): Logarithm of the sum of the exponentials of
+            all.
+    """
+    label: Tensor
+    logit: Tensor
+    total: Optional[Tensor]
+
+
+def select_classes(conv_seg: nn.Module, rows: Tensor) -> nn.Module:
+    """Take some of the classes of a classifier.
+
+    Args:
+        conv_seg (nn.Module): A convolution or a :class:`L2ConvSeg`.
+        rows (Tensor): Long tensor of n class numbers, which may repeat.
+
+    Returns:
+        nn.Module: A classifier of n classes; what does not depend on the
+        class is shared with the first.
+    """
+    if isinstance(conv_seg, L2ConvSeg):
+        length, product = conv_seg.length, conv_seg.product
+        chosen = L2ConvSeg(product.in_channels, len(rows), length.out_channels)
+        chosen.length, chosen.product = length, select_classes(product, rows)
+        chosen.logit_bias = nn.Parameter(conv_seg.logit_bias.detach()[rows])
+        return chosen
+    weight, bias = conv_seg.weight.detach(), conv_seg.bias
+    chosen = nn.Conv2d(
+        conv_seg.in_channels, len(rows), 1, bias=bias is not None)
+    chosen.weight = nn.Parameter(weight[rows])
+    if bias is not None:
+        chosen.bias = nn.Parameter(bias.detach()[rows])
+    return chosen
+
+
+@torch.no_grad()
+def predict_labels(model: nn.Module,
+                   inputs: Tensor,
+                   data_samples: List[SegDataSample],
+                   threshold: Optional[float] = None,
+                   other: Optional[int] = None,
+                   budget: int = BUDGET) -> List[SegDataSample]:
+    """Predict the label map, a part of the classes after the other.
+
+    It is what ``model.predict`` gives, but logits of all classes at full
+    resolution, 80 GB for 10,000 classes of a picture of 1024x2048, are never
+    there at once. The network runs once, unless it slides over the picture.
+
+    Args:
+        model (nn.Module): An ``EncoderDecoder`` in evaluation mode, whose
+            head ends in a folded ``conv_seg``.
+        inputs (Tensor): Preprocessed pictures with shape (N, 3, H, W).
+        data_samples (list[SegDataSample]): Their N samples.
+        threshold (float, optional): Pixels whose most probable class has a
+            lower probability, in the softmax over all classes, get the label
+            ``other``. Defaults to None.
+        other (int, optional): That label. Defaults to None.
+        budget (int): Number of logits at a time. Some three times as much is
+            allocated for them. Defaults to 2 ** 25.
+
+    Returns:
+        list[SegDataSample]: The samples with ``pred_sem_seg``, int64, and no
+        logits.
+    """
+    head = model.decode_head
+    whole, num_classes = head.conv_seg, head.num_classes
+    best: List[Optional[_Best]] = [None] * len(inputs)
+    pixels = max(
+        len(inputs) * h * w
+        for h, w in (inputs.shape[2:], *(s.ori_shape for s in data_samples)))
+    kept: List[Tuple[Tensor, Tensor]] = []
+    try:
+        for rows in torch.arange(num_classes).split(max(2, budget // pixels)):
+            # One logit alone would be taken for a binary problem.
+            padded = rows if len(rows) > 1 else rows.repeat(2)
+            head.conv_seg = select_classes(whole, padded.to(inputs.device))
+            model.out_channels = len(padded)
+            logits = _logits(model, inputs, data_samples, kept,
+                             len(rows) < num_classes)
+            for i, sample in enumerate(
+                    model.postprocess_result(logits, data_samples)):
+                values = sample.seg_logits.data[:len(rows)]
+                best[i] = _merge(best[i], values, int(rows[0]), threshold
+                                 is not None)
+                del sample.seg_logits
+    finally:
+        head.conv_seg, model.out_channels = whole, num_classes
+    for sample, found in zip(data_samples, best):
+        label = found.label
+        if threshold is not None:
+            unsure = (found.logit - found.total).exp() < threshold
+            label = label.masked_fill(unsure, other)
+        sample.pred_sem_seg = PixelData(data=label[None])
+    return data_samples
+
+
+def _logits(model: nn.Module, inputs: Tensor, samples: List[SegDataSample],
+            kept: List[Tuple[Tensor, Tensor]], again: bool) -> Tensor:
+    """Logits of the classes of the present ``conv_seg``, at input size.
+
+    Args:
+        model (nn.Module): The model.
+        inputs (Tensor): Its input.
+        samples (list[SegDataSample]): Their samples.
+        kept (list): What ``conv_seg`` took and gave in the first run; empty
+            before, and if it cannot be used again.
+        again (bool): Whether more classes follow.
+    """
+    head, metas = model.decode_head, [s.metainfo for s in samples]
+    if kept:
+        return head.predict_by_feat(head.conv_seg(kept[0][0]), metas)
+    handle = head.conv_seg.register_forward_hook(
+        lambda module, args, output: kept.append((args[0], output)))
+    try:
+        logits = model.inference(inputs, metas)
+    finally:
+        handle.remove()
+    # The features serve all classes where they are classified once, and
+    # nothing but the resizing comes after.
+    usable = again and len(kept) == 1 and model.test_cfg.mode == 'whole'
+    if not (usable
+            and torch.equal(head.predict_by_feat(kept[0][1], metas), logits)):
+        kept.clear()
+    return logits
+
+
+def _merge(best: Optional[_Best], logits: Tensor, first: int,
+           sum_up: bool) -> _Best:
+    """Take further classes into account.
+
+    Args:
+        best (_Best, optional): What was found before.
+        logits (Tensor): Logits of further classes, shape (n, H, W).
+        first (int): Number of the first of them.
+        sum_up (bool): Whether ``total`` is needed.
+    """
+    top, label = logits.max(dim=0)
+    total = logits.logsumexp(dim=0) if sum_up else None
+    if best is None:
+        return _Best(label + first, top, total)
+    # Of equal ones the first, as argmax does.
+    better = top > best.logit
+    return _Best(
+        torch.where(better, label + first, best.label),
+        torch.where(better, top, best.logit),
+        torch.logaddexp(best.total, total) if sum_up else None)

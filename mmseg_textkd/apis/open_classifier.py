@@ -1,0 +1,123 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from typing import List, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmseg_textkd.deploy import L2ConvSeg
+from mmseg_textkd.deploy.l2_conv_seg import fuse_l2
+from mmseg_textkd.models import TextClassifier, TextHeadMixin
+from mmseg_textkd.models.layers import pixel_text_similarity
+from mmseg_textkd.text import ClassEmbeddings
+
+
+class OpenClassifier:
+    """A trained text classifier into which any class vectors can be folded.
+
+    In the role 'auxiliary' the head's own classifier knows no text. That of
+    the text branch, which the alignment loss has trained, is taken: the
+    cosine, which is kept as :class:`L2ConvSeg`.
+
+    Args:
+        head (TextHeadMixin): The trained head.
+    """
+
+    def __init__(self, head: TextHeadMixin) -> None:
+        branch = head.text
+        self.projection = branch.projection
+        if head.role == 'classifier':
+            self.classifier = branch
+        else:
+            self.classifier = _of_branch(head)
+        bias = self.classifier.logit_bias
+        self.bias = None if bias is None else bias.detach().clone()
+
+    @torch.no_grad()
+    def fold(self, vectors: Tensor,
+             trained: Optional[List[Optional[int]]]) -> nn.Module:
+        """Make the classifier of a stock head.
+
+        A trained class keeps its bias. A new one gets the mean of all biases,
+        which is what is known of a class of which nothing is known.
+
+        Args:
+            vectors (Tensor): Class vectors, shape (K, D).
+            trained (list[int | None], optional): For each class the number
+                that it had in the training, None for a new one. None: the
+                trained classes.
+
+        Returns:
+            nn.Module: A convolution or, with an L2 norm, a
+            :class:`L2ConvSeg`.
+        """
+        classifier, (number, dim) = self.classifier, vectors.shape
+        text = ClassEmbeddings(file='', num_classes=number, dim=dim)
+        text.load_state_dict(dict(class_embeddings=vectors))
+        classifier.text = text.to(vectors).eval()
+        if self.bias is not None:
+            bias = self.bias
+            if trained is not None:
+                bias = bias.mean().repeat(number)
+                for k, own in enumerate(trained):
+                    if own is not None:
+                        bias[k] = self.bias[own]
+            classifier.logit_bias = nn.Parameter(bias)
+        if classifier.projection.norm != 'l2':
+            return classifier.as_conv()
+        conv = classifier.projection.conv
+        fused = L2ConvSeg(conv.in_channels, number, dim)
+        fused.load_state_dict(fuse_l2(classifier))
+        return fused.to(conv.weight)
+
+
+class PixelTextCosine(nn.Module):
+    """Cosine of every pixel embedding with some class vectors.
+
+    Args:
+        projection (nn.Module): Projection into the space of text.
+        vectors (Tensor): Unit rows with shape (n, D).
+    """
+
+    def __init__(self, projection: nn.Module, vectors: Tensor) -> None:
+        super().__init__()
+        self.projection = projection
+        self.vectors = vectors
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """Compute cosines of shape (N, n, H, W) from features."""
+        embeddings = F.normalize(self.projection(feat).float(), dim=1)
+        return pixel_text_similarity(embeddings, self.vectors.float())
+
+
+@torch.no_grad()
+def _of_branch(head: TextHeadMixin) -> TextClassifier:
+    """The cosine classifier that the losses of a text branch have trained."""
+    branch = head.text
+    scales = [
+        loss.scale().item() for loss in head.text_losses
+        if hasattr(loss, 'scale')
+    ]
+    conv = branch.projection.conv
+    classifier = TextClassifier(
+        conv.in_channels,
+        branch.text.num_classes,
+        dict(type='ClassEmbeddings', file='', dim=branch.text.dim),
+        norm='l2',
+        scale=dict(init=scales[0]) if scales else None,
+        bias=False).to(conv.weight).eval()
+    linear = TextClassifier(
+        conv.in_channels,
+        branch.text.dim,
+        dict(type='ControlEmbeddings', kind='onehot', dim=branch.text.dim),
+        norm='none',
+        scale=dict(init=1.),
+        bias=False).to(conv.weight).eval()
+    linear.projection = branch.projection
+    if branch.projection.norm == 'l2':
+        classifier.projection.load_state_dict(branch.projection.state_dict())
+    else:
+        # With one-hot text the fold is the projection with its norm.
+        classifier.projection.conv.load_state_dict(
+            linear.as_conv().state_dict())
+    return classifier

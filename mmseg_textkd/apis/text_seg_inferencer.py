@@ -1,0 +1,413 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import os
+import os.path as osp
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Union
+
+import cv2
+import mmcv
+import mmengine
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.model import revert_sync_batchnorm
+from mmengine.structures import PixelData
+from mmseg.apis import MMSegInferencer
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+from torch import Tensor, nn
+
+from mmseg_textkd.deploy import load_strictly, read_checkpoint, to_stock_cfg
+from mmseg_textkd.models import TextHeadMixin
+from mmseg_textkd.text import Vocabulary
+from .drawing import GREY, draw_labels, draw_similarity, palette_for
+from .label_maps import predict_labels, select_classes
+from .new_classes import WordEncoder
+from .open_classifier import OpenClassifier, PixelTextCosine
+
+MAX_CLASSES = 65535  # label maps are written as 16-bit PNG
+
+
+class TextSegInferencer(MMSegInferencer):
+    """Segment pictures into classes that are named after the training.
+
+    The classifier of a network that has learned with text is the product of a
+    projection and of the vectors of its class names. :meth:`set_classes`
+    takes vectors of other names and folds again; nothing is trained, nothing
+    else in the network changes, and it costs as much as a stock network with
+    that many classes. Everything else is as of MMSegmentation's inferencer.
+
+    With a folded checkpoint, in which the projection is not any more, only
+    its own classes, or some of them, can be chosen.
+
+    Args:
+        config (str | Path | Config): Config of a text network, or of the
+            stock network that it has been folded into.
+        checkpoint (str | Path): Its weights.
+        device (str, optional): Defaults to None: a GPU if there is one.
+        cache_dir (str or PathLike, optional): Folder of the cache of vectors.
+            Defaults to None, see :func:`.text_cache.default_cache_dir`.
+        font (str, optional): A TrueType font for legends. Defaults to None:
+            DejaVu Sans.
+        cfg_options (dict, optional): Settings of the config to override.
+            Defaults to None.
+
+    Raises:
+        FileNotFoundError: If there is no such config or checkpoint.
+        ValueError: If the checkpoint is damaged or of another network.
+
+    Examples:
+        >>> inferencer = TextSegInferencer('CONFIG.py', 'CHECKPOINT.pth')
+        >>> inferencer.set_classes(['road', 'tree', 'bus stop'])
+        >>> inferencer('picture.png', out_dir='results')
+    """
+
+    forward_kwargs = {'similarity'}
+    visualize_kwargs = {
+        'show', 'wait_time', 'img_out_dir', 'opacity', 'return_vis', 'legend'
+    }
+
+    def __init__(self,
+                 config: Union[str, Path, Config],
+                 checkpoint: Union[str, Path],
+                 device: Optional[str] = None,
+                 cache_dir: Optional[Union[str, os.PathLike]] = None,
+                 font: Optional[str] = None,
+                 cfg_options: Optional[Dict] = None) -> None:
+        if not isinstance(config, Config):
+            config = Config.fromfile(config)
+        config.merge_from_dict(cfg_options or {})
+        config.setdefault('visualizer', dict(type='SegLocalVisualizer'))
+        self.cache_dir, self.font = cache_dir, font
+        self.threshold: Optional[float] = None
+        super().__init__(config, str(checkpoint), device=device)
+
+    def _init_model(self,
+                    cfg: Config,
+                    weights: str,
+                    device: str = 'cpu') -> nn.Module:
+        """Build the network without auxiliary heads, and load it strictly."""
+        saved = read_checkpoint(Path(weights))
+        state = {
+            k: v
+            for k, v in saved['state_dict'].items()
+            if not k.startswith('auxiliary_head.')
+        }
+        if isinstance(cfg.model.decode_head, list):
+            raise ValueError('a cascade of decode heads is not supported.')
+        kind = MODELS.get(cfg.model.decode_head.type)
+        has_text = any(k.endswith('.class_embeddings') for k in state)
+        if not has_text and issubclass(kind or object, TextHeadMixin):
+            cfg.model = to_stock_cfg(cfg, strip_auxiliary=True).model
+        cfg.model.pop('auxiliary_head', None)
+        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+        load_strictly(model, state, Path(weights))
+        model.cfg = cfg
+        self._load_weights_to_model(model, dict(meta=saved['meta']), cfg)
+        model.to(device).eval()
+        self._take_classifier(model, cfg)
+        return model
+
+    def _load_weights_to_model(self, model: nn.Module, checkpoint: Dict,
+                               cfg: Config) -> None:
+        """Note the classes; the weights have been loaded."""
+        meta = checkpoint['meta'].get('dataset_meta') or {}
+        number = model.decode_head.num_classes
+        classes = meta.get('classes') or [f'class {i}' for i in range(number)]
+        if len(classes) != number:
+            raise ValueError(f'the network has {number} classes, but its '
+                             f'checkpoint names {len(classes)}: {classes}')
+        palette = meta.get('palette') or [None] * number
+        model.dataset_meta = dict(
+            classes=tuple(classes), palette=palette_for(palette))
+
+    def _take_classifier(self, model: nn.Module, cfg: Config) -> None:
+        """Take the text out of the head, and put the folded one in."""
+        head = model.decode_head
+        self.own_meta = dict(model.dataset_meta)
+        self.own_conv: nn.Module = head.conv_seg
+        self.open: Optional[OpenClassifier] = None
+        self.words: Optional[WordEncoder] = None
+        self.vectors: Optional[Tensor] = None
+        if isinstance(head, TextHeadMixin):
+            self.open = OpenClassifier(head)
+            self.words = WordEncoder(head, cfg.model.decode_head.text,
+                                     self.own_meta['classes'], self.cache_dir)
+            self.vectors = head.text.text.class_embeddings.detach().clone()
+            if head.role == 'classifier':
+                self.own_conv = self.open.fold(self.vectors, None)
+        head.conv_seg = self.own_conv
+        self.source = 'as trained'
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Sequence[str]: Names of the labels, in their order."""
+        return self.model.dataset_meta['classes']
+
+    def set_classes(
+            self,
+            classes: Any = None,
+            other: Optional[str] = None,
+            threshold: Optional[float] = None,
+            tower: Optional[str] = None,
+            pretrained: Optional[str] = None,
+            templates: Any = None,
+            embeddings: Optional[Union[str, os.PathLike]] = None) -> None:
+        """Choose the classes.
+
+        Args:
+            classes: Names (a list), names with phrases (a dict), a
+                vocabulary's key or file. None: those of ``embeddings``, or
+                the trained ones.
+            other (str, optional): A word for everything else, such as
+                'other': one more class, the last. Defaults to None.
+            threshold (float, optional): Pixels whose most probable class is
+                less probable than this become ``other``. With ``other=None``
+                that is a label named 'other' which is no class. Defaults to
+                None.
+            tower, pretrained, templates, embeddings: See
+                :meth:`WordEncoder.encode`.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            TextTowerError: If the tower cannot be had.
+            ValueError: If there is no class, one occurs twice or is too long,
+                or the network cannot know the new ones. The classes stay as
+                they were then.
+        """
+        if threshold is not None and not 0 < threshold < 1:
+            raise ValueError('`threshold` is a probability between 0 and 1, '
+                             f'but got {threshold}.')
+        if classes is None and embeddings is None:
+            classes = list(self.own_meta['classes'])
+        if other is not None:
+            words = Vocabulary.from_spec(classes)
+            classes = Vocabulary((*words.names, other),
+                                 (*words.phrases, (other, )))
+        if self.words is None:
+            names, conv, trained = self._some_of_own(classes)
+            vectors, source = None, 'as trained'
+        else:
+            found = self.words.encode(classes, tower, pretrained, templates,
+                                      embeddings)
+            names, trained, source = found.names, found.trained, found.source
+            vectors = found.vectors
+            conv = self.open.fold(vectors, trained)
+        if len(names) > MAX_CLASSES:
+            raise ValueError(f'{len(names)} classes are more than the '
+                             f'{MAX_CLASSES} that a label map can hold.')
+        own = self.own_meta['palette']
+        colours = [None if k is None else own[k] for k in trained]
+        if other is not None:
+            colours[-1] = GREY
+        palette = palette_for(colours)
+        if threshold is not None and other is None:
+            names, palette = (*names, 'other'), [*palette, GREY]
+        if len(set(names)) < len(names):
+            raise ValueError("a class is called 'other' already; give it as "
+                             '`other`.')
+        head, number = self.model.decode_head, len(trained)
+        head.conv_seg = conv
+        for module in (head, self.model):
+            module.num_classes = module.out_channels = number
+        self.model.dataset_meta = dict(classes=tuple(names), palette=palette)
+        self.threshold, self.vectors, self.source = threshold, vectors, source
+        print_log(f'{number} classes: {source}', 'current')
+
+    def _some_of_own(self, classes: Any) -> Any:
+        """Choose among the classes of a folded checkpoint."""
+        own = self.own_meta['classes']
+        names = Vocabulary.from_spec(classes).names
+        new = [name for name in names if name not in own]
+        if new:
+            raise ValueError(
+                f'this checkpoint is folded, or stock: without the projection '
+                f'into the space of text it cannot learn of {new[:10]}. It '
+                f'has the classes {list(own)}. Take the checkpoint of the '
+                'training, not the one of textkd2mmseg.py, with its config.')
+        trained = [own.index(name) for name in names]
+        rows = torch.tensor(trained, device=_device(self.own_conv))
+        return names, select_classes(self.own_conv, rows), trained
+
+    def _inputs_to_list(self, inputs: Any) -> list:
+        """Take paths as well as texts."""
+        if isinstance(inputs, Path):
+            inputs = str(inputs)
+        return [
+            str(item) if isinstance(item, Path) else item
+            for item in super()._inputs_to_list(inputs)
+        ]
+
+    @torch.no_grad()
+    def forward(
+        self, inputs: dict,
+        similarity: Sequence[str] = ()) -> List[SegDataSample]:
+        """Predict a batch.
+
+        Args:
+            inputs (dict): A batch of the pipeline.
+            similarity (Sequence[str]): Classes whose cosine with every pixel
+                is wanted too. Defaults to ().
+
+        Returns:
+            list[SegDataSample]: With ``pred_sem_seg`` and, if it is wanted,
+            ``similarity``, float32, shape (n, H, W).
+        """
+        batch = self.model.data_preprocessor(inputs, False)
+        images, samples = batch['inputs'], batch['data_samples']
+        other = len(self.classes) - 1
+        samples = predict_labels(self.model, images, samples, self.threshold,
+                                 other)
+        if similarity:
+            for sample, maps in zip(
+                    samples, self._similarities(images, samples, similarity)):
+                sample.similarity = PixelData(
+                    metainfo=dict(names=tuple(similarity)), data=maps)
+        return samples
+
+    def _similarities(self, images: Tensor, samples: List[SegDataSample],
+                      names: Sequence[str]) -> List[Tensor]:
+        """Cosines of pixels with classes, at the size of the pictures."""
+        if self.vectors is None:
+            raise ValueError('this checkpoint is folded, or stock: it has no '
+                             'pixel embeddings and no similarities. Take the '
+                             'checkpoint of the training.')
+        # A label that is no class, as of a threshold, has no vector.
+        known = list(self.classes[:len(self.vectors)])
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f'no similarity with {unknown}: the classes are '
+                             f'{known[:20]}; call `set_classes` first.')
+        rows = [known.index(name) for name in names]
+        # One map alone would be taken for a binary problem.
+        rows = rows if len(rows) > 1 else rows * 2
+        head, model = self.model.decode_head, self.model
+        kept = head.conv_seg, model.out_channels
+        head.conv_seg = PixelTextCosine(self.open.projection,
+                                        self.vectors[rows])
+        model.out_channels = len(rows)
+        copies = [
+            SegDataSample(metainfo=sample.metainfo) for sample in samples
+        ]
+        try:
+            logits = model.inference(images, [s.metainfo for s in copies])
+            done = model.postprocess_result(logits, copies)
+        finally:
+            head.conv_seg, model.out_channels = kept
+        return [s.seg_logits.data[:len(names)] for s in done]
+
+    def visualize(self,
+                  inputs: list,
+                  preds: List[SegDataSample],
+                  return_vis: bool = False,
+                  show: bool = False,
+                  wait_time: int = 0,
+                  img_out_dir: str = '',
+                  opacity: float = 0.5,
+                  legend: bool = True) -> Optional[List[np.ndarray]]:
+        """Draw pictures with their classes.
+
+        Args:
+            inputs (list): Paths, or arrays (H, W, 3), BGR.
+            preds (list[SegDataSample]): The predictions.
+            return_vis (bool): Whether to return them. Defaults to False.
+            show (bool): Whether to show them. Defaults to False.
+            wait_time (float): Seconds to show each, 0 for ever. Defaults
+                to 0.
+            img_out_dir (str): Folder to write them, and similarities, to.
+                Defaults to ''.
+            opacity (float): Weight of the colours. Defaults to 0.5.
+            legend (bool): Whether to draw a legend. Defaults to True.
+
+        Returns:
+            list[np.ndarray], optional: Pictures, uint8, RGB.
+        """
+        if not (show or img_out_dir or return_vis):
+            return None
+        meta, shown = self.model.dataset_meta, []
+        for image, pred in zip(inputs, preds):
+            name = f'{self.num_visualized_imgs:08d}_vis.jpg'
+            if isinstance(image, str):
+                name = osp.basename(image)
+                image = mmcv.imfrombytes(mmengine.fileio.get(image))
+            labels = pred.pred_sem_seg.data[0].cpu().numpy()
+            drawn = draw_labels(image[..., ::-1], labels, meta['classes'],
+                                meta['palette'], opacity, legend, self.font)
+            if show:
+                self.visualizer.show(drawn, name, wait_time)
+            if img_out_dir:
+                _write(osp.join(img_out_dir, name), drawn)
+                self._write_similarities(img_out_dir, name, pred)
+            if return_vis:
+                shown.append(drawn)
+            self.num_visualized_imgs += 1
+        return shown if return_vis else None
+
+    def _write_similarities(self, folder: str, name: str,
+                            pred: SegDataSample) -> None:
+        """Write the maps of similarity of one picture."""
+        if 'similarity' not in pred:
+            return
+        for word, values in zip(pred.similarity.names, pred.similarity.data):
+            word = re.sub(r'[^\w-]+', '-', word)[:40]
+            _write(
+                osp.join(folder, f'{osp.splitext(name)[0]}_{word}.png'),
+                draw_similarity(values.cpu().numpy()))
+
+    def postprocess(self,
+                    preds: List[SegDataSample],
+                    visualization: Optional[List[np.ndarray]],
+                    return_datasample: bool = False,
+                    pred_out_dir: str = '') -> Any:
+        """Pack and write the predictions.
+
+        Args:
+            preds (list[SegDataSample]): The predictions.
+            visualization (list[np.ndarray], optional): What was drawn.
+            return_datasample (bool): Whether to return the samples. Defaults
+                to False.
+            pred_out_dir (str): Folder to write label maps to, as PNG: 8 bit
+                up to 256 labels, else 16. Defaults to ''.
+
+        Returns:
+            dict: ``predictions``, ``visualization`` and, if wanted,
+            ``similarity``; lists, or with one picture its own.
+        """
+        results: Dict[str, List] = dict(predictions=[], visualization=[])
+        wide = len(self.classes) > 256
+        for pred in preds:
+            labels = pred.pred_sem_seg.data[0].cpu().numpy()
+            results['predictions'].append(labels)
+            if 'similarity' in pred:
+                results.setdefault('similarity', []).append(
+                    pred.similarity.data.cpu().numpy())
+            if pred_out_dir:
+                _write(
+                    osp.join(pred_out_dir,
+                             f'{self.num_pred_imgs:08d}_pred.png'),
+                    labels.astype(np.uint16 if wide else np.uint8))
+            self.num_pred_imgs += 1
+        results['visualization'] = visualization or []
+        if return_datasample:
+            return preds[0] if len(preds) == 1 else preds
+        if len(preds) == 1:
+            return {k: v[0] if v else v for k, v in results.items()}
+        return results
+
+
+def _write(path: str, image: np.ndarray) -> None:
+    """Write a picture, RGB or of one channel."""
+    os.makedirs(osp.dirname(path), exist_ok=True)
+    if image.ndim == 3:
+        image = image[..., ::-1]
+    # Not cv2.imwrite, which knows no paths in other scripts everywhere.
+    done, data = cv2.imencode(osp.splitext(path)[1], image)
+    if not done:
+        raise OSError(f'cannot write {path}')
+    Path(path).write_bytes(data.tobytes())
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -1,0 +1,125 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Make the region embeddings of a config before a run needs them."""
+import copy
+import hashlib
+import json
+import os
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+
+from mmengine.device import get_device
+from mmengine.logging import print_log
+from mmseg.registry import DATASETS, TRANSFORMS
+
+from mmseg_textkd.text.region_embeddings import RegionEmbeddings
+from mmseg_textkd.text.region_store import RegionStore
+
+KIND = 'LoadRegionEmbeddings'
+
+
+def ensure_regions(cfg: Mapping,
+                   progress: bool = False,
+                   everything: bool = False) -> int:
+    """Make the region embeddings that the training data of a config lacks.
+
+    Of several processes one makes them, and the others wait. What is made is
+    kept at once, so a killed process goes on where it was.
+
+    Args:
+        cfg (Mapping): An ``mmengine.Config``. All datasets of its
+            ``train_dataloader`` with a ``LoadRegionEmbeddings`` are looked
+            at.
+        progress (bool): Whether to show a progress bar. Defaults to False.
+        everything (bool): Whether to look at every image. Otherwise a data
+            set that has once been gone through, and whose files have not been
+            touched since, is passed over. Defaults to False.
+
+    Returns:
+        int: Number of images whose embeddings this call has made.
+
+    Raises:
+        TextTowerError: If something is missing and the tower cannot be had.
+    """
+    from filelock import FileLock
+    made = 0
+    for dataset_cfg, transform in _find(cfg.get('train_dataloader')):
+        store = TRANSFORMS.build(transform).store
+        dataset = DATASETS.build(dataset_cfg)
+        store.folder.mkdir(parents=True, exist_ok=True)
+        # Of a killed holder the system releases the lock.
+        with FileLock(store.folder / '.lock'):
+            store.check_weights()
+            mark = store.folder / 'complete' / _listing(dataset, store)
+            if everything or not mark.is_file():
+                made += _fill(store, dataset, progress)
+                mark.parent.mkdir(exist_ok=True)
+                mark.touch()
+    return made
+
+
+def _fill(store: RegionStore, dataset: Any, progress: bool) -> int:
+    """Make what is missing of a dataset; the number of images."""
+    store.device = get_device()
+    rows, made = range(len(dataset)), 0
+    if progress:
+        from tqdm import tqdm
+        rows = tqdm(rows, desc='Encoding regions', unit='image')
+    for i in rows:
+        results = dataset[i]
+        image, labels = results['img'], results['gt_seg_map']
+        key = store.key(image, labels)
+        if RegionEmbeddings.load(store.path(key), key) is None:
+            store.get(image, labels)
+            made += 1
+    if made:
+        print_log(
+            f'Made the region embeddings of {made} images in '
+            f'{store.folder}', 'current')
+    return made
+
+
+def _listing(dataset: Any, store: RegionStore) -> str:
+    """Hash the files of a dataset by name, size and time of change.
+
+    It only saves a look at each image: embeddings are found by content.
+    """
+    total = hashlib.sha256(json.dumps(store.settings, sort_keys=True).encode())
+    for i in range(len(dataset)):
+        info = dataset.get_data_info(i)
+        label_map = info.get('label_map')
+        total.update(f'{label_map} {info.get("reduce_zero_label")};'.encode())
+        for name in ('img_path', 'seg_map_path'):
+            path = str(info.get(name))
+            try:
+                stat = os.stat(path)
+                total.update(
+                    f'{path} {stat.st_size} {stat.st_mtime_ns};'.encode())
+            except OSError:  # not on a disk
+                total.update(f'{path};'.encode())
+    return total.hexdigest()
+
+
+def _find(node: Any) -> Iterator[Tuple[Dict, Dict]]:
+    """Find datasets, with their pipelines up to the transform, and it."""
+    if hasattr(node, 'to_dict'):
+        node = node.to_dict()
+    if isinstance(node, Mapping):
+        pipeline = node.get('pipeline') or []
+        place = _place(pipeline)
+        if place is not None:
+            yield (dict(
+                copy.deepcopy(node), pipeline=copy.deepcopy(pipeline[:place])),
+                   dict(pipeline[place]))
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _find(value)
+
+
+def _place(pipeline: Any) -> Optional[int]:
+    """Where in a pipeline the transform is."""
+    for i, transform in enumerate(pipeline):
+        if isinstance(transform, Mapping):
+            kind = transform.get('type')
+            if str(getattr(kind, '__name__', kind)).split('.')[-1] == KIND:
+                return i
+    return None

@@ -1,0 +1,66 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from mmengine.hooks import Hook
+from mmseg.registry import HOOKS
+
+from mmseg_textkd.models import FrozenTeacher
+from ..stages.text_state import unwrap
+
+
+@HOOKS.register_module()
+class TeacherHook(Hook):
+    """See that a segmentation teacher fits the data and stays as it is.
+
+    Without it ``DistilledEncoderDecoder`` trains too, but only the number of
+    classes is compared.
+
+    Examples:
+        >>> custom_hooks = [dict(type='TeacherHook')]
+    """
+
+    def before_train(self, runner) -> None:
+        """Load the teacher and compare its classes with those of the data.
+
+        Args:
+            runner (Runner): The runner of the training process.
+
+        Raises:
+            ValueError: If the model has no teacher, or one of other classes.
+            FileNotFoundError: If the teacher has no checkpoint.
+        """
+        teacher = getattr(unwrap(runner.model), 'teacher', None)
+        if not isinstance(teacher, FrozenTeacher):
+            raise ValueError(
+                'TeacherHook found no teacher in the model. Use model=dict('
+                "type='DistilledEncoderDecoder', teacher=dict(config=..., "
+                'checkpoint=...)), or remove the hook.')
+        self._checksum = teacher.checksum()
+        dataset = runner.train_dataloader.dataset
+        classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+        if not classes or not teacher.classes:
+            return
+        classes = tuple(classes)
+        if teacher.classes != classes:
+            first = next(
+                (i for i, pair in enumerate(zip(teacher.classes, classes))
+                 if len(set(pair)) > 1),
+                min(len(classes), len(teacher.classes)))
+            raise ValueError(
+                f'The teacher {teacher.checkpoint} has other classes than '
+                f'{type(dataset).__name__}, from number {first} on: '
+                f'{list(teacher.classes[first:first + 3])} instead of '
+                f'{list(classes[first:first + 3])} ({len(teacher.classes)} '
+                f'and {len(classes)} in all). Train a teacher on the same '
+                'classes.')
+
+    def after_train(self, runner) -> None:
+        """Prove that the teacher is unchanged.
+
+        Args:
+            runner (Runner): The runner of the training process.
+
+        Raises:
+            RuntimeError: If a weight of the teacher has changed.
+        """
+        if unwrap(runner.model).teacher.checksum() != self._checksum:
+            raise RuntimeError('the frozen teacher has changed during '
+                               'training; its knowledge cannot be trusted.')

@@ -1,0 +1,102 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from abc import ABCMeta, abstractmethod
+from typing import TYPE_CHECKING, Dict, Union
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .text_branch import TextBranch
+    from .text_classifier import TextClassifier
+
+USES = ('training', 'inference')
+WAYS_OUT = (
+    "with use='inference' depends on the image and does not fold into a "
+    'convolution. Choose: deploy it unfolded, with the plugin or as a graph '
+    'that needs none (tools/deployment/export_onnx.py), or train with '
+    "use='training', which leaves it out and folds.")
+
+
+class TextFusion(BaseModule, metaclass=ABCMeta):
+    """Base of the modules in which an image and the text meet.
+
+    It lies in the text branch of a head, between the features and the
+    similarities. With ``use='training'`` the deployed network never runs it:
+    it only adds losses. With ``use='inference'`` the text classifier calls
+    it in every forward.
+
+    Args:
+        use (str): 'training' or 'inference'.
+
+    Raises:
+        ValueError: If ``use`` is neither.
+    """
+
+    # Whether the losses compare logits, which takes a scale and a bias.
+    needs_classifier = False
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        if use not in USES:
+            raise ValueError(f'`use` must be one of {USES}, but got {use!r}.')
+        self.use = use
+
+    @property
+    def kept(self) -> bool:
+        """bool: Whether the deployed network has it."""
+        return self.use == 'inference'
+
+    @abstractmethod
+    def classify(self, classifier: 'TextClassifier', feat: Tensor,
+                 text: Tensor) -> Tensor:
+        """Classify each pixel with the fusion, as inference does if kept.
+
+        Args:
+            classifier (TextClassifier): The classifier that it lies in.
+            feat (Tensor): Features with shape (N, C, H, W).
+            text (Tensor): Class embeddings, shape (K, D) or (N, K, D).
+
+        Returns:
+            Tensor: Logits, float32 or wider, with shape (N, K, H, W).
+        """
+
+    @abstractmethod
+    def loss(self, branch: Union['TextBranch', 'TextClassifier'], feat: Tensor,
+             embeddings: Tensor, text: Tensor, logits: Tensor, labels: Tensor,
+             ignore_index: int) -> Dict[str, Tensor]:
+        """Compute what the fusion adds to the losses of the head.
+
+        Args:
+            branch (TextBranch | TextClassifier): The branch that it lies in.
+            feat (Tensor): Features with shape (N, C, H, W).
+            embeddings (Tensor): Pixel embeddings of the branch, shape
+                (N, D, H, W).
+            text (Tensor): Class embeddings, shape (K, D) or (N, K, D).
+            logits (Tensor): What the head's classifier made of the features,
+                shape (N, K, H, W).
+            labels (Tensor): Long tensor with shape (N, H, W).
+            ignore_index (int): Label of the pixels that are left out.
+
+        Returns:
+            dict[str, Tensor]: Scalars by their name in the log.
+        """
+
+    @staticmethod
+    def cross_entropy(logits: Tensor, labels: Tensor,
+                      ignore_index: int) -> Tensor:
+        """Mean cross entropy over the pixels that are not ignored.
+
+        Args:
+            logits (Tensor): Float tensor with shape (N, K, H, W).
+            labels (Tensor): Long tensor with shape (N, H, W).
+            ignore_index (int): Label of the pixels that are left out.
+
+        Returns:
+            Tensor: Scalar; 0 with a graph if every pixel is ignored.
+        """
+        with torch.autocast(logits.device.type, enabled=False):
+            total = F.cross_entropy(
+                logits, labels, ignore_index=ignore_index, reduction='sum')
+            return total / (labels != ignore_index).sum().clamp(min=1)

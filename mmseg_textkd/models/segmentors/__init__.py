@@ -1,0 +1,5 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from .distilled_encoder_decoder import DistilledEncoderDecoder
+from .frozen_teacher import FrozenTeacher
+
+__all__ = ['DistilledEncoderDecoder', 'FrozenTeacher']

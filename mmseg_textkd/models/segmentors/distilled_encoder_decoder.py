@@ -1,0 +1,117 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from typing import Dict, Optional, Sequence
+
+import torch.nn.functional as F
+from mmengine.structures import PixelData
+from mmseg.models.segmentors import EncoderDecoder
+from mmseg.models.utils import resize
+from mmseg.registry import MODELS
+from mmseg.utils import SampleList, add_prefix
+from torch import Tensor, nn
+
+from ..decode_heads.text_head_mixin import calls_of
+from .frozen_teacher import FrozenTeacher
+
+
+@MODELS.register_module()
+class DistilledEncoderDecoder(EncoderDecoder):
+    """``EncoderDecoder`` that learns from a trained segmentation network.
+
+    In training the teacher looks at the same pictures. What it sees goes into
+    the data samples, as ``teacher``, a :obj:`PixelData` with ``logits`` and
+    ``features``, where the text losses of the heads find it; and
+    ``distill_losses`` compare it with the logits or features of the decode
+    head, taken on their way through its own forward. Heads are stock or ours.
+    Evaluation, and every name in the state dict but ``distill_losses.*``, are
+    those of ``EncoderDecoder``, which is what is deployed.
+
+    Args:
+        teacher (dict): Arguments of :class:`FrozenTeacher`: ``config``,
+            ``checkpoint`` and ``cfg_options``.
+        distill_losses (Sequence[dict], optional): Losses such as
+            ``LogitDistillationLoss``, called with student, teacher, labels
+            and ``ignore_index``, at the resolution of the student's logits.
+            Defaults to None.
+        **kwargs: As of ``EncoderDecoder``.
+    """
+
+    def __init__(self,
+                 teacher: dict,
+                 distill_losses: Optional[Sequence[dict]] = None,
+                 **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.teacher = FrozenTeacher(**teacher)
+        self.distill_losses = nn.ModuleList(
+            MODELS.build(loss) for loss in distill_losses or [])
+
+    def loss(self, inputs: Tensor,
+             data_samples: SampleList) -> Dict[str, Tensor]:
+        """Compute all losses; see ``EncoderDecoder``.
+
+        Args:
+            inputs (Tensor): Pictures with shape (N, 3, H, W).
+            data_samples (list[:obj:`SegDataSample`]): Their labels. They get
+                the field ``teacher``.
+
+        Returns:
+            dict[str, Tensor]: Losses by name, those of ``distill_losses``
+            under 'distill.'.
+
+        Raises:
+            ValueError: If the teacher has another number of classes.
+            RuntimeError: If the decode head does not call ``conv_seg`` once.
+        """
+        if self.teacher.num_classes != self.decode_head.out_channels:
+            raise ValueError(
+                f'the teacher {self.teacher.config} has '
+                f'{self.teacher.num_classes} classes, but the student '
+                f'{self.decode_head.out_channels}.')
+        logits, features = self.teacher(inputs, self.data_preprocessor)
+        for i, sample in enumerate(data_samples):
+            sample.teacher = PixelData(logits=logits[i])
+            if features is not None:
+                sample.teacher.features = features[i]
+        if not self.distill_losses:
+            return super().loss(inputs, data_samples)
+        with calls_of(getattr(self.decode_head, 'conv_seg', None)) as calls:
+            losses = super().loss(inputs, data_samples)
+        if len(calls) != 1:
+            raise RuntimeError(
+                f'{type(self.decode_head).__name__} called its classifier '
+                f'`conv_seg` {len(calls)} times in one forward; '
+                '`distill_losses` need exactly one call.')
+        student = dict(zip(('features', 'logits'), calls[0]))
+        teacher = dict(features=features, logits=logits)
+        losses.update(
+            add_prefix(
+                self._distill(student, teacher, data_samples), 'distill'))
+        return losses
+
+    def _distill(self, student: Dict[str, Tensor],
+                 teacher: Dict[str, Optional[Tensor]],
+                 data_samples: SampleList) -> Dict[str, Tensor]:
+        size = student['logits'].shape[2:]
+        labels = self.decode_head._stack_batch_gt(data_samples)
+        if isinstance(labels, tuple):  # PIDHead: labels and edges
+            labels = labels[0]
+        labels = F.interpolate(labels.float(), size=size, mode='nearest')
+        losses: Dict[str, Tensor] = {}
+        for module in self.distill_losses:
+            on = getattr(module, 'on', 'logits')
+            if teacher[on] is None:
+                raise ValueError(
+                    f'the teacher {self.teacher.config} has no classifier '
+                    f'`conv_seg` whose {on} {type(module).__name__} could '
+                    'take.')
+            value = module(
+                student[on],
+                resize(
+                    teacher[on].float(),
+                    size=size,
+                    mode='bilinear',
+                    align_corners=False),
+                labels.squeeze(1).long(),
+                ignore_index=self.decode_head.ignore_index)
+            name = module.loss_name
+            losses[name] = losses[name] + value if name in losses else value
+        return losses

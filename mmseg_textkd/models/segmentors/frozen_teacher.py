@@ -1,0 +1,161 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from pathlib import Path
+from typing import Dict, Optional, Tuple
+
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmseg.models.data_preprocessor import SegDataPreProcessor
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from mmseg_textkd.checkpoint import load_strictly, read_checkpoint
+from mmseg_textkd.text.checksum import checksum
+from ..decode_heads.text_head_mixin import calls_of
+
+
+class FrozenTeacher:
+    """A trained segmentation network that tells what it sees.
+
+    No module: it is in no module tree, state dict or optimizer, and takes no
+    gradient. It is loaded when it is first needed, and moves to the device of
+    its inputs. Copies of a student share it.
+
+    Args:
+        config (str): Path of its config, of a stock network or one of ours.
+        checkpoint (str): Path of its checkpoint; auxiliary heads, which are
+            not needed, may be missing.
+        cfg_options (dict, optional): Settings of the config to override.
+            Defaults to None.
+    """
+
+    def __init__(self,
+                 config: str,
+                 checkpoint: str,
+                 cfg_options: Optional[Dict] = None) -> None:
+        self.config, self.checkpoint = config, checkpoint
+        self.cfg_options = cfg_options
+        self._model: Optional[nn.Module] = None
+        self._classes: Optional[Tuple[str, ...]] = None
+
+    def __deepcopy__(self, memo: Dict) -> 'FrozenTeacher':
+        return self
+
+    @property
+    def model(self) -> nn.Module:
+        """nn.Module: The network, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: If there is no such config or checkpoint.
+            ValueError: If the checkpoint is damaged or of another network.
+        """
+        if self._model is None:
+            self._load()
+        return self._model
+
+    @property
+    def classes(self) -> Optional[Tuple[str, ...]]:
+        """tuple[str], optional: Its classes, as the checkpoint names them."""
+        self.model
+        return self._classes
+
+    @property
+    def num_classes(self) -> int:
+        """int: Number of its classes."""
+        head = self.model.decode_head
+        head = head[-1] if isinstance(head, nn.ModuleList) else head
+        return head.out_channels
+
+    def checksum(self) -> str:
+        """Hash all weights, to prove that training has not touched them.
+
+        Returns:
+            str: See :func:`mmseg_textkd.text.checksum.checksum`.
+        """
+        return checksum(self.model)
+
+    def _load(self) -> None:
+        path = Path(self.checkpoint)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f'There is no checkpoint {path} of the teacher '
+                f'{self.config}. Train it (`python tools/train.py '
+                f'{self.config}`), or name another: --cfg-options '
+                'model.teacher.checkpoint=PATH')
+        cfg = Config.fromfile(self.config)
+        cfg.merge_from_dict(self.cfg_options or {})
+        saved = read_checkpoint(path)
+        state = {
+            k: v
+            for k, v in saved['state_dict'].items()
+            if not k.startswith('auxiliary_head.')
+        }
+        cfg.model.pop('auxiliary_head', None)
+        # What the student draws must not depend on its teacher.
+        with torch.random.fork_rng(devices=[]):
+            model = revert_sync_batchnorm(MODELS.build(cfg.model))
+        load_strictly(model, state, path)
+        model.requires_grad_(False)
+        self._model = model.eval()
+        classes = (saved['meta'].get('dataset_meta') or {}).get('classes')
+        self._classes = tuple(classes) if classes else None
+
+    @torch.no_grad()
+    def __call__(
+            self, inputs: Tensor, preprocessor: SegDataPreProcessor
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """Look at a batch.
+
+        Args:
+            inputs (Tensor): Pictures as the student gets them, with shape
+                (N, 3, H, W).
+            preprocessor (SegDataPreProcessor): The student's, which says how
+                they were normalised.
+
+        Returns:
+            tuple[Tensor, Tensor | None]: Logits with shape (N, K, h, w) and,
+            of a head with a ``conv_seg``, what enters it, with shape
+            (N, C, h, w).
+
+        Raises:
+            ValueError: If the head gives no such logits.
+        """
+        model = self.model.to(inputs.device)
+        head = model.decode_head
+        head = head[-1] if isinstance(head, nn.ModuleList) else head
+        classifier = getattr(head, 'conv_seg', None)
+        inputs = _renormalise(inputs, preprocessor, model.data_preprocessor)
+        with calls_of(classifier) as calls:
+            logits = model(inputs, mode='tensor')
+        if not isinstance(logits, Tensor) or logits.dim() != 4:
+            raise ValueError(
+                f'the head {type(head).__name__} of the teacher '
+                f'{self.config} gives no logits for each pixel and class and '
+                'cannot teach.')
+        features = calls[0][0] if len(calls) == 1 else None
+        return logits, features
+
+
+def _renormalise(inputs: Tensor, own: SegDataPreProcessor,
+                 other: SegDataPreProcessor) -> Tensor:
+    """Bring pictures from one preprocessor's mean and deviation to another's.
+
+    Nothing is done where they are the same.
+    """
+    mean, std = _statistics(own, inputs)
+    new_mean, new_std = _statistics(other, inputs)
+    flip = own.channel_conversion != other.channel_conversion
+    if flip:
+        inputs, mean, std = inputs.flip(1), mean.flip(0), std.flip(0)
+    if torch.equal(mean, new_mean) and torch.equal(std, new_std):
+        return inputs
+    return (inputs * std + (mean - new_mean)) / new_std
+
+
+def _statistics(preprocessor: SegDataPreProcessor,
+                like: Tensor) -> Tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel, shape (3, 1, 1)."""
+    if not preprocessor._enable_normalize:
+        zero = like.new_zeros(3, 1, 1)
+        return zero, zero + 1
+    return preprocessor.mean.to(like), preprocessor.std.to(like)

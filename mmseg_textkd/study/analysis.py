@@ -1,0 +1,163 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""What the ledger says: means, spreads, and differences within seeds."""
+import math
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+from scipy import stats
+
+Entry = Dict[str, Any]
+# Of the iterations, over which the last gain of a learning curve is taken.
+LAST_PART = 0.25
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % t-interval."""
+    mean: float
+    low: float
+    high: float
+    number: int
+
+    @property
+    def reading(self) -> str:
+        """str: 'gain' or 'loss' where the interval lies on one side of 0."""
+        return 'gain' if self.low > 0 else 'loss' if self.high < 0 else 'open'
+
+
+def interval(values: Sequence[float]) -> Optional[Interval]:
+    r"""Get the mean and its 95 % interval by Student's t.
+
+    :math:`\bar d \pm t_{0.975, n-1}\, s / \sqrt n`, with s the sample standard
+    deviation.
+
+    Args:
+        values (Sequence[float]): Differences, one for each seed.
+
+    Returns:
+        Interval, optional: None without a value; with one value the bounds
+        are infinite.
+    """
+    if not len(values):
+        return None
+    mean, number = float(np.mean(values)), len(values)
+    if number == 1:
+        return Interval(mean, -math.inf, math.inf, 1)
+    half = float(
+        stats.t.ppf(0.975, number - 1) * np.std(values, ddof=1) /
+        math.sqrt(number))
+    return Interval(mean, mean - half, mean + half, number)
+
+
+class Group:
+    """The runs of one network on one share of the training images.
+
+    Args:
+        entries (Sequence[dict]): Entries of the ledger.
+        split (str): What is compared on, 'val' or 'test'.
+    """
+
+    def __init__(self, entries: Sequence[Entry], split: str) -> None:
+        self.split = split
+        self.arms: Dict[str, Dict[int, Entry]] = {}
+        for entry in entries:
+            self.arms.setdefault(entry['arm'], {})[entry['seed']] = entry
+        self.classes: List[str] = entries[0]['classes']
+
+    def scores(self,
+               arm: str,
+               split: Optional[str] = None,
+               label: Optional[int] = None) -> Dict[int, float]:
+        """Get the scores of an arm.
+
+        Args:
+            arm (str): The arm.
+            split (str, optional): 'val' or 'test'. Defaults to None: that of
+                the group.
+            label (int, optional): Index of a class, for its IoU. Defaults to
+                None: mIoU.
+
+        Returns:
+            dict[int, float]: Percent, by seed; classes that are not in the
+            images have none.
+        """
+        scores = {}
+        for seed, entry in sorted(self.arms.get(arm, {}).items()):
+            result = entry[split or self.split]
+            value = result['mIoU'] if label is None else result['IoU'][label]
+            if value is not None:
+                scores[seed] = value
+        return scores
+
+    def spread(self,
+               arm: str,
+               split: Optional[str] = None) -> Tuple[float, Optional[float]]:
+        """Get mean and sample standard deviation over the seeds.
+
+        Args:
+            arm (str): The arm.
+            split (str, optional): As of :meth:`scores`. Defaults to None.
+
+        Returns:
+            tuple[float, float or None]: Percent; no deviation of one seed.
+        """
+        values = list(self.scores(arm, split).values())
+        deviation = np.std(values, ddof=1) if len(values) > 1 else None
+        return float(np.mean(values)), deviation
+
+    def difference(self,
+                   arm: str,
+                   other: str,
+                   label: Optional[int] = None) -> Optional[Interval]:
+        """Compare two arms within the seeds that both have.
+
+        Args:
+            arm (str): The arm.
+            other (str): What it is compared with.
+            label (int, optional): Index of a class. Defaults to None: mIoU.
+
+        Returns:
+            Interval, optional: Of the differences in percentage points; None
+            without a common seed.
+        """
+        ours, theirs = (self.scores(a, label=label) for a in (arm, other))
+        return interval([ours[s] - theirs[s] for s in ours if s in theirs])
+
+    def last_gain(self, arm: str) -> Optional[float]:
+        """Tell how much the val mIoU still rose in the end.
+
+        Args:
+            arm (str): The arm.
+
+        Returns:
+            float, optional: Mean over the seeds of last value minus value at
+            three quarters of the run, in percentage points; None where there
+            was no validation by then.
+        """
+        gains = []
+        for entry in self.arms[arm].values():
+            limit = (1 - LAST_PART) * entry['iterations']
+            before = [m for i, m in entry['curve'] if i <= limit]
+            if before:
+                gains.append(entry['curve'][-1][1] - before[-1])
+        return float(np.mean(gains)) if gains else None
+
+
+def group(entries: Sequence[Entry],
+          split: str) -> Dict[Tuple[str, float], Group]:
+    """Sort entries of one study by network and share of the images.
+
+    Args:
+        entries (Sequence[dict]): Entries of the ledger.
+        split (str): What is compared on.
+
+    Returns:
+        dict[tuple[str, float], Group]: By network, in the order of the
+        entries, and by share, the largest first.
+    """
+    parts: Dict[Tuple[str, float], List[Entry]] = {}
+    networks = list(dict.fromkeys(e['network'] for e in entries))
+    for entry in entries:
+        key = (entry['network'], entry['train_fraction'])
+        parts.setdefault(key, []).append(entry)
+    order = sorted(parts, key=lambda k: (networks.index(k[0]), -k[1]))
+    return {key: Group(parts[key], split) for key in order}

@@ -1,0 +1,355 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""A study as written down: which runs, each with which config."""
+import copy
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+
+import numpy as np
+import yaml
+from mmengine.config import Config
+
+from mmseg_textkd.text import TextEmbeddings
+from mmseg_textkd.text.vector_import import EmbeddingFileError
+from .run_config import make_config
+
+VARIABLE = re.compile(r'\$\{(\w+)\}')
+KEYS = {
+    '_base_', 'name', 'title', 'registration', 'baseline', 'controls', 'vars',
+    'options', 'size', 'evaluate', 'networks', 'arms', 'grids'
+}
+NETWORK_KEYS = {
+    'stock', 'text', 'iterations', 'val_interval', 'options', 'feature'
+}
+ARM_KEYS = {'config', 'what', 'options', 'auxiliary_head'}
+GRID_KEYS = {'networks', 'arms', 'seeds', 'train_fractions'}
+SPLITS = ('val', 'test')
+# What decides about the result of a run. The rest may change: where things
+# are written, how often something is logged.
+SCIENCE = ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader',
+           'val_evaluator', 'test_evaluator', 'optim_wrapper',
+           'param_scheduler', 'train_cfg', 'custom_hooks', 'randomness')
+
+
+class StudyError(ValueError):
+    """A study that cannot be run as it is written."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a study.
+
+    Args:
+        network (str): Name of the network in the study.
+        arm (str): Name of the arm in the study.
+        seed (int): Seed of weights, order and augmentation.
+        train_fraction (float): Share of the training images, in (0, 1].
+    """
+    network: str
+    arm: str
+    seed: int
+    train_fraction: float = 1.
+
+    @property
+    def name(self) -> str:
+        """str: Its name; also its folder below the work directory."""
+        name = f'{self.network}/{self.arm}/seed{self.seed}'
+        if self.train_fraction != 1:
+            name += f'_{self.train_fraction * 100:g}%'
+        return name
+
+
+@dataclass
+class Study:
+    """A study, checked.
+
+    Args:
+        path (Path): The YAML file.
+        spec (dict): Its content, with what its ``_base_`` says.
+        variables (dict[str, str]): Values of ``vars``.
+    """
+    path: Path
+    spec: Dict[str, Any]
+    variables: Dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls,
+             path: Union[str, Path],
+             variables: Optional[Mapping[str, str]] = None) -> 'Study':
+        """Read and check a study.
+
+        Args:
+            path (str or Path): The YAML file. ``_base_`` names another one
+                beside it, whose mappings are completed and whose other
+                entries are replaced.
+            variables (Mapping[str, str], optional): Values that replace
+                those of ``vars``. Defaults to None.
+
+        Returns:
+            Study: The study.
+
+        Raises:
+            StudyError: If something is missing or unknown, and where.
+        """
+        path = Path(path)
+        spec = _read(path)
+        study = cls(path, spec)
+        study._check(spec)
+        known = spec.get('vars') or {}
+        unknown = sorted(set(variables or {}) - set(known))
+        if unknown:
+            raise StudyError(f'{path} has no vars {unknown}; it has '
+                             f'{sorted(known)}.')
+        study.variables = {**known, **(variables or {})}
+        return study
+
+    @property
+    def name(self) -> str:
+        """str: Name of the study."""
+        return self.spec['name']
+
+    @property
+    def evaluate(self) -> Sequence[str]:
+        """Sequence[str]: What the last checkpoint is measured on."""
+        return self.spec['evaluate']
+
+    def runs(self) -> List[Run]:
+        """List the runs in the order in which they are to be made.
+
+        Returns:
+            list[Run]: Grid by grid, in each network by network, then by
+            share of the images, seed and arm; each once.
+        """
+        runs: Dict[Run, None] = {}
+        for grid in self.spec['grids']:
+            for network, fraction, seed, arm in product(
+                    grid['networks'], grid.get('train_fractions', [1]),
+                    grid['seeds'], grid['arms']):
+                runs[Run(network, arm, int(seed), float(fraction))] = None
+        return list(runs)
+
+    def registration(self) -> Dict[str, Any]:
+        """Get what is to be written down before the first run.
+
+        Returns:
+            dict: For :meth:`Ledger.register`.
+        """
+        used = {run.arm for run in self.runs()}
+        return dict(
+            study=self.name,
+            title=self.spec.get('title', self.name),
+            registration=self.spec.get('registration', ''),
+            baseline=self.spec['baseline'],
+            controls=list(self.spec.get('controls', [])),
+            evaluate=list(self.evaluate),
+            arms={
+                name: arm.get('what', '')
+                for name, arm in self.spec['arms'].items() if name in used
+            },
+            planned=[run.name for run in self.runs()])
+
+    def iterations(self, run: Run) -> int:
+        """Get the number of iterations of a run.
+
+        Args:
+            run (Run): The run.
+
+        Returns:
+            int: Iterations in total, of all stages.
+        """
+        return self.spec['networks'][run.network]['iterations']
+
+    def config(self, run: Run, resolved: bool = True) -> Config:
+        """Make the config of a run.
+
+        Args:
+            run (Run): The run.
+            resolved (bool): Whether to put the values of ``vars`` in. Without
+                them the config is the same on every machine. Defaults to
+                True.
+
+        Returns:
+            Config: An ordinary config for ``tools/train.py``.
+
+        Raises:
+            StudyError: If a config does not exist or an option does not fit.
+        """
+        network = self.spec['networks'][run.network]
+        arm = self.spec['arms'][run.arm]
+        options = {}
+        for owner in (self.spec, network, arm):
+            options.update(copy.deepcopy(owner.get('options') or {}))
+        extra = None
+        if arm.get('auxiliary_head'):
+            extra = {**arm['auxiliary_head'], **network['feature']}
+        try:
+            cfg = make_config(
+                self.path.parent / network[arm['config']],
+                options=self._substitute(options) if resolved else options,
+                iterations=network['iterations'],
+                val_interval=network['val_interval'],
+                seed=run.seed,
+                size=self.spec.get('size'),
+                auxiliary_head=extra)
+        except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+            raise StudyError(f'{self.path}: no config for {run.name}: '
+                             f'{error}') from error
+        return cfg
+
+    def identify(self, run: Run) -> Dict[str, Any]:
+        """Tell what makes the run what it is, on any machine.
+
+        Args:
+            run (Run): The run.
+
+        Returns:
+            dict: ``config_hash``, a SHA-256 over all that decides about the
+            result, and ``inputs``, the SHA-256 of each file that ``vars``
+            name and the run uses.
+
+        Raises:
+            StudyError: If such a file does not exist.
+        """
+        cfg = self.config(run, resolved=False).to_dict()
+        text = json.dumps(
+            dict({k: cfg.get(k)
+                  for k in SCIENCE},
+                 train_fraction=run.train_fraction),
+            sort_keys=True,
+            default=str)
+        inputs = {}
+        for name in sorted(set(VARIABLE.findall(text))):
+            path = Path(self._value(name))
+            if not path.exists():
+                raise StudyError(
+                    f'{self.path}: {run.name} needs ${{{name}}}, but '
+                    f'{path} does not exist. Name it by --vars {name}=PATH.')
+            if path.is_file():
+                inputs[name] = _hash(path)
+        text += json.dumps(inputs, sort_keys=True)
+        return dict(
+            config_hash=hashlib.sha256(text.encode()).hexdigest(),
+            inputs=inputs)
+
+    def _value(self, name: str) -> str:
+        if name not in self.variables:
+            raise StudyError(f'{self.path} uses ${{{name}}}, which its vars '
+                             'do not have.')
+        return str(self.variables[name])
+
+    def _substitute(self, value: Any) -> Any:
+        """Put the values of ``vars`` into all texts of nested options."""
+        if isinstance(value, str):
+            return VARIABLE.sub(lambda m: self._value(m[1]), value)
+        if isinstance(value, dict):
+            return {k: self._substitute(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self._substitute(v) for v in value]
+        return value
+
+    def _check(self, spec: Dict[str, Any]) -> None:
+        """Check names and types of everything that can be checked at once."""
+
+        def fail(text: str) -> None:
+            raise StudyError(f'{self.path}: {text}')
+
+        def check_keys(where: str, keys, allowed, needed=()) -> None:
+            unknown, missing = set(keys) - allowed, set(needed) - set(keys)
+            if unknown:
+                fail(f'{where} has the unknown keys {sorted(unknown)}; known '
+                     f'are {sorted(allowed)}.')
+            if missing:
+                fail(f'{where} has no {sorted(missing)}.')
+
+        check_keys(
+            'it', spec, KEYS,
+            ('name', 'baseline', 'evaluate', 'networks', 'arms', 'grids'))
+        for name, network in spec['networks'].items():
+            check_keys(f'network {name!r}', network, NETWORK_KEYS,
+                       ('stock', 'iterations', 'val_interval'))
+        for name, arm in spec['arms'].items():
+            check_keys(f'arm {name!r}', arm, ARM_KEYS, ('config', ))
+            if arm['config'] not in ('stock', 'text'):
+                fail(f'arm {name!r}: config must be stock or text, but is '
+                     f'{arm["config"]!r}.')
+        wrong = set(spec['evaluate']) - set(SPLITS)
+        if wrong or 'val' not in spec['evaluate']:
+            fail(f'evaluate must be [val] or [val, test], but is '
+                 f'{spec["evaluate"]}.')
+        for arm in [spec['baseline'], *spec.get('controls', [])]:
+            if arm not in spec['arms']:
+                fail(f'unknown arm {arm!r}; known are {list(spec["arms"])}.')
+        for number, grid in enumerate(spec['grids'], 1):
+            where = f'grid {number}'
+            check_keys(where, grid, GRID_KEYS, ('networks', 'arms', 'seeds'))
+            for kind in ('networks', 'arms'):
+                for name in grid[kind]:
+                    if name not in spec[kind]:
+                        fail(f'{where} has the unknown {kind[:-1]} {name!r}; '
+                             f'known are {list(spec[kind])}.')
+            for name, arm in product(grid['networks'], grid['arms']):
+                network, arm = spec['networks'][name], spec['arms'][arm]
+                if arm['config'] not in network:
+                    fail(f'network {name!r} has no {arm["config"]} config.')
+                if arm.get('auxiliary_head') and 'feature' not in network:
+                    fail(f'network {name!r} does not say by `feature` where '
+                         'an extra auxiliary head reads.')
+            for fraction in grid.get('train_fractions', [1]):
+                if not 0 < fraction <= 1:
+                    fail(f'{where}: a train fraction must be in (0, 1], but '
+                         f'is {fraction}.')
+
+
+def _hash(path: Path) -> str:
+    """SHA-256 of the content: embeddings that were imported twice may differ
+    in the order of their bytes.
+    """
+    try:
+        return TextEmbeddings.load(path).sha256
+    except EmbeddingFileError:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read(path: Path) -> Dict[str, Any]:
+    """Read a YAML file and what it is based on."""
+    try:
+        spec = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except FileNotFoundError as error:
+        raise StudyError(f'there is no study {path}.') from error
+    except yaml.YAMLError as error:
+        raise StudyError(f'{path} is no YAML: {error}') from error
+    if not isinstance(spec, dict):
+        raise StudyError(f'{path} is no study: a mapping was expected.')
+    if '_base_' not in spec:
+        return spec
+    return _merge(_read(path.parent / spec.pop('_base_')), spec)
+
+
+def _merge(base: Dict[str, Any], own: Dict[str, Any]) -> Dict[str, Any]:
+    """Complete mappings at any depth, replace the rest."""
+    merged = dict(base)
+    for key, value in own.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            value = _merge(base[key], value)
+        merged[key] = value
+    return merged
+
+
+def subset(length: int, run: Run) -> List[int]:
+    """Draw the training images of a run that has not all of them.
+
+    Args:
+        length (int): Number of images.
+        run (Run): The run. All arms and networks of a seed get the same
+            images, and more images contain the fewer.
+
+    Returns:
+        list[int]: Their indices, sorted; at least one.
+    """
+    order = np.random.default_rng(run.seed).permutation(length)
+    number = max(1, round(length * run.train_fraction))
+    return sorted(order[:number].tolist())

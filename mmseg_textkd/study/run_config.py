@@ -1,0 +1,142 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""The config of one run: an ordinary one, cut to length and size."""
+import copy
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional, Sequence
+
+from mmengine.config import Config
+
+
+def make_config(path: Path,
+                options: Dict[str, Any],
+                iterations: int,
+                val_interval: int,
+                seed: int,
+                size: Optional[Sequence[int]] = None,
+                auxiliary_head: Optional[Dict[str, Any]] = None) -> Config:
+    """Make the config of a run from a shipped one.
+
+    Args:
+        path (Path): A config.
+        options (dict): What ``--cfg-options`` would change.
+        iterations (int): Length of the run. Begin and end of the learning
+            rate schedule are scaled with it.
+        val_interval (int): Iterations between two validations and between
+            two checkpoints.
+        seed (int): Seed of the run.
+        size (Sequence[int], optional): Height and width, in pixels, that
+            images are resized and cropped to. Labels for evaluation keep
+            their resolution. Defaults to None: as in the config.
+        auxiliary_head (dict, optional): One more auxiliary head. Defaults to
+            None.
+
+    Returns:
+        Config: The config.
+
+    Raises:
+        ValueError: If an option does not fit the config.
+    """
+    cfg = copy.deepcopy(_load(path))
+    cfg.merge_from_dict(options)
+    # A variable of the text configs, whose vectors an arm may not use:
+    # tools/train.py would make them all the same.
+    cfg.pop('text_provider', None)
+    if auxiliary_head is not None:
+        heads = cfg.model.get('auxiliary_head') or []
+        heads = list(heads) if isinstance(heads, list) else [heads]
+        cfg.model.auxiliary_head = [
+            *heads,
+            dict(
+                auxiliary_head,
+                num_classes=cfg.model.decode_head.num_classes,
+                norm_cfg=cfg.model.decode_head.norm_cfg)
+        ]
+    if size is not None:
+        set_size(cfg, size)
+    set_length(cfg, iterations, val_interval)
+    cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
+    return cfg
+
+
+@lru_cache(maxsize=None)
+def _load(path: Path) -> Config:
+    if not path.is_file():
+        raise FileNotFoundError(f'there is no config {path}.')
+    return Config.fromfile(str(path))
+
+
+def set_length(cfg: Config, iterations: int, val_interval: int) -> None:
+    """Set the length of a run, in place.
+
+    Args:
+        cfg (Config): A config with an iteration-based loop.
+        iterations (int): Number of iterations.
+        val_interval (int): Iterations between validations and checkpoints.
+
+    Raises:
+        ValueError: If the interval does not divide the number: the last
+            checkpoint would not be the end of the run.
+    """
+    if iterations % val_interval:
+        raise ValueError(f'val_interval={val_interval} does not divide '
+                         f'iterations={iterations}')
+    factor = iterations / cfg.train_cfg.max_iters
+    for scheduler in cfg.param_scheduler:
+        scheduler.begin = round(scheduler.get('begin', 0) * factor)
+        scheduler.end = round(scheduler.end * factor)
+    cfg.train_cfg.update(max_iters=iterations, val_interval=val_interval)
+    # Else MMEngine counts validations by epoch, of which there is one.
+    cfg.default_hooks.logger.log_metric_by_epoch = False
+    cfg.default_hooks.checkpoint = dict(
+        type='CheckpointHook',
+        by_epoch=False,
+        interval=val_interval,
+        # One more than the last: a run that is killed while it writes goes
+        # on from the one before.
+        max_keep_ckpts=2)
+
+
+def set_size(cfg: Config, size: Sequence[int]) -> None:
+    """Set what images are resized and cropped to, in place.
+
+    Args:
+        cfg (Config): A config.
+        size (Sequence[int]): Height and width in pixels.
+
+    Raises:
+        ValueError: If no transform of a data loader resizes images.
+    """
+    height, width = size
+    for split in ('train', 'val', 'test'):
+        resized = False
+        for transform in transforms(cfg[f'{split}_dataloader']):
+            if transform['type'] in ('Resize', 'RandomResize'):
+                transform['scale'] = (width, height)
+                resized = True
+            elif transform['type'] == 'RandomCrop':
+                transform['crop_size'] = (height, width)
+        if not resized:
+            raise ValueError(f'`size` cannot be set: {split}_dataloader '
+                             'resizes no image')
+    cfg.model.data_preprocessor.size = (height, width)
+
+
+def transforms(node: Any) -> Iterator[Dict[str, Any]]:
+    """Find the transforms of all pipelines in a nested config.
+
+    Args:
+        node (Any): The config of a data loader or a part of it.
+
+    Yields:
+        dict: Each transform.
+    """
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == 'pipeline':
+                yield from value
+            else:
+                yield from transforms(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from transforms(value)

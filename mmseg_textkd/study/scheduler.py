@@ -1,0 +1,402 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Make the runs of a study in processes of their own."""
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any, Callable, Dict, List, Optional
+
+from mmengine.dataset import BaseDataset
+from mmengine.registry import init_default_scope
+from mmseg.registry import DATASETS
+
+import mmseg_textkd
+from mmseg_textkd.deploy import write_files
+from .ledger import Ledger
+from .measure import describe_machine, read_logs
+from .plan import Run, Study, StudyError, subset
+
+TAIL = 15  # lines of the log of a run that failed
+
+
+class Job:
+    """A run at work.
+
+    Args:
+        run (Run): The run.
+        folder (Path): Its work directory.
+        lock (IO): Its lock. Processes inherit it, so that one that outlives
+            a killed driver still holds it.
+    """
+
+    def __init__(self, run: Run, folder: Path, lock: IO) -> None:
+        self.run = run
+        self.folder = folder
+        self.lock = lock
+        self.evaluating = False
+        self.process: Optional[subprocess.Popen] = None
+        self.rss_mib = 0
+
+    def start(self, words: List[str]) -> None:
+        """Start a process that writes to the log of the run.
+
+        Args:
+            words (list[str]): The command after the name of Python.
+        """
+        package = str(Path(mmseg_textkd.__file__).parents[1])
+        path = [package, os.environ.get('PYTHONPATH', '')]
+        with open(self.folder / 'log.txt', 'ab') as log:
+            self.process = subprocess.Popen([sys.executable, *words],
+                                            stdin=subprocess.DEVNULL,
+                                            stdout=log,
+                                            stderr=subprocess.STDOUT,
+                                            pass_fds=(self.lock.fileno(), ),
+                                            env=dict(
+                                                os.environ,
+                                                PYTHONPATH=os.pathsep.join(
+                                                    filter(None, path))))
+
+    def poll(self) -> Optional[int]:
+        """Look whether the process has ended.
+
+        Returns:
+            int, optional: Its exit status, negative for a signal; None while
+            it runs.
+        """
+        pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
+        if not pid:
+            return None
+        self.rss_mib = max(self.rss_mib, usage.ru_maxrss // 1024)
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        return self.process.returncode
+
+    def stop(self) -> None:
+        """End the process; the last checkpoint is kept."""
+        self.process.terminate()
+        self.process.wait()
+
+
+class Scheduler:
+    """Make the runs that a ledger does not have yet.
+
+    Args:
+        study (Study): The study.
+        ledger (Ledger): Where finished runs are written to.
+        work_dir (Path): Folder of logs and checkpoints.
+        root (Path): Folder with ``tools``.
+        jobs (int): How many runs go on side by side. Defaults to 1.
+        budget (float, optional): Seconds after which everything is stopped.
+            Defaults to None.
+        commit (str, optional): Commit to write down. Defaults to None: what
+            Git says of ``root``.
+        drop_checkpoints (bool): Whether to remove the checkpoints of finished
+            runs. Defaults to False.
+        say (Callable): Takes lines about the progress. Defaults to print.
+
+    Raises:
+        StudyError: If the ledger has a run of this study under the same name
+            but with another config.
+    """
+
+    def __init__(self,
+                 study: Study,
+                 ledger: Ledger,
+                 work_dir: Path,
+                 root: Path,
+                 jobs: int = 1,
+                 budget: Optional[float] = None,
+                 commit: Optional[str] = None,
+                 drop_checkpoints: bool = False,
+                 say: Callable[[str], None] = print) -> None:
+        self.study = study
+        self.ledger = ledger
+        self.work_dir = work_dir
+        self.root = root
+        self.jobs = jobs
+        self.end = None if budget is None else time.monotonic() + budget
+        self.commit = commit or git_commit(root)
+        self.drop_checkpoints = drop_checkpoints
+        self.say = say
+        self.runs = study.runs()
+        self.identity = {run: study.identify(run) for run in self.runs}
+        self.failed: List[Run] = []
+        for run in self.runs:
+            done = ledger.find(study.name, run)
+            own = self.identity[run]['config_hash']
+            if done is not None and done['config_hash'] != own:
+                raise StudyError(
+                    f'{ledger.path} has {run.name} of {study.name} with '
+                    f'another config (hash {done["config_hash"][:12]}, now '
+                    f'{own[:12]}). The study or a config was changed after '
+                    'the run. Give the study a new name, or remove that line '
+                    'to make the run again.')
+
+    def todo(self) -> List[Run]:
+        """List the runs that are neither finished nor failed.
+
+        Returns:
+            list[Run]: In their order.
+        """
+        return [
+            run for run in self.runs
+            if self.ledger.find(self.study.name, run) is None
+            and run not in self.failed
+        ]
+
+    def work(self) -> List[Run]:
+        """Make the runs.
+
+        Returns:
+            list[Run]: The runs that are left, failed ones included.
+        """
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        own = _lock(self.work_dir / '.lock')
+        if own is None:
+            raise StudyError(f'another driver is at work in {self.work_dir}.')
+        if self.ledger.register(self.study.registration(), _now()):
+            self.say(f'registered the study in {self.ledger.path}')
+        waiting, jobs, told = self.todo(), [], 0.
+        handler = signal.signal(signal.SIGTERM, _leave)
+        try:
+            while waiting or jobs:
+                if self.end is not None and time.monotonic() > self.end:
+                    self.say('the budget is spent')
+                    break
+                while waiting and len(jobs) < self.jobs:
+                    job = self._begin(waiting.pop(0))
+                    jobs += [job] if job else []
+                jobs = [job for job in jobs if self._look_after(job)]
+                if time.monotonic() - told > 60:
+                    told = time.monotonic()
+                    self.say(self.progress(jobs, waiting))
+                time.sleep(.2)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            for job in jobs:
+                job.stop()
+                job.lock.close()
+                self.say(f'stopped {job.run.name}')
+            own.close()
+        return [*self.todo(), *self.failed]
+
+    def _begin(self, run: Run) -> Optional[Job]:
+        """Start or resume a run."""
+        folder = self.work_dir / run.name
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder / '.lock')
+        while lock is None:  # a process that outlived its driver
+            self.say(f'{run.name} is at work in another process, waiting')
+            time.sleep(5)
+            lock = _lock(folder / '.lock')
+        job = Job(run, folder, lock)
+        try:
+            self._write_config(job)
+        except Exception as error:
+            self._fail(job, f'{type(error).__name__}: {error}')
+            return None
+        if self._trained(job):
+            self._evaluate(job)
+        else:
+            resume = (folder / 'last_checkpoint').exists()
+            self.say(f'{"resuming" if resume else "starting"} {run.name}')
+            job.start([
+                str(self.root / 'tools' / 'train.py'),
+                str(folder / 'config.py'), '--work-dir',
+                str(folder), *(['--resume'] if resume else [])
+            ])
+        return job
+
+    def _write_config(self, job: Job) -> None:
+        """Write the config of a run, or see that the old one is the same."""
+        stamp = job.folder / 'study.json'
+        identity = self.identity[job.run]
+        if stamp.exists() and json.loads(stamp.read_text()) != identity:
+            raise StudyError(
+                f'{job.folder} is of a run with another config or other '
+                'vectors. Remove the folder to begin anew.')
+        cfg = self.study.config(job.run)
+        if job.run.train_fraction != 1:
+            dataset = cfg.train_dataloader.dataset
+            init_default_scope('mmseg')
+            whole = DATASETS.build(dataset)
+            if not isinstance(whole, BaseDataset):
+                raise StudyError('a train fraction needs a plain dataset, but '
+                                 f'got {dataset.type}.')
+            dataset.indices = subset(len(whole), job.run)
+        cfg.dump(str(job.folder / 'config.py'))
+        write_files({stamp: json.dumps(identity).encode()})
+
+    def _trained(self, job: Job) -> bool:
+        iterations = self.study.iterations(job.run)
+        last = job.folder / 'last_checkpoint'
+        # MMEngine writes it after the checkpoint that it names.
+        return last.exists() and last.read_text().strip().endswith(
+            f'iter_{iterations}.pth')
+
+    def _evaluate(self, job: Job) -> None:
+        job.evaluating = True
+        job.start([
+            str(self.root / 'tools' / 'study.py'), '--evaluate',
+            str(job.folder), *self.study.evaluate
+        ])
+
+    def _look_after(self, job: Job) -> bool:
+        """See how a job is doing; whether it goes on."""
+        status = job.poll()
+        if status is None:
+            return True
+        if status != 0:
+            self._fail(job, f'exit status {status}')
+        elif not job.evaluating:
+            if self._trained(job):
+                self._evaluate(job)
+                return True
+            self._fail(job, 'it ended before its last iteration')
+        else:
+            self._finish(job)
+        return False
+
+    def _fail(self, job: Job, why: str) -> None:
+        self.failed.append(job.run)
+        job.lock.close()
+        log = job.folder / 'log.txt'
+        lines = []
+        if log.exists():
+            lines = log.read_text(errors='replace').splitlines()[-TAIL:]
+        self.say('\n'.join([
+            f'FAILED {job.run.name}: {why}', *(f'    {line}' for line in lines)
+        ]))
+
+    def _finish(self, job: Job) -> None:
+        run, network = job.run, self.study.spec['networks'][job.run.network]
+        result = json.loads((job.folder / 'result.json').read_text())
+        logs = read_logs(job.folder)
+        del logs['last_step']
+        memory = logs.pop('cuda_memory_mib')
+        entry = dict(
+            study=self.study.name,
+            network=run.network,
+            arm=run.arm,
+            seed=run.seed,
+            train_fraction=run.train_fraction,
+            **self.identity[run],
+            iterations=network['iterations'],
+            size=self.study.spec.get('size'),
+            classes=result['classes'],
+            val=result['val'],
+            test=result.get('test'),
+            checkpoint='last',
+            **logs,
+            peak_memory_mib=memory or job.rss_mib,
+            peak_memory_of='CUDA' if memory else 'process',
+            jobs=self.jobs,
+            threads=os.environ.get('OMP_NUM_THREADS'),
+            commit=self.commit,
+            finished=_now(),
+            **describe_machine())
+        self.ledger.append(entry)
+        job.lock.close()
+        if self.drop_checkpoints:
+            for path in job.folder.glob('iter_*.pth'):
+                path.unlink()
+            (job.folder / 'last_checkpoint').unlink(missing_ok=True)
+        scores = ', '.join(f'{split} {entry[split]["mIoU"]:.2f}'
+                           for split in self.study.evaluate)
+        self.say(f'finished {run.name}: mIoU {scores}')
+
+    def progress(self, jobs: List[Job], waiting: List[Run]) -> str:
+        """Describe how far the study is.
+
+        Args:
+            jobs (list[Job]): The runs at work.
+            waiting (list[Run]): The runs to come.
+
+        Returns:
+            str: A line.
+        """
+        speeds: Dict[str, List[float]] = {}
+        left: Dict[Run, int] = {
+            run: self.study.iterations(run)
+            for run in waiting
+        }
+        doing = []
+        for job in jobs:
+            logs = read_logs(job.folder)
+            step, seconds = logs['last_step'], logs['train_seconds']
+            total = self.study.iterations(job.run)
+            left[job.run] = total - step
+            if seconds:
+                speeds.setdefault(job.run.network, []).append(seconds / step)
+            doing.append(f'{job.run.name} {100 * step // total} %')
+        for run in self.runs:
+            entry = self.ledger.find(self.study.name, run)
+            if entry:
+                speeds.setdefault(run.network, []).append(
+                    entry['train_seconds'] / entry['iterations'])
+        means = {k: sum(v) / len(v) for k, v in speeds.items()}
+        text = 'time left unknown'
+        if means:
+            # A network that has not been seen yet is taken for the slowest.
+            slowest = max(means.values())
+            seconds = sum(number * means.get(run.network, slowest)
+                          for run, number in left.items()) / self.jobs
+            text = f'about {_duration(seconds)} left'
+        done = len(self.runs) - len(waiting) - len(jobs) - len(self.failed)
+        return (f'{done} of {len(self.runs)} done, {len(self.failed)} failed, '
+                f'at work: {", ".join(doing) or "none"}; {text}')
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f'{minutes // 60} h {minutes % 60} min' if minutes >= 60 else \
+        f'{max(minutes, 1)} min'
+
+
+def _lock(path: Path) -> Optional[IO]:
+    """Take a lock that ends with the last process that holds it."""
+    file = open(path, 'w')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def _now() -> str:
+    return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
+
+
+def _leave(*args: Any) -> None:
+    sys.exit('terminated')
+
+
+def git_commit(root: Path) -> Optional[str]:
+    """Get the commit of a checkout.
+
+    Args:
+        root (Path): Its folder.
+
+    Returns:
+        str, optional: The commit, with ``-dirty`` if code or configs differ
+        from it; None without Git.
+    """
+    if shutil.which('git') is None:
+        return None
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(['git', '-C', str(root), *words],
+                              capture_output=True,
+                              text=True)
+
+    head = git('rev-parse', 'HEAD')
+    if head.returncode:
+        return None
+    changes = git('status', '--porcelain', '--', 'mmseg_textkd', 'configs',
+                  'tools')
+    return head.stdout.strip() + ('-dirty' if changes.stdout.strip() else '')

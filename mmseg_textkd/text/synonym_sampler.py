@@ -1,0 +1,170 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import logging
+from typing import Dict, List, Set
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from .class_embeddings import ClassEmbeddings
+from .embedding_file import TextEmbeddings
+from .phrase_bank import PhraseBank, phrase_vectors
+from .phrase_confidence import load_confidence, text_confidence
+
+MODES = ('uniform', 'weighted', 'mean', 'max')
+
+
+@MODELS.register_module()
+class SynonymSampler(ClassEmbeddings):
+    """Other words for a class in training, its plain name at inference.
+
+    In training each image sees each class by a phrase that is drawn anew, so
+    that the network does not learn a word but what the words have in common.
+    The class embeddings, which are evaluated, folded and saved, are those of
+    the first phrase of each class, the plain name. In stage 2 of a provider
+    that learns, and for the scale and bias of this one, they are used in
+    training too.
+
+    Not used are phrases below the threshold, and those that stand for another
+    class as well.
+
+    Source: text diversification of `Global Knowledge Calibration
+    <https://arxiv.org/abs/2303.09181>`_, section 3.2.
+
+    Args:
+        file (str): Embeddings file with a bank of phrases
+            (``tools/encode_text.py KEY+synonyms --keep-bank``).
+        num_classes (int): Number of classes K. The head passes its own.
+        mode (str): 'uniform': each phrase is as probable. 'weighted': by its
+            confidence. 'mean': their mean, for all images. 'max': all of
+            them, of which the most similar one counts at each pixel.
+            Defaults to 'uniform'.
+        confidence (str): How sure it is that a phrase stands for the class.
+            'text': the probability, for CLIP's classifier over the plain
+            names, that the phrase is of its class. 'image': the mean
+            probability of the phrase, among those of its class, for regions
+            of the class in training images
+            (``tools/score_synonyms.py``). Defaults to 'text'.
+        threshold (float): Least confidence. A class without a phrase above it
+            keeps its plain name. Defaults to 0.1, as in the source.
+        **kwargs: ``dim``, ``centre``, ``classes`` and ``build``, see
+            :class:`ClassEmbeddings`.
+
+    Raises:
+        ValueError: If an argument or the file does not fit, or the file has
+            no bank.
+    """
+
+    def __init__(self,
+                 file: str,
+                 num_classes: int,
+                 mode: str = 'uniform',
+                 confidence: str = 'text',
+                 threshold: float = 0.1,
+                 **kwargs) -> None:
+        if mode not in MODES:
+            raise ValueError(f'`mode` must be one of {MODES}, but got '
+                             f'{mode!r}.')
+        if confidence not in ('text', 'image'):
+            raise ValueError("`confidence` must be 'text' or 'image', but got "
+                             f'{confidence!r}.')
+        if not 0 <= threshold < 1:
+            raise ValueError(
+                f'`threshold` must lie in [0, 1), but got {threshold}.')
+        super().__init__(file, num_classes, **kwargs)
+        self.mode, self.threshold = mode, threshold
+        self._bank_hint = self._missing_hint
+        if self.record is None:
+            return
+        if confidence == 'text':
+            scores = text_confidence(self.record)
+        else:
+            try:
+                scores = load_confidence(file, self.record)
+            except FileNotFoundError as error:
+                # Only training needs it.
+                self._bank_hint = str(error)
+                return
+        self.phrase_bank = self._make_bank(scores)
+
+    def _rows(self, record: TextEmbeddings) -> Tensor:
+        """The plain names."""
+        try:
+            return phrase_vectors(record)[0][:, 0]
+        except ValueError as error:
+            raise ValueError(f'{self.file}: {error}') from None
+
+    def _make_bank(self, scores: Tensor) -> PhraseBank:
+        """Sort out the phrases that may be drawn."""
+        vectors, mask = phrase_vectors(self.record)
+        if self.shift is not None:
+            vectors = F.normalize(vectors - self.shift, dim=2)
+        ambiguous = collisions(self.record)
+        clear = torch.zeros_like(mask)
+        for k, phrases in enumerate(self.record.phrases):
+            for r, phrase in enumerate(phrases):
+                clear[k, r] = phrase not in ambiguous.get(k, ())
+        used = clear & (scores >= self.threshold)
+        # A class has its plain name, if nothing else.
+        used[:, 0] |= ~used.any(dim=1)
+        weight = used.float()
+        if self.mode == 'weighted':
+            weight = weight * scores.clamp(min=1e-6)
+        self._log(ambiguous, used, clear)
+        mode = 'draw' if self.mode in ('uniform', 'weighted') else self.mode
+        return PhraseBank(vectors, weight / weight.sum(dim=1, keepdim=True),
+                          mode)
+
+    def _log(self, ambiguous: Dict[int, Set[str]], used: Tensor,
+             clear: Tensor) -> None:
+        """Say what is drawn and what not."""
+        record, number = self.record, sum(map(len, self.record.phrases))
+        doubtful: List[str] = [
+            f'{phrase!r} ({name})' for k, name in enumerate(record.names)
+            for r, phrase in enumerate(record.phrases[k])
+            if clear[k, r] and not used[k, r]
+        ]
+        print_log(
+            f'{self.file}: {int(used.sum())} of {number} phrases of '
+            f'{len(record)} classes are used in training. Below the threshold '
+            f'{self.threshold}: {", ".join(doubtful) or "none"}.', 'current')
+        if ambiguous:
+            words = sorted({p for ps in ambiguous.values() for p in ps})
+            print_log(
+                f'{self.file}: not used because they stand for another class '
+                f'too: {words}.', 'current', logging.WARNING)
+
+    def start_learning(self) -> None:
+        """Enter stage 2, in which scale and bias learn with what is deployed.
+        """
+        self.learning = self.can_compute
+
+
+def collisions(record: TextEmbeddings) -> Dict[int, Set[str]]:
+    """Find phrases that stand for another class as well.
+
+    The plain name of a class, its first phrase, belongs to it alone.
+
+    Args:
+        record (TextEmbeddings): Names and phrases.
+
+    Returns:
+        dict[int, set[str]]: By class, the phrases that it must not use.
+    """
+    owners: Dict[str, Set[int]] = {}
+    for k, (name, phrases) in enumerate(zip(record.names, record.phrases)):
+        for words in (name, *phrases):
+            owners.setdefault(_plain(words), set()).add(k)
+    found: Dict[int, Set[str]] = {}
+    for k, phrases in enumerate(record.phrases):
+        shared = {p for p in phrases[1:] if len(owners[_plain(p)]) > 1}
+        if shared:
+            found[k] = shared
+    return found
+
+
+def _plain(words: str) -> str:
+    """Words without case and markup."""
+    return words.strip().lower().replace('_', ' ')

@@ -1,0 +1,637 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Classes that are named after the training."""
+import copy
+import importlib.util
+import os.path as osp
+import re
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmseg.apis import inference_model, init_model
+from mmseg.registry import MODELS
+from processes import ROOT, load
+from tiny import CLASSES, tiny_config
+
+from mmseg_textkd.apis import TextSegInferencer, predict_labels
+from mmseg_textkd.apis.drawing import draw_labels, palette_for
+from mmseg_textkd.apis.label_maps import select_classes
+from mmseg_textkd.deploy import L2ConvSeg, fold_state_dict, to_stock_cfg
+from mmseg_textkd.deploy.benchmark import peak_memory
+from mmseg_textkd.text import TextEmbeddings
+from mmseg_textkd.text.build import encode_classes
+
+NEW = ('tree', 'road', 'bus stop', 'Straße', '道路')
+FIXED = dict(type='ClassEmbeddings', file='text.safetensors', dim=64)
+CONTEXT = dict(
+    type='ContextPromptLearner',
+    embeddings=FIXED,
+    model='toyclip',
+    token_dim=64,
+    n_ctx=4)
+# Text provider and changes of the head.
+RUNS = dict(
+    fixed=(FIXED, {}),
+    residual=(dict(type='ResidualPromptLearner', embeddings=FIXED), {}),
+    mixture=(dict(type='MixturePromptLearner', embeddings=FIXED), {}),
+    unified=(CONTEXT, {}),
+    specific=(dict(CONTEXT, class_specific=True), {}),
+    l2=(FIXED, dict(text_branch=dict(norm='l2'))),
+    centred=(dict(FIXED, centre=True), {}),
+    auxiliary=(FIXED, dict(role='auxiliary')))
+
+
+def make(folder, text, head):
+    """Weights as after stage 2: of no start, prompts have moved."""
+    file = folder / 'text.safetensors'
+    encode_classes(CLASSES, 'toyclip', 'photo', keep_bank=True).save(file)
+    text = copy.deepcopy(text)
+    text.get('embeddings', text)['file'] = str(file)
+    cfg = tiny_config(folder, text)
+    cfg.model.decode_head.update(head)
+    cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
+    cfg.dump(folder / 'config.py')
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    provider = model.decode_head.text.text
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name.endswith('running_var'):
+                value.uniform_(.5, 2)
+            elif value.is_floating_point() and 'embeddings' not in name:
+                value.add_(torch.randn_like(value) * .3)
+        if provider.learnable():
+            provider.start_learning()
+            provider.refresh()
+    torch.save(
+        dict(
+            state_dict=model.state_dict(),
+            meta=dict(
+                dataset_meta=cfg.test_dataloader.dataset.metainfo.to_dict())),
+        folder / 'weights.pth')
+    return SimpleNamespace(
+        file=file,
+        config=str(folder / 'config.py'),
+        weights=str(folder / 'weights.pth'),
+        images=[str(folder / 'data/img' / f'{i}.png') for i in range(6)])
+
+
+@pytest.fixture(scope='module')
+def worded(tmp_path_factory):
+    """Get a function that gives one of the ``RUNS``, made when asked for."""
+    made = {}
+
+    def get(name='residual'):
+        if name not in made:
+            with DefaultScope.overwrite_default_scope('mmseg'):
+                made[name] = make(tmp_path_factory.mktemp(name), *RUNS[name])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache of the tests' own."""
+    folder = tmp_path_factory.mktemp('cache')
+    monkeypatch.setenv('MMSEG_TEXTKD_CACHE', str(folder))
+    return folder
+
+
+@pytest.fixture
+def inferencer(worded):
+    """Get a function that loads one of the ``RUNS``."""
+
+    def get(name='residual'):
+        made = TextSegInferencer(
+            worded(name).config, worded(name).weights, device='cpu')
+        made.show_progress = False
+        return made
+
+    return get
+
+
+def encoded(phrases, templates='photo'):
+    return encode_classes(list(phrases), 'toyclip', templates).vectors
+
+
+def by_hand(run, vectors, bias):
+    """Logits of other classes from the tensors in the file."""
+    model = init_model(run.config, run.weights, device='cpu')
+    state = load(run.weights)['state_dict']
+    picture = torch.tensor(cv2.imread(run.images[0])).permute(2, 0, 1)[None]
+    head, p = model.decode_head, 'decode_head.conv_seg.'
+    with torch.no_grad():
+        feats = model.extract_feat((picture.float() - 128) / 64)
+        pixels = head.convs(feats[0]).double()
+        pixels = F.conv2d(
+            pixels, state[f'{p}projection.conv.weight'].double(),
+            state.get(f'{p}projection.conv.bias', torch.zeros(64)).double())
+        if f'{p}projection.bn.weight' in state:
+            mean, var, gain, shift = (
+                state[f'{p}projection.bn.{k}'].double()[:, None, None]
+                for k in ('running_mean', 'running_var', 'weight', 'bias'))
+            pixels = (pixels - mean) / (var + 1e-5).sqrt() * gain + shift
+        else:
+            pixels = F.normalize(pixels, dim=1)
+        scale = state[f'{p}scale.log_scale'].double().exp()
+        logits = torch.einsum('ndhw,kd->nkhw', pixels,
+                              scale * vectors.double()) + bias[:, None, None]
+        cosine = torch.einsum('ndhw,kd->nkhw', F.normalize(pixels, dim=1),
+                              vectors.double())
+        size = picture.shape[2:]
+        return [
+            F.interpolate(v, size, mode='bilinear', align_corners=False)[0]
+            for v in (logits, cosine)
+        ]
+
+
+def mixed(run, new, own):
+    """Vectors and biases: new ones, but those of `road` (2) as trained."""
+    state = load(run.weights)['state_dict']
+    vectors = encoded(NEW) if new is None else new.clone()
+    key = 'decode_head.conv_seg.'
+    vectors[1] = state[f'{key}text.class_embeddings'][2]
+    bias = state[f'{key}logit_bias'].double()
+    biases = bias.mean().repeat(len(NEW))
+    biases[1] = bias[2]
+    return vectors, biases
+
+
+# ------------------------------------------------------ without new words
+@pytest.mark.stacks
+@pytest.mark.parametrize('name', ['residual', 'l2', 'auxiliary'])
+def test_trained_classes_as_ever(worded, inferencer, name):
+    mine, images = inferencer(name), worded(name).images
+    model = init_model(worded(name).config, worded(name).weights, device='cpu')
+    expected = [
+        inference_model(model, path).pred_sem_seg.data[0].numpy()
+        for path in images
+    ]
+    found = mine(images, batch_size=4)['predictions']
+    assert all(map(np.array_equal, found, expected))
+    assert len(np.unique(found)) > 2
+    if name != 'auxiliary':
+        # Other words and back again.
+        mine.set_classes(list(NEW))
+        mine.set_classes()
+        assert mine.classes == CLASSES and mine.source == 'as trained'
+        assert all(map(np.array_equal, mine(images)['predictions'], expected))
+
+
+# ------------------------------------------------------------- new words
+@pytest.mark.parametrize('name',
+                         ['fixed', 'residual', 'mixture', 'specific', 'l2'])
+def test_new_classes_equal_those_by_hand(worded, inferencer, name):
+    run, mine = worded(name), inferencer(name)
+    before = {k: v.clone() for k, v in mine.model.state_dict().items()}
+    mine.set_classes(list(NEW))
+    expected, cosine = by_hand(run, *mixed(run, None, None))
+    found = mine(run.images[0], similarity=['道路', 'tree'])
+    labels = expected.argmax(0).numpy()
+    assert np.array_equal(found['predictions'], labels)
+    np.testing.assert_allclose(
+        found['similarity'], cosine[[4, 0]], rtol=1e-4, atol=1e-5)
+    # The class list has changed, the network has not.
+    after = mine.model.state_dict()
+    changed = {k for k in before if not k.startswith('decode_head.conv_seg')}
+    assert changed and all(torch.equal(before[k], after[k]) for k in changed)
+    # MMSegmentation's own function sees the same network.
+    result = inference_model(mine.model, run.images[0])
+    torch.testing.assert_close(
+        result.seg_logits.data, expected.float(), rtol=1e-4, atol=1e-4)
+    kind = L2ConvSeg if name == 'l2' else torch.nn.Conv2d
+    assert type(mine.model.decode_head.conv_seg) is kind
+    said = '4 new class(es) in 1 template(s)'
+    if name in ('residual', 'mixture', 'specific'):
+        learner = RUNS[name][0]['type']
+        said += (f', as what {learner} has learned belongs to the trained '
+                 'classes alone')
+    assert mine.source == f'{said}; 1 as trained'
+
+
+def test_unified_context_serves_new_names(worded, inferencer):
+    run, mine = worded('unified'), inferencer('unified')
+    mine.set_classes(list(NEW))
+    assert mine.source == ('4 new class(es) in the learned context; 1 as '
+                           'trained')
+    # The same by a learner of these names that has the learned vectors.
+    learner = MODELS.build(
+        dict(
+            CONTEXT,
+            embeddings=dict(FIXED, file='none'),
+            num_classes=len(NEW),
+            vocabulary=list(NEW)))
+    state = load(run.weights)['state_dict']
+    context = state['decode_head.conv_seg.text.context']
+    assert context.std() > 1e-3
+    learner.context.data.copy_(context)
+    learner.prepare()
+    with torch.no_grad():
+        new = learner.compute()
+    expected, _ = by_hand(run, *mixed(run, new, None))
+    assert np.array_equal(
+        mine(run.images[0])['predictions'],
+        expected.argmax(0).numpy())
+    assert (new - encoded(NEW)).abs().max() > 1e-3
+    # Templates that are asked for are used.
+    mine.set_classes(list(NEW), templates='none')
+    assert '4 new class(es) in 1 template' in mine.source
+    torch.testing.assert_close(mine.vectors[0], encoded(NEW, 'none')[0])
+
+
+def test_centred_vectors_stay_centred(worded, inferencer):
+    run, mine = worded('centred'), inferencer('centred')
+    mine.set_classes(list(NEW))
+    shift = TextEmbeddings.load(run.file).vectors.mean(dim=0)
+    expected = F.normalize(encoded(NEW) - shift, dim=1)
+    torch.testing.assert_close(mine.vectors[0], expected[0])
+    assert (mine.vectors[0] - encoded(NEW)[0]).abs().max() > .05
+    kept = run.file.rename(run.file.with_suffix('.away'))
+    try:
+        with pytest.raises(ValueError, match='trained with centred vectors'):
+            inferencer('centred').set_classes(
+                list(NEW), tower='toyclip', templates='photo')
+    finally:
+        kept.rename(run.file)
+
+
+def test_auxiliary_role_classifies_by_its_branch(worded, inferencer):
+    """Cosine and scale of the alignment loss, batch norm folded in."""
+    run, mine = worded('auxiliary'), inferencer('auxiliary')
+    mine.set_classes(list(NEW))
+    model = init_model(run.config, run.weights, device='cpu')
+    picture = torch.tensor(cv2.imread(run.images[0])).permute(2, 0, 1)[None]
+    head = model.decode_head
+    with torch.no_grad():
+        feats = model.extract_feat((picture.float() - 128) / 64)
+        pixels = head.text.projection(head.convs(feats[0]))
+        vectors = encoded(NEW)
+        vectors[1] = head.text.text.class_embeddings[2]
+        cosine = torch.einsum('ndhw,kd->nkhw', F.normalize(pixels, dim=1),
+                              vectors)
+        got = mine.model.decode_head.conv_seg(head.convs(feats[0]))
+    torch.testing.assert_close(
+        got, head.text_losses[0].scale() * cosine, rtol=1e-4, atol=1e-4)
+
+
+def test_vectors_of_a_file(worded, inferencer, tmp_path):
+    run, mine = worded(), inferencer()
+    record = encode_classes(list(NEW), 'toyclip', 'vild')
+    record.save(tmp_path / 'new.safetensors')
+    mine.set_classes(['道路', 'tree'], embeddings=tmp_path / 'new.safetensors')
+    torch.testing.assert_close(mine.vectors, record.vectors[[4, 0]])
+    mine.set_classes(embeddings=tmp_path / 'new.safetensors')
+    assert mine.classes == NEW
+    state = load(run.weights)['state_dict']
+    own = state['decode_head.conv_seg.text.class_embeddings'][2]
+    torch.testing.assert_close(mine.vectors[1], own)
+    with pytest.raises(ValueError, match=r"no vectors for \['lake'\]"):
+        mine.set_classes(['lake'], embeddings=tmp_path / 'new.safetensors')
+    for change, message in ((dict(model='ViT-B-16'), 'not lie in the same'),
+                            (dict(vectors=torch.eye(5, 512)), 'width 512')):
+        fields = dict(vectors=record.vectors, names=NEW, model='toyclip')
+        TextEmbeddings(**dict(fields, **change)).save(tmp_path / 'bad.st')
+        with pytest.raises(ValueError, match=message):
+            mine.set_classes(embeddings=tmp_path / 'bad.st')
+    assert mine.classes == NEW
+
+
+# -------------------------------------------------------- other, threshold
+def test_everything_else(worded, inferencer):
+    run, mine = worded(), inferencer()
+    mine.set_classes(list(NEW), other='other')
+    assert mine.classes == (*NEW, 'other')
+    torch.testing.assert_close(mine.vectors[5], encoded(['other'])[0])
+    mine.set_classes(list(NEW), threshold=.9)
+    assert mine.classes == (*NEW, 'other')
+    probability = by_hand(run, *mixed(run, None, None))[0].softmax(0)
+    top, expected = probability.max(0)
+    # Where rounding does not decide: in the largest gap.
+    values = top.flatten().sort().values[400:-400]
+    gap = values.diff().argmax()
+    threshold = values[gap:gap + 2].mean().item()
+    mine.set_classes(list(NEW), threshold=threshold)
+    want = expected.masked_fill(top < threshold, 5)
+    assert .1 < (want == 5).float().mean() < .9
+    assert np.array_equal(mine(run.images[0])['predictions'], want.numpy())
+    # A word, and what is unsure besides.
+    mine.set_classes(list(NEW), other='thing', threshold=.99)
+    assert mine.classes == (*NEW, 'thing') and len(mine.vectors) == 6
+    assert mine(run.images[0])['predictions'].max() == 5
+    for bad in (0, 1, 1.5):
+        with pytest.raises(ValueError, match='a probability between'):
+            mine.set_classes(list(NEW), threshold=bad)
+    with pytest.raises(ValueError, match="called 'other' already"):
+        mine.set_classes(['a', 'other'], threshold=.5)
+
+
+# ------------------------------------------------------------- bad words
+@pytest.mark.parametrize('classes, message', [
+    ([], 'names no class'),
+    (['road', 'tree', 'road'], "'road' occurs twice"),
+    (['road', ' '], 'empty'),
+    (['tree', ' '.join(['very'] * 40)], 'longer than the 32 tokens'),
+    ('nonsense', 'Unknown vocabulary'),
+])
+def test_bad_classes_change_nothing(worded, inferencer, classes, message):
+    for name in ('residual', 'unified'):
+        mine = inferencer(name)
+        mine.set_classes(['road', 'tree'])
+        before = mine(worded(name).images[0])['predictions']
+        if 'tokens' in message and name == 'unified':
+            message = 'the tower takes 32|longer than the 32 tokens'
+        with pytest.raises(ValueError, match=message):
+            mine.set_classes(classes)
+        assert mine.classes == ('road', 'tree')
+        assert np.array_equal(
+            mine(worded(name).images[0])['predictions'], before)
+
+
+def test_single_class_takes_all(worded, inferencer):
+    mine = inferencer()
+    mine.set_classes(['tree'])
+    found = mine(worded().images[0], similarity=['tree'])
+    assert found['predictions'].max() == 0
+    assert found['similarity'].shape == (1, 32, 64)
+
+
+def test_ten_thousand_classes_in_bounded_memory(worded, inferencer, tmp_path):
+    run, mine = worded(), inferencer()
+    vectors = F.normalize(torch.randn(10_000, 64), dim=1)
+    names = [f'thing {i}' for i in range(10_000)]
+    TextEmbeddings(vectors, tuple(names)).save(tmp_path / 'many.safetensors')
+    mine.set_classes(embeddings=tmp_path / 'many.safetensors')
+    image = torch.tensor(cv2.imread(run.images[0])).permute(2, 0, 1)
+    calls = []
+    handle = mine.model.backbone.register_forward_hook(
+        lambda *args: calls.append(1))
+
+    def predict(budget):
+        batch = mine.collate_fn([mine.pipeline(run.images[0])])
+        data = mine.model.data_preprocessor(batch, False)
+        out, = predict_labels(
+            mine.model, data['inputs'], data['data_samples'], budget=budget)
+        assert 'seg_logits' not in out
+        return out.pred_sem_seg.data
+
+    # All at once are 80 MB; three times the budget and the network are not.
+    budget, parts = 2**18, []
+    assert image[0].numel() * 10_000 > 50 * budget
+    peak = peak_memory(lambda: parts.append(predict(budget)), 'cpu')
+    assert peak < 8 * 4 * budget
+    parts, = parts
+    assert torch.equal(parts, predict(2**25)) and calls == [1, 1]
+    assert parts.max() > 2000 and len(parts.unique()) > 4
+    handle.remove()
+    # Label maps are written whole.
+    mine(run.images[0], out_dir=str(tmp_path))
+    written = cv2.imread(str(tmp_path / 'pred/00000000_pred.png'), -1)
+    assert written.dtype == np.uint16
+    assert np.array_equal(written, parts[0].numpy())
+
+
+def test_many_new_words_are_encoded_in_parts(inferencer, monkeypatch):
+    mine = inferencer('fixed')
+    monkeypatch.setattr('mmseg_textkd.apis.new_classes.BLOCK', 7)
+    names = [f'thing {i}' for i in range(20)]
+    mine.set_classes(names)
+    torch.testing.assert_close(mine.vectors, encoded(names))
+
+
+@pytest.mark.parametrize('kind', ['conv', 'l2'])
+def test_sliding_windows_and_parts(worded, inferencer, kind):
+    run = worded('l2' if kind == 'l2' else 'residual')
+    mine = inferencer('l2' if kind == 'l2' else 'residual')
+    mine.set_classes(list(NEW))
+    mine.model.test_cfg = Config(
+        dict(mode='slide', crop_size=(32, 32), stride=(16, 16)))
+    expected = inference_model(mine.model, run.images[0]).pred_sem_seg.data
+    batch = mine.collate_fn([mine.pipeline(run.images[0])])
+    data = mine.model.data_preprocessor(batch, False)
+    # Two classes at a time, of which the last has no partner.
+    out, = predict_labels(
+        mine.model, data['inputs'], data['data_samples'], budget=1)
+    assert torch.equal(out.pred_sem_seg.data, expected)
+    assert mine.model.out_channels == len(NEW)
+
+
+# ------------------------------------------------------ where it cannot be
+def test_folded_weights_serve_their_own_classes(worded, tmp_path):
+    run = worded()
+    cfg = Config.fromfile(run.config)
+    model = MODELS.build(cfg.model).eval()
+    saved = load(run.weights)
+    model.load_state_dict(saved['state_dict'])
+    torch.save(
+        dict(state_dict=fold_state_dict(model), meta=saved['meta']),
+        tmp_path / 'folded.pth')
+    to_stock_cfg(cfg).dump(tmp_path / 'folded.py')
+    text = TextSegInferencer(run.config, run.weights, device='cpu')
+    expected = text(run.images[0])['predictions']
+    text.set_classes(['car', 'sky'])
+    some = text(run.images[0])['predictions']
+    # With the config of the training, and with its own.
+    for config in (run.config, tmp_path / 'folded.py'):
+        mine = TextSegInferencer(config, tmp_path / 'folded.pth', device='cpu')
+        assert np.array_equal(mine(run.images[0])['predictions'], expected)
+        with pytest.raises(ValueError) as error:
+            mine.set_classes(['road', 'tree'])
+        assert "cannot learn of ['tree']" in str(error.value)
+        assert 'is folded, or stock' in str(error.value)
+        mine.set_classes(['car', 'sky'])
+        assert np.array_equal(mine(run.images[0])['predictions'], some)
+        with pytest.raises(ValueError, match='no pixel embeddings'):
+            mine(run.images[0], similarity=['car'])
+
+
+def test_what_is_no_language_has_no_words(worded, tmp_path):
+    cfg = Config.fromfile(worded().config)
+    cfg.model.decode_head.text = dict(
+        type='ControlEmbeddings', kind='random', dim=64)
+    torch.save(MODELS.build(cfg.model).state_dict(), tmp_path / 'w.pth')
+    mine = TextSegInferencer(cfg, tmp_path / 'w.pth', device='cpu')
+    assert mine.classes == tuple(f'class {i}' for i in range(8))
+    with pytest.raises(ValueError, match='know nothing of language'):
+        mine.set_classes(['tree'])
+    mine.set_classes(['class 3', 'class_1'.replace('_', ' ')])
+
+
+def test_other_towers_are_noticed(worded, tmp_path, monkeypatch):
+    """A file that is missing, a tower of another width or other vectors."""
+    run = worded('fixed')
+    cfg = Config.fromfile(run.config)
+    cfg.model.decode_head.text.file = str(tmp_path / 'none.safetensors')
+    mine = TextSegInferencer(copy.deepcopy(cfg), run.weights, device='cpu')
+    with pytest.raises(ValueError, match='not known which text tower'):
+        mine.set_classes(['tree'])
+    said = []
+    monkeypatch.setattr('mmseg_textkd.apis.new_classes.print_log',
+                        lambda text, *args: said.append(text))
+    mine.set_classes(['tree'], tower='toyclip', templates='photo')
+    torch.testing.assert_close(mine.vectors, encoded(['tree']))
+    assert not said
+    # The same width, but other vectors: here those of other weights.
+    state = load(run.weights)
+    key = 'decode_head.conv_seg.text.class_embeddings'
+    state['state_dict'][key] = F.normalize(torch.randn(8, 64), dim=1)
+    torch.save(state, tmp_path / 'w.pth')
+    mine = TextSegInferencer(cfg, tmp_path / 'w.pth', device='cpu')
+    mine.set_classes(['tree'], tower='toyclip', templates='photo')
+    assert len(said) == 1 and 'it is another tower' in said[0]
+
+
+# ------------------------------------------------------------------ cache
+def test_cache(worded, inferencer, cache, monkeypatch):
+    inferencer().set_classes(list(NEW))
+    files = set(cache.iterdir())
+    assert len(files) == 2  # new classes and, to compare, the trained ones
+    assert all(len(file.stem) == 64 for file in files)
+
+    def never(*args):
+        raise AssertionError('the tower was loaded')
+
+    expected = encoded(NEW)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr('mmseg_textkd.apis.new_classes.load_tower', never)
+        mine = inferencer()
+        mine.set_classes(list(NEW))
+        torch.testing.assert_close(mine.vectors[0], expected)
+        with pytest.raises(AssertionError, match='was loaded'):
+            mine.set_classes([*NEW, 'lake'])
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-7])
+    mine = inferencer()
+    mine.set_classes(list(NEW))
+    torch.testing.assert_close(mine.vectors[0], expected)
+    assert set(cache.iterdir()) == files
+    # Learned contexts have entries of their own.
+    inferencer('unified').set_classes(list(NEW))
+    assert len(set(cache.iterdir()) - files) == 1
+    # One that cannot be written is done without.
+    monkeypatch.setenv('MMSEG_TEXTKD_CACHE', osp.join(ROOT, 'README.md', 'x'))
+    mine = inferencer()
+    mine.set_classes(list(NEW))
+    torch.testing.assert_close(mine.vectors[0], expected)
+
+
+# ---------------------------------------------------------------- drawing
+def test_overlay_and_legend():
+    image = np.full((60, 40, 3), 100, np.uint8)
+    labels = np.zeros((60, 40), int)
+    labels[:10] = 2
+    palette = palette_for([(200, 0, 0), None, (0, 0, 200)])
+    assert palette[0] == [200, 0, 0] and palette[2] == [0, 0, 200]
+    names = ('дерево', 'unseen', '道路')
+    drawn = draw_labels(image, labels, names, palette, .25)
+    assert drawn.shape == (60, 220, 3)
+    assert drawn[30, 5].tolist() == [125, 75, 75]
+    assert drawn[5, 5].tolist() == [75, 75, 125]
+    # The largest first, then the other, and none that is not seen.
+    assert drawn[11, 40 + 15].tolist() == [200, 0, 0]
+    assert drawn[22 + 11, 40 + 15].tolist() == [0, 0, 200]
+    assert (drawn[46:, 40:] == 255).all()
+    plain = draw_labels(image, labels, names, palette, .25, legend=False)
+    assert np.array_equal(plain, drawn[:, :40])
+    # Letters of another script are drawn, and are not those of a third.
+    other = draw_labels(image, labels, ('ерводе', *names[1:]), palette, .25)
+    assert not np.array_equal(other[:22, 40:], drawn[:22, 40:])
+    many = palette_for([None] * 100)
+    assert len(set(map(tuple, many))) == 100
+
+
+def test_select_classes_with_repeats():
+    conv = torch.nn.Conv2d(4, 3, 1)
+    feat = torch.randn(1, 4, 2, 2)
+    got = select_classes(conv, torch.tensor([2, 2, 0]))(feat)
+    torch.testing.assert_close(got, conv(feat)[:, [2, 2, 0]])
+
+
+# ------------------------------------------------------------------- demo
+@pytest.fixture(scope='module')
+def demo():
+    path = osp.join(ROOT, 'demo', 'image_demo.py')
+    spec = importlib.util.spec_from_file_location('image_demo', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_demo_on_images(worded, inferencer, demo, tmp_path, capsys):
+    run, mine = worded(), inferencer()
+    mine.set_classes(list(NEW), other='other')
+    folder = osp.dirname(run.images[0])
+    for name, count in ((run.images[0], 1), (folder, 6)):
+        out = tmp_path / str(count)
+        demo.main([
+            name, run.config, run.weights, '--classes', ', '.join(NEW),
+            '--other', '--out',
+            str(out), '--device', 'cpu', '--similarity', 'tree, other'
+        ])
+        printed = capsys.readouterr().out
+        assert f'{count} pictures' in printed and '6 labels: 5 new' in printed
+        written = sorted((out / 'pred').iterdir())
+        assert len(written) == count
+        for path, file in zip(run.images, written):
+            assert np.array_equal(
+                cv2.imread(str(file), -1),
+                mine(path)['predictions'])
+        names = {path.name for path in (out / 'vis').iterdir()}
+        assert {'0.png', '0_tree.png', '0_other.png'} <= names
+        assert len(names) == 3 * count
+    drawn = mine(run.images[0], return_vis=True)['visualization']
+    shown = cv2.imread(str(tmp_path / '1/vis/0.png'))[..., ::-1]
+    assert np.array_equal(shown, drawn)
+
+
+def test_demo_on_a_video(worded, inferencer, demo, tmp_path, capsys):
+    run = worded()
+    video = str(tmp_path / 'in.avi')
+    writer = cv2.VideoWriter(video, cv2.VideoWriter_fourcc(*'MJPG'), 5,
+                             (64, 32))
+    for path in run.images[:3]:
+        writer.write(cv2.imread(path))
+    writer.release()
+    out = str(tmp_path / 'out.avi')
+    demo.main([
+        video, run.config, run.weights, '--classes', 'road, tree', '--out',
+        out, '--device', 'cpu'
+    ])
+    assert '3 frames' in capsys.readouterr().out
+    mine = inferencer()
+    mine.set_classes(['road', 'tree'])
+    captures = cv2.VideoCapture(video), cv2.VideoCapture(out)
+    for _ in range(3):
+        frame, shown = (capture.read()[1] for capture in captures)
+        drawn = mine(frame, return_vis=True)['visualization'][..., ::-1]
+        assert shown.shape == drawn.shape == (32, 64 + 180, 3)
+        # But for what the codec loses.
+        assert np.abs(shown.astype(int) - drawn).mean() < 12
+    assert captures[1].get(cv2.CAP_PROP_FPS) == 5
+    assert not captures[1].read()[0]
+
+
+@pytest.mark.parametrize('words, message', [
+    (['a.png', '--webcam', '--out', 'x'], 'one of them'),
+    (['a.png'], 'give --out'),
+    (['a.avi', '--out', 'x.gif'], 'a video is written as'),
+    (['a.png', '--out', 'x', '--opacity', '2'], r'must be in \[0, 1\]'),
+    (['none.avi', '--out', 'x.avi'], 'cannot open none.avi'),
+    (['none.png', '--out', 'x', '--classes', 'road, road'], 'occurs twice'),
+    (['none.png', '--out', 'x'], 'No such file'),
+    (['.', '--out', 'x'], 'no images in'),
+])
+def test_demo_refuses(worded, demo, tmp_path, capsys, monkeypatch, words,
+                      message):
+    run = worded()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        demo.main([words[0], run.config, run.weights, *words[1:]])
+    said = f'{error.value}{capsys.readouterr().err}'
+    assert re.search(message, said), said
+    assert not list(tmp_path.iterdir())

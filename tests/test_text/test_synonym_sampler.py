@@ -1,0 +1,379 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Phrases for training, plain names for everything else."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmseg.registry import MODELS
+from torch.nn.utils.rnn import pad_sequence
+
+from mmseg_textkd.text import TextEmbeddings
+from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.phrase_bank import phrase_vectors
+from mmseg_textkd.text.phrase_confidence import (confidence_file,
+                                                 load_confidence,
+                                                 save_confidence,
+                                                 text_confidence)
+
+D, T = 16, 3
+PHRASES = dict(
+    road=('road', 'street', 'Truck', 'rubbish'),
+    car=('car', 'automobile'),
+    lorry=('truck', ),
+    sky=('sky', 'heavens', 'CAR'))
+# Not drawn: those of two classes, and what lies far from its class.
+USED = [[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
+EVEN = [[.5, .5, 0, 0], [.5, .5, 0, 0], [1, 0, 0, 0], [.5, .5, 0, 0]]
+
+
+def write(file, num_templates=T, seed=0):
+    """A file whose phrases lie around their class, but for 'rubbish'."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = F.normalize(torch.randn(4, D, generator=generator), dim=1)
+    groups = []
+    for k, phrases in enumerate(PHRASES.values()):
+        rows = []
+        for phrase in phrases:
+            middle = centres[1] if phrase == 'rubbish' else centres[k]
+            for _ in range(num_templates):
+                noise = torch.randn(D, generator=generator)
+                rows.append(F.normalize(middle + .05 * noise, dim=0))
+        groups.append(torch.stack(rows))
+    bank = pad_sequence(groups, batch_first=True)
+    TextEmbeddings(
+        vectors=F.normalize(torch.stack([g.mean(0) for g in groups]), dim=1),
+        names=tuple(PHRASES),
+        phrases=tuple(PHRASES.values()),
+        templates=tuple('{}' + '!' * i for i in range(num_templates)),
+        bank=bank,
+        bank_mask=bank.any(dim=2)).save(file)
+    return str(file)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return write(tmp_path / 'text.safetensors')
+
+
+def build(file, type='SynonymSampler', **options):
+    cfg = dict(type=type, num_classes=4, **options)
+    if type == 'SynonymSampler':
+        cfg['file'] = file
+    else:
+        cfg['embeddings'] = dict(type='SynonymSampler', file=file)
+    return MODELS.build(cfg).train()
+
+
+def distances(a, b):
+    """Between all pairs; torch.cdist is not exact for many."""
+    return (a[:, None] - b[None]).norm(dim=2)
+
+
+def averaged(file):
+    """Unit vector of each phrase, by class and words, template by template."""
+    record = TextEmbeddings.load(file)
+    return [
+        torch.stack([
+            F.normalize(record.bank[k, r * T:(r + 1) * T].mean(0), dim=0)
+            for r in range(len(phrases))
+        ]) for k, phrases in enumerate(record.phrases)
+    ]
+
+
+def counts(provider, file, rounds=500, images=8):
+    """How often each phrase was drawn, by class."""
+    vectors = averaged(file)
+    found = torch.zeros(4, 4)
+    for _ in range(rounds):
+        text = provider(images)
+        assert text.shape == (images, 4, D)
+        for k in range(4):
+            distance = distances(text[:, k], vectors[k])
+            assert distance.min(dim=1).values.max() < 1e-5
+            drawn = distance.argmin(dim=1)
+            found[k] += torch.bincount(drawn, minlength=4)
+    return found
+
+
+# --------------------------------------------------------------- drawing
+def test_plain_names_everywhere_but_in_training(file):
+    provider = build(file)
+    plain = torch.stack([v[0] for v in averaged(file)])
+    torch.testing.assert_close(provider.class_embeddings, plain)
+    assert not torch.equal(provider(2)[0], provider.class_embeddings)
+    for text in (provider.eval()(3), provider.expected()):
+        torch.testing.assert_close(text, plain)
+    # Neither bank nor draws are saved, nor change what is.
+    assert list(provider.state_dict()) == ['class_embeddings']
+    # The mean over the phrases, of which the file is made, is another thing.
+    assert (plain - TextEmbeddings.load(file).vectors).abs().max() > .01
+
+
+def test_templates_are_averaged_within_a_phrase(file, tmp_path):
+    vectors, mask = phrase_vectors(TextEmbeddings.load(file))
+    for k, rows in enumerate(averaged(file)):
+        torch.testing.assert_close(vectors[k, :len(rows)], rows)
+        assert mask[k].tolist(
+        ) == [True] * len(rows) + [False] * (4 - len(rows))
+        assert not vectors[k, len(rows):].any()
+
+
+def test_uniform_draws(file):
+    """3000 draws a class: chi-square of one degree of freedom."""
+    torch.manual_seed(0)
+    found = counts(build(file), file, rounds=375)
+    assert found.sum(dim=1).tolist() == [3000] * 4
+    expected = 3000 * torch.tensor(EVEN)
+    assert (found[expected == 0] == 0).all()
+    squares = (found - expected).square() / expected
+    chi = squares.nan_to_num(0).sum(dim=1)
+    # 10.8 is exceeded once in a thousand times.
+    assert chi.max() < 10.8
+
+
+def test_each_image_and_class_draws_by_itself(file):
+    torch.manual_seed(0)
+    text = build(file)(4000)
+    second = (
+        text -
+        text.new_tensor(averaged(file)[0][1].tolist())).abs().amax(2)[:,
+                                                                      0] < 1e-5
+    other = (text[:, 1] - averaged(file)[1][1]).abs().amax(1) < 1e-5
+    table = torch.tensor([[(second & other).sum(), (second & ~other).sum()],
+                          [(~second & other).sum(), (~second & ~other).sum()]])
+    # 1000 each, standard deviation 27.
+    assert (table - 1000).abs().max() < 110
+    # Neighbouring images too.
+    assert abs((second[1:] == second[:-1]).float().mean() - .5) < .03
+
+
+def test_draws_follow_the_seed_and_nothing_else(file):
+    provider, again = build(file), build(file)
+    torch.manual_seed(5)
+    first = provider(6)
+    torch.manual_seed(5)
+    assert torch.equal(again(6), first)
+    assert not torch.equal(again(6), first)
+    state = torch.get_rng_state()
+    provider.eval()(6)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_weighted_draws(file):
+    record = TextEmbeddings.load(file)
+    scores = torch.zeros(4, 4)
+    scores[0] = torch.tensor([.2, .6, .9, .15])
+    scores[1, :2] = torch.tensor([.75, .25])
+    scores[2, 0] = 1
+    scores[3] = torch.tensor([.05, .02, .9, 0])
+    save_confidence(file, record, scores, torch.ones(4).long(), 'a test')
+    options = dict(mode='weighted', confidence='image')
+    provider = build(file, **options)
+    torch.manual_seed(0)
+    found = counts(provider, file, rounds=375) / 3000
+    # 'Truck' and 'CAR' collide; the sky has nothing else above 0.1.
+    expected = torch.tensor([[.2, .6, 0, .15], [.75, .25, 0, 0], [1, 0, 0, 0],
+                             [1, 0, 0, 0]])
+    expected[0] /= .95
+    assert (found[expected == 0] == 0).all()
+    # Standard deviation of a share: at most 0.0092.
+    assert (found - expected).abs().max() < .035
+    # Another threshold lets less or more through.
+    high = build(file, threshold=.5, **options).phrase_bank.probability
+    assert high[0].tolist() == [0, 1, 0, 0]
+    low = build(file, threshold=.02, **options).phrase_bank.probability
+    torch.testing.assert_close(low[3], torch.tensor([.05, .02, 0, 0]) / .07)
+
+
+@pytest.mark.parametrize('centre', [False, True])
+def test_mean_and_max(file, centre):
+    vectors = averaged(file)
+    if centre:
+        shift = torch.stack([v[0] for v in vectors]).mean(0)
+        vectors = [F.normalize(v - shift, dim=1) for v in vectors]
+    used = [v[torch.tensor(u[:len(v)]).bool()] for v, u in zip(vectors, USED)]
+    mean = build(file, mode='mean', centre=centre)(7)
+    torch.testing.assert_close(
+        mean, F.normalize(torch.stack([u.mean(0) for u in used]), dim=1))
+    best = build(file, mode='max', centre=centre)(7)
+    assert best.shape == (1, 4, 4, D)
+    pixel = torch.randn(50, D)
+    scores = torch.einsum('pd,rkd->pkr', pixel, best[0]).amax(2)
+    torch.testing.assert_close(
+        scores, torch.stack([(pixel @ u.T).amax(1) for u in used], 1))
+
+
+# ------------------------------------------------------------ confidence
+def test_confidence_of_text_is_the_classifiers(file):
+    scores = text_confidence(TextEmbeddings.load(file))
+    vectors = averaged(file)
+    plain = torch.stack([v[0] for v in vectors])
+    for k, rows in enumerate(vectors):
+        expected = (100 * rows @ plain.T).softmax(1)[:, k]
+        torch.testing.assert_close(scores[k, :len(rows)], expected)
+        assert (scores[k, len(rows):] == 0).all()
+    assert scores[0, 3] < .01 < .9 < scores[0, 1]
+
+
+def test_what_is_left_out_is_logged(file, log):
+    provider = build(file)
+    assert (provider.phrase_bank.probability > 0).int().tolist() == USED
+    said = log.getvalue()
+    assert '7 of 10 phrases of 4 classes are used in training' in said
+    assert "'rubbish' (road)" in said
+    assert "stand for another class too: ['CAR', 'Truck']" in said
+    # A class keeps its plain name, whatever is said of it.
+    strict = build(file, threshold=.999999)
+    assert (strict.phrase_bank.probability.sum(1) - 1).abs().max() < 1e-6
+    assert strict.phrase_bank.probability[:, 2:].max() == 0
+
+
+def test_confidences_belong_to_their_embeddings(file, tmp_path):
+    record = TextEmbeddings.load(file)
+    with pytest.raises(FileNotFoundError, match='score_synonyms.py'):
+        load_confidence(file, record)
+    scores = torch.rand(4, 4)
+    path = save_confidence(file, record, scores, torch.arange(4), 'a test')
+    assert path == confidence_file(file)
+    assert path.name == 'text.confidence.safetensors'
+    assert torch.equal(load_confidence(file, record), scores)
+    write(file, seed=1)
+    with pytest.raises(ValueError, match='other embeddings'):
+        build(file, confidence='image')
+    write(file)
+    data = path.read_bytes()
+    path.write_bytes(data[:-8] + b'\0\0\0\0\0\0\0\1')
+    with pytest.raises(ValueError, match='damaged'):
+        build(file, confidence='image')
+    path.write_bytes(data[:20])
+    with pytest.raises(ValueError, match='damaged'):
+        build(file, confidence='image')
+
+
+def test_only_training_needs_what_is_missing(file, tmp_path):
+    """Neither the embeddings nor the confidences, with a checkpoint."""
+    state = build(file).state_dict()
+    gone = str(tmp_path / 'gone.safetensors')
+    for provider, words in ((build(gone, dim=D), 'encode_text.py'),
+                            (build(file,
+                                   confidence='image'), 'score_synonyms.py')):
+        provider.load_state_dict(state)
+        torch.testing.assert_close(provider.eval()(2),
+                                   state['class_embeddings'])
+        with pytest.raises(RuntimeError, match=words):
+            provider.train()(2)
+
+
+# ---------------------------------------------------------------- stages
+LEARNERS = [
+    dict(type='ResidualPromptLearner'),
+    dict(type='MixturePromptLearner'),
+]
+
+
+@pytest.mark.parametrize('learner', LEARNERS, ids=lambda c: c['type'])
+def test_learners_draw_in_stage_1_and_learn_in_stage_2(file, learner):
+    provider = build(file, **learner)
+    plain = torch.stack([v[0] for v in averaged(file)])
+    torch.testing.assert_close(provider.class_embeddings, plain)
+    torch.manual_seed(0)
+    drawn = provider(500)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, build(file)(500))
+    assert provider.drift() == pytest.approx(
+        0, abs=1e-6) or learner['type'] == 'MixturePromptLearner'
+    provider.start_learning()
+    text = provider(5)
+    assert text.shape == (4, D) and text.requires_grad
+    if learner['type'] == 'ResidualPromptLearner':
+        torch.testing.assert_close(text, plain)
+    provider.stop_learning()
+    assert provider(5).shape == (5, 4, D)
+
+
+def test_by_itself_it_has_plain_names_in_stage_2(file):
+    provider = build(file)
+    provider.start_learning()
+    torch.testing.assert_close(provider(3), provider.class_embeddings)
+    provider.stop_learning()
+    assert provider(3).dim() == 3
+
+
+def test_classes_are_selected_with_their_phrases(file):
+    names = ['sky', 'road', 'sky']
+    for provider in (build(file), build(file, 'ResidualPromptLearner')):
+        provider.set_classes(names)
+        torch.manual_seed(0)
+        text = provider(200)
+        vectors = averaged(file)
+        for row, k in enumerate((3, 0, 3)):
+            found = distances(text[:, row], vectors[k][:2])
+            assert found.min(dim=1).values.max() < 1e-5
+            assert set(found.argmin(dim=1).tolist()) == {0, 1}
+    # Copies, as of the averaged model, draw too.
+    assert copy.deepcopy(provider)(2).shape == (2, 3, D)
+
+
+def test_controls(file):
+    """Other names' phrases, or noise of the same size."""
+    shuffled = build(file, 'ControlEmbeddings', kind='shuffled')
+    order = distances(shuffled.class_embeddings,
+                      build(file).class_embeddings).argmin(1)
+    assert (order != torch.arange(4)).all()
+    text, vectors = shuffled(300), averaged(file)
+    for row, k in enumerate(order.tolist()):
+        assert distances(text[:, row], vectors[k]).amin(1).max() < 1e-5
+    cfg = dict(type='ControlEmbeddings', kind='random', dim=64, num_classes=5)
+    noise = MODELS.build(dict(cfg, phrases=4)).train()
+    plain = MODELS.build(cfg)
+    assert torch.equal(noise.class_embeddings, plain.class_embeddings)
+    text = noise(400)
+    cosines = (text * plain.class_embeddings).sum(2).flatten()
+    near = (cosines - 1).abs() < 1e-5
+    assert ((cosines - .9).abs() < 1e-5)[~near].all()
+    # 2000 draws, of which a quarter is the row itself.
+    assert abs(near.float().mean() - .25) < .04
+    assert len(text[:, 0].unique(dim=0)) == 4
+    with pytest.raises(ValueError, match='shuffled'):
+        build(file, 'ControlEmbeddings', kind='shuffled', phrases=2)
+
+
+# ------------------------------------------------------------- bad input
+@pytest.mark.parametrize('options, words', [
+    (dict(mode='best'), 'uniform'),
+    (dict(confidence='yes'), "'text' or 'image'"),
+    (dict(threshold=1.), r'\[0, 1\)'),
+])
+def test_bad_arguments(file, options, words):
+    with pytest.raises(ValueError, match=words):
+        build(file, **options)
+
+
+def test_files_without_a_bank_of_phrases(make_embeddings):
+    plain = make_embeddings(4, D, file='plain')
+    with pytest.raises(ValueError, match='plain.*--keep-bank'):
+        build(plain)
+    odd = make_embeddings(4, D, bank=3, file='odd')
+    with pytest.raises(ValueError, match='3 vectors.*1 phrases'):
+        build(odd)
+
+
+def test_toyclip_prefers_its_own_words(tmp_path):
+    """The whole way, with a tower and the synonyms of the package."""
+    record = encode_classes(
+        'toy_scenes+synonyms', 'toyclip', 'photo', keep_bank=True)
+    path = tmp_path / 'toy.safetensors'
+    record.save(path)
+    provider = MODELS.build(
+        dict(
+            type='SynonymSampler',
+            file=str(path),
+            classes='toy_scenes',
+            num_classes=8)).train()
+    assert provider(3).shape == (3, 8, 64)
+    probability = provider.phrase_bank.probability
+    # Most of what it was trained on is used, and of each class something.
+    used = int((probability > 0).sum())
+    assert .6 * sum(map(len, record.phrases)) < used
+    assert ((probability > 0).sum(1) > 1).sum() >= 6

@@ -1,0 +1,357 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Make the page of a study from its ledger alone: tables and plots.
+
+Nothing on the page is typed by hand. The same ledgers give the same page.
+--check writes nothing and fails where page or plots are not those of the
+ledgers.
+"""
+import argparse
+import hashlib
+import io
+import math
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from mmseg_textkd.deploy import write_files
+from mmseg_textkd.study import Ledger, LedgerError
+from mmseg_textkd.study.analysis import Group, Interval, group
+
+NOTE = ('<!-- Made by tools/analysis_tools/study_table.py of {ledgers}; not '
+        'to be edited. -->')
+READING = '''How to read: mIoU in percent of the last checkpoint, mean ± \
+standard deviation over the seeds. Differences are taken within a seed and \
+given in percentage points as mean [95 % t-interval]; they are not corrected \
+for the number of arms. **gain** and **loss** say that the interval lies on \
+one side of 0, *open* that it does not: nothing is shown. "Last quarter" is \
+what the val mIoU still rose in the last quarter of the training: where it is \
+large, a difference may be one of speed alone.'''
+KEY = 'ledger'  # of the text in a PNG that names the ledger's content
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table."""
+    lines = [header, ['---'] * len(header), *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def difference(value: Optional[Interval], read: bool = True) -> str:
+    """Write a difference with its interval."""
+    if value is None:
+        return '-'
+    if math.isinf(value.low):
+        return f'{value.mean:+.2f} (one seed)'
+    text = f'{value.mean:+.2f} [{value.low:+.2f}, {value.high:+.2f}]'
+    if not read:
+        return text
+    marks = dict(gain='**gain**', loss='**loss**', open='*open*')
+    return f'{text} {marks[value.reading]}'
+
+
+def spread(values: Tuple[float, Optional[float]]) -> str:
+    """Write a mean with its standard deviation."""
+    mean, deviation = values
+    return f'{mean:.2f}' + ('' if deviation is None else f' ± {deviation:.2f}')
+
+
+class Study:
+    """One study of the ledgers.
+
+    Args:
+        name (str): Its name.
+        registrations (Sequence[dict]): Its registration and amendments.
+        entries (Sequence[dict]): Its runs.
+    """
+
+    def __init__(self, name: str, registrations: Sequence[Dict[str, Any]],
+                 entries: Sequence[Dict[str, Any]]) -> None:
+        self.name = name
+        self.registrations = registrations
+        self.entries = entries
+        self.plan = registrations[-1]
+        self.baseline = self.plan['baseline']
+        self.arms: Dict[str, str] = self.plan['arms']
+        self.split = 'test' if 'test' in self.plan['evaluate'] else 'val'
+        self.groups = group(entries, self.split)
+
+    def title(self, key: Tuple[str, float]) -> str:
+        """Name a group."""
+        network, fraction = key
+        if fraction == 1:
+            return network
+        return f'{network}, {fraction * 100:g} % of the training images'
+
+    def ordered(self, part: Group) -> List[str]:
+        """The arms of a group, in the order of the plan."""
+        return [arm for arm in self.arms if arm in part.arms]
+
+    def markdown(self, plots: Sequence[str]) -> str:
+        """Write the section of the study."""
+        first = self.registrations[0]
+        parts = [f'## {self.plan["title"]}', self.plan['registration'].strip()]
+        dates = f'Registered {first["registered"]}'
+        if len(self.registrations) > 1:
+            dates += ', amended ' + ', '.join(r['registered']
+                                              for r in self.registrations[1:])
+        parts.append(f'{dates}. {len(self.entries)} of '
+                     f'{len(self.plan["planned"])} planned runs are done.'
+                     f'\n\n{self.circumstances()}')
+        parts.append(
+            table(('arm', 'what'),
+                  [(f'`{arm}`', what) for arm, what in self.arms.items()]))
+        for key, part in self.groups.items():
+            parts += [
+                f'### {self.title(key)}',
+                self.main_table(part), '#### By class',
+                self.class_table(part)
+            ]
+        parts += [f'![{name}]({name})' for name in plots]
+        return '\n\n'.join(part for part in parts if part)
+
+    def circumstances(self) -> str:
+        """Say with what and where the runs were made."""
+        rows = []
+
+        def row(what: str, values: Sequence[Any]) -> None:
+            found = dict.fromkeys(str(v) for v in values if v is not None)
+            if found:
+                rows.append((what, '; '.join(found)))
+
+        entries = self.entries
+        row('device', [e['device'] for e in entries])
+        row('runs side by side, threads each',
+            [f'{e["jobs"]}, {e["threads"] or "default"}' for e in entries])
+        row('size (height, width)', [e['size'] for e in entries])
+        row('iterations',
+            [f'{e["network"]} {e["iterations"]}' for e in entries])
+        row('commit', [e['commit'] for e in entries])
+        row('versions', [
+            ', '.join(f'{k} {v}' for k, v in e['versions'].items())
+            for e in entries
+        ])
+        for name in dict.fromkeys(k for e in entries for k in e['inputs']):
+            row(f'SHA-256 of `{name}`',
+                [e['inputs'].get(name, None) for e in entries])
+        return table(('', ''), rows) if rows else ''
+
+    def main_table(self, part: Group) -> str:
+        """Write the table of the arms of a network."""
+        references = [self.baseline, *self.plan['controls']]
+        references = [arm for arm in references if arm in part.arms]
+        splits = [self.split] + (['val'] if self.split != 'val' else [])
+        rows = []
+        for arm in self.ordered(part):
+            runs = list(part.arms[arm].values())
+            last = part.last_gain(arm)
+            best = np.mean([e['best_val']['mIoU'] for e in runs])
+            rows.append([
+                f'`{arm}`',
+                str(len(runs)), *(spread(part.spread(arm, split))
+                                  for split in splits), *('' if arm == other
+                                  else difference(part.difference(arm, other))
+                                  for other in references), f'{best:.2f}',
+                '-' if last is None else f'{last:+.2f}',
+                f'{np.mean([e["train_seconds"] for e in runs]):.0f}',
+                f'{max(e["peak_memory_mib"] for e in runs)}'
+            ])
+        return table(('arm', 'seeds', *(f'{s} mIoU' for s in splits),
+                      *(f'- `{other}`' for other in references), 'best val',
+                      'last quarter', 'seconds', 'MiB'), rows)
+
+    def class_table(self, part: Group) -> str:
+        """Write the table of the classes of a network."""
+        arms = [a for a in self.ordered(part) if a != self.baseline]
+        rows = []
+        for label, name in enumerate(part.classes):
+            scores = list(part.scores(self.baseline, label=label).values())
+            rows.append([
+                name, f'{np.mean(scores):.2f}' if scores else '-', *(difference(
+                    part.difference(arm, self.baseline, label), read=False)
+                                                 for arm in arms)
+            ])
+        return table(
+            ('IoU', f'`{self.baseline}`',
+             *(f'`{arm}` - `{self.baseline}`' for arm in arms)), rows)
+
+    # ------------------------------------------------------------ plots
+    def plot_seeds(self) -> Figure:
+        """Draw a dot for each run; a line joins those of a seed."""
+        figure, axes = self._panels(width=1.2 + .55 * len(self.arms))
+        for axis, part in zip(axes, self.groups.values()):
+            arms = self.ordered(part)
+            seeds = sorted({s for arm in arms for s in part.arms[arm]})
+            for seed in seeds:
+                points = [(x, part.scores(arm)[seed])
+                          for x, arm in enumerate(arms)
+                          if seed in part.scores(arm)]
+                axis.plot(*zip(*points), 'o-', label=f'seed {seed}', alpha=.7)
+            for x, arm in enumerate(arms):
+                axis.plot([x - .25, x + .25], [part.spread(arm)[0]] * 2, 'k-')
+            axis.set_xticks(range(len(arms)), arms, rotation=60, ha='right')
+            axis.set_ylabel(f'{self.split} mIoU (%)')
+            axis.legend(fontsize='small')
+        return figure
+
+    def plot_classes(self) -> Figure:
+        """Draw the gain of each class over the baseline."""
+        figure, axes = self._panels(width=5)
+        for axis, part in zip(axes, self.groups.values()):
+            arms = [a for a in self.ordered(part) if a != self.baseline]
+            height = .8 / max(len(arms), 1)
+            for i, arm in enumerate(arms):
+                gains = [
+                    part.difference(arm, self.baseline, label)
+                    for label in range(len(part.classes))
+                ]
+                axis.barh([y + height * (i - (len(arms) - 1) / 2)
+                           for y in range(len(gains))],
+                          [g.mean if g else 0 for g in gains],
+                          height,
+                          label=arm)
+            axis.set_yticks(range(len(part.classes)), part.classes)
+            axis.invert_yaxis()
+            axis.axvline(0, color='k', linewidth=.8)
+            axis.set_xlabel(f'{self.split} IoU - {self.baseline} (points)')
+            if arms:
+                axis.legend(fontsize='small')
+        return figure
+
+    def plot_curves(self) -> Figure:
+        """Draw the mean val mIoU over the training, and each run thinly."""
+        figure, axes = self._panels(width=4.5)
+        for axis, part in zip(axes, self.groups.values()):
+            for i, arm in enumerate(self.ordered(part)):
+                curves = [dict(e['curve']) for e in part.arms[arm].values()]
+                for curve in curves:
+                    axis.plot(*zip(*sorted(curve.items())),
+                              color=f'C{i % 10}',
+                              alpha=.25,
+                              linewidth=.8)
+                steps = sorted(set.intersection(*map(set, curves)))
+                axis.plot(
+                    steps, [np.mean([c[s] for c in curves]) for s in steps],
+                    color=f'C{i % 10}',
+                    linestyle='-' if i < 10 else '--',
+                    label=arm)
+            axis.set_xlabel('iteration')
+            axis.set_ylabel('val mIoU (%)')
+            axis.legend(fontsize='small')
+        return figure
+
+    def _panels(self, width: float) -> Tuple[Figure, List[Any]]:
+        """Get a figure with a panel for each group."""
+        number = len(self.groups)
+        figure = Figure(
+            figsize=(max(width, 3.5) * number, 4.5), layout='constrained')
+        axes = figure.subplots(1, number, squeeze=False)[0]
+        for axis, key in zip(axes, self.groups):
+            axis.set_title(self.title(key), fontsize='medium')
+            axis.grid(alpha=.3)
+        return figure, list(axes)
+
+
+def read_studies(ledgers: Sequence[Ledger]) -> List[Study]:
+    """Sort what is in the ledgers by study."""
+    registrations: Dict[str, List[Dict[str, Any]]] = {}
+    entries: Dict[str, List[Dict[str, Any]]] = {}
+    for ledger in ledgers:
+        for entry in ledger.entries:
+            entries.setdefault(entry['study'], []).append(entry)
+        for name in entries:
+            registrations.setdefault(name, []).extend(
+                ledger.registrations(name))
+    for name, found in registrations.items():
+        if not found:
+            raise LedgerError(f'{name} has runs but was not registered.')
+    return [
+        Study(name, registrations[name], entries[name]) for name in entries
+    ]
+
+
+def render(figure: Figure, digest: str) -> bytes:
+    """Write a figure as PNG, with nothing in it that changes."""
+    data = io.BytesIO()
+    figure.savefig(
+        data, format='png', dpi=110, metadata={
+            'Software': None,
+            KEY: digest
+        })
+    return data.getvalue()
+
+
+def make(paths: Sequence[Path], out: Path) -> Dict[Path, bytes]:
+    """Make the page and its plots.
+
+    Args:
+        paths (Sequence[Path]): The ledgers.
+        out (Path): The page. Plots lie beside it.
+
+    Returns:
+        dict[Path, bytes]: Contents by path.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise LedgerError(f'there is no ledger {path}.')
+    digest = hashlib.sha256(b''.join(p.read_bytes() for p in paths))
+    studies = read_studies([Ledger(path) for path in paths])
+    files: Dict[Path, bytes] = {}
+    sections = []
+    for study in studies:
+        plots = {
+            f'{study.name}_seeds.png': study.plot_seeds,
+            f'{study.name}_classes.png': study.plot_classes,
+            f'{study.name}_curves.png': study.plot_curves
+        }
+        for name, plot in plots.items():
+            files[out.parent / name] = render(plot(), digest.hexdigest())
+        sections.append(study.markdown(list(plots)))
+    ledgers = ', '.join(path.name for path in paths)
+    page = '\n\n'.join([
+        NOTE.format(ledgers=ledgers), '# Does text help? Results', READING,
+        *sections
+    ])
+    files[out] = (page + '\n').encode()
+    return files
+
+
+def outdated(path: Path, data: bytes) -> bool:
+    """Whether a file is not what it should be."""
+    if not path.is_file():
+        return True
+    if path.suffix != '.png':
+        return path.read_bytes() != data
+    # Another Matplotlib draws other pixels: the ledger is what counts.
+    own, new = (Image.open(io.BytesIO(d)).text.get(KEY)
+                for d in (path.read_bytes(), data))
+    return own != new
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Write or check the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('ledgers', nargs='+', type=Path, help='ledgers')
+    parser.add_argument(
+        '--out', type=Path, required=True, help='page to write (.md)')
+    parser.add_argument(
+        '--check', action='store_true', help='only compare with what is there')
+    args = parser.parse_args(argv)
+    try:
+        files = make(args.ledgers, args.out)
+    except LedgerError as error:
+        sys.exit(f'study_table: {error}')
+    if not args.check:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_files(files)
+        return
+    old = [path.name for path, data in files.items() if outdated(path, data)]
+    if old:
+        sys.exit(f'study_table: {", ".join(old)} not as the ledgers have it; '
+                 'run without --check.')
+
+
+if __name__ == '__main__':
+    main()

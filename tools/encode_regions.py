@@ -1,0 +1,45 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Make the region embeddings of a config's training data, or check them.
+
+Every image is looked at; what is there and sound is kept, so a killed run
+goes on where it was. `tools/train.py` does this by itself when the data set
+has not been gone through before or its files have been touched.
+"""
+import argparse
+import sys
+from typing import Optional, Sequence
+
+from mmengine.config import Config, DictAction
+from mmengine.registry import init_default_scope
+
+from mmseg_textkd.datasets.encode_regions import ensure_regions
+from mmseg_textkd.text.text_weights import TextTowerError
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the tool."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='training config')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings of the config to override, key=value')
+    args = parser.parse_args(argv)
+    try:
+        cfg = Config.fromfile(args.config)
+        cfg.merge_from_dict(args.cfg_options or {})
+        if 'LoadRegionEmbeddings' not in str(cfg.get('train_dataloader')):
+            sys.exit(f'Error: no pipeline of the train_dataloader of '
+                     f'{args.config} has a LoadRegionEmbeddings.')
+        init_default_scope(cfg.get('default_scope', 'mmseg'))
+        made = ensure_regions(cfg, progress=True, everything=True)
+    except (TextTowerError, ValueError, OSError) as error:
+        sys.exit(f'Error: {error}')
+    print(f'{made} images encoded; all others were there')
+
+
+if __name__ == '__main__':
+    main()
