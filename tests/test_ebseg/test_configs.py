@@ -115,9 +115,9 @@ def test_settings_are_those_published(path):
     model = MODELS.build(cfg.model)
     groups = build_optim_wrapper(model, cfg.optim_wrapper).param_groups
     decay = {id(p): g['weight_decay'] for g in groups for p in g['params']}
+    tokens = ('positional_embedding', 'no_object', 'query.weight')
     for key, value in model.named_parameters():
-        if 'norm' in key or key.endswith(
-            ('positional_embedding', 'no_object', 'query.weight')):
+        if 'norm' in key or key.endswith(tokens):
             assert decay[id(value)] == 0, key
     assert decay[id(model.decode_head.embedder.pool.weight)] == 0.05
 
