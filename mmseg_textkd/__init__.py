@@ -14,8 +14,9 @@ compat.apply()
 from . import datasets, engine, evaluation, models, text  # noqa: E402
 from .compat import stock_config  # noqa: E402
 from .config_utils import add_region_embeddings  # noqa: E402
-from .config_utils import (insert_transform,  # noqa: E402
-                           open_vocabulary_test, stock_network, zero_shot)
+from .config_utils import insert_transform  # noqa: E402
+from .config_utils import open_vocabulary_test  # noqa: E402
+from .config_utils import stock_network, zero_shot  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = [
