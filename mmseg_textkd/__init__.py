@@ -15,11 +15,11 @@ from . import datasets, engine, evaluation, models, text  # noqa: E402
 from .compat import stock_config  # noqa: E402
 from .config_utils import add_region_embeddings  # noqa: E402
 from .config_utils import insert_transform  # noqa: E402
-from .config_utils import stock_network, zero_shot  # noqa: E402
+from .config_utils import open_vocabulary_test, stock_network, zero_shot
 from .version import __version__  # noqa: E402
 
 __all__ = [
     '__version__', 'add_region_embeddings', 'compat', 'datasets', 'engine',
-    'evaluation', 'insert_transform', 'models', 'stock_config',
-    'stock_network', 'text', 'zero_shot'
+    'evaluation', 'insert_transform', 'models', 'open_vocabulary_test',
+    'stock_config', 'stock_network', 'text', 'zero_shot'
 ]

@@ -17,6 +17,7 @@ from mmengine.structures import PixelData
 from mmseg.apis import MMSegInferencer
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
+from mmseg.utils import SampleList
 from torch import Tensor, nn
 
 from mmseg_textkd.deploy import load_strictly, read_checkpoint, to_stock_cfg
@@ -27,6 +28,7 @@ from .label_maps import predict_labels, select_classes
 from .new_classes import WordEncoder
 from .open_classifier import OpenClassifier, PixelTextCosine
 
+Names = Sequence[str]
 MAX_CLASSES = 65535  # label maps are written as 16-bit PNG
 
 
@@ -241,9 +243,7 @@ class TextSegInferencer(MMSegInferencer):
         ]
 
     @torch.no_grad()
-    def forward(
-        self, inputs: dict,
-        similarity: Sequence[str] = ()) -> List[SegDataSample]:
+    def forward(self, inputs: dict, similarity: Names = ()) -> SampleList:
         """Predict a batch.
 
         Args:
@@ -261,8 +261,8 @@ class TextSegInferencer(MMSegInferencer):
         samples = predict_labels(self.model, images, samples, self.threshold,
                                  other)
         if similarity:
-            for sample, maps in zip(
-                    samples, self._similarities(images, samples, similarity)):
+            found = self._similarities(images, samples, similarity)
+            for sample, maps in zip(samples, found):
                 sample.similarity = PixelData(
                     metainfo=dict(names=tuple(similarity)), data=maps)
         return samples

@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import os.path as osp
 from pathlib import Path
 from typing import Dict, Optional, Tuple
 
@@ -33,7 +34,7 @@ class FrozenTeacher:
                  config: str,
                  checkpoint: str,
                  cfg_options: Optional[Dict] = None) -> None:
-        self.config, self.checkpoint = config, checkpoint
+        self.config, self.checkpoint = osp.normpath(config), checkpoint
         self.cfg_options = cfg_options
         self._model: Optional[nn.Module] = None
         self._classes: Optional[Tuple[str, ...]] = None
