@@ -157,8 +157,9 @@ def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
         cfg (Mapping): An ``mmengine.Config``, of whose ``model`` all
             ``dict(type='ClassEmbeddings', file=..., build=dict(...))`` and
             those of ``SynonymSampler`` are looked at; or any nested dict
-            without a ``model``. ``build`` takes the keys ``model``, ``pretrained``, ``cache_dir``, ``templates``,
-            ``vocabulary`` and ``keep_bank``.
+            without a ``model``. ``build`` takes the keys ``model``,
+            ``pretrained``, ``cache_dir``, ``templates``, ``vocabulary`` and
+            ``keep_bank``.
         progress (bool): Whether to show a progress bar. Defaults to False.
 
     Returns:

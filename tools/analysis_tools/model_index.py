@@ -30,6 +30,12 @@ READMES = {
     'configs/distillation/README.md': {
         'distillation': 'Distillation'
     },
+    'configs/structure/README.md': {
+        'structure': 'Semantic structure loss'
+    },
+    'configs/diversification/README.md': {
+        'diversification': 'Text diversification'
+    },
 }
 COLUMNS = [
     'Method', 'Backbone', 'Crop Size', 'Lr schd', 'Mem (GB)', 'Inf time (fps)',
