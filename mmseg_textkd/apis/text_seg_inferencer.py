@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mmseg_textkd.deploy import load_strictly, read_checkpoint, to_stock_cfg
 from mmseg_textkd.models import TextHeadMixin
-from mmseg_textkd.text import Vocabulary
+from mmseg_textkd.text import TextEmbeddings, Vocabulary
 from .drawing import GREY, draw_labels, draw_similarity, palette_for
 from .label_maps import predict_labels, select_classes
 from .new_classes import WordEncoder
@@ -185,8 +185,10 @@ class TextSegInferencer(MMSegInferencer):
         if threshold is not None and not 0 < threshold < 1:
             raise ValueError('`threshold` is a probability between 0 and 1, '
                              f'but got {threshold}.')
-        if classes is None and embeddings is None:
+        if classes is None:
             classes = list(self.own_meta['classes'])
+            if embeddings is not None:
+                classes = TextEmbeddings.load(embeddings).names
         if other is not None:
             words = Vocabulary.from_spec(classes)
             classes = Vocabulary((*words.names, other),

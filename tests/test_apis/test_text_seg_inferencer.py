@@ -318,6 +318,9 @@ def test_vectors_of_a_file(worded, inferencer, tmp_path):
     state = load(run.weights)['state_dict']
     own = state['decode_head.conv_seg.text.class_embeddings'][2]
     torch.testing.assert_close(mine.vectors[1], own)
+    with pytest.raises(ValueError, match=r"no vectors for \['other'\]"):
+        mine.set_classes(
+            embeddings=tmp_path / 'new.safetensors', other='other')
     with pytest.raises(ValueError, match=r"no vectors for \['lake'\]"):
         mine.set_classes(['lake'], embeddings=tmp_path / 'new.safetensors')
     for change, message in ((dict(model='ViT-B-16'), 'not lie in the same'),
