@@ -1,4 +1,4 @@
-# A peer: the stock network, with channel-wise distillation from the same teacher.
+# A peer: the stock network, with channel-wise distillation.
 _base_ = [
     '../stock/bisenetv2_fcn_1xb8-10k_camvid-360x480.py',
     '../_base_/distillation/segmentor.py'

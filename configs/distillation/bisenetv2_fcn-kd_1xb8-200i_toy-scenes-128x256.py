@@ -1,4 +1,4 @@
-# A peer: the stock network, with logit distillation from the same teacher.
+# A peer: the stock network, with logit distillation.
 _base_ = [
     '../stock/bisenetv2_fcn_1xb8-200i_toy-scenes-128x256.py',
     '../_base_/distillation/segmentor.py'

@@ -1,4 +1,4 @@
-# A peer: the stock network, with channel-wise distillation from the same teacher.
+# A peer: the stock network, with channel-wise distillation.
 _base_ = [
     '../stock/ddrnet_23-slim_1xb8-200i_toy-scenes-128x256.py',
     '../_base_/distillation/segmentor.py'

@@ -1,4 +1,4 @@
-# A peer: the stock network, with logit distillation from the same teacher.
+# A peer: the stock network, with logit distillation.
 _base_ = [
     '../stock/ddrnet_23-slim_in1k-pre_1xb8-10k_camvid-360x480.py',
     '../_base_/distillation/segmentor.py'

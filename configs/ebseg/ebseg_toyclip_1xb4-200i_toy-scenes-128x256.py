@@ -81,3 +81,6 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=1., norm_type=2),
     paramwise_cfg=dict(norm_decay_mult=0.))
+val_evaluator = dict(
+    type='ZeroShotIoUMetric', iou_metrics=['mIoU'], unseen=['car', 'truck'])
+test_evaluator = val_evaluator

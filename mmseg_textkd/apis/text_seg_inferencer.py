@@ -139,7 +139,7 @@ class TextSegInferencer(MMSegInferencer):
                                      self.own_meta['classes'], self.cache_dir)
             self.vectors = head.text.text.class_embeddings.detach().clone()
             if head.role == 'classifier':
-                self.own_conv = self.open.fold(self.vectors, None)
+                self.own_conv = self.open.fold(self.vectors)
         head.conv_seg = self.own_conv
         self.source = 'as trained'
 
@@ -153,6 +153,7 @@ class TextSegInferencer(MMSegInferencer):
             classes: Any = None,
             other: Optional[str] = None,
             threshold: Optional[float] = None,
+            new_bias: float = 0.,
             tower: Optional[str] = None,
             pretrained: Optional[str] = None,
             templates: Any = None,
@@ -169,6 +170,8 @@ class TextSegInferencer(MMSegInferencer):
                 less probable than this become ``other``. With ``other=None``
                 that is a label named 'other' which is no class. Defaults to
                 None.
+            new_bias (float): Added to the logits of new classes, see
+                :meth:`OpenClassifier.fold`. Defaults to 0.
             tower, pretrained, templates, embeddings: See
                 :meth:`WordEncoder.encode`.
 
@@ -196,7 +199,7 @@ class TextSegInferencer(MMSegInferencer):
                                       embeddings)
             names, trained, source = found.names, found.trained, found.source
             vectors = found.vectors
-            conv = self.open.fold(vectors, trained)
+            conv = self.open.fold(vectors, trained, new_bias)
         if len(names) > MAX_CLASSES:
             raise ValueError(f'{len(names)} classes are more than the '
                              f'{MAX_CLASSES} that a label map can hold.')

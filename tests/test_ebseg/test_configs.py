@@ -19,6 +19,7 @@ NAME = (r'ebseg_(?P<clip>vit-b16|vit-l14-336|toyclip)_'
         r'(?P<gpus>\d+)xb(?P<batch>\d+)-(?P<number>\d+)(?P<unit>k|i)_'
         r'(?P<data>coco-stuff164k|toy-scenes)-(?P<height>\d+)x(?P<width>\d+)'
         r'(_(?P<test>ade20k|pascal-context59|voc20))?')
+NOT_DECAYED = ('positional_embedding', 'no_object', 'query.weight')
 TEST_CLASSES = {'ade20k': 150, 'pascal-context59': 59, 'voc20': 20}
 BALANCE = {'vit-b16': (.09, .3, .7), 'vit-l14-336': (.12, .4, .6)}
 
@@ -116,8 +117,7 @@ def test_settings_are_those_published(path):
     groups = build_optim_wrapper(model, cfg.optim_wrapper).param_groups
     decay = {id(p): g['weight_decay'] for g in groups for p in g['params']}
     for key, value in model.named_parameters():
-        if 'norm' in key or key.endswith(
-            ('positional_embedding', 'no_object', 'query.weight')):
+        if 'norm' in key or key.endswith(NOT_DECAYED):
             assert decay[id(value)] == 0, key
     assert decay[id(model.decode_head.embedder.pool.weight)] == 0.05
 

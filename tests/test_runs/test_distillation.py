@@ -278,6 +278,7 @@ def test_the_student_gets_nearer_to_the_teacher(root):
     assert losses[-1] < .7 * losses[0]
 
 
+@pytest.mark.stacks
 def test_what_the_teacher_sees(root):
     """Its own normalisation, its own logits, on the student's inputs."""
     cfg = stock_student(root)
@@ -294,8 +295,9 @@ def test_what_the_teacher_sees(root):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(teacher.decode_head.conv_seg(features), logits)
     # Blue and red change places.
-    own.channel_conversion = not own.channel_conversion
-    flipped, _ = model.teacher(inputs.flip(1), own)
+    cfg.model.data_preprocessor.bgr_to_rgb = True
+    swapped = MODELS.build(cfg.model).data_preprocessor
+    flipped, _ = model.teacher(inputs.flip(1), swapped)
     torch.testing.assert_close(flipped, logits)
     assert not any(m._forward_hooks for m in teacher.modules())
     before = torch.get_rng_state()
