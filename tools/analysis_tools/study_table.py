@@ -75,7 +75,7 @@ class Study:
         self.plan = registrations[-1]
         self.baseline = self.plan['baseline']
         self.arms: Dict[str, str] = self.plan['arms']
-        self.split = 'test' if 'test' in self.plan['evaluate'] else 'val'
+        self.split = 'test' if all(e.get('test') for e in entries) else 'val'
         self.groups = group(entries, self.split)
 
     def title(self, key: Tuple[str, float]) -> str:
@@ -151,16 +151,18 @@ class Study:
             rows.append([
                 f'`{arm}`',
                 str(len(runs)), *(spread(part.spread(arm, split))
-                                  for split in splits), *('' if arm == other
-                                  else difference(part.difference(arm, other))
-                                  for other in references), f'{best:.2f}',
-                '-' if last is None else f'{last:+.2f}',
+                                  for split in splits),
+                *('' if arm == other else difference(
+                    part.difference(arm, other)) for other in references),
+                f'{best:.2f}', '-' if last is None else f'{last:+.2f}',
                 f'{np.mean([e["train_seconds"] for e in runs]):.0f}',
                 f'{max(e["peak_memory_mib"] for e in runs)}'
             ])
-        return table(('arm', 'seeds', *(f'{s} mIoU' for s in splits),
-                      *(f'- `{other}`' for other in references), 'best val',
-                      'last quarter', 'seconds', 'MiB'), rows)
+        return table(
+            ('arm', 'seeds', *(f'{s} mIoU'
+                               for s in splits), *(f'- `{other}`'
+                                                   for other in references),
+             'best val', 'last quarter', 'seconds', 'MiB'), rows)
 
     def class_table(self, part: Group) -> str:
         """Write the table of the classes of a network."""
@@ -169,13 +171,14 @@ class Study:
         for label, name in enumerate(part.classes):
             scores = list(part.scores(self.baseline, label=label).values())
             rows.append([
-                name, f'{np.mean(scores):.2f}' if scores else '-', *(difference(
+                name, f'{np.mean(scores):.2f}' if scores else '-',
+                *(difference(
                     part.difference(arm, self.baseline, label), read=False)
-                                                 for arm in arms)
+                  for arm in arms)
             ])
         return table(
-            ('IoU', f'`{self.baseline}`',
-             *(f'`{arm}` - `{self.baseline}`' for arm in arms)), rows)
+            ('IoU', f'`{self.baseline}`', *(f'`{arm}` - `{self.baseline}`'
+                                            for arm in arms)), rows)
 
     # ------------------------------------------------------------ plots
     def plot_seeds(self) -> Figure:
@@ -207,9 +210,10 @@ class Study:
                     part.difference(arm, self.baseline, label)
                     for label in range(len(part.classes))
                 ]
-                axis.barh([y + height * (i - (len(arms) - 1) / 2)
-                           for y in range(len(gains))],
-                          [g.mean if g else 0 for g in gains],
+                axis.barh([
+                    y + height * (i - (len(arms) - 1) / 2)
+                    for y in range(len(gains))
+                ], [g.mean if g else 0 for g in gains],
                           height,
                           label=arm)
             axis.set_yticks(range(len(part.classes)), part.classes)
@@ -227,10 +231,11 @@ class Study:
             for i, arm in enumerate(self.ordered(part)):
                 curves = [dict(e['curve']) for e in part.arms[arm].values()]
                 for curve in curves:
-                    axis.plot(*zip(*sorted(curve.items())),
-                              color=f'C{i % 10}',
-                              alpha=.25,
-                              linewidth=.8)
+                    axis.plot(
+                        *zip(*sorted(curve.items())),
+                        color=f'C{i % 10}',
+                        alpha=.25,
+                        linewidth=.8)
                 steps = sorted(set.intersection(*map(set, curves)))
                 axis.plot(
                     steps, [np.mean([c[s] for c in curves]) for s in steps],
@@ -262,8 +267,8 @@ def read_studies(ledgers: Sequence[Ledger]) -> List[Study]:
         for entry in ledger.entries:
             entries.setdefault(entry['study'], []).append(entry)
         for name in entries:
-            registrations.setdefault(name, []).extend(
-                ledger.registrations(name))
+            registrations.setdefault(name,
+                                     []).extend(ledger.registrations(name))
     for name, found in registrations.items():
         if not found:
             raise LedgerError(f'{name} has runs but was not registered.')
@@ -298,7 +303,7 @@ def make(paths: Sequence[Path], out: Path) -> Dict[Path, bytes]:
             raise LedgerError(f'there is no ledger {path}.')
     digest = hashlib.sha256(b''.join(p.read_bytes() for p in paths))
     studies = read_studies([Ledger(path) for path in paths])
-    files: Dict[Path, bytes] = {}
+    files: Dict[Path, bytes] = {out: b''}  # named first
     sections = []
     for study in studies:
         plots = {
@@ -325,8 +330,9 @@ def outdated(path: Path, data: bytes) -> bool:
     if path.suffix != '.png':
         return path.read_bytes() != data
     # Another Matplotlib draws other pixels: the ledger is what counts.
-    own, new = (Image.open(io.BytesIO(d)).text.get(KEY)
-                for d in (path.read_bytes(), data))
+    own, new = (
+        Image.open(io.BytesIO(d)).text.get(KEY)
+        for d in (path.read_bytes(), data))
     return own != new
 
 
