@@ -308,7 +308,8 @@ def test_unknown_variables_and_configs(configs, tmp_path):
     study.spec['networks']['net']['stock'] = 'gone.py'
     with pytest.raises(StudyError, match='net/stock/seed3.*gone.py'):
         study.config(Run('net', 'stock', 3))
-    study.spec['networks']['net'].update(stock='stock.py', val_interval=4)
+    study.spec['networks']['net'].update(
+        stock=str(configs / 'stock.py'), val_interval=4)
     with pytest.raises(StudyError, match='does not divide'):
         study.config(Run('net', 'stock', 3))
 

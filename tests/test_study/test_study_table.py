@@ -200,6 +200,25 @@ def test_without_test_and_with_fewer_images(tmp_path):
     assert '| `stock` | 1 | 29.00 |  | 29.00 | +1.00 |' in text
 
 
+def test_a_study_without_runs_shows_its_registration(tmp_path):
+    Ledger(tmp_path / 's.jsonl').register(PLAN, '2000-01-01')
+    out = tmp_path / 'page.md'
+    TOOL.main([str(tmp_path / 's.jsonl'), '--out', str(out)])
+    assert '0 of 9 planned runs' in out.read_text()
+    assert 'The question.' in out.read_text()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_ledgers_that_do_not_belong_together(tmp_path, capsys):
+    paths = [write_ledger(tmp_path / f'{i}.jsonl') for i in 'ab']
+    out = tmp_path / 'page.md'
+    assert 'two ledgers' in fails(TOOL, capsys, *paths, '--out', out)
+    lines = paths[0].read_text().splitlines()
+    paths[0].write_text('\n'.join(lines[1:]))
+    said = fails(TOOL, capsys, paths[0], '--out', out)
+    assert 'was not registered' in said and not out.exists()
+
+
 def test_a_damaged_line_is_named(tmp_path, capsys):
     ledger = write_ledger(tmp_path / 's.jsonl')
     lines = ledger.read_text().splitlines()

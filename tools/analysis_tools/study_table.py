@@ -29,7 +29,8 @@ given in percentage points as mean [95 % t-interval]; they are not corrected \
 for the number of arms. **gain** and **loss** say that the interval lies on \
 one side of 0, *open* that it does not: nothing is shown. "Last quarter" is \
 what the val mIoU still rose in the last quarter of the training: where it is \
-large, a difference may be one of speed alone.'''
+large, a difference may be one of speed alone. Seconds are those of the \
+training, on a machine that may have been busy.'''
 KEY = 'ledger'  # of the text in a PNG that names the ledger's content
 
 
@@ -264,16 +265,18 @@ def read_studies(ledgers: Sequence[Ledger]) -> List[Study]:
     registrations: Dict[str, List[Dict[str, Any]]] = {}
     entries: Dict[str, List[Dict[str, Any]]] = {}
     for ledger in ledgers:
+        for name in ledger.studies:
+            if name in registrations:
+                raise LedgerError(f'{name} is in two ledgers.')
+            registrations[name] = ledger.registrations(name)
         for entry in ledger.entries:
             entries.setdefault(entry['study'], []).append(entry)
-        for name in entries:
-            registrations.setdefault(name,
-                                     []).extend(ledger.registrations(name))
-    for name, found in registrations.items():
-        if not found:
+    for name in entries:
+        if name not in registrations:
             raise LedgerError(f'{name} has runs but was not registered.')
     return [
-        Study(name, registrations[name], entries[name]) for name in entries
+        Study(name, found, entries.get(name, []))
+        for name, found in registrations.items()
     ]
 
 
@@ -310,7 +313,7 @@ def make(paths: Sequence[Path], out: Path) -> Dict[Path, bytes]:
             f'{study.name}_seeds.png': study.plot_seeds,
             f'{study.name}_classes.png': study.plot_classes,
             f'{study.name}_curves.png': study.plot_curves
-        }
+        } if study.entries else {}
         for name, plot in plots.items():
             files[out.parent / name] = render(plot(), digest.hexdigest())
         sections.append(study.markdown(list(plots)))
