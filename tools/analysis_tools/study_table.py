@@ -29,7 +29,8 @@ given in percentage points as mean [95 % t-interval]; they are not corrected \
 for the number of arms. **gain** and **loss** say that the interval lies on \
 one side of 0, *open* that it does not: nothing is shown. "Last quarter" is \
 what the val mIoU still rose in the last quarter of the training: where it is \
-large, a difference may be one of speed alone.'''
+large, a difference may be one of speed alone. Seconds are those of the \
+training, on a machine that may have been busy.'''
 KEY = 'ledger'  # of the text in a PNG that names the ledger's content
 
 
@@ -75,7 +76,7 @@ class Study:
         self.plan = registrations[-1]
         self.baseline = self.plan['baseline']
         self.arms: Dict[str, str] = self.plan['arms']
-        self.split = 'test' if 'test' in self.plan['evaluate'] else 'val'
+        self.split = 'test' if all(e.get('test') for e in entries) else 'val'
         self.groups = group(entries, self.split)
 
     def title(self, key: Tuple[str, float]) -> str:
@@ -264,16 +265,18 @@ def read_studies(ledgers: Sequence[Ledger]) -> List[Study]:
     registrations: Dict[str, List[Dict[str, Any]]] = {}
     entries: Dict[str, List[Dict[str, Any]]] = {}
     for ledger in ledgers:
+        for name in ledger.studies:
+            if name in registrations:
+                raise LedgerError(f'{name} is in two ledgers.')
+            registrations[name] = ledger.registrations(name)
         for entry in ledger.entries:
             entries.setdefault(entry['study'], []).append(entry)
-        for name in entries:
-            registrations.setdefault(name,
-                                     []).extend(ledger.registrations(name))
-    for name, found in registrations.items():
-        if not found:
+    for name in entries:
+        if name not in registrations:
             raise LedgerError(f'{name} has runs but was not registered.')
     return [
-        Study(name, registrations[name], entries[name]) for name in entries
+        Study(name, found, entries.get(name, []))
+        for name, found in registrations.items()
     ]
 
 
@@ -303,14 +306,14 @@ def make(paths: Sequence[Path], out: Path) -> Dict[Path, bytes]:
             raise LedgerError(f'there is no ledger {path}.')
     digest = hashlib.sha256(b''.join(p.read_bytes() for p in paths))
     studies = read_studies([Ledger(path) for path in paths])
-    files: Dict[Path, bytes] = {}
+    files: Dict[Path, bytes] = {out: b''}  # named first
     sections = []
     for study in studies:
         plots = {
             f'{study.name}_seeds.png': study.plot_seeds,
             f'{study.name}_classes.png': study.plot_classes,
             f'{study.name}_curves.png': study.plot_curves
-        }
+        } if study.entries else {}
         for name, plot in plots.items():
             files[out.parent / name] = render(plot(), digest.hexdigest())
         sections.append(study.markdown(list(plots)))
