@@ -71,7 +71,7 @@ def test_config_is_its_twin_and_a_fusion(path):
 ])
 def test_both_stages_of_a_config(tmp_path, name):
     path, = (p for p in PATHS if name in p.name)
-    runner, watch = two_iterations(path, tmp_path, (32, 64))
+    runner, watch = two_iterations(path, tmp_path, (64, 128))
     first, second = watch.changed
     params = dict(runner.model.named_parameters())
     fusion = {n for n in params if '.fusion.' in n}
