@@ -219,7 +219,7 @@ def test_text_of_each_image(text):
                 atol=1e-5)
         # Synonyms: three times the same.
         torch.testing.assert_close(
-            module.classify(embeddings, both[:1, :, None].repeat(1, 1, 3, 1)),
+            module.classify(embeddings, both[:1, None].repeat(1, 3, 1, 1)),
             module.classify(embeddings, both[0]))
 
 

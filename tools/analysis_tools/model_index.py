@@ -2,8 +2,8 @@
 """Write configs/*/metafile.yaml and model-index.yml, or check them.
 
 They are made of the tables under "Results and models" in the READMEs of the
-methods, in MMSegmentation's format, for `mim search` and `mim download`. What is `-` there is left out. Works in a checkout and in an
-installed package.
+methods, in MMSegmentation's format, for `mim search` and `mim download`. What
+is `-` there is left out. Works in a checkout and in an installed package.
 """
 import argparse
 import re
@@ -29,6 +29,12 @@ READMES = {
     },
     'configs/distillation/README.md': {
         'distillation': 'Distillation'
+    },
+    'configs/structure/README.md': {
+        'structure': 'Semantic structure loss'
+    },
+    'configs/diversification/README.md': {
+        'diversification': 'Text diversification'
     },
 }
 COLUMNS = [

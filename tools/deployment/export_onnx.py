@@ -2,7 +2,8 @@
 """Export a stock network to ONNX.
 
 CONFIG and CHECKPOINT are MMSegmentation's; a text network is folded first
-(tools/model_converters/textkd2mmseg.py). What is exported is compared with
+(tools/model_converters/textkd2mmseg.py), but for one that keeps its fusion of
+image and text, which is exported as it is. What is exported is compared with
 PyTorch, on random inputs and on images of yours, before it is written.
 """
 import argparse

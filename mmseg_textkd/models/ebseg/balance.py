@@ -43,7 +43,7 @@ def balance_probabilities(a: Tensor,
         ValueError: If an exponent is negative.
     """
     check_exponents(alpha, beta, gamma)
-    share = torch.where(seen, alpha, beta).to(a)
+    share = torch.where(seen, a.new_tensor(alpha), a.new_tensor(beta))
     # 1 - 0.3 - 0.7 is -5.6e-17: without the bound a zero would become inf.
     rest = (1 - share - gamma).clamp(min=0)
     return a**rest * d**share * b**gamma

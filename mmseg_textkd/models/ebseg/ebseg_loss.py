@@ -151,7 +151,7 @@ class EBSegLoss(nn.Module):
             if not len(rows):
                 continue
             logits = mask[rows][:, target.valid]
-            wanted = target.masks[columns]
+            wanted = target.masks[columns].to(logits)
             bce = bce + F.binary_cross_entropy_with_logits(
                 logits, wanted, reduction='none').mean(dim=1).sum()
             prob = logits.sigmoid()

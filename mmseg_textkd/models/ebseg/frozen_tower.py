@@ -80,7 +80,11 @@ class FrozenTower(BaseModule, metaclass=ABCMeta):
         Returns:
             nn.Module: The network, on their device and of their dtype.
         """
-        return self.network.to(pixels.device, pixels.dtype)
+        network = self.network
+        weight = next(network.parameters())
+        if (weight.device, weight.dtype) != (pixels.device, pixels.dtype):
+            network.to(pixels.device, pixels.dtype)
+        return network
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Bring images to the mean and deviation of the network.

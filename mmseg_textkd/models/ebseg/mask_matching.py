@@ -66,6 +66,7 @@ def pairwise_mask_costs(logits: Tensor,
         tuple[Tensor, Tensor]: Mean binary cross entropy and dice loss, both
         with shape (Q, G).
     """
+    masks = masks.to(logits)
     positive, negative = F.softplus(-logits), F.softplus(logits)
     bce = (positive @ masks.T + negative @ (1 - masks).T) / logits.shape[1]
     prob = logits.sigmoid()

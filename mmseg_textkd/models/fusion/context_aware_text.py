@@ -7,7 +7,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ..layers import (TextBranch, TextClassifier, TextFusion,
-                      pixel_text_similarity)
+                      pixel_text_similarity, text_of_batch)
 
 
 @MODELS.register_module()
@@ -114,12 +114,15 @@ class ContextAwareText(TextFusion):
 
         Args:
             feat (Tensor): Features with shape (N, C, H, W).
-            text (Tensor): Class embeddings, shape (K, D) or (N, K, D).
+            text (Tensor): Class embeddings, shape (K, D) or (N, K, D). Of
+                several phrases a class (4 axes) their mean is taken.
 
         Returns:
             Tensor: Class embeddings of each image, shape (N, K, D), float32
             or wider.
         """
+        if text.dim() == 4:
+            text = text_of_batch(text)
         pooled = F.avg_pool2d(feat, self.stride, ceil_mode=True)
         memory = torch.cat(
             [feat.mean(dim=(2, 3))[..., None],

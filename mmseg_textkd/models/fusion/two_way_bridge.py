@@ -9,7 +9,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ..layers import (TextBranch, TextClassifier, TextFusion,
-                      pixel_text_similarity)
+                      pixel_text_similarity, text_of_batch)
 from .two_way_block import TwoWayBlock
 
 
@@ -124,13 +124,16 @@ class TwoWayBridge(TextFusion):
 
         Args:
             feat (Tensor): Features with shape (N, C, H, W).
-            text (Tensor): Class embeddings, shape (K, D) or (N, K, D).
+            text (Tensor): Class embeddings, shape (K, D) or (N, K, D). Of
+                several phrases a class (4 axes) their mean is taken.
 
         Returns:
             tuple[Tensor, Tensor]: Class embeddings of each image, shape
             (N, K, D), and their inner products with what the pixel
             embeddings gain, shape (N, K, H, W); float32 or wider.
         """
+        if text.dim() == 4:
+            text = text_of_batch(text)
         pixels = self.pixels_in(feat)
         tokens = self.text_in(text).expand(len(feat), -1, -1)
         for block in self.blocks:

@@ -177,7 +177,7 @@ class TextClassifier(TextBranch):
         Returns:
             Tensor: Those of the other classes, in their order.
         """
-        return text.index_select(0 if text.dim() == 2 else 1, self.seen)
+        return text.index_select(-2, self.seen)
 
     @torch.no_grad()
     def as_conv(self) -> nn.Conv2d:

@@ -1,0 +1,214 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Image and text meet in real, tiny runs, up to the deployed network."""
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmseg.models.decode_heads import FCNHead
+from mmseg.registry import MODELS
+from processes import ROOT, load
+from tiny import SIZE, assert_equal, run, tiny_config
+
+from mmseg_textkd.deploy import fold, fold_state_dict, to_stock_cfg
+from mmseg_textkd.models.text_parameters import text_parameters
+
+sys.path.insert(0, f'{ROOT}/tools/deployment')
+sys.path.insert(0, f'{ROOT}/tools/model_converters')
+import export_onnx  # noqa: E402
+import textkd2mmseg  # noqa: E402
+
+pytestmark = pytest.mark.stacks
+
+ITERS, SWITCH = 6, 3
+BRIDGE = dict(type='TwoWayBridge', width=8, num_heads=2)
+RUNS = dict(
+    bridge=dict(fusion=BRIDGE),
+    bridge_aux=dict(fusion=BRIDGE, role='auxiliary'),
+    kept=dict(fusion=dict(BRIDGE, num_blocks=1, use='inference')),
+    context=dict(
+        # Random, and MMEngine does not save random states.
+        fusion=dict(type='ContextAwareText', width=8, num_heads=2,
+                    dropout=0.)))
+
+
+def config(folder, fusion, role='classifier', learn=None):
+    cfg = tiny_config(
+        folder,
+        dict(
+            type='ResidualPromptLearner',
+            embeddings=dict(type='ControlEmbeddings', kind='random', dim=16)),
+        dict(switch_at=SWITCH, learn=learn),
+        max_iters=ITERS)
+    cfg.model.decode_head.update(fusion=fusion, role=role)
+    cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
+    cfg.optim_wrapper.optimizer.lr = .2
+    cfg.default_hooks.checkpoint.interval = 1
+    for key in [k for k in cfg if k.startswith('val')]:
+        cfg.pop(key)
+    cfg.train_cfg.pop('val_interval')
+    return cfg
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """Get a function that gives one of the ``RUNS``, made when asked for."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            cfg = config(folder, **RUNS[name])
+            runner = run(cfg)
+            cfg.dump(folder / 'config.py')
+            scalars, = (folder / 'work').glob('*/vis_data/scalars.json')
+            made[name] = SimpleNamespace(
+                folder=folder,
+                cfg=cfg,
+                model=runner.model.eval(),
+                log=[
+                    json.loads(line)
+                    for line in scalars.read_text().splitlines()
+                ],
+                states=[
+                    load(folder / 'work' / f'iter_{i}.pth')['state_dict']
+                    for i in range(1, ITERS + 1)
+                ])
+        return made[name]
+
+    return get
+
+
+def changed(before, after):
+    return {k for k in after if not torch.equal(before[k], after[k])}
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_two_stages_in_mixed_precision(trained, name):
+    done = trained(name)
+    params = dict(done.model.named_parameters())
+    fusion = {n for n in params if '.fusion.' in n}
+    # Gates first, then everything.
+    learned = changed(done.states[1], done.states[SWITCH - 1])
+    assert fusion and fusion <= learned
+    # In stage 2 prompts, scales and biases, through the bridge or not.
+    learned = changed(done.states[SWITCH - 1], done.states[-1])
+    assert learned & set(params) == set(text_parameters(done.model))
+    assert any(n.endswith('text.offset') for n in learned)
+    assert not any('.fusion.' in n for n in learned)
+    assert all(v.isfinite().all() for v in done.states[-1].values())
+
+
+@pytest.mark.parametrize('name, logged', [
+    ('bridge', {'bridge_ce', 'bridge_kl'}),
+    ('bridge_aux', {'bridge_ce', 'bridge_kl'}),
+    ('kept', set()),
+    ('context', {'context_ce'}),
+])
+def test_losses_are_in_the_log(trained, name, logged):
+    rows = [r for r in trained(name).log if 'loss' in r]
+    assert len(rows) == ITERS
+    for row in rows:
+        found = {
+            k[len('decode.loss_'):]
+            for k in row if 'bridge' in k or 'context' in k
+        }
+        assert found == logged
+        total = sum(v for k, v in row.items() if k.startswith('decode.loss_'))
+        assert row['loss'] == pytest.approx(total, rel=1e-3)
+
+
+@pytest.mark.parametrize('name', ['bridge', 'context'])
+def test_a_killed_run_goes_on_as_the_other(trained, name):
+    done = trained(name)
+    cfg = done.cfg.copy()
+    cfg.work_dir = str(done.folder / 'resumed')
+    # Between two iterations of stage 1: with gates that have moved.
+    cfg.load_from = str(done.folder / 'work' / 'iter_2.pth')
+    cfg.resume = True
+    # The batches of an endless sampler are passed over one by one.
+    again = run(cfg).model.state_dict()
+    assert_equal(dict(again), dict(done.states[-1]))
+
+
+@pytest.mark.parametrize('name', ['bridge', 'bridge_aux', 'context'])
+def test_deployed_network_is_a_stock_one(trained, name):
+    done = trained(name)
+    stock = fold(done.model, done.cfg)
+    assert type(stock.decode_head) is FCNHead
+    plain = MODELS.build(to_stock_cfg(done.cfg).model)
+    plain.load_state_dict(fold_state_dict(done.model), strict=True)
+    assert not any('fusion' in n for n, _ in stock.named_modules())
+    inputs = torch.randn(1, 3, *SIZE)
+    calls = []
+    done.model.decode_head.text.fusion.register_forward_hook(
+        lambda *args: calls.append(1))
+    with torch.no_grad():
+        expected, got = done.model(inputs), stock(inputs)
+    bound = 1e-5 * expected.abs().max().item()
+    assert (got - expected).abs().max() < bound and expected.std() > .01
+    assert not calls
+
+
+def test_a_kept_bridge_does_not_fold_and_is_told_so(trained, tmp_path):
+    done = trained('kept')
+    classifier = done.model.decode_head.text
+    for refuse in (lambda: fold_state_dict(done.model), classifier.as_conv,
+                   lambda: to_stock_cfg(done.cfg)):
+        with pytest.raises(ValueError) as error:
+            refuse()
+        message = str(error.value)
+        assert 'TwoWayBridge' in message and "use='inference'" in message
+        assert 'export_onnx.py' in message and "use='training'" in message
+    out = tmp_path / 'out.pth'
+    with pytest.raises(SystemExit, match='does not fold'):
+        textkd2mmseg.main([
+            str(done.folder / 'config.py'),
+            str(done.folder / 'work' / 'iter_6.pth'),
+            str(out)
+        ])
+    assert not out.exists()
+
+
+def test_a_kept_bridge_runs_in_onnx_runtime(trained, tmp_path, capsys):
+    done = trained('kept')
+    gates = done.states[-1]['decode_head.conv_seg.fusion.pixel_gate']
+    assert gates.abs().max() > 1e-4
+    files = [
+        str(done.folder / 'config.py'),
+        str(done.folder / 'work' / 'iter_6.pth')
+    ]
+    # The tool compares the graph with PyTorch, or writes nothing.
+    export_onnx.main([*files, str(tmp_path / 'kept.onnx'), '--dynamic'])
+    said = capsys.readouterr().out
+    assert said.count('another class at 0 of') == 2
+    import onnxruntime
+    session = onnxruntime.InferenceSession(str(tmp_path / 'kept.onnx'))
+    for size in (SIZE, (48, 80)):
+        inputs = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            expected = done.model.encode_decode(inputs, [dict(img_shape=size)])
+        got, = session.run(None, dict(image=inputs.numpy()))
+        got = torch.from_numpy(got)
+        bound = 1e-4 * max(1., expected.abs().max().item())
+        assert (got - expected).abs().max() < bound
+        # Not what the plain classifier would say.
+        with torch.no_grad():
+            done.model.decode_head.text.fusion.use = 'training'
+            plain = done.model.encode_decode(inputs, [dict(img_shape=size)])
+            done.model.decode_head.text.fusion.use = 'inference'
+        assert (plain - expected).abs().max() > 10 * bound
+
+
+def test_a_kept_bridge_can_learn_in_stage_2(tmp_path):
+    learn = {r'\.text\.': 1., r'\.fusion\.': .5}
+    cfg = config(tmp_path, RUNS['kept']['fusion'], learn=learn)
+    model = run(cfg).model
+    states = [
+        load(tmp_path / 'work' / f'iter_{i}.pth')['state_dict']
+        for i in (SWITCH, ITERS)
+    ]
+    learned = changed(*states) & set(dict(model.named_parameters()))
+    fusion = {n for n, _ in model.named_parameters() if '.fusion.' in n}
+    assert learned == fusion | {'decode_head.conv_seg.text.offset'}

@@ -1,0 +1,90 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Tell what a fusion of image and text costs where it is kept at inference.
+
+Prints a Markdown table: the stock network, and the network of CONFIG with a
+fusion of every combination of the settings that --vary gives. One picture,
+without auxiliary heads; multiply-accumulates of convolutions and matrix
+products, attention included, as in docs/en/networks.md. No files are needed.
+"""
+import argparse
+import copy
+import itertools
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from mmengine.config import Config
+from mmengine.config.config import DictAction
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmseg_textkd.deploy import to_stock_cfg
+from mmseg_textkd.deploy.benchmark import random_text
+
+
+def cost(model: Dict, size: Sequence[int]) -> Tuple[float, float]:
+    """Count parameters and multiply-accumulates.
+
+    Args:
+        model (dict): Config of a segmentor.
+        size (Sequence[int]): Height and width of the picture.
+
+    Returns:
+        tuple[float, float]: Both in units of 1e6 and 1e9.
+    """
+    built = revert_sync_batchnorm(MODELS.build(copy.deepcopy(model))).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        built(torch.zeros(1, 3, *size))
+    params = sum(p.numel() for p in built.parameters())
+    return params / 1e6, counter.get_total_flops() / 2e9
+
+
+def combinations(vary: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """All combinations of settings, each one value or several."""
+    lists = [v if isinstance(v, (list, tuple)) else [v] for v in vary.values()]
+    return [dict(zip(vary, values)) for values in itertools.product(*lists)]
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the tool."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of a text network')
+    parser.add_argument(
+        '--fusion', default='TwoWayBridge', help='default: %(default)s')
+    parser.add_argument(
+        '--vary',
+        nargs='+',
+        action=DictAction,
+        default={},
+        help='settings of the fusion, such as width=64,128 stride=1,2')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        default=(1024, 2048),
+        metavar=('H', 'W'),
+        help='size of the picture (default: 1024 2048)')
+    args = parser.parse_args(argv)
+    cfg = random_text(Config.fromfile(args.config))
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    cfg.model.pop('auxiliary_head', None)
+    cfg.model.decode_head.pop('fusion', None)
+    stock = cost(to_stock_cfg(cfg).model, args.size)
+    print(f'| {args.fusion}, {args.size[0]}x{args.size[1]} | parameters (M) | '
+          'GMACs | beside stock |\n| --- | --- | --- | --- |\n'
+          f'| none (stock) | {stock[0]:.2f} | {stock[1]:.2f} | |')
+    for settings in combinations(args.vary):
+        cfg.model.decode_head.fusion = dict(
+            type=args.fusion, use='inference', **settings)
+        params, macs = cost(cfg.model, args.size)
+        words = ', '.join(f'{k} {v}' for k, v in settings.items())
+        print(
+            f'| {words or "defaults"} | {params:.2f} | {macs:.2f} | '
+            f'{100 * (macs / stock[1] - 1):+.1f} % |',
+            flush=True)
+
+
+if __name__ == '__main__':
+    main()
