@@ -43,6 +43,12 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         type=float,
         help='pixels whose class is less probable than this are "other"')
     parser.add_argument(
+        '--new-bias',
+        type=float,
+        default=0.,
+        help='added to the logits of new classes, which the training has '
+        'taught the network to avoid (default: 0)')
+    parser.add_argument(
         '--tower', help='text tower (default: that of the training)')
     parser.add_argument('--pretrained', help='its tag or file of weights')
     parser.add_argument(
@@ -154,6 +160,7 @@ def run(args: argparse.Namespace) -> None:
             split(args.classes) if args.classes else None,
             other=args.other,
             threshold=args.threshold,
+            new_bias=args.new_bias,
             tower=args.tower,
             pretrained=args.pretrained,
             templates=args.templates,

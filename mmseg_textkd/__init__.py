@@ -11,15 +11,14 @@ from . import compat
 # Before anything that imports mmseg.models: the cures must be in place.
 compat.apply()
 
-from . import datasets, engine, evaluation, models, text  # noqa: E402
-from .compat import stock_config  # noqa: E402
-from .config_utils import add_region_embeddings  # noqa: E402
-from .config_utils import insert_transform  # noqa: E402
-from .config_utils import stock_network, zero_shot  # noqa: E402
-from .version import __version__  # noqa: E402
+from . import datasets, engine, evaluation, models, text
+from .compat import stock_config
+from .config_utils import (add_region_embeddings, insert_transform,
+                           open_vocabulary_test, stock_network, zero_shot)
+from .version import __version__
 
 __all__ = [
     '__version__', 'add_region_embeddings', 'compat', 'datasets', 'engine',
-    'evaluation', 'insert_transform', 'models', 'stock_config',
-    'stock_network', 'text', 'zero_shot'
+    'evaluation', 'insert_transform', 'models', 'open_vocabulary_test',
+    'stock_config', 'stock_network', 'text', 'zero_shot'
 ]

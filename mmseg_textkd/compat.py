@@ -14,7 +14,7 @@ import warnings
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pickle import UnpicklingError
 from types import ModuleType
-from typing import Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 # The oldest that can work and the newest that the tests have seen.
 VERSIONS: Dict[str, Tuple[str, str]] = {
@@ -357,6 +357,23 @@ def _weigh_with_ignored_pixels() -> bool:
     module = sys.modules[losses.CrossEntropyLoss.__module__]
     losses.cross_entropy = module.cross_entropy = cross_entropy
     return True
+
+
+def swaps_channels(preprocessor: Any) -> bool:
+    """Whether a data preprocessor swaps red and blue.
+
+    Args:
+        preprocessor (SegDataPreProcessor): The preprocessor, whose attribute
+            OneDL has renamed.
+
+    Returns:
+        bool: True if it does.
+    """
+    for name in ('channel_conversion', '_channel_conversion'):
+        if hasattr(preprocessor, name):
+            return bool(getattr(preprocessor, name))
+    raise AttributeError(f'{type(preprocessor).__name__} does not tell '
+                         'whether it swaps channels.')
 
 
 def is_installed(package: str) -> bool:

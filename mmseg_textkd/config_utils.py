@@ -8,6 +8,7 @@ import copy
 from typing import Any, Dict, List, Sequence, Tuple
 
 from mmengine.config import Config
+from mmseg.registry import DATASETS
 
 from .compat import stock_config
 from .text import Vocabulary
@@ -71,6 +72,50 @@ def insert_transform(dataloader: Dict, transform: Dict, before: str) -> Dict:
         raise ValueError(f'no pipeline of the data loader has a {before!r} to '
                          f'put {transform["type"]!r} in front of.')
     return dataloader
+
+
+def open_vocabulary_test(
+    path: str,
+    scale: Tuple[int, int],
+    vocabulary: str,
+    leave_out: Sequence[str] = ()
+) -> Tuple[Dict, Dict[str, List[str]]]:
+    """Take the test data of a stock config, and the words for its classes.
+
+    Args:
+        path (str): Path of the config below MMSegmentation's ``configs``.
+        scale (tuple[int, int]): Longest and shortest side, in pixels, that
+            images are brought to.
+        vocabulary (str): Vocabulary, see :meth:`Vocabulary.from_spec`; a
+            class that it lacks is described by its name.
+        leave_out (Sequence[str]): Classes whose pixels are ignored. Defaults
+            to (): none.
+
+    Returns:
+        tuple[dict, dict]: ``test_dataloader`` for a config that has another
+        one, and the phrases of each class.
+
+    Raises:
+        FileNotFoundError: If there is no such config; near matches are
+            listed.
+    """
+    loader = Config.fromfile(stock_config(path)).test_dataloader.to_dict()
+    dataset = loader['dataset']
+    for transform in dataset['pipeline']:
+        if transform['type'] == 'Resize':
+            transform['scale'] = scale
+    kept = [
+        name for name in DATASETS.get(dataset['type']).METAINFO['classes']
+        if name not in leave_out
+    ]
+    if leave_out:
+        dataset['metainfo'] = dict(classes=kept)
+    known = Vocabulary.from_spec(vocabulary)
+    phrases = dict(zip(known.names, known.phrases))
+    return (dict(loader, _delete_=True), {
+        name: list(phrases.get(name, [name]))
+        for name in kept
+    })
 
 
 def zero_shot(train_dataloader: Dict, vocabulary: str, unseen: Sequence[str],

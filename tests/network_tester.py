@@ -3,11 +3,13 @@
 import copy
 import functools
 import math
+import re
 from pathlib import Path
 
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import revert_sync_batchnorm
@@ -79,8 +81,8 @@ def load_model(path):
 def stock_twin(path):
     """The config of the same name without the text."""
     name = path.name[len('textkd_'):]
-    for tag in ('vit-b16-aux', 'vit-b16', 'toyclip', 'random'):
-        name = name.replace(f'_{tag}_', '_')
+    # The text encoder, and what else it is about.
+    name = re.sub('_(vit-b16|toyclip|random)(-[a-z]+)?_', '_', name)
     twin = CONFIGS / 'stock' / name
     assert twin.exists(), f'{path.name} has no stock twin'
     return twin
@@ -97,6 +99,64 @@ def samples(size, num_classes, batch=2):
         sample.gt_edge_map = PixelData(data=(labels % 2))
         out.append(sample)
     return out
+
+
+def after_stage1(classifier):
+    """Projection, scale and biases have learned; the text is fixed."""
+    for param in (*classifier.projection.parameters(),
+                  *classifier.scale.parameters(), classifier.logit_bias):
+        param.add_(torch.randn_like(param) * 0.1)
+    bn = classifier.projection.bn
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(.5, 2)
+
+
+def after_stage2(classifier):
+    """The text too."""
+    text = classifier.text
+    text.fill(text.class_embeddings + .02 * torch.randn(text.num_classes, 1) *
+              torch.randn_like(text.class_embeddings))
+
+
+def averaged(classifier):
+    """As EMAHook saves it: the mean of two states, buffers included."""
+    before = {k: v.clone() for k, v in classifier.state_dict().items()}
+    after_stage1(classifier)
+    after_stage2(classifier)
+    for key, value in classifier.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(before[key], .7)
+
+
+def in_bfloat16(classifier):
+    """Weights that bfloat16 can hold."""
+    for value in classifier.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(value.bfloat16())
+
+
+def not_normalised(classifier):
+    """Vectors of other lengths than 1."""
+    classifier.text.class_embeddings.mul_(
+        torch.rand(len(classifier.logit_bias), 1) + .5)
+
+
+def of_seven_classes(classifier):
+    """Seven classes and not those of Cityscapes."""
+    text = classifier.text
+    text.class_embeddings = text.class_embeddings[:7].clone()
+    classifier.logit_bias = torch.nn.Parameter(classifier.logit_bias[:7])
+
+
+# In the order in which they are tried, each on top of the last.
+STATES = {
+    'stage 1': after_stage1,
+    'stage 2': after_stage2,
+    'EMA': averaged,
+    'bfloat16': in_bfloat16,
+    'not normalised': not_normalised,
+    'K = 7': of_seven_classes,
+}
 
 
 @DATASETS.register_module()
@@ -123,15 +183,15 @@ class WatchHook(Hook):
 
     priority = 'LOWEST'
 
-    def __init__(self):
-        self.changed, self.losses = [], []
+    def __init__(self, noise=0.01):
+        self.noise, self.changed, self.losses = noise, [], []
 
     def before_train(self, runner):
         # Some are initialised to keep the gradient of others at zero.
         with torch.no_grad():
             for param in runner.model.parameters():
                 if param.requires_grad:
-                    param.add_(0.01 * torch.randn_like(param))
+                    param.add_(self.noise * torch.randn_like(param))
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         state = runner.model.state_dict()
@@ -389,6 +449,29 @@ class BaseNetworkTester:
             assert same.float().mean() > 0.9999
         count = sum(p.numel() for p in stock.parameters())
         assert count == sum(p.numel() for p in build().parameters())
+
+    def test_classifier_folds_in_every_state(self, build):
+        """On the features of the network: only the classifier folds."""
+        model = build('classifier')
+        model.eval()
+        head = model.decode_head
+        taken = []
+        handle = head.conv_seg.register_forward_pre_hook(
+            lambda module, args: taken.append(args[0]))
+        self.logits(model, self.size)
+        handle.remove()
+        for state, change in STATES.items():
+            torch.manual_seed(5)
+            with torch.no_grad():
+                change(head.conv_seg)
+                expected = head.conv_seg(taken[0])
+            assert expected.shape[1] == len(head.conv_seg.text())
+            folded = fold_state_dict(head)
+            got = F.conv2d(taken[0], folded['conv_seg.weight'],
+                           folded['conv_seg.bias'])
+            bound = 1e-5 * max(1., expected.abs().max().item())
+            assert (got - expected).abs().max() < bound, state
+            assert expected.std() > 0, state
 
     def test_nothing_is_left_on_the_modules(self, build):
         model = build(

@@ -14,7 +14,11 @@ from mmseg_textkd.text import TextProvider, Vocabulary
 
 pytestmark = pytest.mark.stacks
 
-TEXTKD = sorted((CONFIGS / 'textkd').glob('*.py'))
+# Folder of a method on top of text, and what its configs' names say.
+METHODS = {'structure': 'ssc', 'diversification': 'syn'}
+FOLDERS = ('textkd', *METHODS)
+TEXTKD = sorted(
+    p for folder in FOLDERS for p in (CONFIGS / folder).glob('*.py'))
 STOCK = sorted((CONFIGS / 'stock').glob('*.py'))
 NAME = (r'(?P<network>[a-z0-9-]+(_[a-z0-9-]+)*)'
         r'_(?P<gpus>\d+)xb(?P<batch>\d+)-(?P<number>\d+)(?P<unit>k|i)'
@@ -32,6 +36,8 @@ DATASET_TYPES = {
 FOUR = {
     'bisenetv2_fcn', 'stdc1_in1k-pre', 'ddrnet_23-slim_in1k-pre', 'pidnet-s'
 }
+# These have tests of their own.
+OTHERS = {'distillation', 'ebseg', 'fusion', 'lseg', 'studies'}
 # What the text twin may add to a head.
 OPTIONS = {'text', 'role', 'text_branch', 'text_losses'}
 
@@ -52,33 +58,59 @@ def datasets(cfg, split):
 
 
 def test_every_file_is_tested():
-    for folder, found in (('textkd', TEXTKD), ('stock', STOCK)):
-        below = {p.relative_to(CONFIGS) for p in CONFIGS.rglob('*.py')}
-        here = [p for p in below if p.parts[0] == folder]
+    below = {p.relative_to(CONFIGS) for p in CONFIGS.rglob('*.py')}
+    for folders, found in ((FOLDERS, TEXTKD), (('stock', ), STOCK)):
+        here = [p for p in below if p.parts[0] in folders]
         assert len(found) == len(here) > 0
     folders = {p.parts[0] for p in below}
-    assert folders == {'_base_', 'stock', 'textkd'}, 'a folder is untested'
+    assert folders - OTHERS == {'_base_', 'stock',
+                                *FOLDERS}, 'a folder is untested'
 
 
 def test_all_combinations_are_there():
     """CamVid and Cityscapes for all networks, the others for four."""
     stock = {(parts(p)['network'], parts(p)['dataset']) for p in STOCK}
-    networks = {network for network, _ in stock}
-    assert len(networks) == 15 and len(stock) == len(STOCK) == 51
+    toys = {(n, 'toy-scenes') for n in ('bisenetv2_fcn', 'ddrnet_23-slim')}
+    networks = {network for network, _ in stock - toys}
+    assert len(networks) == 15 and len(stock) == len(STOCK) == 52
     wanted = {(n, d) for n in networks for d in ('camvid', 'cityscapes')}
     wanted |= {(n, d)
                for n in FOUR
                for d in set(DATASET_TYPES) - {'toy-scenes'}}
-    assert stock == wanted | {('bisenetv2_fcn', 'toy-scenes')}
-    text = [parts(p)['network'] for p in TEXTKD]
-    assert len(text) == 67
+    assert stock == wanted | toys
+    plain = [p for p in TEXTKD if p.parent.name == 'textkd']
+    text = [parts(p)['network'] for p in plain]
+    assert len(text) == 68
     for name, number in (('_vit-b16', 50), ('_vit-b16-aux', 15),
-                         ('_toyclip', 1), ('_random', 1)):
+                         ('_toyclip', 2), ('_random', 1)):
         assert sum(n.endswith(name) for n in text) == number
     # Each stock config has its twin, on CamVid in both roles.
-    twins = sorted(stock_twin(p) for p in TEXTKD if '_random_' not in p.name)
+    twins = sorted(stock_twin(p) for p in plain if '_random_' not in p.name)
     camvid = [p for p in STOCK if parts(p)['dataset'] == 'camvid']
     assert twins == sorted(STOCK + camvid)
+
+
+@pytest.mark.parametrize('folder', METHODS)
+def test_a_method_is_one_line_more(folder):
+    """On two networks and data sets; the rest is as with text alone."""
+    found = sorted((CONFIGS / folder).glob('*.py'))
+    twins = {parts(stock_twin(p))['network'] for p in found}
+    assert len(found) == 4 and len(twins) == 3
+    for path in found:
+        name = path.name.replace(f'-{METHODS[folder]}_', '_')
+        ours, text = (
+            load_config(p).to_dict()
+            for p in (path, CONFIGS / 'textkd' / name))
+        head, plain = (c['model'].pop('decode_head') for c in (ours, text))
+        ours = {k: v for k, v in ours.items() if not k.startswith('text_')}
+        assert ours == {k: v for k, v in text.items() if k in ours}
+        if folder == 'structure':
+            loss, = head.pop('text_losses')
+            assert loss['type'] == 'SemanticStructureLoss'
+        else:
+            assert head['text'].pop('embeddings')['type'] == 'SynonymSampler'
+            assert plain['text'].pop('embeddings')['type'] == 'ClassEmbeddings'
+        assert head == plain
 
 
 @pytest.fixture
@@ -105,7 +137,7 @@ def bare(monkeypatch, tmp_path):
 @pytest.mark.parametrize('path', TEXTKD + STOCK, ids=names(TEXTKD + STOCK))
 def test_name_says_what_it_is(path):
     name = parts(path)
-    assert (path.parent.name == 'textkd') == path.name.startswith('textkd_')
+    assert (path in TEXTKD) == path.name.startswith('textkd_')
     cfg = load_config(path)
     assert cfg.train_dataloader.batch_size == int(name['batch'])
     assert int(name['gpus']) > 0

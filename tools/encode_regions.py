@@ -10,7 +10,6 @@ import sys
 from typing import Optional, Sequence
 
 from mmengine.config import Config, DictAction
-from mmengine.registry import init_default_scope
 
 from mmseg_textkd.datasets.encode_regions import ensure_regions
 from mmseg_textkd.text.text_weights import TextTowerError
@@ -34,7 +33,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if 'LoadRegionEmbeddings' not in str(cfg.get('train_dataloader')):
             sys.exit(f'Error: no pipeline of the train_dataloader of '
                      f'{args.config} has a LoadRegionEmbeddings.')
-        init_default_scope(cfg.get('default_scope', 'mmseg'))
         made = ensure_regions(cfg, progress=True, everything=True)
     except (TextTowerError, ValueError, OSError) as error:
         sys.exit(f'Error: {error}')

@@ -8,7 +8,6 @@ runs are in the ledger, 1 some failed, 2 the study cannot be run as it is
 written, 3 the budget ended before the runs did.
 """
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -66,14 +65,6 @@ def say(text: str) -> None:
     print(f'{time.strftime("%H:%M:%S")} {text}', flush=True)
 
 
-def evaluate(folder: str, *splits: str) -> None:
-    """Evaluate a run; the process that the driver starts for it."""
-    from mmseg_textkd.deploy import write_files
-    from mmseg_textkd.study.measure import measure
-    result = measure(Path(folder), splits)
-    write_files({Path(folder) / 'result.json': json.dumps(result).encode()})
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Make the runs; returns the exit status."""
     from mmseg_textkd.study import Ledger, LedgerError, Study, StudyError
@@ -112,7 +103,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['--evaluate']:
-        evaluate(*sys.argv[2:])
+    if sys.argv[1:2] == ['--make']:  # the process of one run
+        from mmseg_textkd.study.measure import make_run
+        make_run(Path(sys.argv[2]), sys.argv[3:], ROOT / 'tools' / 'train.py')
     else:
         sys.exit(main())

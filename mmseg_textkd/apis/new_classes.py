@@ -84,8 +84,7 @@ class WordEncoder:
         """Find vectors for classes.
 
         Args:
-            classes: See :meth:`Vocabulary.from_spec`. With ``embeddings``
-                None stands for all classes of the file.
+            classes: See :meth:`Vocabulary.from_spec`.
             tower (str, optional): Name of the text tower, see
                 :class:`TextTower`. Defaults to None: what the embeddings
                 file or the config names.
@@ -109,7 +108,6 @@ class WordEncoder:
         record = None
         if embeddings is not None:
             record = TextEmbeddings.load(embeddings)
-            classes = record.names if classes is None else classes
         vocabulary = Vocabulary.from_spec(classes)
         trained = [self._trained(*pair) for pair in zip(*_fields(vocabulary))]
         new = [k for k, number in enumerate(trained) if number is None]

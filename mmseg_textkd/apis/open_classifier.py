@@ -31,21 +31,32 @@ class OpenClassifier:
         else:
             self.classifier = _of_branch(head)
         bias = self.classifier.logit_bias
-        self.bias = None if bias is None else bias.detach().clone()
+        if bias is None:
+            bias = self.projection.conv.weight.new_zeros(
+                self.classifier.text.num_classes)
+        self.bias = bias.detach().clone()
 
     @torch.no_grad()
-    def fold(self, vectors: Tensor,
-             trained: Optional[List[Optional[int]]]) -> nn.Module:
+    def fold(self,
+             vectors: Tensor,
+             trained: Optional[List[Optional[int]]] = None,
+             new_bias: float = 0.) -> nn.Module:
         """Make the classifier of a stock head.
 
         A trained class keeps its bias. A new one gets the mean of all biases,
-        which is what is known of a class of which nothing is known.
+        so that a bias that is common to all, which no softmax sees, favours
+        neither. (Cross entropy leaves that mean where it began, at 0: the
+        gradients of the biases sum to 0.) ``new_bias`` is added to it, as in
+        `calibrated stacking <https://arxiv.org/abs/1605.04253>`_: the
+        training has taught the network to prefer the trained classes.
 
         Args:
             vectors (Tensor): Class vectors, shape (K, D).
             trained (list[int | None], optional): For each class the number
                 that it had in the training, None for a new one. None: the
-                trained classes.
+                trained classes. Defaults to None.
+            new_bias (float): What is added to the logits of new classes.
+                Defaults to 0.
 
         Returns:
             nn.Module: A convolution or, with an L2 norm, a
@@ -55,14 +66,13 @@ class OpenClassifier:
         text = ClassEmbeddings(file='', num_classes=number, dim=dim)
         text.load_state_dict(dict(class_embeddings=vectors))
         classifier.text = text.to(vectors).eval()
-        if self.bias is not None:
-            bias = self.bias
-            if trained is not None:
-                bias = bias.mean().repeat(number)
-                for k, own in enumerate(trained):
-                    if own is not None:
-                        bias[k] = self.bias[own]
-            classifier.logit_bias = nn.Parameter(bias)
+        bias = self.bias
+        if trained is not None:
+            bias = (self.bias.mean() + new_bias).repeat(number)
+            for k, own in enumerate(trained):
+                if own is not None:
+                    bias[k] = self.bias[own]
+        classifier.logit_bias = nn.Parameter(bias)
         if classifier.projection.norm != 'l2':
             return classifier.as_conv()
         conv = classifier.projection.conv

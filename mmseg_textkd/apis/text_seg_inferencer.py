@@ -17,16 +17,18 @@ from mmengine.structures import PixelData
 from mmseg.apis import MMSegInferencer
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
+from mmseg.utils import SampleList
 from torch import Tensor, nn
 
 from mmseg_textkd.deploy import load_strictly, read_checkpoint, to_stock_cfg
 from mmseg_textkd.models import TextHeadMixin
-from mmseg_textkd.text import Vocabulary
+from mmseg_textkd.text import TextEmbeddings, Vocabulary
 from .drawing import GREY, draw_labels, draw_similarity, palette_for
 from .label_maps import predict_labels, select_classes
 from .new_classes import WordEncoder
 from .open_classifier import OpenClassifier, PixelTextCosine
 
+Names = Sequence[str]
 MAX_CLASSES = 65535  # label maps are written as 16-bit PNG
 
 
@@ -137,7 +139,7 @@ class TextSegInferencer(MMSegInferencer):
                                      self.own_meta['classes'], self.cache_dir)
             self.vectors = head.text.text.class_embeddings.detach().clone()
             if head.role == 'classifier':
-                self.own_conv = self.open.fold(self.vectors, None)
+                self.own_conv = self.open.fold(self.vectors)
         head.conv_seg = self.own_conv
         self.source = 'as trained'
 
@@ -151,6 +153,7 @@ class TextSegInferencer(MMSegInferencer):
             classes: Any = None,
             other: Optional[str] = None,
             threshold: Optional[float] = None,
+            new_bias: float = 0.,
             tower: Optional[str] = None,
             pretrained: Optional[str] = None,
             templates: Any = None,
@@ -167,6 +170,8 @@ class TextSegInferencer(MMSegInferencer):
                 less probable than this become ``other``. With ``other=None``
                 that is a label named 'other' which is no class. Defaults to
                 None.
+            new_bias (float): Added to the logits of new classes, see
+                :meth:`OpenClassifier.fold`. Defaults to 0.
             tower, pretrained, templates, embeddings: See
                 :meth:`WordEncoder.encode`.
 
@@ -180,8 +185,10 @@ class TextSegInferencer(MMSegInferencer):
         if threshold is not None and not 0 < threshold < 1:
             raise ValueError('`threshold` is a probability between 0 and 1, '
                              f'but got {threshold}.')
-        if classes is None and embeddings is None:
+        if classes is None:
             classes = list(self.own_meta['classes'])
+            if embeddings is not None:
+                classes = TextEmbeddings.load(embeddings).names
         if other is not None:
             words = Vocabulary.from_spec(classes)
             classes = Vocabulary((*words.names, other),
@@ -194,7 +201,7 @@ class TextSegInferencer(MMSegInferencer):
                                       embeddings)
             names, trained, source = found.names, found.trained, found.source
             vectors = found.vectors
-            conv = self.open.fold(vectors, trained)
+            conv = self.open.fold(vectors, trained, new_bias)
         if len(names) > MAX_CLASSES:
             raise ValueError(f'{len(names)} classes are more than the '
                              f'{MAX_CLASSES} that a label map can hold.')
@@ -241,9 +248,7 @@ class TextSegInferencer(MMSegInferencer):
         ]
 
     @torch.no_grad()
-    def forward(
-        self, inputs: dict,
-        similarity: Sequence[str] = ()) -> List[SegDataSample]:
+    def forward(self, inputs: dict, similarity: Names = ()) -> SampleList:
         """Predict a batch.
 
         Args:
@@ -261,8 +266,8 @@ class TextSegInferencer(MMSegInferencer):
         samples = predict_labels(self.model, images, samples, self.threshold,
                                  other)
         if similarity:
-            for sample, maps in zip(
-                    samples, self._similarities(images, samples, similarity)):
+            found = self._similarities(images, samples, similarity)
+            for sample, maps in zip(samples, found):
                 sample.similarity = PixelData(
                     metainfo=dict(names=tuple(similarity)), data=maps)
         return samples

@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 from mmengine.device import get_device
 from mmengine.logging import print_log
+from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS, TRANSFORMS
 
 from mmseg_textkd.text.region_embeddings import RegionEmbeddings
@@ -43,10 +44,13 @@ def ensure_regions(cfg: Mapping,
     made = 0
     for dataset_cfg, transform in _find(cfg.get('train_dataloader')):
         store = TRANSFORMS.build(transform).store
-        dataset = DATASETS.build(dataset_cfg)
         store.folder.mkdir(parents=True, exist_ok=True)
-        # Of a killed holder the system releases the lock.
-        with FileLock(store.folder / '.lock'):
+        # Transforms are looked up in the scope that a runner would set. Of a
+        # killed holder the system releases the lock.
+        with DefaultScope.overwrite_default_scope(
+                cfg.get('default_scope',
+                        'mmseg')), FileLock(store.folder / '.lock'):
+            dataset = DATASETS.build(dataset_cfg)
             store.check_weights()
             mark = store.folder / 'complete' / _listing(dataset, store)
             if everything or not mark.is_file():

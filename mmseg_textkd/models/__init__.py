@@ -2,6 +2,8 @@
 from .decode_heads import (TextDDRHead, TextDepthwiseSeparableFCNHead,
                            TextDPTHead, TextFCNHead, TextHeadMixin,
                            TextLightHamHead, TextPIDHead, TextSegformerHead)
+from .ebseg import (CLIPSAMNeck, EBSeg, EBSegHead, EBSegLoss, FrozenCLIPViT,
+                    FrozenSAMViT, MaskDecoder)
 from .fusion import ContextAwareText, TwoWayBridge
 from .layers import (LogitScale, PixelProjection, SpatialRegularization,
                      TextBranch, TextClassifier, TextFusion)
@@ -12,9 +14,10 @@ from .losses import (ChannelWiseDistillationLoss, LogitDistillationLoss,
 from .segmentors import DistilledEncoderDecoder, FrozenTeacher
 
 __all__ = [
-    'ChannelWiseDistillationLoss', 'ContextAwareText',
-    'DistilledEncoderDecoder', 'FrozenTeacher', 'LogitDistillationLoss',
-    'LogitScale', 'PixelProjection', 'SemanticStructureLoss',
+    'CLIPSAMNeck', 'ChannelWiseDistillationLoss', 'ContextAwareText',
+    'DistilledEncoderDecoder', 'EBSeg', 'EBSegHead', 'EBSegLoss',
+    'FrozenCLIPViT', 'FrozenSAMViT', 'FrozenTeacher', 'LogitDistillationLoss',
+    'LogitScale', 'MaskDecoder', 'PixelProjection', 'SemanticStructureLoss',
     'SpatialRegularization', 'TextAlignmentLoss', 'TextBranch',
     'TextClassifier', 'TextDDRHead', 'TextDPTHead',
     'TextDepthwiseSeparableFCNHead', 'TextFCNHead', 'TextFusion',

@@ -47,6 +47,11 @@ class Ledger:
         """list[dict]: All entries, in the order of the file."""
         return list(self._entries.values())
 
+    @property
+    def studies(self) -> List[str]:
+        """list[str]: Names of the registered studies."""
+        return list(self._registered)
+
     def find(self, study: str, run: Run) -> Optional[Dict[str, Any]]:
         """Get the entry of a run.
 

@@ -1,8 +1,11 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""What a finished run has to say: its evaluation and its logs."""
+"""One run: training, evaluation, and what its logs say."""
 import json
 import os
 import platform
+import resource
+import runpy
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
@@ -10,38 +13,52 @@ from typing import Any, Dict, List, Sequence
 import torch
 from mmengine.config import Config
 
+from mmseg_textkd.deploy import write_files
 from mmseg_textkd.deploy.compare import evaluate
 from mmseg_textkd.deploy.confusion_iou_metric import SUMMARY
 from mmseg_textkd.version import __version__
 
+RESULT = 'result.json'
 PACKAGES = ('torch', 'mmengine', 'onedl-mmengine', 'mmcv', 'mmcv-lite',
             'onedl-mmcv', 'mmsegmentation', 'onedl-mmsegmentation', 'numpy')
 
 
-def measure(folder: Path, splits: Sequence[str]) -> Dict[str, Any]:
-    """Evaluate the last checkpoint of a run.
+def make_run(folder: Path, splits: Sequence[str], train_tool: Path) -> None:
+    """Train and evaluate one run, in a process of its own.
+
+    Training goes on where it was stopped. What the last checkpoint reaches is
+    written to ``result.json``: for each split ``mIoU``, ``mAcc``, ``aAcc``
+    and ``IoU`` of each class, in percent; ``classes``; and ``rss_mib``, the
+    most memory that this process had.
 
     Args:
         folder (Path): Work directory of the run, with ``config.py``.
         splits (Sequence[str]): 'val', 'test' or both.
-
-    Returns:
-        dict: For each split ``mIoU``, ``mAcc``, ``aAcc`` and ``IoU`` of each
-        class, in percent; and ``classes``.
+        train_tool (Path): ``tools/train.py``.
     """
-    config = folder / 'config.py'
-    cfg = Config.fromfile(str(config))
+    config = str(folder / 'config.py')
+    cfg = Config.fromfile(config)
     checkpoint = folder / f'iter_{cfg.train_cfg.max_iters}.pth'
+    # MMEngine writes it after the checkpoint that it names.
+    last = folder / 'last_checkpoint'
+    resume = ['--resume'] if last.exists() else []
+    if not resume or Path(last.read_text().strip()).name != checkpoint.name:
+        sys.argv = [
+            str(train_tool), config, '--work-dir',
+            str(folder), *resume
+        ]
+        runpy.run_path(str(train_tool), run_name='__main__')
     done: Dict[str, Any] = {}
     for split in splits:
         # `_delete_`: not merged into that of val.
         loader = dict(cfg[f'{split}_dataloader'].to_dict(), _delete_=True)
-        result = evaluate(
-            str(config), checkpoint, folder / split,
-            dict(val_dataloader=loader))
+        result = evaluate(config, checkpoint, folder / split,
+                          dict(val_dataloader=loader))
         done['classes'] = result['classes']
         done[split] = {key: result[key] for key in (*SUMMARY, 'IoU')}
-    return done
+    done['rss_mib'] = resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss // 1024
+    write_files({folder / RESULT: json.dumps(done).encode()})
 
 
 def read_logs(folder: Path) -> Dict[str, Any]:

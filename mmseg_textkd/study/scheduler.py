@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, List, Optional
+from typing import IO, Any, Callable, Dict, List, Optional, Set
 
 from mmengine.dataset import BaseDataset
 from mmengine.registry import init_default_scope
@@ -18,7 +18,7 @@ from mmseg.registry import DATASETS
 import mmseg_textkd
 from mmseg_textkd.deploy import write_files
 from .ledger import Ledger
-from .measure import describe_machine, read_logs
+from .measure import RESULT, describe_machine, read_logs
 from .plan import Run, Study, StudyError, subset
 
 TAIL = 15  # lines of the log of a run that failed
@@ -38,9 +38,7 @@ class Job:
         self.run = run
         self.folder = folder
         self.lock = lock
-        self.evaluating = False
         self.process: Optional[subprocess.Popen] = None
-        self.rss_mib = 0
 
     def start(self, words: List[str]) -> None:
         """Start a process that writes to the log of the run.
@@ -60,20 +58,6 @@ class Job:
                                                 os.environ,
                                                 PYTHONPATH=os.pathsep.join(
                                                     filter(None, path))))
-
-    def poll(self) -> Optional[int]:
-        """Look whether the process has ended.
-
-        Returns:
-            int, optional: Its exit status, negative for a signal; None while
-            it runs.
-        """
-        pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
-        if not pid:
-            return None
-        self.rss_mib = max(self.rss_mib, usage.ru_maxrss // 1024)
-        self.process.returncode = os.waitstatus_to_exitcode(status)
-        return self.process.returncode
 
     def stop(self) -> None:
         """End the process; the last checkpoint is kept."""
@@ -125,6 +109,7 @@ class Scheduler:
         self.runs = study.runs()
         self.identity = {run: study.identify(run) for run in self.runs}
         self.failed: List[Run] = []
+        self._elsewhere: Set[Run] = set()
         for run in self.runs:
             done = ledger.find(study.name, run)
             own = self.identity[run]['config_hash']
@@ -167,9 +152,7 @@ class Scheduler:
                 if self.end is not None and time.monotonic() > self.end:
                     self.say('the budget is spent')
                     break
-                while waiting and len(jobs) < self.jobs:
-                    job = self._begin(waiting.pop(0))
-                    jobs += [job] if job else []
+                self._start(waiting, jobs)
                 jobs = [job for job in jobs if self._look_after(job)]
                 if time.monotonic() - told > 60:
                     told = time.monotonic()
@@ -184,31 +167,45 @@ class Scheduler:
             own.close()
         return [*self.todo(), *self.failed]
 
-    def _begin(self, run: Run) -> Optional[Job]:
-        """Start or resume a run."""
-        folder = self.work_dir / run.name
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder / '.lock')
-        while lock is None:  # a process that outlived its driver
-            self.say(f'{run.name} is at work in another process, waiting')
-            time.sleep(5)
+    def _start(self, waiting: List[Run], jobs: List[Job]) -> None:
+        """Start what there is room for."""
+        elsewhere = 0
+        for run in [*waiting]:
+            if len(jobs) + elsewhere >= self.jobs:
+                break
+            folder = self.work_dir / run.name
+            folder.mkdir(parents=True, exist_ok=True)
             lock = _lock(folder / '.lock')
+            if lock is None:
+                elsewhere += 1
+                if run not in self._elsewhere:
+                    self._elsewhere.add(run)
+                    self.say(f'{run.name} goes on in a process that outlived '
+                             'its driver, waiting for it')
+                continue
+            waiting.remove(run)
+            job = self._begin(run, lock)
+            if job is not None:
+                jobs.append(job)
+
+    def _begin(self, run: Run, lock: IO) -> Optional[Job]:
+        """Start or resume a run; None if there is nothing more to do."""
+        folder = self.work_dir / run.name
         job = Job(run, folder, lock)
         try:
             self._write_config(job)
         except Exception as error:
             self._fail(job, f'{type(error).__name__}: {error}')
             return None
-        if self._trained(job):
-            self._evaluate(job)
-        else:
-            resume = (folder / 'last_checkpoint').exists()
-            self.say(f'{"resuming" if resume else "starting"} {run.name}')
-            job.start([
-                str(self.root / 'tools' / 'train.py'),
-                str(folder / 'config.py'), '--work-dir',
-                str(folder), *(['--resume'] if resume else [])
-            ])
+        if self._result(job) is not None:
+            self._finish(job)
+            return None
+        resume = (folder / 'last_checkpoint').exists()
+        self.say(f'{"resuming" if resume else "starting"} {run.name}')
+        job.start([
+            str(self.root / 'tools' / 'study.py'), '--make',
+            str(folder), *self.study.evaluate
+        ])
         return job
 
     def _write_config(self, job: Job) -> None:
@@ -231,34 +228,21 @@ class Scheduler:
         cfg.dump(str(job.folder / 'config.py'))
         write_files({stamp: json.dumps(identity).encode()})
 
-    def _trained(self, job: Job) -> bool:
-        iterations = self.study.iterations(job.run)
-        last = job.folder / 'last_checkpoint'
-        # MMEngine writes it after the checkpoint that it names.
-        return last.exists() and last.read_text().strip().endswith(
-            f'iter_{iterations}.pth')
-
-    def _evaluate(self, job: Job) -> None:
-        job.evaluating = True
-        job.start([
-            str(self.root / 'tools' / 'study.py'), '--evaluate',
-            str(job.folder), *self.study.evaluate
-        ])
+    def _result(self, job: Job) -> Optional[Dict[str, Any]]:
+        """Read what the process of a run has measured, if it came so far."""
+        path = job.folder / RESULT
+        result = json.loads(path.read_text()) if path.exists() else {}
+        return result if {*self.study.evaluate} <= {*result} else None
 
     def _look_after(self, job: Job) -> bool:
         """See how a job is doing; whether it goes on."""
-        status = job.poll()
+        status = job.process.poll()
         if status is None:
             return True
-        if status != 0:
-            self._fail(job, f'exit status {status}')
-        elif not job.evaluating:
-            if self._trained(job):
-                self._evaluate(job)
-                return True
-            self._fail(job, 'it ended before its last iteration')
-        else:
+        if status == 0 and self._result(job) is not None:
             self._finish(job)
+        else:
+            self._fail(job, f'exit status {status}')
         return False
 
     def _fail(self, job: Job, why: str) -> None:
@@ -274,7 +258,7 @@ class Scheduler:
 
     def _finish(self, job: Job) -> None:
         run, network = job.run, self.study.spec['networks'][job.run.network]
-        result = json.loads((job.folder / 'result.json').read_text())
+        result = self._result(job)
         logs = read_logs(job.folder)
         del logs['last_step']
         memory = logs.pop('cuda_memory_mib')
@@ -292,7 +276,7 @@ class Scheduler:
             test=result.get('test'),
             checkpoint='last',
             **logs,
-            peak_memory_mib=memory or job.rss_mib,
+            peak_memory_mib=memory or result['rss_mib'],
             peak_memory_of='CUDA' if memory else 'process',
             jobs=self.jobs,
             threads=os.environ.get('OMP_NUM_THREADS'),

@@ -154,11 +154,12 @@ def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
     wait and use it. A file that is there is verified and never overwritten.
 
     Args:
-        cfg (Mapping): An ``mmengine.Config`` or any nested dict. All
-            ``dict(type='ClassEmbeddings', file=..., build=dict(...))`` in it,
-            and those of ``SynonymSampler``, are looked at; ``build`` takes
-            the keys ``model``, ``pretrained``, ``cache_dir``, ``templates``,
-            ``vocabulary`` and ``keep_bank``.
+        cfg (Mapping): An ``mmengine.Config``, of whose ``model`` all
+            ``dict(type='ClassEmbeddings', file=..., build=dict(...))`` and
+            those of ``SynonymSampler`` are looked at; or any nested dict
+            without a ``model``. ``build`` takes the keys ``model``,
+            ``pretrained``, ``cache_dir``, ``templates``, ``vocabulary`` and
+            ``keep_bank``.
         progress (bool): Whether to show a progress bar. Defaults to False.
 
     Returns:
@@ -171,7 +172,8 @@ def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
     """
     made: List[Path] = []
     nodes: Dict[str, Mapping] = {}
-    for node in _find_nodes(cfg):
+    # Variables of a config are copied to where they are used, if they are.
+    for node in _find_nodes(cfg.get('model') or cfg):
         file = str(node['file'])
         build = dict(node['build'])
         if nodes.setdefault(file, build) != build:

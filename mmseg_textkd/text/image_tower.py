@@ -40,7 +40,8 @@ class ImageTower(nn.Module):
                  cache_dir: Optional[PathLike] = None) -> None:
         super().__init__()
         self.model, self.pretrained = model, pretrained
-        self.visual, self.library = load_visual(model, pretrained, cache_dir)
+        self.visual, self.library, _ = load_visual(model, pretrained,
+                                                   cache_dir)
         if model == 'toyclip':
             print_log(
                 'The image tower is ToyCLIP, a tiny model trained on '

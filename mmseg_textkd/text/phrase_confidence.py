@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """How sure it is that a phrase stands for its class."""
 from pathlib import Path
+from typing import Iterable, Tuple
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from .embedding_file import EmbeddingFileError, TextEmbeddings
 from .embedding_storage import digest, write_atomically
 from .phrase_bank import phrase_vectors
+from .region_embeddings import RegionEmbeddings
 from .text_weights import PathLike
 
 KIND = 'mmseg_textkd.phrase_confidence.1'
@@ -35,6 +37,49 @@ def text_confidence(record: TextEmbeddings) -> Tensor:
     similarities = torch.einsum('krd,jd->krj', vectors, vectors[:, 0])
     scores = (CLIP_SCALE * similarities).softmax(dim=2)
     return scores.diagonal(dim1=0, dim2=2).T.where(mask, 0)
+
+
+def image_confidence(
+        record: TextEmbeddings,
+        regions: Iterable[RegionEmbeddings]) -> Tuple[Tensor, Tensor]:
+    r"""Let regions of the classes choose among the phrases.
+
+    .. math::
+        c_{kr} = \frac{1}{|V_k|} \sum_{v \in V_k}
+        \mathrm{softmax}_{q}(100 \cos(v, t_{kq}))_{q=r}
+
+    over the image embeddings :math:`V_k` of all regions of class k. In the
+    source, `Global Knowledge Calibration <https://arxiv.org/abs/2303.09181>`_,
+    each region has phrases of its own; the mean makes it one small table.
+
+    Args:
+        record (TextEmbeddings): Embeddings with a bank, of the same model.
+        regions (Iterable[RegionEmbeddings]): Those of each image.
+
+    Returns:
+        tuple[Tensor, Tensor]: Confidences in [0, 1], float32, with shape
+        (K, R), by :func:`text_confidence` for a class without a region; and
+        the number of regions of each class, int64, with shape (K, ).
+
+    Raises:
+        ValueError: If the widths differ.
+    """
+    vectors, mask = phrase_vectors(record)
+    sums = torch.zeros(mask.shape, dtype=torch.float64)
+    counts = torch.zeros(len(record), dtype=torch.int64)
+    for labels, embeddings in regions:
+        if embeddings.shape[1] != record.dim:
+            raise ValueError(
+                f'the image embeddings have width {embeddings.shape[1]}, the '
+                f'text has {record.dim}. Use the image tower of the model '
+                'that encoded the text.')
+        similarities = torch.einsum('nd,nrd->nr', embeddings, vectors[labels])
+        similarities.masked_fill_(~mask[labels], float('-inf'))
+        scores = (CLIP_SCALE * similarities).softmax(dim=1)
+        sums.index_add_(0, labels, scores.double())
+        counts.index_add_(0, labels, torch.ones_like(labels))
+    means = (sums / counts.clamp(min=1)[:, None]).float()
+    return means.where(counts[:, None] > 0, text_confidence(record)), counts
 
 
 def confidence_file(file: PathLike) -> Path:

@@ -61,7 +61,6 @@ class RegionEmbeddings(NamedTuple):
         except (OSError, SafetensorError):
             return None
         if (set(tensors) != set(cls._fields) or meta.get('kind') != KIND
-                or meta.get('key') != key
                 or meta.get('sha256') != digest(dict(key=key), tensors)):
             return None
         return cls(**tensors)

@@ -1,6 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Opening a tower with open_clip from what :mod:`.text_weights` has found."""
-
 from pathlib import Path
 from typing import Any, Optional, Tuple
 
@@ -39,9 +38,10 @@ def load_clip(
             f'open_clip_torch {open_clip.__version__}')
 
 
-def load_visual(model: str,
-                pretrained: Optional[str] = None,
-                cache_dir: Optional[PathLike] = None) -> Tuple[nn.Module, str]:
+def load_visual(
+        model: str,
+        pretrained: Optional[str] = None,
+        cache_dir: Optional[PathLike] = None) -> Tuple[nn.Module, str, float]:
     """Load the image side of a CLIP model.
 
     Args:
@@ -52,8 +52,8 @@ def load_visual(model: str,
 
     Returns:
         tuple: What open_clip's ``encode_image`` calls (float32, on the CPU;
-        its ``preprocess_cfg`` tells how pictures are prepared), and the name
-        and version of the library.
+        its ``preprocess_cfg`` tells how pictures are prepared), the name and
+        version of the library, and the model's own factor on cosines.
 
     Raises:
         TextTowerError: If open_clip or the weights are missing or damaged.
@@ -61,7 +61,8 @@ def load_visual(model: str,
     open_clip = import_open_clip()
     location = find_weights(model, pretrained, cache_dir)
     clip = _load_model(open_clip, model, location)
-    return clip.visual, f'open_clip_torch {open_clip.__version__}'
+    return (clip.visual, f'open_clip_torch {open_clip.__version__}',
+            clip.logit_scale.exp().item())
 
 
 def _load_model(open_clip: Any, model: str,

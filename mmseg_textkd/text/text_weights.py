@@ -186,6 +186,38 @@ def hash_weights(model: str,
     return total.hexdigest()
 
 
+def find_hub_file(repo: str,
+                  filename: str,
+                  cache_dir: Optional[PathLike] = None) -> str:
+    """Locate one file of a hub repository, downloading it if need be.
+
+    Args:
+        repo (str): Repository, ``org/name``.
+        filename (str): File in it.
+        cache_dir (str or PathLike, optional): Download cache. Defaults to
+            None, the cache of the hub.
+
+    Returns:
+        str: Path of the file on this machine.
+
+    Raises:
+        OSError: If it is not in the cache and cannot be fetched.
+    """
+    try:
+        return _hub_files(repo, filename, cache_dir)[0]
+    except _NotHere as missing:
+        looked, url = missing.looked, missing.url
+    try:
+        if _offline():
+            raise OSError('HF_HUB_OFFLINE forbids a download')
+        _require_server(url)
+        from huggingface_hub import hf_hub_download
+        return hf_hub_download(repo, filename, cache_dir=cache_dir)
+    except Exception as error:
+        raise OSError(f'{filename} of {repo} is not in the cache ({looked}) '
+                      f'and cannot be fetched: {error}') from error
+
+
 def _locate(model: str, pretrained: Optional[str],
             cache_dir: Optional[PathLike]) -> WeightsLocation:
     """Look on this machine only."""

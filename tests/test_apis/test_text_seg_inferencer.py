@@ -215,6 +215,33 @@ def test_new_classes_equal_those_by_hand(worded, inferencer, name):
     assert mine.source == f'{said}; 1 as trained'
 
 
+def test_new_classes_can_be_favoured(worded, inferencer):
+    run, mine = worded(), inferencer()
+    vectors, bias = mixed(run, None, None)
+    bias[[0, 2, 3, 4]] += 1.5
+    mine.set_classes(list(NEW), new_bias=1.5)
+    expected = by_hand(run, vectors, bias)[0].argmax(0).numpy()
+    found = mine(run.images[0])['predictions']
+    assert np.array_equal(found, expected)
+    mine.set_classes(list(NEW))
+    assert (mine(run.images[0])['predictions'] != found).any()
+
+
+def test_block_of_the_guide(worded):
+    guide = osp.join(ROOT, 'docs/en/user_guides/inference.md')
+    with open(guide, encoding='utf-8') as file:
+        blocks = re.findall(r'```python\n(.*?)```', file.read(), re.DOTALL)
+    code, = (block for block in blocks if 'set_classes' in block)
+    run = worded()
+    names = dict(config=run.config, weights=run.weights, image=run.images[0])
+    exec(code, names)
+    found = names['found']
+    assert names['inferencer'].classes == ('road', 'tree', 'bus stop', 'other')
+    assert found['predictions'].shape == (32, 64)
+    assert found['visualization'].dtype == np.uint8
+    assert found['similarity'].shape == (1, 32, 64)
+
+
 def test_unified_context_serves_new_names(worded, inferencer):
     run, mine = worded('unified'), inferencer('unified')
     mine.set_classes(list(NEW))
@@ -291,6 +318,9 @@ def test_vectors_of_a_file(worded, inferencer, tmp_path):
     state = load(run.weights)['state_dict']
     own = state['decode_head.conv_seg.text.class_embeddings'][2]
     torch.testing.assert_close(mine.vectors[1], own)
+    with pytest.raises(ValueError, match=r"no vectors for \['other'\]"):
+        mine.set_classes(
+            embeddings=tmp_path / 'new.safetensors', other='other')
     with pytest.raises(ValueError, match=r"no vectors for \['lake'\]"):
         mine.set_classes(['lake'], embeddings=tmp_path / 'new.safetensors')
     for change, message in ((dict(model='ViT-B-16'), 'not lie in the same'),
@@ -553,13 +583,17 @@ def test_select_classes_with_repeats():
 
 
 # ------------------------------------------------------------------- demo
-@pytest.fixture(scope='module')
-def demo():
-    path = osp.join(ROOT, 'demo', 'image_demo.py')
-    spec = importlib.util.spec_from_file_location('image_demo', path)
+def load_demo(name):
+    path = osp.join(ROOT, 'demo', name)
+    spec = importlib.util.spec_from_file_location(name[:-3], path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope='module')
+def demo():
+    return load_demo('image_demo.py')
 
 
 def test_demo_on_images(worded, inferencer, demo, tmp_path, capsys):
@@ -635,3 +669,48 @@ def test_demo_refuses(worded, demo, tmp_path, capsys, monkeypatch, words,
     said = f'{error.value}{capsys.readouterr().err}'
     assert re.search(message, said), said
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------- page
+def test_answers_of_the_page(worded, inferencer):
+    app, mine = load_demo('gradio_app.py'), inferencer()
+    picture = cv2.imread(worded().images[0])
+    shown, said = app.segment(mine, picture[..., ::-1], ' road,道路', True, .3)
+    assert mine.classes == ('road', '道路', 'other')
+    found = mine(picture, return_vis=True, opacity=.3)
+    assert np.array_equal(shown, found['visualization'])
+    shares = re.findall(r'(\S+) ([\d.]+) %', said)
+    assert abs(sum(float(share) for _, share in shares) - 100) < .2
+    for name, share in shares:
+        number = mine.classes.index(name)
+        part = (found['predictions'] == number).mean()
+        assert abs(100 * part - float(share)) < .06
+    app.segment(mine, picture, '', False, 1)
+    assert mine.classes == CLASSES
+    with pytest.raises(ValueError, match='Upload a picture'):
+        app.segment(mine, None, 'road', False, .5)
+
+
+def test_page_is_served(worded, inferencer, tmp_path, monkeypatch):
+    """By gradio and its client, where they are installed."""
+    monkeypatch.setenv('GRADIO_ANALYTICS_ENABLED', 'False')
+    pytest.importorskip('gradio')
+    from gradio_client import Client, handle_file
+    mine = inferencer()
+    page = load_demo('gradio_app.py').build_page(mine)
+    _, url, _ = page.launch(
+        server_name='127.0.0.1', prevent_thread_lock=True, quiet=True)
+    try:
+        client = Client(url, verbose=False, download_files=str(tmp_path))
+        picture = handle_file(worded().images[0])
+        shown, said = client.predict(
+            picture, 'road, tree', False, .5, api_name='/segment')
+        expected = mine(worded().images[0], return_vis=True)
+        assert np.array_equal(
+            cv2.imread(shown)[..., ::-1], expected['visualization'])
+        assert '1 new class(es)' in said
+        with pytest.raises(Exception, match='occurs twice'):
+            client.predict(
+                picture, 'road, road', False, .5, api_name='/segment')
+    finally:
+        page.close()

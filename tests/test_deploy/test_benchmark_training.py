@@ -67,6 +67,37 @@ def test_what_trains(tmp_path):
     assert heads['LSeg-style'].conv_seg.projection.norm == 'l2'
 
 
+def test_what_trains_with_a_teacher(tmp_path):
+    """The teacher of the config, and regions, without their files."""
+    tool = load_tool('benchmark_training')
+    tiny_config(tmp_path).dump(tmp_path / 'teacher.py')
+    cfg = tiny_config(tmp_path)
+    text = training_config(tmp_path)
+    text.model.decode_head.text_losses = [
+        dict(type='TextGuidedDistillationLoss', teacher=teacher, min_pixels=1)
+        for teacher in ('regions', 'segmentor')
+    ]
+    for config in (cfg, text):
+        config.model.type = 'DistilledEncoderDecoder'
+        config.model.teacher = dict(
+            config=str(tmp_path / 'teacher.py'), checkpoint='no such file')
+    cfg.model.distill_losses = [dict(type='LogitDistillationLoss')]
+    trainings = tool.build_trainings(cfg, (32, 64), 2, 'cpu')
+    assert list(trainings) == ['stock', 'stock again', 'distilled']
+    stock, distilled = trainings['stock'], trainings['distilled']
+    assert not hasattr(stock.model, 'teacher')
+    weights = sum(v.numel() * v.element_size()
+                  for v in distilled.model.teacher.model.state_dict().values())
+    more = distilled.peak_bytes('cpu') - stock.peak_bytes('cpu')
+    assert more >= weights > 0
+    text = tool.build_trainings(text, (32, 64), 2, 'cpu')
+    assert list(text)[2:] == ['stage 1', 'stage 2', 'LSeg-style']
+    stage = text['stage 1']
+    losses = stage.model(
+        **stage.model.data_preprocessor(stage.batch, True), mode='loss')
+    assert losses['decode.loss_text_guided'] > 0
+
+
 @pytest.fixture
 def level():
     """Put back the level of the logger, which the tool sets."""

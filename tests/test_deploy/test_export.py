@@ -23,6 +23,8 @@ from mmseg.registry import MODELS
 from network_tester import CONFIGS, load_model
 from tiny import CLASSES, run, tiny_config
 
+from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
+
 sys.path[:0] = [
     str(CONFIGS.parent / 'tools' / 'deployment'),
     str(CONFIGS.parent / 'demo')
@@ -274,3 +276,28 @@ def test_demo_reads_every_kind_of_graph(stock, model):
         assert np.array_equal(network(image), expected)
         assert network.classes == list(CLASSES)
         assert network.colours[:, ::-1].tolist() == PALETTE
+
+
+def test_lseg_exports_with_its_norm_and_its_blocks(tmp_path):
+    """As `textkd2mmseg.py --l2 keep` writes it; text and plugin are gone."""
+    text = dict(type='ControlEmbeddings', kind='random', dim=16)
+    cfg = tiny_config(tmp_path, text)
+    cfg.model.decode_head.text_branch = dict(
+        norm='l2', bias=False, regularization=dict(depth=2))
+    trained = MODELS.build(cfg.model).eval()
+    with torch.no_grad():
+        blocks = trained.decode_head.text.regularization
+        blocks.weight.add_(.3 * torch.randn(2, 3, 3))
+    config, weights = tmp_path / 'kept.py', tmp_path / 'kept.pth'
+    to_stock_cfg(cfg, keep_l2=True).dump(config)
+    state = fold_state_dict(trained, keep_l2=True)
+    meta = dict(dataset_meta=dict(classes=CLASSES))
+    torch.save(dict(state_dict=state, meta=meta), weights)
+    out = tmp_path / 'kept.onnx'
+    export_onnx.main([str(config), str(weights), str(out), '--dynamic'])
+    for size in (32, 64), (40, 56):
+        image = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            expected = trained.encode_decode(image, [dict(img_shape=size)])
+        logits = torch.from_numpy(onnx_run(out, image.numpy()))
+        assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
-from mmengine.runner import load_checkpoint
+from mmengine.runner import Runner, load_checkpoint
 from mmseg.models.decode_heads import FCNHead
 from mmseg.registry import MODELS
-from network_tester import CONFIGS, load_model
+from network_tester import CONFIGS, WatchHook, load_model
+from tiny import run as train
 from tiny import tiny_config
 
 from mmseg_textkd.deploy import (fold, fold_state_dict, mean_lengths,
@@ -339,3 +340,88 @@ def test_report_is_short(trained):
     assert len(text.splitlines()) == 5
     assert re.search(r'stock: \d+ parameters, 0\.\d{4} GFLOPs at 128x256\n',
                      text)
+
+
+# --------------------------------------------- a third stage, as a stock net
+def losses(model, batch):
+    """All losses of a batch."""
+    data = model.data_preprocessor(copy.deepcopy(batch), True)
+    found = model.loss(data['inputs'], data['data_samples'])
+    return {k: float(v) for k, v in found.items() if 'loss' in k}
+
+
+@pytest.mark.parametrize('name', ['plain', 'auxiliary'])
+def test_loss_is_continuous_at_the_switch_to_stock(trained, name, tmp_path):
+    """But for the batch norm of the projection, which is folded."""
+    cfg = trained(name).cfg
+    model = MODELS.build(cfg.model)
+    load_checkpoint(model, str(trained(name).weights), strict=True)
+    stock = fold(model.eval(), cfg)
+    loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    batch = next(iter(loader))
+
+    def compare(bound):
+        expected, got = losses(model, batch), losses(stock, batch)
+        expected.pop('decode.loss_text_align', None)
+        assert expected.keys() == got.keys() and len(got) == 2
+        gaps = [abs(got[k] - v) / v for k, v in expected.items()]
+        return max(gaps) < bound
+
+    assert compare(1e-5)
+    # In training mode batch norms see the batch; those of the network are
+    # the same in both.
+    model.train()
+    stock.train()
+    if name == 'plain':
+        model.decode_head.conv_seg.projection.bn.eval()
+    assert compare(1e-5)
+    if name == 'plain':
+        model.decode_head.conv_seg.projection.bn.train()
+        assert not compare(1e-3)
+
+
+def test_third_stage_of_the_guide(trained, tmp_path, monkeypatch):
+    """Its config, and that its first loss is the one at the switch."""
+    guide = CONFIGS.parent / 'docs/en/user_guides/deploy.md'
+    code, = re.findall(r'```python\n(_base_.*?)```', guide.read_text(), re.S)
+    base, = re.findall(r"_base_ = '(.*?)'", code)
+    text = CONFIGS / 'textkd' / base.replace(
+        'stock/', 'textkd/textkd_').split('/')[-1].replace(
+            '_1xb8', '_vit-b16_1xb8')
+    (tmp_path / 'stage3.py').write_text(
+        code.replace(base, str(CONFIGS / base.removeprefix('configs/'))))
+    third, stock = (
+        Config.fromfile(p) for p in (tmp_path / 'stage3.py',
+                                     CONFIGS / base.removeprefix('configs/')))
+    assert text.exists() and 'custom_imports' in stock
+    assert third.model == stock.model
+    changed = {k for k in third if third[k] != stock.get(k)}
+    assert changed == {
+        'load_from', 'optim_wrapper', 'param_scheduler', 'train_cfg'
+    }
+    rate = third.optim_wrapper.optimizer.lr / stock.optim_wrapper.optimizer.lr
+    assert rate <= .1 and third.param_scheduler[0].end == (
+        third.train_cfg.max_iters) < stock.train_cfg.max_iters / 5
+    # Here with the tiny network.
+    run = trained()
+    model = MODELS.build(run.cfg.model)
+    load_checkpoint(model, str(run.weights), strict=True)
+    torch.save(
+        dict(state_dict=fold_state_dict(model.eval())), tmp_path / 'out.pth')
+    tiny = to_stock_cfg(run.cfg)
+    changes = {k: third[k] for k in changed - {'load_from'}}
+    tiny.merge_from_dict(
+        dict(
+            changes,
+            load_from=str(tmp_path / 'out.pth'),
+            work_dir=str(tmp_path / 'third'),
+            custom_hooks=[dict(type='WatchHook', noise=0.)]))
+    tiny.train_cfg.max_iters = 2
+    loader = Runner.build_dataloader(tiny.train_dataloader, seed=0)
+    model.train()
+    model.decode_head.conv_seg.projection.bn.eval()
+    expected = sum(losses(model, next(iter(loader))).values())
+    runner = train(tiny)
+    watch, = (h for h in runner.hooks if isinstance(h, WatchHook))
+    assert abs(watch.losses[0] - expected) < 1e-4 * expected
+    assert watch.losses[1] != watch.losses[0]

@@ -17,7 +17,9 @@ from mmseg_textkd.deploy import to_stock_cfg
 from mmseg_textkd.models import TextHeadMixin
 
 TEXT = dict(type='ControlEmbeddings', kind='random', dim=16)
-TEXTKD = sorted((CONFIGS / 'textkd').glob('*.py'))
+TEXTKD = sorted(
+    p for folder in ('textkd', 'structure', 'diversification')
+    for p in (CONFIGS / folder).glob('*.py'))
 CAMVID = CONFIGS / 'textkd/textkd_pidnet-s_vit-b16_1xb8-10k_camvid-360x480.py'
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.structures import PixelData
 from mmseg.models.decode_heads import DPTHead
 from mmseg.registry import MODELS
 from network_tester import samples
@@ -216,6 +217,10 @@ def test_text_of_each_image(text):
                 module.classify(embeddings[i:i + 1], both[i]),
                 rtol=1e-4,
                 atol=1e-5)
+        # Synonyms: three times the same.
+        torch.testing.assert_close(
+            module.classify(embeddings, both[:1, None].repeat(1, 3, 1, 1)),
+            module.classify(embeddings, both[0]))
 
 
 def test_labels_that_ought_to_be_hidden_are_an_error(text):
@@ -225,6 +230,18 @@ def test_labels_that_ought_to_be_hidden_are_an_error(text):
     head.loss(feat, labelled(SEEN), {})
     with pytest.raises(ValueError, match=r"\[4\] are to stay unseen .*Hide"):
         head.loss(feat, labelled(SEEN + [4]), {})
+
+
+def test_a_teacher_of_all_classes_is_refused(text):
+    head = TextFCNHead(
+        text=text,
+        text_branch=dict(LSEG, unseen=UNSEEN),
+        text_losses=[dict(type='TextAlignmentLoss')],
+        **ARGS)
+    data = labelled(SEEN)
+    data[1].teacher = PixelData(logits=torch.randn(6, 16, 24))
+    with pytest.raises(ValueError, match='teacher .* would tell'):
+        head.loss([torch.randn(2, 8, 4, 6)], data, {})
 
 
 @pytest.mark.parametrize('options, match', [

@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import dataclasses
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 
 from mmseg_textkd.models import LogitScale, TextClassifier
+from mmseg_textkd.text import TextEmbeddings
 
 CONTROL = dict(type='ControlEmbeddings', kind='random', dim=16)
 
@@ -186,3 +188,39 @@ def test_each_image_may_have_its_own_text(bias):
     for n in range(3):
         alone = module.classify(embeddings[n:n + 1], text[n])
         torch.testing.assert_close(together[n:n + 1], alone)
+
+
+def test_of_several_phrases_the_best_one_counts():
+    """In training; what is folded knows the plain names alone."""
+    module = build(scale=dict(init=3.)).double()
+    dim = module.text.dim
+    embeddings = torch.randn(2, dim, 2, 4).double()
+    phrases = F.normalize(torch.randn(1, 3, 5, dim).double(), dim=-1)
+    together = module.classify(embeddings, phrases)
+    alone = [module.classify(embeddings, text) for text in phrases[0]]
+    # The bias is that of the class, so the maximum may be taken after it.
+    torch.testing.assert_close(together, torch.stack(alone).amax(0))
+    assert all((one < together - 1e-3).any() for one in alone)
+
+
+@pytest.mark.parametrize('mode', ['uniform', 'max'])
+def test_fold_of_text_that_varies_in_training(make_embeddings, mode):
+    file = make_embeddings(5, 16, names=list('abcde'), bank=1)
+    record = TextEmbeddings.load(file)
+    bank = F.normalize(torch.randn(5, 3, 16), dim=2)
+    dataclasses.replace(
+        record,
+        phrases=tuple((n, n * 2, n * 3) for n in 'abcde'),
+        bank=bank,
+        bank_mask=torch.ones(5, 3).bool()).save(file)
+    text = dict(type='SynonymSampler', file=file, mode=mode, threshold=0.)
+    module = TextClassifier(7, 5, text).double()
+    feat = torch.randn(4, 7, 8, 8).double()
+    module.train()(feat).sum().backward()
+    assert module.projection.conv.weight.grad.abs().max() > 0
+    draws = [module(feat) for _ in range(2)]
+    assert torch.equal(*draws) == (mode == 'max')
+    module.eval()
+    torch.testing.assert_close(module.text.class_embeddings.float(), bank[:,
+                                                                          0])
+    torch.testing.assert_close(module.as_conv()(feat), module(feat))

@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import copy
 import json
 import os
 import subprocess
@@ -39,6 +40,18 @@ def test_missing_files_of_a_sampler_are_made(tmp_path, clip_name):
     assert ensure_embeddings(cfg) == [file]
     assert TextEmbeddings.load(file).bank.shape[1] == 2 * len(TEMPLATES)
     assert ensure_embeddings(cfg) == []
+
+
+def test_only_what_the_model_uses_is_made(tmp_path, clip_name):
+    """A variable that is overridden, or has several data sets, is not."""
+    file = tmp_path / 't.safetensors'
+    cfg = config(file, clip_name)
+    other = copy.deepcopy(cfg.model.decode_head.text.embeddings)
+    other.update(file=str(tmp_path / 'other.safetensors'))
+    other.build.update(model='no such tower')
+    cfg.text_provider = dict(embeddings=other)
+    assert ensure_embeddings(cfg) == [file]
+    assert [p.name for p in tmp_path.glob('*.safetensors')] == [file.name]
 
 
 @pytest.fixture(scope='module')

@@ -205,6 +205,8 @@ def test_another_tower_under_the_same_name(scene, tmp_path, calls):
     store = RegionStore(folder, name)
     store.check_weights()
     second = store.get(*scene)
+    # Other processes go by the note.
+    assert RegionStore(folder, name).settings == store.settings
     assert F.cosine_similarity(first.vectors, second.vectors).max() < .99
     # Two towers side by side in one folder.
     save_model(tmp_path / 'other', 'clip', seed=2)

@@ -1,6 +1,8 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Phrases for training, plain names for everything else."""
 import copy
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,14 +10,21 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch.nn.utils.rnn import pad_sequence
 
+from mmseg_textkd.datasets.toy_scenes import ToyScenesDataset
+from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
 from mmseg_textkd.text import TextEmbeddings
 from mmseg_textkd.text.build import encode_classes
 from mmseg_textkd.text.phrase_bank import phrase_vectors
 from mmseg_textkd.text.phrase_confidence import (confidence_file,
+                                                 image_confidence,
                                                  load_confidence,
                                                  save_confidence,
                                                  text_confidence)
+from mmseg_textkd.text.region_embeddings import RegionEmbeddings
 
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / 'tools/score_synonyms.py'
+CONFIG = (ROOT / 'configs/stock/bisenetv2_fcn_1xb8-200i_toy-scenes-128x256.py')
 D, T = 16, 3
 PHRASES = dict(
     road=('road', 'street', 'Truck', 'rubbish'),
@@ -377,3 +386,61 @@ def test_toyclip_prefers_its_own_words(tmp_path):
     used = int((probability > 0).sum())
     assert .6 * sum(map(len, record.phrases)) < used
     assert ((probability > 0).sum(1) > 1).sum() >= 6
+
+
+# ---------------------------------------------------------------- images
+def test_confidence_of_images(file):
+    """Against a loop; regions choose their phrase."""
+    record, vectors = TextEmbeddings.load(file), averaged(file)
+    generator = torch.Generator().manual_seed(0)
+    noise = .02 * torch.randn(3, D, generator=generator)
+    # Roads look like 'street', a lorry was seen and no car.
+    first = RegionEmbeddings(
+        torch.tensor([0, 2]),
+        F.normalize(torch.stack([vectors[0][1], vectors[2][0]]) + noise[:2],
+                    dim=1))  # yapf: disable
+    second = RegionEmbeddings(
+        torch.tensor([0]), F.normalize(vectors[0][1:2] + noise[2:], dim=1))
+    none = RegionEmbeddings(torch.zeros(0).long(), torch.zeros(0, D))
+    scores, counts = image_confidence(record, [first, none, second])
+    assert counts.tolist() == [2, 0, 1, 0]
+    roads = torch.stack([first.vectors[0], second.vectors[0]])
+    expected = (100 * roads @ vectors[0].T).softmax(1).mean(0)
+    torch.testing.assert_close(scores[0], expected)
+    assert scores[0].argmax() == 1
+    assert scores[2].tolist() == [1, 0, 0, 0]
+    # Of what was not seen the words must tell.
+    torch.testing.assert_close(scores[[1, 3]], text_confidence(record)[[1, 3]])
+    wide = RegionEmbeddings(torch.tensor([0]), torch.ones(1, 2 * D))
+    with pytest.raises(ValueError, match='width 32.*text has 16'):
+        image_confidence(record, [wide])
+
+
+def test_tool_scores_phrases_by_pictures(tmp_path, capsys, monkeypatch):
+    """ToyCLIP tells vans from words that are not among its street scenes."""
+    monkeypatch.chdir(tmp_path)
+    generate_toy_scenes('data/toy_scenes', num_train=4, num_val=1)
+    words = {name: [name] for name in ToyScenesDataset.METAINFO['classes']}
+    words['road'] = ['road', 'asphalt', 'truck driver']
+    record = encode_classes(words, 'toyclip', 'photo', keep_bank=True)
+    record.save('toy.safetensors')
+    spec = importlib.util.spec_from_file_location('score_synonyms', TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    tool.main([str(CONFIG), 'toy.safetensors', '--images', '3'])
+    said = capsys.readouterr().out
+    assert 'road (3 regions): ' in said
+    scores = load_confidence('toy.safetensors', record)
+    torch.testing.assert_close(scores.sum(1), torch.ones(8))
+    assert scores[2, 2] < min(scores[2, :2])
+    provider = MODELS.build(
+        dict(
+            type='SynonymSampler',
+            file='toy.safetensors',
+            confidence='image',
+            mode='weighted',
+            num_classes=8))
+    assert provider.phrase_bank.probability[2, 2] == 0
+    encode_classes(['a', 'b'], 'toyclip', keep_bank=True).save('b.safetensors')
+    with pytest.raises(SystemExit, match='missing here.*sky'):
+        tool.main([str(CONFIG), 'b.safetensors'])

@@ -4,16 +4,21 @@
 All are built in one process and train in turn on the same random pictures:
 data preprocessor, forward, backward and the optimizer of the config, and what
 PromptLearnerHook does; no data loading. `stock again` is a second stock
-network: what it differs by is noise. No checkpoint, vectors or data needed.
+network: what it differs by is noise. No checkpoint, vectors or data needed: a
+teacher of the config is there, with random weights, and so are embeddings of
+regions. A stock network with a teacher is compared as `distilled`.
 """
 import argparse
 import copy
 import math
+import os.path as osp
 import sys
+import tempfile
 from types import SimpleNamespace
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.hooks import Hook
@@ -21,8 +26,9 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, init_default_scope
-from mmengine.structures import PixelData
+from mmengine.structures import InstanceData, PixelData
 from mmseg.structures import SegDataSample
+from torch import nn
 
 from mmseg_textkd.deploy import to_stock_cfg
 from mmseg_textkd.deploy.benchmark import (interleave, num_bytes, peak_memory,
@@ -31,6 +37,7 @@ from mmseg_textkd.deploy.benchmark_report import (TIME_HEADER, add_options,
                                                   describe, environment,
                                                   parse_options, table,
                                                   time_cells, write_results)
+from mmseg_textkd.models.text_parameters import text_providers
 
 STOCK = 'stock'
 
@@ -89,12 +96,14 @@ class Training:
                                'its time would tell nothing.')
 
     def peak_bytes(self, device: str) -> int:
-        """Measure weights, optimizer state and the peak of an iteration."""
+        """Measure weights, also of a teacher, optimizer state and the peak."""
         state = [
             value for values in self.optim_wrapper.optimizer.state.values()
             for value in values.values() if torch.is_tensor(value)
         ]
         own = [*self.model.parameters(), *self.model.buffers(), *state]
+        if hasattr(self.model, 'teacher'):
+            own += self.model.teacher.model.state_dict().values()
         return num_bytes(own) + peak_memory(self.iterate, device)
 
 
@@ -117,12 +126,49 @@ def random_batch(cfg: Config, size: Tuple[int, int], number: int,
     return dict(inputs=inputs, data_samples=samples)
 
 
+def random_teacher(cfg: Config, folder: str) -> None:
+    """Give the teacher of a config random weights, in place.
+
+    Args:
+        cfg (Config): Config of a network; without a teacher it is left as it
+            is.
+        folder (str): Where to write config and weights of the teacher.
+    """
+    if 'teacher' not in cfg.model:
+        return
+    teacher = Config.fromfile(cfg.model.teacher.config)
+    teacher.merge_from_dict(cfg.model.teacher.get('cfg_options') or {})
+    teacher = random_text(teacher)
+    paths = [osp.join(folder, f'teacher{end}') for end in ('.py', '.pth')]
+    teacher.dump(paths[0])
+    torch.save(
+        dict(state_dict=MODELS.build(teacher.model).state_dict()), paths[1])
+    cfg.model.teacher = dict(config=paths[0], checkpoint=paths[1])
+
+
+def add_regions(batch: dict, model: nn.Module) -> None:
+    """Give pictures random embeddings of the regions of all classes, in place.
+
+    Args:
+        batch (dict): What a data loader yields.
+        model (nn.Module): The text network that is to have them.
+    """
+    provider = next(iter(text_providers(model).values()))
+    generator = torch.Generator().manual_seed(0)
+    for sample in batch['data_samples']:
+        vectors = torch.randn(
+            provider.num_classes, provider.dim, generator=generator)
+        regions = InstanceData(
+            labels=torch.arange(len(vectors)), vectors=F.normalize(vectors))
+        sample.region_embeddings = regions.to(sample.gt_sem_seg.data.device)
+
+
 def build_trainings(cfg: Config, size: Tuple[int, int], number: int,
                     device: str) -> Dict[str, Training]:
     """Build what is compared.
 
     Args:
-        cfg (Config): Config of a text network.
+        cfg (Config): Config of a text network, or of one with a teacher.
         size (tuple[int, int]): Height and width of the pictures.
         number (int): Number of pictures in a batch.
         device (str): Where to train.
@@ -131,17 +177,32 @@ def build_trainings(cfg: Config, size: Tuple[int, int], number: int,
         dict[str, Training]: By name.
 
     Raises:
-        ValueError: If the config has no text.
+        ValueError: If the config has neither text nor teacher.
     """
     cfg = random_text(cfg)
     cfg.model.data_preprocessor.size = size
-    if 'text' not in cfg.model.decode_head:
+    has_text = 'text' in cfg.model.decode_head
+    if not has_text and 'teacher' not in cfg.model:
         raise ValueError('the decode head of the config has no text; give a '
                          'text config, from which the stock one is derived.')
+    stock, batch = to_stock_cfg(cfg), random_batch(cfg, size, number, device)
+    with tempfile.TemporaryDirectory() as folder:
+        random_teacher(cfg, folder)
+        if has_text:
+            add_regions(batch, MODELS.build(cfg.model))
+            return _text_trainings(cfg, stock, batch, device)
+        return {
+            STOCK: Training(stock, batch, device),
+            'stock again': Training(stock, batch, device),
+            'distilled': Training(cfg, batch, device)
+        }
+
+
+def _text_trainings(cfg: Config, stock: Config, batch: dict,
+                    device: str) -> Dict[str, Training]:
     lseg = copy.deepcopy(cfg)
     lseg.model.decode_head.update(
         role='classifier', text_branch=dict(norm='l2'))
-    stock, batch = to_stock_cfg(cfg), random_batch(cfg, size, number, device)
     hook = dict(type='PromptLearnerHook')
     for other in cfg.get('custom_hooks') or []:
         if other['type'] == hook['type']:
@@ -180,7 +241,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('configs', nargs='+', help='configs of text networks')
+    parser.add_argument('configs', nargs='+', help='training configs')
     parser.add_argument(
         '--size',
         type=int,

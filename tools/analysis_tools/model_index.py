@@ -1,10 +1,9 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Write configs/*/metafile.yaml and model-index.yml, or check them.
 
-They are made of the tables under "Results and models" in
-configs/textkd/README.md, in MMSegmentation's format, for `mim search` and
-`mim download`. What is `-` there is left out. Works in a checkout and in an
-installed package.
+They are made of the tables under "Results and models" in the READMEs of the
+methods, in MMSegmentation's format, for `mim search` and `mim download`. What
+is `-` there is left out. Works in a checkout and in an installed package.
 """
 import argparse
 import re
@@ -15,18 +14,36 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 import yaml
 
 HEADER = '''# Made by tools/analysis_tools/model_index.py of the tables in
-# configs/textkd/README.md; not to be edited.
+# {}; not to be edited.
 '''
 ROOT = Path(__file__).resolve().parents[2]
-README = 'configs/textkd/README.md'
+# README -> folders of its configs -> names of their collections. The last
+# folder is that of the method which the README is about.
+READMES = {
+    'configs/textkd/README.md': {
+        'stock': 'TextKD baselines',
+        'textkd': 'TextKD'
+    },
+    'configs/lseg/README.md': {
+        'lseg': 'LSeg'
+    },
+    'configs/distillation/README.md': {
+        'distillation': 'Distillation'
+    },
+    'configs/structure/README.md': {
+        'structure': 'Semantic structure loss'
+    },
+    'configs/diversification/README.md': {
+        'diversification': 'Text diversification'
+    },
+}
 COLUMNS = [
     'Method', 'Backbone', 'Crop Size', 'Lr schd', 'Mem (GB)', 'Inf time (fps)',
     'Device', 'mIoU', 'mIoU(ms+flip)', 'config', 'download'
 ]
 VALUES = ('mIoU', 'mIoU(ms+flip)', 'Mem (GB)', 'Inf time (fps)')
-# Folder -> name of its collection.
-COLLECTIONS = {'stock': 'TextKD baselines', 'textkd': 'TextKD'}
-NAME = re.compile(r'(?:textkd_)?(.+?)_(?P<gpus>\d+)xb(?P<batch>\d+)'
+COLLECTIONS = {k: v for c in READMES.values() for k, v in c.items()}
+NAME = re.compile(r'(?:(?:textkd|lseg)_)?(.+?)_(?P<gpus>\d+)xb(?P<batch>\d+)'
                   r'-(?P<number>\d+)(?P<unit>k|i)_.+-(?P<crop>\d+x\d+)')
 TEXT_NAME = re.compile(r'textkd_(.+)_[^_]+(_\d+xb\d+-.+)')
 # A mean, and the spread over seeds.
@@ -40,23 +57,24 @@ LINK = re.compile(r'\]\((?!\w+:|#)([^)#\s]+)')
 
 class Row(NamedTuple):
     """A row of a table."""
-    where: str
+    readme: str
+    number: int
     dataset: str
     cells: Dict[str, str]
 
     def fault(self, text: str) -> ValueError:
         """An error that says where it is."""
-        return ValueError(f'{self.where}: {text}')
+        return ValueError(f'{self.readme}:{self.number}: {text}')
 
 
-def read_rows(text: str) -> Iterator[Row]:
+def read_rows(readme: str, text: str) -> Iterator[Row]:
     """Read the tables of models in a README."""
     dataset, inside = '', False
     for number, line in enumerate(text.splitlines(), 1):
         if line.startswith('#'):
             dataset = line.lstrip('# ')
         cells = [c.strip() for c in re.split(r'(?<!\\)\|', line)[1:-1]]
-        row = Row(f'{README}:{number}', dataset, dict(zip(COLUMNS, cells)))
+        row = Row(readme, number, dataset, dict(zip(COLUMNS, cells)))
         if 'config' in cells or not cells:
             inside = bool(cells)
             if inside and cells != COLUMNS:
@@ -81,7 +99,7 @@ def read_config(row: Row, root: Path) -> Path:
     link = re.fullmatch(r'\[config\]\((\S+)\)', row.cells['config'])
     if link is None:
         raise row.fault('config must be [config](PATH)')
-    path = (root / README).parent.joinpath(link[1]).resolve()
+    path = (root / row.readme).parent.joinpath(link[1]).resolve()
     parts = NAME.fullmatch(path.stem)
     if parts is None or path.parent.name not in COLLECTIONS:
         raise row.fault(f'{link[1]} is not named as a config, or in none of '
@@ -147,15 +165,15 @@ def model_entry(row: Row, root: Path) -> Dict[str, Any]:
         entry, Config=config, Metadata=metadata, **files, Framework='PyTorch')
 
 
-def broken_links(text: str, root: Path) -> List[str]:
-    """Find links of the README that lead nowhere."""
+def broken_links(readme: str, text: str, root: Path) -> List[str]:
+    """Find links of a README that lead nowhere."""
     faults = []
     for number, line in enumerate(text.splitlines(), 1):
         for link in LINK.findall(line):
             # A wheel has configs, but no documentation.
             known = 'docs/' not in link or (root / 'docs').is_dir()
-            if known and not (root / README).parent.joinpath(link).exists():
-                faults.append(f'{README}:{number}: there is no {link}')
+            if known and not (root / readme).parent.joinpath(link).exists():
+                faults.append(f'{readme}:{number}: there is no {link}')
     return faults
 
 
@@ -163,12 +181,16 @@ def build(root: Path) -> Dict[str, str]:
     """Make all files, by their paths below the root.
 
     Raises:
-        ValueError: With all that is wrong in the README.
+        ValueError: With all that is wrong in the READMEs.
     """
-    text = (root / README).read_text(encoding='utf-8')
-    faults = broken_links(text, root)
+    texts = {
+        readme: (root / readme).read_text(encoding='utf-8')
+        for readme in READMES
+    }
+    faults = [f for item in texts.items() for f in broken_links(*item, root)]
     models: Dict[str, Any] = {}
-    for row in read_rows(text) if not faults else ():
+    rows = (row for item in texts.items() for row in read_rows(*item))
+    for row in rows if not faults else ():
         try:
             entry = model_entry(row, root)
             if entry['Name'] in models:
@@ -178,28 +200,31 @@ def build(root: Path) -> Dict[str, str]:
             faults.append(str(fault))
     if faults:
         raise ValueError('\n'.join(faults))
-    title, url = re.search(r'^> \[(.+)\]\((\S+)\)$', text, re.M).groups()
-    files: Dict[str, Any] = {}
-    for folder, name in COLLECTIONS.items():
-        ours = [m for m in models.values() if m['In Collection'] == name]
-        data = dict.fromkeys(m['Metadata']['Training Data'] for m in ours)
-        if not data:  # mim cannot read an empty list
-            raise ValueError(f'{README}: no row is of configs/{folder}')
-        collection = dict(
-            Name=name,
-            License='Apache License 2.0',
-            Metadata={'Training Data': list(data)},
-            README=README,
-            Frameworks=['PyTorch'])
-        if folder == 'textkd':
-            collection['Paper'] = dict(Title=title, URL=url)
-        files[f'configs/{folder}/metafile.yaml'] = dict(
-            Collections=[collection], Models=ours)
-    files['model-index.yml'] = dict(Import=list(files))
-    return {
-        path: HEADER + yaml.safe_dump(content, sort_keys=False)
-        for path, content in files.items()
-    }
+    files: Dict[str, str] = {}
+    for readme, folders in READMES.items():
+        title, url = re.search(r'^> \[(.+)\]\((\S+)\)$', texts[readme],
+                               re.M).groups()
+        for folder, name in folders.items():
+            ours = [m for m in models.values() if m['In Collection'] == name]
+            data = dict.fromkeys(m['Metadata']['Training Data'] for m in ours)
+            if not data:  # mim cannot read an empty list
+                raise ValueError(f'{readme}: no row is of configs/{folder}')
+            collection = dict(
+                Name=name,
+                License='Apache License 2.0',
+                Metadata={'Training Data': list(data)},
+                README=readme,
+                Frameworks=['PyTorch'])
+            if folder == list(folders)[-1]:
+                collection['Paper'] = dict(Title=title, URL=url)
+            files[f'configs/{folder}/metafile.yaml'] = _dump(
+                readme, dict(Collections=[collection], Models=ours))
+    index = dict(Import=list(files))
+    return {**files, 'model-index.yml': _dump('configs/*/README.md', index)}
+
+
+def _dump(source: str, content: Any) -> str:
+    return HEADER.format(source) + yaml.safe_dump(content, sort_keys=False)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -29,7 +29,8 @@ given in percentage points as mean [95 % t-interval]; they are not corrected \
 for the number of arms. **gain** and **loss** say that the interval lies on \
 one side of 0, *open* that it does not: nothing is shown. "Last quarter" is \
 what the val mIoU still rose in the last quarter of the training: where it is \
-large, a difference may be one of speed alone.'''
+large, a difference may be one of speed alone. Seconds are those of the \
+training, on a machine that may have been busy.'''
 KEY = 'ledger'  # of the text in a PNG that names the ledger's content
 
 
@@ -75,7 +76,7 @@ class Study:
         self.plan = registrations[-1]
         self.baseline = self.plan['baseline']
         self.arms: Dict[str, str] = self.plan['arms']
-        self.split = 'test' if 'test' in self.plan['evaluate'] else 'val'
+        self.split = 'test' if all(e.get('test') for e in entries) else 'val'
         self.groups = group(entries, self.split)
 
     def title(self, key: Tuple[str, float]) -> str:
@@ -151,16 +152,18 @@ class Study:
             rows.append([
                 f'`{arm}`',
                 str(len(runs)), *(spread(part.spread(arm, split))
-                                  for split in splits), *('' if arm == other
-                                  else difference(part.difference(arm, other))
-                                  for other in references), f'{best:.2f}',
-                '-' if last is None else f'{last:+.2f}',
+                                  for split in splits),
+                *('' if arm == other else difference(
+                    part.difference(arm, other)) for other in references),
+                f'{best:.2f}', '-' if last is None else f'{last:+.2f}',
                 f'{np.mean([e["train_seconds"] for e in runs]):.0f}',
                 f'{max(e["peak_memory_mib"] for e in runs)}'
             ])
-        return table(('arm', 'seeds', *(f'{s} mIoU' for s in splits),
-                      *(f'- `{other}`' for other in references), 'best val',
-                      'last quarter', 'seconds', 'MiB'), rows)
+        return table(
+            ('arm', 'seeds', *(f'{s} mIoU'
+                               for s in splits), *(f'- `{other}`'
+                                                   for other in references),
+             'best val', 'last quarter', 'seconds', 'MiB'), rows)
 
     def class_table(self, part: Group) -> str:
         """Write the table of the classes of a network."""
@@ -169,13 +172,14 @@ class Study:
         for label, name in enumerate(part.classes):
             scores = list(part.scores(self.baseline, label=label).values())
             rows.append([
-                name, f'{np.mean(scores):.2f}' if scores else '-', *(difference(
+                name, f'{np.mean(scores):.2f}' if scores else '-',
+                *(difference(
                     part.difference(arm, self.baseline, label), read=False)
-                                                 for arm in arms)
+                  for arm in arms)
             ])
         return table(
-            ('IoU', f'`{self.baseline}`',
-             *(f'`{arm}` - `{self.baseline}`' for arm in arms)), rows)
+            ('IoU', f'`{self.baseline}`', *(f'`{arm}` - `{self.baseline}`'
+                                            for arm in arms)), rows)
 
     # ------------------------------------------------------------ plots
     def plot_seeds(self) -> Figure:
@@ -207,9 +211,10 @@ class Study:
                     part.difference(arm, self.baseline, label)
                     for label in range(len(part.classes))
                 ]
-                axis.barh([y + height * (i - (len(arms) - 1) / 2)
-                           for y in range(len(gains))],
-                          [g.mean if g else 0 for g in gains],
+                axis.barh([
+                    y + height * (i - (len(arms) - 1) / 2)
+                    for y in range(len(gains))
+                ], [g.mean if g else 0 for g in gains],
                           height,
                           label=arm)
             axis.set_yticks(range(len(part.classes)), part.classes)
@@ -227,10 +232,11 @@ class Study:
             for i, arm in enumerate(self.ordered(part)):
                 curves = [dict(e['curve']) for e in part.arms[arm].values()]
                 for curve in curves:
-                    axis.plot(*zip(*sorted(curve.items())),
-                              color=f'C{i % 10}',
-                              alpha=.25,
-                              linewidth=.8)
+                    axis.plot(
+                        *zip(*sorted(curve.items())),
+                        color=f'C{i % 10}',
+                        alpha=.25,
+                        linewidth=.8)
                 steps = sorted(set.intersection(*map(set, curves)))
                 axis.plot(
                     steps, [np.mean([c[s] for c in curves]) for s in steps],
@@ -259,16 +265,18 @@ def read_studies(ledgers: Sequence[Ledger]) -> List[Study]:
     registrations: Dict[str, List[Dict[str, Any]]] = {}
     entries: Dict[str, List[Dict[str, Any]]] = {}
     for ledger in ledgers:
+        for name in ledger.studies:
+            if name in registrations:
+                raise LedgerError(f'{name} is in two ledgers.')
+            registrations[name] = ledger.registrations(name)
         for entry in ledger.entries:
             entries.setdefault(entry['study'], []).append(entry)
-        for name in entries:
-            registrations.setdefault(name, []).extend(
-                ledger.registrations(name))
-    for name, found in registrations.items():
-        if not found:
+    for name in entries:
+        if name not in registrations:
             raise LedgerError(f'{name} has runs but was not registered.')
     return [
-        Study(name, registrations[name], entries[name]) for name in entries
+        Study(name, found, entries.get(name, []))
+        for name, found in registrations.items()
     ]
 
 
@@ -298,14 +306,14 @@ def make(paths: Sequence[Path], out: Path) -> Dict[Path, bytes]:
             raise LedgerError(f'there is no ledger {path}.')
     digest = hashlib.sha256(b''.join(p.read_bytes() for p in paths))
     studies = read_studies([Ledger(path) for path in paths])
-    files: Dict[Path, bytes] = {}
+    files: Dict[Path, bytes] = {out: b''}  # named first
     sections = []
     for study in studies:
         plots = {
             f'{study.name}_seeds.png': study.plot_seeds,
             f'{study.name}_classes.png': study.plot_classes,
             f'{study.name}_curves.png': study.plot_curves
-        }
+        } if study.entries else {}
         for name, plot in plots.items():
             files[out.parent / name] = render(plot(), digest.hexdigest())
         sections.append(study.markdown(list(plots)))
@@ -325,8 +333,9 @@ def outdated(path: Path, data: bytes) -> bool:
     if path.suffix != '.png':
         return path.read_bytes() != data
     # Another Matplotlib draws other pixels: the ledger is what counts.
-    own, new = (Image.open(io.BytesIO(d)).text.get(KEY)
-                for d in (path.read_bytes(), data))
+    own, new = (
+        Image.open(io.BytesIO(d)).text.get(KEY)
+        for d in (path.read_bytes(), data))
     return own != new
 
 

@@ -2,7 +2,8 @@
 # its plain name at inference. What is not said here stays as in the fragment
 # of the data set: tower, templates, width.
 text_synonyms = {
-    key: dict(
+    key:
+    dict(
         type='SynonymSampler',
         file=f'data/text_embeddings/{key}_synonyms_vit-b16-openai.safetensors',
         build=dict(vocabulary=f'{key}+synonyms', keep_bank=True))

@@ -128,7 +128,7 @@ class TextHeadMixin:
             RuntimeError: If the stock head does not call its classifier, or
                 with text losses if it calls it more than once.
             ValueError: If there are labels of classes that are to stay
-                unseen.
+                unseen, or with text losses a teacher that knows them.
         """
         unseen = getattr(self.text, 'unseen', ())
         if unseen:
@@ -170,10 +170,14 @@ class TextHeadMixin:
         labels = self._labels(batch_data_samples)
         if getattr(self.text, 'unseen', ()):
             # As if there were no other classes.
-            seen = self.text.seen
-            text = text[..., seen, :]
-            own = torch.searchsorted(seen, labels)
+            text = self.text.seen_text(text)
+            own = torch.searchsorted(self.text.seen, labels)
             labels = torch.where(labels == self.ignore_index, labels, own)
+            if any('teacher' in sample or 'region_embeddings' in sample
+                   for sample in batch_data_samples):
+                raise ValueError(
+                    'a teacher or region embeddings of all classes would tell '
+                    'of those that are to stay unseen; leave them out.')
         small = F.interpolate(
             labels.float(), size=embeddings.shape[2:], mode='nearest')
         small, labels = small.squeeze(1).long(), labels.squeeze(1)
@@ -200,7 +204,7 @@ class TextHeadMixin:
             classes = labels[found].unique().tolist()
             raise ValueError(
                 f'the classes {classes} are to stay unseen in training, but '
-                'have labels. Hide them: dict(type=\'HideClasses\', classes='
+                f"have labels. Hide them: dict(type='HideClasses', classes="
                 f'{list(unseen)}) behind LoadAnnotations in the pipeline of '
                 'train_dataloader.')
 

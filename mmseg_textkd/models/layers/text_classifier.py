@@ -147,7 +147,7 @@ class TextClassifier(TextBranch):
         """
         hide = self.training and self.unseen
         if hide:
-            text = text[..., self.seen, :]
+            text = self.seen_text(text)
         # Under AMP too: half precision cannot tell class names apart whose
         # cosines differ in the third digit.
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -166,6 +166,18 @@ class TextClassifier(TextBranch):
             logits = logits.new_full(shape, HIDDEN_LOGIT).index_copy(
                 1, self.seen, logits)
         return logits
+
+    def seen_text(self, text: Tensor) -> Tensor:
+        """Leave out the classes that are unseen in training.
+
+        Args:
+            text (Tensor): Class embeddings, of a shape that :meth:`classify`
+                takes.
+
+        Returns:
+            Tensor: Those of the other classes, in their order.
+        """
+        return text.index_select(-2, self.seen)
 
     @torch.no_grad()
     def as_conv(self) -> nn.Conv2d:

@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .channel_wise_distillation_loss import ChannelWiseDistillationLoss
 from .logit_distillation_loss import LogitDistillationLoss
+from .mask_structure_loss import mask_structure_loss
 from .semantic_structure_loss import SemanticStructureLoss, structure_loss
 from .text_alignment_loss import TextAlignmentLoss
 from .text_guided_distillation_loss import TextGuidedDistillationLoss
@@ -9,5 +10,5 @@ from .text_similarity_distillation_loss import TextSimilarityDistillationLoss
 __all__ = [
     'ChannelWiseDistillationLoss', 'LogitDistillationLoss',
     'SemanticStructureLoss', 'TextAlignmentLoss', 'TextGuidedDistillationLoss',
-    'TextSimilarityDistillationLoss', 'structure_loss'
+    'TextSimilarityDistillationLoss', 'mask_structure_loss', 'structure_loss'
 ]

@@ -22,8 +22,8 @@ class ChannelWiseDistillationLoss(nn.Module):
     whatever the mode of training.
 
     Source: `Channel-wise Knowledge Distillation for Dense Prediction
-    <https://arxiv.org/abs/2011.13256>`_, equations 4 and 5, with its
-    temperature and its weight for logits (for features it has 50).
+    <https://arxiv.org/abs/2011.13256>`_, section 3, with its temperature and
+    its weight for logits (for features it has 50).
 
     Args:
         on (str): What is compared, both as they are around the classifier

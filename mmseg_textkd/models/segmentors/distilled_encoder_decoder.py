@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from typing import Dict, Optional, Sequence
 
+import torch
 import torch.nn.functional as F
 from mmengine.structures import PixelData
 from mmseg.models.segmentors import EncoderDecoder
@@ -41,8 +42,10 @@ class DistilledEncoderDecoder(EncoderDecoder):
                  **kwargs) -> None:
         super().__init__(**kwargs)
         self.teacher = FrozenTeacher(**teacher)
-        self.distill_losses = nn.ModuleList(
-            MODELS.build(loss) for loss in distill_losses or [])
+        # With the same seed the network begins as it would without them.
+        with torch.random.fork_rng(devices=[]):
+            self.distill_losses = nn.ModuleList(
+                MODELS.build(loss) for loss in distill_losses or [])
 
     def loss(self, inputs: Tensor,
              data_samples: SampleList) -> Dict[str, Tensor]:

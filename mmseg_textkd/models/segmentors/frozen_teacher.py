@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import os.path as osp
 from pathlib import Path
 from typing import Dict, Optional, Tuple
 
@@ -10,6 +11,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_textkd.checkpoint import load_strictly, read_checkpoint
+from mmseg_textkd.compat import swaps_channels
 from mmseg_textkd.text.checksum import checksum
 from ..decode_heads.text_head_mixin import calls_of
 
@@ -33,7 +35,7 @@ class FrozenTeacher:
                  config: str,
                  checkpoint: str,
                  cfg_options: Optional[Dict] = None) -> None:
-        self.config, self.checkpoint = config, checkpoint
+        self.config, self.checkpoint = osp.normpath(config), checkpoint
         self.cfg_options = cfg_options
         self._model: Optional[nn.Module] = None
         self._classes: Optional[Tuple[str, ...]] = None
@@ -144,8 +146,7 @@ def _renormalise(inputs: Tensor, own: SegDataPreProcessor,
     """
     mean, std = _statistics(own, inputs)
     new_mean, new_std = _statistics(other, inputs)
-    flip = own.channel_conversion != other.channel_conversion
-    if flip:
+    if swaps_channels(own) != swaps_channels(other):
         inputs, mean, std = inputs.flip(1), mean.flip(0), std.flip(0)
     if torch.equal(mean, new_mean) and torch.equal(std, new_std):
         return inputs

@@ -1,0 +1,9 @@
+_base_ = [
+    '../textkd/textkd_bisenetv2_fcn_vit-b16_1xb8-10k_camvid-360x480.py',
+    '../_base_/distillation/segmentor.py'
+]
+model = dict(
+    type='DistilledEncoderDecoder',
+    teacher=_base_.text_teachers['camvid'],
+    decode_head=dict(text_losses=_base_.text_from_segmentor))
+custom_hooks = [*_base_.custom_hooks, *_base_.text_teacher_hooks]

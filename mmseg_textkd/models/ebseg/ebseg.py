@@ -1,0 +1,126 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from typing import Any, Mapping, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from mmseg.models import EncoderDecoder
+from mmseg.registry import MODELS
+from mmseg.utils import ConfigType
+from torch import Tensor
+
+from mmseg_textkd.text import TextEmbeddings
+from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.vocabulary import VocabularySpec
+from ..layers import pixel_text_similarity
+from .clip_sam_neck import FusedFeatures
+
+
+@MODELS.register_module()
+class EBSeg(EncoderDecoder):
+    """Open-vocabulary segmentation with balanced image embeddings.
+
+    Source: `Open-Vocabulary Semantic Segmentation with Image Embedding
+    Balancing <https://arxiv.org/abs/2406.09829>`_.
+
+    Images must come as RGB; they are brought back to [0, 255], and each of
+    the two towers normalises them in its own way.
+
+    Args:
+        image_encoder (dict): Config of the :class:`FrozenCLIPViT`.
+        backbone (dict): Config of the :class:`FrozenSAMViT`.
+        neck (dict): Config of the :class:`CLIPSAMNeck`.
+        decode_head (dict): Config of the :class:`EBSegHead`.
+        **kwargs: As for ``EncoderDecoder``.
+
+    Raises:
+        ValueError: If the width of the text is not that of the CLIP tower.
+    """
+
+    def __init__(self, image_encoder: ConfigType, backbone: ConfigType,
+                 neck: ConfigType, decode_head: ConfigType, **kwargs) -> None:
+        super().__init__(
+            backbone=backbone, neck=neck, decode_head=decode_head, **kwargs)
+        self.image_encoder = MODELS.build(image_encoder)
+        if self.decode_head.text.dim != self.image_encoder.out_dims:
+            raise ValueError(
+                f'The text has width {self.decode_head.text.dim}, but the '
+                f'image tower {self.image_encoder.out_dims}; both must be of '
+                'one CLIP model.')
+
+    def extract_feat(self, inputs: Tensor) -> FusedFeatures:
+        """Run both frozen towers and fuse them.
+
+        Args:
+            inputs (Tensor): Preprocessed images, shape (N, 3, H, W).
+
+        Returns:
+            FusedFeatures: What the head needs.
+        """
+        pixels = inputs
+        if getattr(self.data_preprocessor, '_enable_normalize', False):
+            pixels = (
+                inputs * self.data_preprocessor.std +
+                self.data_preprocessor.mean)
+        clip = self.image_encoder(pixels)
+        return self.neck(self.backbone(pixels), clip)
+
+    def set_classes(self,
+                    classes: Union[VocabularySpec, TextEmbeddings, None],
+                    templates: Any = 'vild',
+                    tower: Optional[Mapping] = None) -> None:
+        """Ask for other classes, without training.
+
+        Args:
+            classes (VocabularySpec | TextEmbeddings, optional): Class names
+                or phrases, or their embeddings; None goes back to the classes
+                of the training.
+            templates: Prompt templates for names, see
+                :func:`get_templates`. Defaults to 'vild'.
+            tower (Mapping, optional): ``model``, ``pretrained`` and
+                ``cache_dir`` of the text tower for names. Defaults to None:
+                that of the image tower.
+
+        Raises:
+            TextTowerError: If the text tower cannot be had.
+            ValueError: If a name is empty or occurs twice, or the embeddings
+                are of another width.
+        """
+        if classes is not None and not isinstance(classes, TextEmbeddings):
+            encoder = self.image_encoder
+            tower = tower or dict(
+                model=encoder.model,
+                pretrained=encoder.pretrained,
+                cache_dir=encoder.cache_dir)
+            classes = encode_classes(classes, tower, templates)
+        self.decode_head.set_classes(classes)
+        self.out_channels = self.decode_head.out_channels
+
+    @torch.no_grad()
+    def pixel_embeddings(self, inputs: Tensor) -> Tensor:
+        """Embed each pixel in the space of the text, as a teacher does.
+
+        The embeddings B of all masks, averaged at each pixel by how much it
+        is in them.
+
+        Args:
+            inputs (Tensor): Preprocessed images, shape (N, 3, H, W).
+
+        Returns:
+            Tensor: Unit length, shape (N, D, h, w) at the size of the masks.
+        """
+        found = self.decode_head.embed_masks(self.extract_feat(inputs))
+        weights = found.masks.float().sigmoid()
+        return F.normalize(
+            torch.einsum('nqd,nqhw->ndhw', found.attention, weights), dim=1)
+
+    def pixel_text_similarity(self, inputs: Tensor) -> Tensor:
+        """Compare each pixel with the text of the current classes.
+
+        Args:
+            inputs (Tensor): Preprocessed images, shape (N, 3, H, W).
+
+        Returns:
+            Tensor: Cosines with shape (N, K', h, w).
+        """
+        text, _ = self.decode_head.text.vocabulary()
+        return pixel_text_similarity(self.pixel_embeddings(inputs), text)

@@ -1,0 +1,168 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from typing import Dict, List, NamedTuple, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from mmengine.dist import all_reduce
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from ..losses.mask_structure_loss import mask_structure_loss
+from .mask_matching import MaskTargets, mask_targets, match_masks
+
+Matches = List[Tuple[Tensor, Tensor]]
+
+
+class LayerPrediction(NamedTuple):
+    """What one decoder layer says.
+
+    Attributes:
+        logits (Tensor): Class logits by embedding A, shape (N, Q, K + 1).
+        masks (Tensor): Mask logits with shape (N, Q, H, W).
+    """
+
+    logits: Tensor
+    masks: Tensor
+
+
+@MODELS.register_module()
+class EBSegLoss(nn.Module):
+    """All losses of EBSeg on matched queries.
+
+    On every decoder layer: cross entropy of the classes by embedding A,
+    binary cross entropy and dice of the matched masks. On the last layer also
+    the cross entropy by embedding B and the semantic structure consistency of
+    embedding A. Masks are compared at the size of the predictions, at all
+    pixels that are not ignored. Everything is in float32 or wider.
+
+    Source: `EBSeg <https://arxiv.org/abs/2406.09829>`_ and its configs;
+    `Mask2Former <https://arxiv.org/abs/2112.01527>`_ for matching and masks.
+
+    Args:
+        class_weight (float): Weight of the cross entropies, of A and of B
+            each. Defaults to 1.5, EBSeg's 2 x 0.75.
+        mask_weight (float): Weight of the binary cross entropy. Defaults to
+            5.
+        dice_weight (float): Weight of dice. Defaults to 5.
+        ssc_weight (float): Weight of the structure loss. Defaults to 10.
+        no_object_weight (float): Weight of "no object" among the classes.
+            Defaults to 0.1.
+        match_weights (Sequence[float]): Weights of class, binary cross
+            entropy and dice in the matching. Defaults to (2, 5, 5).
+    """
+
+    def __init__(
+        self,
+        class_weight: float = 1.5,
+        mask_weight: float = 5.,
+        dice_weight: float = 5.,
+        ssc_weight: float = 10.,
+        no_object_weight: float = 0.1,
+        match_weights: Sequence[float] = (2., 5., 5.)
+    ) -> None:
+        super().__init__()
+        self.class_weight, self.no_object_weight = (class_weight,
+                                                    no_object_weight)
+        self.mask_weight, self.dice_weight = mask_weight, dice_weight
+        self.ssc_weight = ssc_weight
+        self.match_weights = tuple(match_weights)
+
+    def forward(self,
+                layers: Sequence[LayerPrediction],
+                embeddings: Tensor,
+                attention_logits: Tensor,
+                text: Tensor,
+                labels: Tensor,
+                ignore_index: int = 255) -> Dict[str, Tensor]:
+        """Compute the losses.
+
+        Args:
+            layers (Sequence[LayerPrediction]): Predictions of all layers.
+            embeddings (Tensor): Embeddings A of the last layer with their
+                length, shape (N, Q, D).
+            attention_logits (Tensor): Class logits by embedding B, last
+                layer, shape (N, Q, K + 1).
+            text (Tensor): Class embeddings with shape (K, D).
+            labels (Tensor): Long tensor with shape (N, H', W').
+            ignore_index (int): Label that is left out. Defaults to 255.
+
+        Returns:
+            dict[str, Tensor]: Losses by name; those of all layers but the
+            last have a prefix ``d0.``, ``d1.``, ...
+
+        Raises:
+            ValueError: If there is a label outside [0, K).
+        """
+        size = tuple(layers[0].masks.shape[2:])
+        targets = [
+            mask_targets(label, size, len(text), ignore_index)
+            for label in labels
+        ]
+        # Of all processes, or one with few masks would weigh them more.
+        count = labels.new_tensor(
+            sum(len(t.classes) for t in targets), dtype=torch.float)
+        all_reduce(count, op='mean')
+        count = count.clamp(min=1)
+        losses: Dict[str, Tensor] = {}
+        with torch.autocast(labels.device.type, enabled=False):
+            for i, layer in enumerate(layers):
+                prefix = f'd{i}.' if i < len(layers) - 1 else ''
+                logits, masks = (_float(x) for x in layer)
+                matches = self._match(logits, masks, targets)
+                own = self._mask_losses(masks, targets, matches, count)
+                own['loss_cls'] = self._class_loss(logits, targets, matches)
+                losses.update({prefix + k: v for k, v in own.items()})
+            losses['loss_cls_attention'] = self._class_loss(
+                _float(attention_logits), targets, matches)
+            losses['loss_ssc'] = self.ssc_weight * mask_structure_loss(
+                [e[rows] for e, (rows, _) in zip(embeddings, matches)], [
+                    text[t.classes[columns]]
+                    for t, (_, columns) in zip(targets, matches)
+                ])
+        return losses
+
+    def _match(self, logits: Tensor, masks: Tensor,
+               targets: List[MaskTargets]) -> Matches:
+        """Match the queries of each image."""
+        return [
+            match_masks(logits[n], masks[n][:, t.valid], t, self.match_weights)
+            for n, t in enumerate(targets)
+        ]
+
+    def _class_loss(self, logits: Tensor, targets: List[MaskTargets],
+                    matches: Matches) -> Tensor:
+        """Cross entropy; queries without a mask are to say "no object"."""
+        num_classes = logits.shape[2] - 1
+        wanted = torch.full(
+            logits.shape[:2], num_classes, device=logits.device)
+        for row, target, (rows, columns) in zip(wanted, targets, matches):
+            row[rows] = target.classes[columns]
+        weight = logits.new_ones(num_classes + 1)
+        weight[-1] = self.no_object_weight
+        return self.class_weight * F.cross_entropy(
+            logits.flatten(0, 1), wanted.flatten(), weight)
+
+    def _mask_losses(self, masks: Tensor, targets: List[MaskTargets],
+                     matches: Matches, count: Tensor) -> Dict[str, Tensor]:
+        """Binary cross entropy and dice, mean over the true masks."""
+        # An empty sum with a graph, for batches without any mask.
+        bce = dice = masks[:0].sum()
+        for mask, target, (rows, columns) in zip(masks, targets, matches):
+            if not len(rows):
+                continue
+            logits = mask[rows][:, target.valid]
+            wanted = target.masks[columns].to(logits)
+            bce = bce + F.binary_cross_entropy_with_logits(
+                logits, wanted, reduction='none').mean(dim=1).sum()
+            prob = logits.sigmoid()
+            overlap = 2 * (prob * wanted).sum(dim=1) + 1
+            total = prob.sum(dim=1) + wanted.sum(dim=1) + 1
+            dice = dice + (1 - overlap / total).sum()
+        return dict(
+            loss_mask=self.mask_weight * bce / count,
+            loss_dice=self.dice_weight * dice / count)
+
+
+def _float(x: Tensor) -> Tensor:
+    """Float32, or wider where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

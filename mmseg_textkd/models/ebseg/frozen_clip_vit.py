@@ -1,0 +1,173 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from typing import Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from mmseg_textkd.text.text_loading import load_visual
+from mmseg_textkd.text.text_weights import PathLike
+from .clip_features import CLIPFeatures
+from .frozen_tower import FrozenTower
+
+
+@MODELS.register_module()
+class FrozenCLIPViT(FrozenTower):
+    """CLIP's image tower, of which only the positional embedding learns.
+
+    It sees the image at a fraction of its size, with the positional embedding
+    interpolated. Source: `EBSeg <https://arxiv.org/abs/2406.09829>`_.
+
+    The sizes of the tower must be given, because the positional embedding is
+    in the optimizer before the tower is loaded; they are checked then.
+
+    Args:
+        model (str): ``'toyclip'``, an architecture of open_clip, ``hf-hub:``
+            or ``local-dir:`` name, as for the text tower. A ViT is needed.
+        pretrained (str, optional): Tag or file of its weights. Defaults to
+            None.
+        cache_dir (str or PathLike, optional): Download cache. Defaults to
+            None.
+        embed_dims (int): Width C of the tokens. Defaults to 768 (ViT-B).
+        num_layers (int): Number of blocks. Defaults to 12.
+        patch_size (int): Side of a patch, in pixels. Defaults to 16.
+        grid_size (int): Side of the image that the tower was trained with, in
+            patches. Defaults to 14.
+        out_dims (int): Width D of the space shared with text. Defaults to
+            512.
+        scale (float): Size of the tower's image relative to the input.
+            Defaults to 0.5.
+        mean (Sequence[float]): See :class:`FrozenTower`. Defaults to CLIP's.
+        std (Sequence[float]): See :class:`FrozenTower`. Defaults to CLIP's.
+
+    Raises:
+        ValueError: If the tower that is loaded has other sizes.
+        TypeError: If it is not a plain ViT.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        pretrained: Optional[str] = None,
+        cache_dir: Optional[PathLike] = None,
+        embed_dims: int = 768,
+        num_layers: int = 12,
+        patch_size: int = 16,
+        grid_size: int = 14,
+        out_dims: int = 512,
+        scale: float = 0.5,
+        mean: Sequence[float] = (122.771, 116.746, 104.094),
+        std: Sequence[float] = (68.501, 66.632, 70.323)
+    ) -> None:
+        super().__init__(mean, std)
+        if scale <= 0:
+            raise ValueError(f'`scale` must be positive, but got {scale}.')
+        self.model, self.pretrained = model, pretrained
+        self.cache_dir = cache_dir
+        self.embed_dims, self.num_layers = embed_dims, num_layers
+        self.patch_size, self.grid_size = patch_size, grid_size
+        self.out_dims, self.scale = out_dims, scale
+        self.positional_embedding = nn.Parameter(
+            torch.zeros(1 + grid_size**2, embed_dims))
+        self._filled = False
+
+    def load_network(self) -> nn.Module:
+        """Load the image tower with open_clip.
+
+        Returns:
+            nn.Module: The tower, with CLIP's factor as ``clip_scale``.
+        """
+        network, _, scale = load_visual(self.model, self.pretrained,
+                                        self.cache_dir)
+        self._check(network)
+        network.clip_scale = scale
+        return network
+
+    def _check(self, network: nn.Module) -> None:
+        """Refuse a tower of another kind or other sizes than said."""
+        blocks = getattr(
+            getattr(network, 'transformer', None), 'resblocks', ())
+        plain = len(blocks) and all(
+            isinstance(getattr(block, 'attn', None), nn.MultiheadAttention)
+            and block.attn.batch_first for block in blocks)
+        if not plain or getattr(network, 'attn_pool', None) is not None:
+            raise TypeError(
+                f'The image tower of {self.model!r} '
+                f'({type(network).__name__}) is not a plain ViT with a class '
+                'token, which EBSeg needs. Use ViT-B-16 or ViT-L-14-336.')
+        found = dict(
+            embed_dims=network.conv1.out_channels,
+            num_layers=len(blocks),
+            patch_size=network.conv1.kernel_size[0],
+            grid_size=network.grid_size[0],
+            out_dims=network.proj.shape[1])
+        wrong = {k: v for k, v in found.items() if v != getattr(self, k)}
+        if wrong or network.grid_size[0] != network.grid_size[1]:
+            raise ValueError(
+                f'The image tower of {self.model!r} has {found} (and a grid '
+                f'of {network.grid_size}); set {wrong} in `image_encoder`.')
+
+    @torch.no_grad()
+    def prepare(self, network: nn.Module) -> None:
+        """Start the positional embedding from CLIP's, once.
+
+        Args:
+            network (nn.Module): The tower.
+        """
+        if not self._filled:
+            self.positional_embedding.copy_(network.positional_embedding)
+            self._filled = True
+
+    def _load_from_state_dict(self, state_dict, prefix, *args,
+                              **kwargs) -> None:
+        """Note that a checkpoint has filled the positional embedding."""
+        value = state_dict.get(prefix + 'positional_embedding')
+        if value is not None and (value.shape
+                                  == self.positional_embedding.shape):
+            self._filled = True
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def position(self, size: Tuple[int, int]) -> Tensor:
+        """Interpolate the positional embedding.
+
+        Args:
+            size (tuple[int, int]): Height and width, in patches.
+
+        Returns:
+            Tensor: Embedding with shape (1 + h·w, C), class token first.
+        """
+        token, grid = self.positional_embedding.split([1, self.grid_size**2])
+        if size != (self.grid_size, self.grid_size):
+            grid = grid.T.reshape(1, -1, self.grid_size, self.grid_size)
+            grid = F.interpolate(
+                grid, size, mode='bicubic', align_corners=False)
+            grid = grid.flatten(2)[0].T
+        return torch.cat([token, grid])
+
+    def forward(self, pixels: Tensor) -> CLIPFeatures:
+        """Run the tower.
+
+        Args:
+            pixels (Tensor): RGB in [0, 255], shape (N, 3, H, W).
+
+        Returns:
+            CLIPFeatures: Tokens of all depths, with gradient to the
+            positional embedding.
+        """
+        network = self.network_for(pixels)
+        size = tuple(
+            max(1, round(int(side) * self.scale / self.patch_size))
+            for side in pixels.shape[2:])
+        images = F.interpolate(
+            self.normalise(pixels), [self.patch_size * side for side in size],
+            mode='bilinear',
+            align_corners=False,
+            antialias=True)
+        patches = network.conv1(images).flatten(2).transpose(1, 2)
+        token = network.class_embedding.to(patches.dtype)
+        tokens = torch.cat([token.expand(len(patches), 1, -1), patches], 1)
+        states = [network.ln_pre(tokens + self.position(size))]
+        for block in network.transformer.resblocks:
+            states.append(block(states[-1]))
+        return CLIPFeatures(network, tuple(states), size, network.clip_scale)

@@ -1,0 +1,106 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from abc import ABCMeta, abstractmethod
+from typing import Any, Dict, Optional, Sequence
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from mmseg_textkd.text.checksum import checksum
+
+
+class _Keeper:
+    """Hold a network out of sight of ``nn.Module``; copies share it."""
+
+    def __init__(self) -> None:
+        self.network: Optional[nn.Module] = None
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> '_Keeper':
+        return self
+
+
+class FrozenTower(BaseModule, metaclass=ABCMeta):
+    """A pre-trained image encoder that training cannot change.
+
+    The network is no part of the module tree: it is in no optimizer, no
+    checkpoint and no broadcast of distributed training, and an averaged model
+    shares it. It is loaded by :meth:`init_weights`, or on first use in
+    inference, so that building needs neither its library nor its weights.
+
+    Args:
+        mean (Sequence[float]): Mean of each channel that the network was
+            trained with, RGB, in [0, 255].
+        std (Sequence[float]): Standard deviation of each channel, likewise.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        for name, value in (('mean', mean), ('std', std)):
+            self.register_buffer(
+                name,
+                torch.tensor(value, dtype=torch.float).view(-1, 1, 1),
+                persistent=False)
+        self._keeper = _Keeper()
+
+    @abstractmethod
+    def load_network(self) -> nn.Module:
+        """Load the network with its weights.
+
+        Returns:
+            nn.Module: The network.
+        """
+
+    def prepare(self, network: nn.Module) -> None:
+        """Take from the loaded network what is trained; nothing here.
+
+        Args:
+            network (nn.Module): The network.
+        """
+
+    @property
+    def network(self) -> nn.Module:
+        """nn.Module: The frozen network, loaded on first use."""
+        if self._keeper.network is None:
+            network = self.load_network()
+            self._keeper.network = network.requires_grad_(False).eval()
+        self.prepare(self._keeper.network)
+        return self._keeper.network
+
+    def init_weights(self) -> None:
+        """Load the network, so that what is missing is missed at once."""
+        super().init_weights()
+        self.network
+
+    def network_for(self, pixels: Tensor) -> nn.Module:
+        """Get the network where the images are.
+
+        Args:
+            pixels (Tensor): Images with shape (N, 3, H, W).
+
+        Returns:
+            nn.Module: The network, on their device and of their dtype.
+        """
+        network = self.network
+        weight = next(network.parameters())
+        if (weight.device, weight.dtype) != (pixels.device, pixels.dtype):
+            network.to(pixels.device, pixels.dtype)
+        return network
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Bring images to the mean and deviation of the network.
+
+        Args:
+            pixels (Tensor): RGB in [0, 255], shape (N, 3, H, W).
+
+        Returns:
+            Tensor: Images of the same shape.
+        """
+        return (pixels - self.mean) / self.std
+
+    def checksum(self) -> str:
+        """Hash the weights of the frozen network.
+
+        Returns:
+            str: SHA-256 of all of them.
+        """
+        return checksum(self.network)

@@ -1,0 +1,137 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from typing import Optional, Tuple
+
+import torch
+from mmengine.model import BaseModule
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from mmseg_textkd.text import (ClassEmbeddings, TextEmbeddings, TextProvider,
+                               Vocabulary)
+from mmseg_textkd.text.vocabulary import VocabularySpec
+from .balance import seen_classes
+
+
+class SwitchableText(BaseModule):
+    """Text of the training, and other text at inference.
+
+    Args:
+        text (dict): Config of the :class:`TextProvider` of the training.
+        num_classes (int): Number of classes K of the training.
+        train_classes (VocabularySpec, optional): Vocabulary of the training,
+            to tell seen classes where the file of ``text`` is missing.
+            Defaults to None: that of the file.
+        test_text (dict, optional): Config of the provider for inference, with
+            ``num_classes``. It is no part of a checkpoint. Defaults to None:
+            that of the training.
+
+    Raises:
+        TypeError: If a config builds no text provider.
+        ValueError: If the two are of different width.
+    """
+
+    def __init__(self,
+                 text: dict,
+                 num_classes: int,
+                 train_classes: Optional[VocabularySpec] = None,
+                 test_text: Optional[dict] = None) -> None:
+        super().__init__()
+        self.trained = _build(dict(text, num_classes=num_classes))
+        self.train_classes = train_classes
+        self.switch(None if test_text is None else _build(test_text))
+
+    @property
+    def dim(self) -> int:
+        """Int: Width D of the text."""
+        return self.trained.dim
+
+    @property
+    def num_classes(self) -> int:
+        """Int: Number of classes K' at inference."""
+        return (self.__dict__['other'] or self.trained).num_classes
+
+    def switch(self, other: Optional[TextProvider]) -> None:
+        """Take other text for inference.
+
+        Args:
+            other (TextProvider, optional): The provider; None for that of
+                the training.
+
+        Raises:
+            ValueError: If it is of another width.
+        """
+        if other is not None and other.dim != self.dim:
+            raise ValueError(
+                f'The new classes have embeddings of width {other.dim}, but '
+                f'the network was trained with {self.dim}. Encode them with '
+                'the text tower of the training.')
+        # Out of nn.Module's sight, and so of checkpoints.
+        self.__dict__['other'] = other
+
+    def set_classes(self, embeddings: Optional[TextEmbeddings]) -> None:
+        """Take other classes for inference.
+
+        Args:
+            embeddings (TextEmbeddings, optional): Text embeddings of the
+                classes; None for the classes of the training.
+
+        Raises:
+            ValueError: If they are of another width.
+        """
+        provider = None
+        if embeddings is not None:
+            provider = ClassEmbeddings(
+                '', num_classes=len(embeddings), dim=embeddings.dim)
+            provider.fill(embeddings.vectors)
+            provider.names, provider.record = embeddings.names, embeddings
+        self.switch(provider)
+
+    def forward(self) -> Tensor:
+        """Get the text of the training.
+
+        Returns:
+            Tensor: Unit rows with shape (K, D).
+        """
+        return self.trained()
+
+    def vocabulary(self) -> Tuple[Tensor, Tensor]:
+        """Get the text of inference.
+
+        Returns:
+            tuple[Tensor, Tensor]: Unit rows with shape (K', D), and bool with
+            shape (K', ): seen in training.
+
+        Raises:
+            ValueError: If it is not known what the classes are called.
+        """
+        other, own = self.__dict__['other'], self.trained()
+        if other is None:
+            return own, torch.ones_like(own[:, 0], dtype=torch.bool)
+        trained = self.train_classes
+        seen = seen_classes(
+            _vocabulary(other),
+            _vocabulary(self.trained)
+            if trained is None else Vocabulary.from_spec(trained))
+        return other().to(own), torch.tensor(seen, device=own.device)
+
+
+def _build(cfg: dict) -> TextProvider:
+    """Build a text provider, and nothing else."""
+    provider = MODELS.build(cfg)
+    if not isinstance(provider, TextProvider):
+        raise TypeError('The text must be the config of a text provider, such '
+                        "as dict(type='ClassEmbeddings', file=...), but "
+                        f'{cfg} builds a {type(provider).__name__}.')
+    return provider
+
+
+def _vocabulary(provider: TextProvider) -> Vocabulary:
+    """The names and phrases of a provider."""
+    record = getattr(provider, 'record', None)
+    if record is not None:
+        return Vocabulary(record.names, record.phrases)
+    if provider.names is None:
+        raise ValueError('To balance new classes the names of all classes '
+                         'must be known: give `train_classes`, or the files '
+                         'of `text` and `test_text`.')
+    return Vocabulary.from_spec(list(provider.names))

@@ -1,0 +1,51 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""The tool that compares what networks cost."""
+import pytest
+from analysis_tools import load_tool
+from mmengine.registry import DefaultScope
+from network_tester import CONFIGS
+
+TAIL = '1xb8-10k_camvid-360x480.py'
+
+
+def rows(capsys, *argv):
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        load_tool('cost').main([str(arg) for arg in argv])
+    lines = [
+        line.strip('| ').split(' | ')
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith('|')
+    ]
+    assert lines[0][0] == 'network' and len(set(map(len, lines))) == 1
+    return {
+        name: [None if cell == '-' else float(cell) for cell in cells]
+        for name, *cells in lines[2:]
+    }
+
+
+def test_lseg_beside_stock(capsys):
+    paths = [
+        CONFIGS / f'stock/ddrnet_23-slim_in1k-pre_{TAIL}',
+        CONFIGS / f'lseg/lseg_ddrnet_23-slim_in1k-pre_vit-b16_{TAIL}'
+    ]
+    found = rows(capsys, *paths, '--shape', 128, 256)
+    stock, lseg = (found[path.stem] for path in paths)
+    assert stock[:2] == stock[2:]
+    pixels, channels, dim, classes = 16 * 32, 64, 512, 11
+    # A projection with a bias, and two blocks of ten parameters.
+    more = channels * dim + dim + 20 - (channels + 1) * classes
+    assert lseg[0] - stock[0] == pytest.approx(more / 1e6, abs=.0015)
+    more = dim * (channels + classes) + 2 * 9 * classes - channels * classes
+    assert lseg[1] - stock[1] == pytest.approx(more * pixels / 1e9, abs=.0015)
+    # Deployed it is as wide as the features and one.
+    more = (channels + 1) * channels + 2 * 9 * classes
+    assert lseg[3] - stock[3] == pytest.approx(more * pixels / 1e9, abs=.0015)
+
+
+def test_what_has_no_deployed_form_is_said(capsys):
+    path = CONFIGS / f'lseg/lseg_bisenetv2_fcn_vit-b16_{TAIL}'
+    with pytest.warns(UserWarning, match='no deployed form: .*blocks'):
+        found = rows(capsys, path, '--shape', 64, 64, '--cfg-options',
+                     'model.decode_head.text_branch.norm=bn')
+    assert found[path.stem][2:] == [None, None]
+    assert found[path.stem][0] > 3

@@ -1,0 +1,387 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""EBSeg whole: training, checkpoints, other classes, MMSegmentation's APIs."""
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.analysis import get_model_complexity_info
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmseg.registry import MODELS
+from network_tester import samples
+from tiny import CLASSES, SIZE, assert_equal, run, tiny_config
+
+from mmseg_textkd.deploy.stock_cfg import to_stock_cfg
+from mmseg_textkd.models.ebseg.mask_decoder import MaskDecoder
+from mmseg_textkd.models.ebseg.mask_embedder import pool_by_masks
+from mmseg_textkd.text import TextEmbeddings
+
+pytestmark = pytest.mark.stacks
+
+
+def towers(model):
+    return {'clip': model.image_encoder, 'sam': model.backbone}
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, model_cfg):
+    """A run of 20 iterations and its config."""
+    cfg = tiny_config(tmp_path_factory.mktemp('ebseg'), max_iters=20)
+    cfg.model = model_cfg()
+    cfg.optim_wrapper = dict(
+        type='OptimWrapper',
+        optimizer=dict(type='AdamW', lr=3e-3, weight_decay=0.05),
+        clip_grad=dict(max_norm=1., norm_type=2))
+    cfg.custom_hooks = [
+        dict(type='PromptLearnerHook'),
+        dict(type='EMAHook', momentum=0.5)
+    ]
+    cfg.default_hooks.checkpoint.interval = 10
+    return cfg, run(cfg)
+
+
+@pytest.fixture(scope='module')
+def model(model_cfg):
+    """A model that was not trained, in evaluation mode."""
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        return MODELS.build(model_cfg()).eval()
+
+
+def logged(runner, name='loss'):
+    history = runner.message_hub.get_scalar(f'train/{name}')
+    return list(history.data[0])
+
+
+def test_it_learns(trained):
+    _, runner = trained
+    assert len(logged(runner)) == 20
+    # Colours say the classes: masks and both classifiers learn it.
+    for name, factor in (('loss', .7), ('decode.loss_mask', .8),
+                         ('decode.loss_cls', .7), ('decode.loss_cls_attention',
+                                                   .9)):
+        values = logged(runner, name)
+        assert sum(values[-3:]) < factor * sum(values[:3]), name
+    # By embedding A alone; one class everywhere would have 1/8 of 12.5 %.
+    runner.model.decode_head.balance = dict(alpha=0., beta=0., gamma=0.)
+    miou = runner.val_loop.run()['mIoU']
+    assert miou > 15
+
+
+def test_the_towers_are_untouched(trained, model):
+    cfg, runner = trained
+    for name, tower in towers(runner.model).items():
+        assert tower.checksum() == towers(model)[name].checksum()
+        frozen = {id(p) for p in tower.network.parameters()}
+        assert frozen and not any(p.requires_grad or p.grad is not None
+                                  for p in tower.network.parameters())
+        known = {
+            id(p)
+            for g in runner.optim_wrapper.param_groups
+            for p in g['params']
+        }
+        assert not frozen & known
+        assert not frozen & {id(p) for p in runner.model.parameters()}
+
+
+def test_only_the_positional_embedding_of_clip_is_trained_and_saved(trained):
+    cfg, runner = trained
+    checkpoint = torch.load(f'{cfg.work_dir}/iter_20.pth', weights_only=True)
+    state = checkpoint['state_dict']
+    assert [k for k in state if k.startswith(('image_encoder', 'backbone'))
+            ] == ['image_encoder.positional_embedding']
+    learned = runner.model.image_encoder.positional_embedding
+    known = {
+        id(p)
+        for g in runner.optim_wrapper.param_groups
+        for p in g['params']
+    }
+    assert id(learned) in known
+    start = runner.model.image_encoder.network.positional_embedding
+    assert not torch.equal(learned, start)
+    half = torch.load(f'{cfg.work_dir}/iter_10.pth', weights_only=True)
+    for name, _ in runner.model.named_parameters():
+        assert not torch.equal(state[name], half['state_dict'][name]), name
+
+
+def test_a_checkpoint_brings_everything_back(trained, model_cfg):
+    cfg, runner = trained
+    checkpoint = torch.load(f'{cfg.work_dir}/iter_20.pth', weights_only=True)
+    fresh = MODELS.build(model_cfg())
+    fresh.load_state_dict(checkpoint['state_dict'], strict=True)
+    twin = MODELS.build(model_cfg())
+    twin.load_state_dict(fresh.state_dict(), strict=True)
+    images = torch.randn(2, 3, *SIZE)
+    with torch.no_grad():
+        found = [m.eval()(images) for m in (fresh, twin)]
+    assert torch.equal(*found)
+
+
+def test_a_resumed_run_goes_on_as_the_whole_one(trained, tmp_path):
+    cfg, runner = trained
+    resumed = cfg.copy()
+    resumed.work_dir = str(tmp_path)
+    resumed.load_from = f'{cfg.work_dir}/iter_10.pth'
+    resumed.resume = True
+    again = run(resumed)
+    assert_equal(
+        dict(again.model.state_dict()), dict(runner.model.state_dict()))
+
+
+def test_scores_are_the_balanced_sum_over_masks(model, toy_text):
+    images = torch.randn(1, 3, *SIZE)
+    head = model.decode_head
+    with torch.no_grad():
+        scores = model(images)
+        features = model.extract_feat(images)
+        found = head.embed_masks(features)
+    scale, text = features.clip.logit_scale, toy_text.vectors
+    nothing = F.normalize(head.no_object, dim=0)
+    expected = torch.zeros_like(scores)
+    for q in range(found.masks.shape[1]):
+        a, b = ((scale *
+                 torch.cat([text @ e[0, q],
+                            (nothing @ e[0, q])[None]])).softmax(0)[:-1]
+                for e in (found.supervised, found.attention))
+        d = (scale * text @ found.frozen[0, q]).softmax(0)
+        p = a**.21 * d**.09 * b**.7
+        expected[0] += p[:, None, None] * found.masks[0, q].sigmoid()
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_embeddings_have_the_lengths_that_they_should(model):
+    with torch.no_grad():
+        model.decode_head.embedder.length.log_scale.fill_(9.)
+        found = model.decode_head.embed_masks(
+            model.extract_feat(torch.randn(1, 3, *SIZE)))
+        model.decode_head.embedder.length.log_scale.zero_()
+    # The learned length is at most 10.
+    for name, length in (('supervised', 10.), ('attention', 1.), ('frozen',
+                                                                  1.)):
+        norms = getattr(found, name).norm(dim=2)
+        torch.testing.assert_close(norms, torch.full_like(norms, length))
+
+
+def test_classes_may_change_and_come_back(model, model_cfg):
+    images = torch.randn(1, 3, *SIZE)
+    with torch.no_grad():
+        before = model(images)
+        model.set_classes(['zebra', 'sky', 'truck, lorry'])
+        _, seen = model.decode_head.text.vocabulary()
+        assert seen.tolist() == [False, True, True]
+        other = model(images)
+        assert other.shape == (1, 3, *before.shape[2:])
+        assert model.out_channels == 3
+        saved = model.state_dict()
+        # Order of the classes does not matter.
+        model.set_classes(['truck, lorry', 'zebra', 'sky'])
+        torch.testing.assert_close(model(images), other[:, [2, 0, 1]])
+        model.set_classes(None)
+        assert torch.equal(model(images), before)
+    # The other classes are no part of a checkpoint.
+    twin = MODELS.build(model_cfg()).eval()
+    twin.load_state_dict(saved, strict=True)
+    with torch.no_grad():
+        assert torch.equal(twin(images), before)
+
+
+def test_the_balance_knows_which_classes_are_new(model):
+    """The same words, said to be new or seen, are balanced otherwise."""
+    images = torch.randn(1, 3, *SIZE)
+    vectors = model.decode_head.text()
+    scores = {}
+    for names in (CLASSES, [f'unheard of {i}' for i in range(8)]):
+        model.set_classes(
+            TextEmbeddings(vectors=vectors.clone(), names=tuple(names)))
+        with torch.no_grad():
+            scores[names[0]] = model(images)
+    model.set_classes(None)
+    with torch.no_grad():
+        assert torch.equal(scores['sky'], model(images))
+    assert not torch.allclose(scores['unheard of 0'], scores['sky'])
+
+
+@pytest.mark.parametrize('number', [1, 2, 1000])
+def test_any_number_of_classes(model, number):
+    vectors = F.normalize(torch.randn(number, 64), dim=1)
+    model.set_classes(
+        TextEmbeddings(
+            vectors=vectors, names=tuple(f'n{i}' for i in range(number))))
+    data = samples(SIZE, 8)
+    with torch.no_grad():
+        results = model.predict(torch.randn(2, 3, *SIZE), data)
+    logits = results[0].seg_logits.data
+    assert logits.shape == (number, *SIZE) and logits.isfinite().all()
+    labels = results[0].pred_sem_seg.data
+    if number == 1:
+        # MMSegmentation: sigmoid of the logit against the threshold.
+        assert torch.equal(labels[0] == 1, logits[0] > .5)
+    else:
+        assert torch.equal(labels[0], logits.argmax(dim=0))
+    model.set_classes(None)
+
+
+@pytest.mark.parametrize('number', [1, 300])
+def test_training_with_few_and_many_classes(model_cfg, make_embeddings,
+                                            number):
+    text = dict(type='ClassEmbeddings', file=make_embeddings(number, 64))
+    net = MODELS.build(model_cfg(num_classes=number, text=text))
+    losses = net.loss(torch.randn(2, 3, *SIZE), samples(SIZE, number))
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_batches_without_any_label(model_cfg):
+    net = MODELS.build(model_cfg())
+    data = samples(SIZE, 8)
+    for sample in data:
+        sample.gt_sem_seg.data.fill_(255)
+    losses = net.loss(torch.randn(2, 3, *SIZE), data)
+    assert losses['decode.loss_ssc'] == losses['decode.loss_mask'] == 0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all()
+               for p in net.parameters())
+
+
+def test_sliding_windows_and_odd_sizes(model):
+    images = torch.randn(1, 3, 50, 70)
+    with torch.no_grad():
+        whole = model.predict(images)[0].seg_logits.data
+        model.test_cfg = Config(
+            dict(mode='slide', crop_size=SIZE, stride=(16, 32)))
+        slid = model.predict(images)[0].seg_logits.data
+        model.test_cfg = Config(dict(mode='whole'))
+    assert whole.shape == slid.shape == (8, 50, 70)
+    assert not torch.equal(whole, slid)
+
+
+def test_images_reach_the_towers_as_pixels(model):
+    """Normalised by the preprocessor, and back; RGB in [0, 255]."""
+    taken = []
+    handles = [
+        t.register_forward_pre_hook(lambda m, args: taken.append(args[0]))
+        for t in towers(model).values()
+    ]
+    bgr = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8)
+    data = model.data_preprocessor(
+        dict(inputs=[bgr], data_samples=samples(SIZE, 8, 1)), False)
+    with torch.no_grad():
+        model(data['inputs'])
+    for handle in handles:
+        handle.remove()
+    assert len(taken) == 2
+    for pixels in taken:
+        torch.testing.assert_close(
+            pixels[0], bgr.flip(0).float(), atol=1e-3, rtol=0)
+
+
+def test_it_can_teach(model):
+    images = torch.randn(2, 3, *SIZE)
+    cosines = model.pixel_text_similarity(images)
+    assert cosines.shape[:2] == (2, 8) and not cosines.requires_grad
+    pixels = model.pixel_embeddings(images)
+    torch.testing.assert_close(
+        pixels.norm(dim=1), torch.ones_like(pixels[:, 0]))
+    with torch.no_grad():
+        found = model.decode_head.embed_masks(model.extract_feat(images))
+    # A pixel that is in one mask alone has that mask's embedding.
+    weights = found.masks[1, :, 3, 5].sigmoid()
+    expected = F.normalize(weights @ found.attention[1], dim=0)
+    torch.testing.assert_close(pixels[1, :, 3, 5], expected)
+    torch.testing.assert_close(cosines[1, :, 3, 5],
+                               model.decode_head.text() @ expected)
+
+
+def test_its_cost_can_be_counted(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        cost = get_model_complexity_info(
+            model, (3, *SIZE), show_table=False, show_arch=False)
+    assert cost['params'] == sum(p.numel() for p in model.parameters())
+    # The frozen towers' convolutions are in: 32 channels of 8x8 patches, and
+    # 64, on 32 patches each.
+    assert cost['flops'] > 32 * 3 * 64 * (32 + 64)
+
+
+def test_mixed_precision(model_cfg):
+    net = MODELS.build(model_cfg())
+    images, data = torch.randn(2, 3, *SIZE), samples(SIZE, 8)
+    plain = net.loss(images, data)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        losses = net.loss(images, data)
+    for name, value in losses.items():
+        assert value.dtype == torch.float32 and value.isfinite()
+        assert value.item() == pytest.approx(plain[name].item(), rel=.2), name
+
+
+def test_there_is_no_stock_form(model_cfg):
+    cfg = Config(dict(model=model_cfg(), custom_imports=dict(imports=[])))
+    with pytest.raises(ValueError, match="'EBSeg' is defined in"):
+        to_stock_cfg(cfg)
+
+
+def test_what_does_not_fit_is_refused(model, model_cfg, make_embeddings):
+    wide = dict(type='ControlEmbeddings', kind='random', dim=32)
+    with pytest.raises(ValueError, match='width 32, but the image tower 64'):
+        MODELS.build(model_cfg(text=wide))
+    with pytest.raises(ValueError, match='width 16'):
+        model.set_classes(TextEmbeddings.load(make_embeddings(3, 16)))
+    with pytest.raises(ValueError, match='width 32'):
+        MODELS.build(model_cfg(test_text=dict(wide, num_classes=3)))
+    with pytest.raises(TypeError, match='text provider'):
+        MODELS.build(model_cfg(test_text=dict(type='MaskDecoder')))
+    with pytest.raises(ValueError, match='exponents'):
+        MODELS.build(model_cfg(balance=dict(alpha=.5, beta=.5, gamma=.7)))
+    with pytest.raises(ValueError, match='occurs twice'):
+        model.set_classes(['cat', 'cat'])
+    with pytest.raises(ValueError, match='names no class'):
+        model.set_classes([])
+    assert model.out_channels == 8
+
+
+def test_nameless_text_cannot_be_balanced_for_new_classes(model_cfg, toy_text):
+    text = dict(type='ControlEmbeddings', kind='random', dim=64)
+    net = MODELS.build(model_cfg(text=text)).eval()
+    net.set_classes(toy_text)
+    with pytest.raises(ValueError, match='train_classes'):
+        net(torch.randn(1, 3, *SIZE))
+    known = MODELS.build(
+        model_cfg(text=text, train_classes=['sky', 'road'] + list('abcdef')))
+    known.set_classes(toy_text)
+    _, seen = known.decode_head.text.vocabulary()
+    assert [n for n, s in zip(CLASSES, seen) if s] == ['sky', 'road']
+
+
+def test_queries_look_inside_their_masks_only():
+    decoder = MaskDecoder(8, 3, 2, 2, 16).eval()
+    level, masks = torch.randn(1, 8, 4, 4), torch.full((1, 3, 8, 8), -9.)
+    masks[:, 0, :, :4] = 9.
+    masks[:, 1] = 9.
+    outside = decoder._outside(masks, level)
+    assert outside.shape == (2, 3, 16)
+    grid = outside[0].view(3, 4, 4)
+    assert grid[0, :, 2:].all() and not grid[0, :, :2].any()
+    assert not grid[1].any()
+    # An empty mask would leave nothing to attend to.
+    assert not grid[2].any() and torch.equal(outside[0], outside[1])
+
+
+def test_pooling_is_the_mean_over_the_mask():
+    features, masks = torch.randn(2, 5, 3, 4), torch.randn(2, 6, 3, 4)
+    pooled = pool_by_masks(features, masks)
+    for n in range(2):
+        for q in range(6):
+            weight = masks[n, q].sigmoid()
+            expected = (features[n] * weight).sum((1, 2)) / weight.sum()
+            torch.testing.assert_close(pooled[n, q], expected)
+    assert not pool_by_masks(features, masks - 1e4).any()
+
+
+def test_a_copy_is_independent_but_for_the_towers(model):
+    twin = copy.deepcopy(model)
+    twin.set_classes(['moon'])
+    assert model.out_channels == 8
+    for own, other in zip(towers(model).values(), towers(twin).values()):
+        assert own.network is other.network

@@ -1,0 +1,382 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Both teachers in real runs: stages, resuming, AMP, ranks, release."""
+import copy
+import os.path as osp
+import socket
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.optim import build_optim_wrapper
+from mmengine.runner import Runner
+from mmseg.registry import DATASETS, HOOKS, MODELS
+from processes import TOOLS, load, start
+from tiny import CLASSES, SIZE, assert_equal, run, tiny_config
+
+from mmseg_textkd import add_region_embeddings
+from mmseg_textkd.datasets.encode_regions import ensure_regions
+from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
+from mmseg_textkd.engine import TeacherHook
+from mmseg_textkd.text.build import ensure_embeddings
+from mmseg_textkd.text.image_tower import ImageTower
+
+GUIDED = 'decode.loss_text_guided'
+TEXT_LOSSES = [
+    dict(type='TextGuidedDistillationLoss', min_pixels=1),
+    dict(
+        type='TextGuidedDistillationLoss',
+        teacher='segmentor',
+        loss_name='loss_text_prototypes'),
+    dict(type='TextSimilarityDistillationLoss')
+]
+DISTILL_LOSSES = [
+    dict(type='LogitDistillationLoss'),
+    dict(type='ChannelWiseDistillationLoss'),
+    dict(
+        type='ChannelWiseDistillationLoss',
+        on='features',
+        align=(16, 12),
+        loss_name='loss_cwd_features')
+]
+
+
+@HOOKS.register_module()
+class NoteHook(Hook):
+    """Keep the losses, and end the run before iteration ``stop``."""
+    priority = 'HIGHEST'
+
+    def __init__(self, stop=None):
+        self.stop, self.losses = stop, []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.stop:
+            raise KeyboardInterrupt
+
+    def after_train_iter(self,
+                         runner,
+                         batch_idx,
+                         data_batch=None,
+                         outputs=None):
+        self.losses.append({k: v.item() for k, v in outputs.items()})
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    """Data, vectors of ToyCLIP, and a wider teacher of three iterations."""
+    root = tmp_path_factory.mktemp('distillation')
+    cfg = tiny_config(root, max_iters=3)
+    cfg.model.decode_head.channels = 12
+    cfg.model.data_preprocessor.mean = [100.] * 3
+    cfg.default_hooks.checkpoint.interval = 3
+    cfg.train_cfg.val_interval = 9
+    run(cfg, work_dir=str(root / 'teacher'))
+    cfg.dump(str(root / 'teacher.py'))
+    return root
+
+
+def config(root, role='classifier', switch_at=2, max_iters=4, **options):
+    """Both teachers and all losses at once."""
+    build = dict(model='toyclip', vocabulary=list(CLASSES), templates='photo')
+    text = dict(
+        type='ResidualPromptLearner',
+        embeddings=dict(
+            type='ClassEmbeddings',
+            file=str(root / 'toy.safetensors'),
+            build=build))
+    hook = dict(switch_at=switch_at)
+    if role == 'auxiliary':
+        hook['learn'] = ['.']
+    cfg = tiny_config(root, text, hook, max_iters, **options)
+    cfg.train_cfg.val_interval = max_iters if role == 'auxiliary' else 99
+    cfg.model.type = 'DistilledEncoderDecoder'
+    cfg.model.teacher = dict(
+        config=str(root / 'teacher.py'),
+        checkpoint=str(root / 'teacher' / 'iter_3.pth'))
+    cfg.model.distill_losses = copy.deepcopy(DISTILL_LOSSES)
+    cfg.model.decode_head.update(
+        role=role, text_losses=copy.deepcopy(TEXT_LOSSES))
+    cfg.train_dataloader = add_region_embeddings(
+        cfg.train_dataloader.to_dict(),
+        dict(
+            type='LoadRegionEmbeddings',
+            folder=str(root / 'regions'),
+            model='toyclip',
+            min_pixels=1))
+    cfg.custom_hooks += [dict(type='TeacherHook'), dict(type='NoteHook')]
+    ensure_embeddings(cfg)
+    return cfg
+
+
+def stock_student(root, losses=DISTILL_LOSSES):
+    """A network without text, with the peers alone."""
+    cfg = tiny_config(root, max_iters=2)
+    cfg.model.type = 'DistilledEncoderDecoder'
+    cfg.model.teacher = config(root).model.teacher
+    cfg.model.distill_losses = copy.deepcopy(losses)
+    cfg.custom_hooks = [dict(type='TeacherHook'), dict(type='NoteHook')]
+    return cfg
+
+
+def notes(runner):
+    hook, = (h for h in runner.hooks if isinstance(h, NoteHook))
+    return hook.losses
+
+
+@pytest.fixture(scope='module')
+def whole(root):
+    """An uninterrupted run, the first one: it fills the folder."""
+    cfg = config(root)
+    ensure_regions(cfg)
+    cfg.custom_hooks.append(dict(type='EMAHook', momentum=.3))
+    return run(cfg, work_dir=str(root / 'whole'))
+
+
+@pytest.mark.stacks
+def test_all_losses_go_through_both_stages(root, whole):
+    losses = notes(whole)
+    names = {
+        GUIDED, 'decode.loss_text_prototypes', 'decode.loss_text_similarity',
+        'distill.loss_kd', 'distill.loss_cwd', 'distill.loss_cwd_features'
+    }
+    assert len(losses) == 4
+    for values in losses:
+        assert names <= set(values)
+        assert all(0 < values[n] < float('inf') for n in names)
+        # All of them are optimised.
+        total = sum(v for k, v in values.items() if 'loss_' in k)
+        assert values['loss'] == pytest.approx(total, rel=1e-5)
+    states = [
+        load(root / 'whole' / f'iter_{i}.pth')['ema_state_dict']
+        for i in (1, 2, 3, 4)
+    ]
+    gamma = 'module.decode_head.text_losses.0.gamma.log_scale'
+    values = [state[gamma].item() for state in states]
+    # The factors are text: they learn in both stages.
+    assert 0 not in values and len(set(values)) == 4
+    offset = 'module.decode_head.conv_seg.text.offset'
+    assert states[1][offset].abs().max() == 0
+    assert states[3][offset].abs().max() > 0
+    align = 'module.distill_losses.2.align.weight'
+    assert not torch.equal(states[0][align], states[1][align])
+    assert torch.equal(states[1][align], states[3][align])
+
+
+@pytest.mark.stacks
+def test_the_teacher_is_nowhere_and_untouched(root, whole):
+    model = whole.model
+    saved = load(root / 'teacher' / 'iter_3.pth')['state_dict']
+    assert_equal(dict(model.teacher.model.state_dict()), dict(saved))
+    teacher = {id(p) for p in model.teacher.model.parameters()}
+    assert not any(p.requires_grad for p in model.teacher.model.parameters())
+    assert not model.train().teacher.model.training
+    assert not teacher & {id(p) for p in model.parameters()}
+    groups = whole.optim_wrapper.param_groups
+    assert not teacher & {id(p) for g in groups for p in g['params']}
+    assert not any('teacher' in k for k in model.state_dict())
+    assert not any('teacher' in n for n, _ in model.named_modules())
+    assert copy.deepcopy(model).teacher is model.teacher
+    assert not any(isinstance(m, ImageTower) for m in model.modules())
+
+
+@pytest.mark.stacks
+def test_a_resumed_run_is_the_uninterrupted_one(root, whole, monkeypatch):
+    """Cut in stage 2; and no image tower is needed any more."""
+
+    def refuse(*args):
+        raise AssertionError('the image tower was loaded')
+
+    monkeypatch.setattr(ImageTower, '__init__', refuse)
+    cfg = config(root)
+    assert ensure_regions(cfg) == 0
+    cfg.custom_hooks.append(dict(type='EMAHook', momentum=.3))
+    work_dir = str(root / 'cut')
+    cut = copy.deepcopy(cfg)
+    cut.custom_hooks[-2].stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, work_dir=work_dir)
+    resumed = run(cfg, work_dir=work_dir, resume=True)
+    assert notes(resumed) == notes(whole)[3:]
+    expected, got = (
+        load(root / name / 'iter_4.pth') for name in ('whole', 'cut'))
+    for part in ('state_dict', 'ema_state_dict', 'optimizer'):
+        assert_equal(got[part], expected[part], part)
+
+
+@pytest.mark.stacks
+@pytest.mark.parametrize('role', ['classifier', 'auxiliary'])
+def test_what_is_deployed_is_stock(root, role):
+    cfg = config(root, role, **{'optim_wrapper.type': 'CPUAmpOptimWrapper'})
+    runner = run(cfg, work_dir=str(root / role))
+    assert all(v['loss'] < float('inf') for v in notes(runner))
+    stock_cfg = to_stock_cfg(cfg)
+    expected = to_stock_cfg(tiny_config(root, max_iters=4))
+    assert stock_cfg.model == expected.model
+    assert stock_cfg.train_dataloader == expected.train_dataloader
+    assert stock_cfg.custom_hooks == [dict(type='NoteHook')]
+    stock = MODELS.build(stock_cfg.model)
+    model = runner.model.eval()
+    stock.load_state_dict(fold_state_dict(model), strict=True)
+    inputs = torch.randn(2, 3, *SIZE)
+    with torch.no_grad():
+        logits = stock.eval()(inputs), model(inputs)
+    assert (logits[0] - logits[1]).abs().max() < 1e-4
+    assert torch.equal(logits[0].argmax(1), logits[1].argmax(1))
+
+
+def first_batch(cfg):
+    loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    return next(iter(loader))
+
+
+def fresh(cfg):
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    return model
+
+
+def step(model, batch, optimizer):
+    model.train()
+    return model.train_step(copy.deepcopy(batch), optimizer)
+
+
+def test_a_stock_network_learns_from_the_teacher_too(root):
+    cfg, plain_cfg = stock_student(root), tiny_config(root)
+    batch, losses = first_batch(cfg), []
+    for peers in (cfg.model.distill_losses, [], None):
+        cfg.model.distill_losses = peers
+        model = fresh(plain_cfg if peers is None else cfg)
+        optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
+        losses.append(step(model, batch, optimizer))
+        if peers:
+            stock = MODELS.build(plain_cfg.model)
+            extra = set(model.state_dict()) - set(stock.state_dict())
+            assert extra == {
+                'distill_losses.2.align.weight', 'distill_losses.2.align.bias'
+            }
+            stock.load_state_dict(fold_state_dict(model.eval()), strict=True)
+    # The network's own losses are those of the plain network.
+    distilled, alone, plain = losses
+    assert alone == plain
+    assert set(distilled) - set(plain) == {
+        'distill.loss_kd', 'distill.loss_cwd', 'distill.loss_cwd_features'
+    }
+    assert distilled['decode.loss_ce'] == plain['decode.loss_ce']
+
+
+def test_the_student_gets_nearer_to_the_teacher(root):
+    """By logit distillation alone, on the same pictures."""
+    cfg = stock_student(root, DISTILL_LOSSES[:1])
+    cfg.model.decode_head.loss_decode.loss_weight = 0.
+    model, batch = fresh(cfg), first_batch(cfg)
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
+    losses = [
+        step(model, batch, optimizer)['distill.loss_kd'].item()
+        for _ in range(8)
+    ]
+    assert losses[-1] < .7 * losses[0]
+
+
+@pytest.mark.stacks
+def test_what_the_teacher_sees(root):
+    """Its own normalisation, its own logits, on the student's inputs."""
+    cfg = stock_student(root)
+    model = MODELS.build(cfg.model)
+    teacher = model.teacher.model
+    pictures = 255 * torch.rand(2, 3, *SIZE)
+    own = model.data_preprocessor
+    inputs = (pictures - own.mean) / own.std
+    theirs = teacher.data_preprocessor
+    assert not torch.equal(own.mean, theirs.mean)
+    with torch.no_grad():
+        expected = teacher((pictures - theirs.mean) / theirs.std)
+    logits, features = model.teacher(inputs, own)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(teacher.decode_head.conv_seg(features), logits)
+    # Blue and red change places.
+    cfg.model.data_preprocessor.bgr_to_rgb = True
+    swapped = MODELS.build(cfg.model).data_preprocessor
+    flipped, _ = model.teacher(inputs.flip(1), swapped)
+    torch.testing.assert_close(flipped, logits)
+    assert not any(m._forward_hooks for m in teacher.modules())
+    before = torch.get_rng_state()
+    model.teacher._model = None
+    assert model.teacher.classes == CLASSES
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def start_training(cfg):
+    """What a runner does up to the first losses."""
+    model = MODELS.build(cfg.model)
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    runner = SimpleNamespace(
+        model=model, train_dataloader=SimpleNamespace(dataset=dataset))
+    TeacherHook().before_train(runner)
+    model.loss(torch.zeros(1, 3, *SIZE), [])
+
+
+def test_bad_teachers(root, tmp_path):
+    cfg = stock_student(root)
+    good = cfg.model.teacher.checkpoint
+
+    def fails(kind, message, **changes):
+        bad = copy.deepcopy(cfg)
+        bad.merge_from_dict(changes)
+        with pytest.raises(kind, match=message):
+            start_training(bad)
+
+    fails(FileNotFoundError, 'no checkpoint .*none.pth of the teacher',
+          **{'model.teacher.checkpoint': str(tmp_path / 'none.pth')})
+    data = bytearray(open(good, 'rb').read())
+    data[len(data) // 2] ^= 1
+    (tmp_path / 'bad.pth').write_bytes(data)
+    fails(ValueError, 'no checkpoint, a damaged one',
+          **{'model.teacher.checkpoint': str(tmp_path / 'bad.pth')})
+    fails(ValueError, 'is not of the network of the config',
+          **{'model.teacher.cfg_options': {
+              'model.decode_head.channels': 10
+          }})
+    saved = load(good)
+    names = list(CLASSES)
+    names[1:3] = names[2:0:-1]
+    saved['meta']['dataset_meta']['classes'] = names
+    torch.save(saved, tmp_path / 'others.pth')
+    fails(
+        ValueError, r"from number 1 on: \['road', 'building', 'sidewalk'\] "
+        r"instead of \['building', 'road', 'sidewalk'\]",
+        **{'model.teacher.checkpoint': str(tmp_path / 'others.pth')})
+    fails(ValueError, 'has 8 classes, but the student 9',
+          **{'model.decode_head.num_classes': 9})
+    plain = tiny_config(root)
+    with pytest.raises(ValueError, match='found no teacher'):
+        start_training(plain)
+
+
+def test_two_ranks(root):
+    """Everything at once, from an empty folder, through the switch."""
+    cfg = config(root)
+    cfg.train_dataloader.dataset.pipeline[2].folder = str(root / 'ranks')
+    cfg.custom_hooks = cfg.custom_hooks[:-1]  # of this module
+    cfg.default_hooks.checkpoint.interval = 4
+    for key in [k for k in cfg if k.startswith(('val', 'test'))]:
+        cfg.pop(key)
+    cfg.train_cfg.pop('val_interval')
+    cfg.log_level = 'INFO'
+    cfg.dump(str(root / 'ranks.py'))
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = str(probe.getsockname()[1])
+    done = start(
+        'bash',
+        osp.join(TOOLS, 'dist_train.sh'),
+        root / 'ranks.py',
+        '2',
+        '--work-dir',
+        root / 'ranks_work',
+        cwd=root,
+        PORT=port)
+    assert done.status == 0, done.output[-4000:]
+    assert done.output.count('Made the region embeddings of 6 images') == 1
+    assert 'distill.loss_kd' in done.output and GUIDED in done.output
+    assert load(root / 'ranks_work' / 'iter_4.pth')['meta']['iter'] == 4

@@ -1,0 +1,178 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Zero-shot training from the labels to the metric, and LSeg on DPT."""
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmseg.registry import MODELS
+from tiny import CLASSES, SIZE, assert_equal, run, tiny_config
+from torch import nn
+
+from mmseg_textkd import zero_shot
+from mmseg_textkd.text import TextEmbeddings
+
+pytestmark = pytest.mark.stacks
+
+UNSEEN = ['sidewalk', 'truck']
+INDICES = [3, 6]
+BLOCKS = dict(
+    norm='l2', scale=dict(learnable=False), regularization=dict(depth=2))
+
+
+@MODELS.register_module()
+class Colours(nn.Identity):
+    """A backbone of which the features are the colours."""
+
+    def forward(self, inputs):
+        return [inputs]
+
+
+def sphere():
+    """Vectors that are spread over the sphere, in any order."""
+    index = torch.arange(len(CLASSES)) + .5
+    z = 1 - 2 * index / len(CLASSES)
+    angle = math.pi * (1 + 5**.5) * index
+    radius = (1 - z**2).sqrt()
+    vectors = torch.stack([radius * angle.cos(), radius * angle.sin(), z], 1)
+    order = torch.randperm(
+        len(CLASSES), generator=torch.Generator().manual_seed(0))
+    return vectors[order]
+
+
+def write(root, labels_of_unseen=True):
+    """Pictures in which the colour of a class is a map of its vector."""
+    rng = np.random.default_rng(0)
+    colours = 128 + 100 * sphere().numpy()
+    for folder in ('img', 'ann'):
+        (root / folder).mkdir(parents=True)
+    for i in range(16):
+        labels = np.kron(
+            rng.integers(0, len(CLASSES), (2, 4)),
+            np.ones((SIZE[0] // 2, SIZE[1] // 4), int))
+        image = colours[labels] + rng.normal(0, 10, (*SIZE, 3))
+        cv2.imwrite(
+            str(root / 'img' / f'{i}.png'),
+            image.clip(0, 255).astype(np.uint8))
+        if not labels_of_unseen:
+            labels[np.isin(labels, INDICES)] = 255
+        cv2.imwrite(str(root / 'ann' / f'{i}.png'), labels.astype(np.uint8))
+
+
+def config(root, **options):
+    """Zero-shot training of a linear network."""
+    file = root / 'text.safetensors'
+    TextEmbeddings(
+        vectors=sphere(),
+        names=CLASSES,
+        phrases=tuple((name, ) for name in CLASSES),
+        templates=('{}', ),
+        model='sphere',
+        pretrained='',
+        library='test').save(file)
+    text = dict(type='ClassEmbeddings', file=str(file))
+    cfg = tiny_config(root, text, {}, max_iters=60)
+    cfg.model.backbone = dict(type='Colours')
+    cfg.model.decode_head.update(in_channels=3, channels=3, num_convs=0)
+    branch, cfg.train_dataloader, cfg.val_evaluator = zero_shot(
+        cfg.train_dataloader, 'toy_scenes', UNSEEN, before='PackSegInputs')
+    cfg.test_evaluator = cfg.val_evaluator
+    cfg.model.decode_head.text_branch = dict(BLOCKS, **branch)
+    cfg.default_hooks.checkpoint.interval = 60
+    cfg.merge_from_dict(options)
+    return cfg
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp('zero_shot')
+    write(root / 'data')
+    return run(config(root))
+
+
+def test_classes_without_labels_are_found_by_their_text(trained):
+    metrics = trained.val_loop.run()
+    # Guessing among eight gives an IoU of 7 %.
+    assert metrics['mIoU_unseen'] > 50 and metrics['mIoU_seen'] > 50
+    # It is their text that does it.
+    vectors = trained.model.decode_head.text.text.class_embeddings
+    own = vectors.clone()
+    vectors[INDICES] = own[INDICES[::-1]]
+    swapped = trained.val_loop.run()
+    vectors[INDICES] = -own[INDICES]
+    opposite = trained.val_loop.run()
+    vectors.copy_(own)
+    for other in (swapped, opposite):
+        assert other['mIoU_unseen'] < 10
+    again = trained.val_loop.run()
+    assert again == metrics
+
+
+def test_labels_of_hidden_classes_never_reach_training(trained, tmp_path):
+    """A run on data that do not have them ends with the same weights."""
+    write(tmp_path / 'data', labels_of_unseen=False)
+    cfg = config(tmp_path)
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    kinds = [t['type'] for t in pipeline]
+    del pipeline[kinds.index('HideClasses')]
+    other = run(cfg)
+    assert_equal(trained.model.state_dict(), other.model.state_dict())
+    text = other.model.decode_head.text.text.class_embeddings
+    torch.testing.assert_close(text, sphere())
+
+
+def test_forgotten_hiding_stops_the_run(tmp_path):
+    write(tmp_path / 'data')
+    cfg = config(tmp_path)
+    del cfg.train_dataloader.dataset.pipeline[2]
+    with pytest.raises(ValueError, match=r'to stay unseen .*HideClasses'):
+        run(cfg)
+
+
+def test_lseg_on_dpt_learns(tmp_path):
+    cfg = tiny_config(
+        tmp_path,
+        dict(type='ControlEmbeddings', kind='random', dim=16), {},
+        max_iters=12)
+    cfg.model.backbone = dict(
+        type='VisionTransformer',
+        img_size=SIZE,
+        embed_dims=16,
+        num_layers=4,
+        num_heads=2,
+        mlp_ratio=2,
+        out_indices=(0, 1, 2, 3),
+        final_norm=False,
+        with_cls_token=True,
+        output_cls_token=True)
+    cfg.model.decode_head = dict(
+        type='TextDPTHead',
+        text=cfg.model.decode_head.text,
+        text_branch=dict(BLOCKS, bias=False),
+        in_channels=(16, ) * 4,
+        channels=16,
+        embed_dims=16,
+        post_process_channels=[8, 8, 16, 16],
+        num_classes=len(CLASSES),
+        readout_type='project',
+        input_transform='multiple_select',
+        in_index=(0, 1, 2, 3),
+        dropout_ratio=0.,
+        norm_cfg=dict(type='BN'),
+        loss_decode=dict(type='CrossEntropyLoss'))
+    cfg.default_hooks.checkpoint.interval = 12
+    start = MODELS.build(cfg.model).state_dict()
+    runner = run(cfg)
+    losses = runner.message_hub.get_scalar('train/loss').data[0]
+    assert losses[-3:].mean() < .8 * losses[:3].mean()
+    after = runner.model.state_dict()
+    still = {k for k, v in after.items() if torch.equal(v, start[k])}
+    assert still <= {
+        'decode_head.conv_seg.text.class_embeddings',
+        'decode_head.conv_seg.scale.log_scale'
+    } and len(still) == 2
+    blocks = after['decode_head.conv_seg.regularization.weight']
+    identity = torch.zeros(2, 3, 3)
+    identity[:, 1, 1] = 1
+    assert (blocks != identity).all()

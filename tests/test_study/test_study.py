@@ -1,0 +1,458 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""A tiny study through tools/train.py: killed, resumed, never repeated."""
+import importlib.util
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from analysis_tools import ROOT
+from mmseg.registry import MODELS
+from network_tester import CONFIGS
+from tiny import CLASSES, tiny_config, write_dataset
+
+from mmseg_textkd.study import Ledger, LedgerError, Run, Study, StudyError
+from mmseg_textkd.study.plan import subset
+from mmseg_textkd.study.scheduler import Scheduler
+
+ITERS, INTERVAL = 6, 2
+
+
+@pytest.fixture(scope='module')
+def configs(tmp_path_factory):
+    """Configs of a stock network and of one with random vectors."""
+    folder = tmp_path_factory.mktemp('configs')
+    text = dict(type='ControlEmbeddings', kind='random', dim=16)
+    for name, options in (('stock', {}), ('text', dict(text=text, hook={}))):
+        cfg = tiny_config(folder, max_iters=4, **options)
+        cfg.custom_imports.imports.append('fate_hook')
+        cfg.custom_hooks = [
+            dict(type='FateHook'), *cfg.get('custom_hooks', [])
+        ]
+        cfg.log_level = 'INFO'
+        cfg.dump(str(folder / f'{name}.py'))
+    return folder
+
+
+def write_study(configs, folder, **changes):
+    """Write a study of the two."""
+    spec = dict(
+        name='tiny',
+        title='Tiny',
+        baseline='stock',
+        evaluate=['val', 'test'],
+        vars=dict(data=str(configs / 'data')),
+        options={
+            f'{split}_dataloader.dataset.data_root': '${data}'
+            for split in ('train', 'val', 'test')
+        },
+        networks=dict(
+            net=dict(
+                stock=str(configs / 'stock.py'),
+                text=str(configs / 'text.py'),
+                iterations=ITERS,
+                val_interval=INTERVAL)),
+        arms=dict(stock=dict(config='stock'), random=dict(config='text')),
+        grids=[dict(networks=['net'], arms=['stock', 'random'], seeds=[3])])
+    spec.update(changes)
+    (folder / 'study.yaml').write_text(yaml.safe_dump(spec))
+    return folder / 'study.yaml'
+
+
+class Driver:
+    """A new driver of the same study, as if it had been started again."""
+
+    def __init__(self, folder, **options):
+        study = Study.load(folder / 'study.yaml')
+        self.said = []
+        self.scheduler = Scheduler(
+            study,
+            Ledger(folder / 'ledger.jsonl'),
+            folder / 'work',
+            ROOT,
+            jobs=2,
+            say=self.said.append,
+            **options)
+
+    def work(self):
+        self.left = self.scheduler.work()
+        return self
+
+
+@pytest.fixture(scope='module')
+def story(configs, tmp_path_factory):
+    """What four drivers do, one after the other."""
+    root = tmp_path_factory.mktemp('study')
+    write_study(configs, root)
+    drivers = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT / 'tests')]))
+        patch.setenv('CUDA_VISIBLE_DEVICES', '')
+        patch.setenv('OMP_NUM_THREADS', '1')
+        # The processes of the runs are killed when 5 iterations are done.
+        patch.setenv('FATE', 'step 4')
+        drivers['killed'] = Driver(root).work()
+        patch.setenv('FATE', 'none 0')
+        # This driver is killed, and the processes of its runs are not.
+        pid = os.fork()
+        if pid == 0:
+            try:
+                Driver(root).work()
+            finally:
+                os._exit(1)
+        while not resumed(root):
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), 'it has ended'
+            time.sleep(.1)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        drivers['heir'] = Driver(root).work()
+        before = (root / 'ledger.jsonl').read_bytes()
+        drivers['late'] = Driver(root).work()
+        assert (root / 'ledger.jsonl').read_bytes() == before
+    return root, drivers
+
+
+def resumed(root):
+    """Whether both runs go on where they were killed."""
+    logs = [p.read_text() for p in root.glob('work/net/*/seed3/log.txt')]
+    return all('resumed epoch: 0, iter: 4' in log for log in logs)
+
+
+def test_a_killed_run_is_reported_and_does_not_stop_the_others(story):
+    _, drivers = story
+    driver = drivers['killed']
+    assert len(driver.left) == len(driver.scheduler.failed) == 2
+    for arm in ('stock', 'random'):
+        [line] = [s for s in driver.said if f'FAILED net/{arm}/seed3' in s]
+        assert f'exit status {-signal.SIGKILL}' in line
+        assert 'Iter(val) [6/6]' in line  # the tail of its log
+
+
+def test_what_a_killed_driver_left_behind_is_waited_for(story):
+    _, drivers = story
+    driver = drivers['heir']
+    assert driver.left == driver.scheduler.failed == []
+    said = '\n'.join(driver.said)
+    assert said.count('waiting for it') == said.count('finished net/') == 2
+    assert 'starting' not in said and 'resuming' not in said
+
+
+def test_a_finished_study_is_not_repeated(story):
+    _, drivers = story
+    assert drivers['late'].said == [] and drivers['late'].left == []
+
+
+def test_the_ledger(story):
+    root, _ = story
+    ledger = Ledger(root / 'ledger.jsonl')
+    assert len(ledger.registrations('tiny')) == 1
+    assert {e['arm'] for e in ledger.entries} == {'stock', 'random'}
+    assert len(ledger.entries) == 2
+    hashes = set()
+    for entry in ledger.entries:
+        hashes.add(entry['config_hash'])
+        assert entry['iterations'] == ITERS and entry['inputs'] == {}
+        assert [i for i, _ in entry['curve']] == [2, 4, 6]
+        # Evaluated once more, from the checkpoint: val is also test here.
+        assert entry['val'] == entry['test']
+        assert entry['val']['mIoU'] == entry['curve'][-1][1]
+        assert np.isclose(
+            np.mean(entry['val']['IoU']), entry['val']['mIoU'], atol=.01)
+        assert entry['classes'] == list(CLASSES)
+        assert entry['best_val']['mIoU'] == max(m for _, m in entry['curve'])
+        assert entry['train_seconds'] > 0 and entry['peak_memory_mib'] > 100
+        assert entry['peak_memory_of'] == 'process'
+        assert entry['versions']['torch'] and entry['device']
+    assert len(hashes) == 2
+
+
+def test_a_changed_study_is_not_mixed_with_the_old_one(story):
+    root, _ = story
+    study = Study.load(root / 'study.yaml')
+    study.spec['networks']['net']['iterations'] = 8
+    with pytest.raises(StudyError, match='another config'):
+        Scheduler(study, Ledger(root / 'ledger.jsonl'), root / 'work', ROOT)
+
+
+def test_budget(configs, tmp_path):
+    """Nothing is left running, and the ledger is as it was."""
+    write_study(configs, tmp_path)
+    driver = Driver(tmp_path, budget=0.).work()
+    assert len(driver.left) == 2 and driver.scheduler.failed == []
+    assert 'the budget is spent' in driver.said
+    assert Ledger(tmp_path / 'ledger.jsonl').entries == []
+
+
+def test_a_run_that_cannot_start_is_reported(configs, tmp_path):
+    path = write_study(
+        configs,
+        tmp_path,
+        grids=[
+            dict(
+                networks=['net'],
+                arms=['stock'],
+                seeds=[0],
+                train_fractions=[.5])
+        ])
+    spec = yaml.safe_load(path.read_text())
+    spec['options']['train_dataloader.dataset.data_prefix.img_path'] = 'none'
+    path.write_text(yaml.safe_dump(spec))
+    driver = Driver(tmp_path).work()
+    assert [r.name for r in driver.left] == ['net/stock/seed0_50%']
+    assert any('FAILED' in s and 'none' in s for s in driver.said)
+
+
+# ----------------------------------------------------------------- the plan
+def test_config_of_a_run(configs, tmp_path):
+    path = write_study(configs, tmp_path)
+    spec = yaml.safe_load(path.read_text())
+    head = dict(type='FCNHead', channels=16, loss_decode=dict(a=1))
+    spec['networks']['net']['feature'] = dict(in_channels=8, in_index=0)
+    spec['arms']['extra'] = dict(config='stock', auxiliary_head=head)
+    spec['arms']['stock']['options'] = {'optim_wrapper.optimizer.lr': 9.}
+    path.write_text(yaml.safe_dump(spec))
+    study = Study.load(path, dict(data='here'))
+    cfg = study.config(Run('net', 'stock', 7))
+    assert cfg.train_cfg.max_iters == ITERS
+    assert cfg.train_cfg.val_interval == INTERVAL
+    assert cfg.default_hooks.checkpoint.interval == INTERVAL
+    assert (cfg.param_scheduler[0].begin, cfg.param_scheduler[0].end) == (0, 6)
+    assert cfg.randomness == dict(seed=7)
+    assert cfg.optim_wrapper.optimizer.lr == 9.
+    assert cfg.train_dataloader.dataset.data_root == 'here'
+    assert study.config(Run('net', 'stock', 7), resolved=False) \
+        .test_dataloader.dataset.data_root == '${data}'
+    assert 'auxiliary_head' not in cfg.model
+    [extra] = study.config(Run('net', 'extra', 7)).model.auxiliary_head
+    assert extra.pop('norm_cfg') == dict(type='BN')
+    assert extra == dict(
+        head, in_channels=8, in_index=0, num_classes=len(CLASSES))
+    # Options of one arm do not leak into the others.
+    assert study.config(Run('net', 'random', 7)).optim_wrapper.optimizer.lr \
+        == .05
+
+
+def test_the_hash_depends_on_what_counts(configs, tmp_path, make_embeddings):
+    path = write_study(configs, tmp_path)
+    spec = yaml.safe_load(path.read_text())
+    spec['vars']['text'] = make_embeddings(8, 16, CLASSES)
+    spec['arms']['text'] = dict(
+        config='text',
+        options={
+            'model.decode_head.text':
+            dict(_delete_=True, type='ClassEmbeddings', file='${text}')
+        })
+    path.write_text(yaml.safe_dump(spec))
+
+    def identify(run, **variables):
+        found = Study.load(path, variables).identify(run)
+        return found['config_hash'], found['inputs']
+
+    run = Run('net', 'text', 0)
+    own, inputs = identify(run)
+    assert list(inputs) == ['text']
+    # Where things are does not count; what is in them does.
+    elsewhere = write_dataset(tmp_path / 'elsewhere', 1)
+    copied = make_embeddings(8, 16, CLASSES, file='copy')
+    assert identify(run, data=elsewhere, text=copied) == (own, inputs)
+    other = make_embeddings(8, 16, CLASSES, seed=1, file='other')
+    hashes = {
+        own,
+        identify(run, text=other)[0],
+        identify(Run('net', 'text', 1))[0],
+        identify(Run('net', 'text', 0, .5))[0],
+        identify(Run('net', 'random', 0))[0]
+    }
+    assert len(hashes) == 5
+    with pytest.raises(StudyError, match='does not exist.*--vars text=PATH'):
+        identify(run, text='gone.safetensors')
+
+
+def test_images_of_a_fraction():
+    few, more = (subset(367, Run('a', 'x', 0, f)) for f in (.1, .25))
+    assert (len(few), len(more)) == (37, 92)
+    assert set(few) < set(more) and few == sorted(set(few))
+    assert max(more) < 367
+    assert few == subset(367, Run('b', 'y', 0, .1))
+    assert few != subset(367, Run('a', 'x', 1, .1))
+    assert subset(3, Run('a', 'x', 0, .01)) != []
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [(dict(grids=[dict(networks=['net'], arms=['stok'], seeds=[0])]),
+      "grid 1 has the unknown arm 'stok'; known are .*'stock'"),
+     (dict(grids=[dict(networks=['nett'], arms=['stock'], seeds=[0])]),
+      "grid 1 has the unknown network 'nett'; known are .*'net'"),
+     (dict(baseline='none'), "unknown arm 'none'"),
+     (dict(evaluate=['test']), 'evaluate must be'),
+     (dict(arm=1), r"unknown keys \['arm'\]"),
+     (dict(grids=[
+         dict(
+             networks=['net'], arms=['stock'], seeds=[0], train_fractions=[10])
+     ]), r'must be in \(0, 1\]')])
+def test_a_wrong_study_is_refused(configs, tmp_path, changes, message):
+    with pytest.raises(StudyError, match=message):
+        Study.load(write_study(configs, tmp_path, **changes))
+
+
+def test_unknown_variables_and_configs(configs, tmp_path):
+    path = write_study(configs, tmp_path)
+    with pytest.raises(StudyError, match="no vars .*'dota'.*'data'"):
+        Study.load(path, dict(dota='x'))
+    study = Study.load(path)
+    study.spec['networks']['net']['stock'] = 'gone.py'
+    with pytest.raises(StudyError, match='net/stock/seed3.*gone.py'):
+        study.config(Run('net', 'stock', 3))
+    study.spec['networks']['net'].update(
+        stock=str(configs / 'stock.py'), val_interval=4)
+    with pytest.raises(StudyError, match='does not divide'):
+        study.config(Run('net', 'stock', 3))
+
+
+# ------------------------------------------------------- the shipped studies
+STUDIES = sorted((CONFIGS / 'studies').glob('*_*.yaml'))
+STUDIES += [CONFIGS / 'studies' / 'toy.yaml']
+
+
+@pytest.mark.parametrize('path', STUDIES, ids=[p.stem for p in STUDIES])
+def test_shipped_studies(path):
+    """Each arm of each network is a config; a run's size is the study's."""
+    study = Study.load(path)
+    assert study.spec['registration'].strip() and study.runs()
+    for run in {(r.network, r.arm): r for r in study.runs()}.values():
+        cfg = study.config(run, resolved=False)
+        backbone = str(cfg.model.backbone)
+        # From scratch, or with weights that the user names.
+        assert 'http' not in backbone and 'Pretrained' not in backbone
+        size = study.spec.get('size') or cfg.crop_size if 'crop_size' in cfg \
+            else cfg.model.data_preprocessor.size
+        assert tuple(cfg.model.data_preprocessor.size) == tuple(size)
+        hooks = [h.get('switch_at') for h in cfg.get('custom_hooks') or []]
+        two_stages = run.arm.endswith('2st') or path.stem == 'toy'
+        assert hooks in ([], [.9] if two_stages else [None])
+
+
+def test_arms_differ_in_what_they_say(make_embeddings):
+    """On one network: parameters and vectors of each arm."""
+    names = 'sky building pole road pavement tree signsymbol fence car ' \
+        'pedestrian bicyclist'.split()
+    files = dict(
+        clip=make_embeddings(11, 512, names, file='clip'),
+        minilm=make_embeddings(11, 384, names, file='minilm'))
+    study = Study.load(CONFIGS / 'studies' / 'camvid_screen.yaml', files)
+    models = {}
+    for run in study.runs():
+        if run.network == 'ddrnet_23-slim' and run.seed == 0:
+            cfg = study.config(run)
+            cfg.model.backbone.channels = 8  # small
+            cfg.model.decode_head.in_channels = 32
+            for head in cfg.model.get('auxiliary_head') or []:
+                head.in_channels = 32
+            models[run.arm] = MODELS.build(cfg.model)
+    size = {
+        arm: sum(p.numel() for p in model.parameters())
+        for arm, model in models.items()
+    }
+    assert size['text-cls'] == size['random-cls'] == size['shuffled-cls']
+    assert size['text-aux'] == size['random-aux'] == size['shuffled-aux']
+    assert size['text-cls'] - size['onehot-cls'] == (512 - 11) * (64 + 2)
+    head = models['extra-head'].auxiliary_head[-1]
+    # 32 -> 512, BN, 512 -> 11 with bias.
+    assert size['extra-head'] - size['stock'] == \
+        32 * 512 + 2 * 512 + 512 * 11 + 11
+    assert head.loss_decode.loss_weight == .4
+
+    def vectors(arm):
+        return models[arm].decode_head.text.text()
+
+    clip = vectors('text-cls')
+    assert torch.equal(vectors('text-aux'), clip)
+    for role in ('cls', 'aux'):
+        random = vectors(f'random-{role}')
+        torch.testing.assert_close(random @ random.T, torch.eye(11))
+        shuffled = vectors(f'shuffled-{role}')
+        assert not (shuffled == clip).all(1).any()
+        assert set(map(tuple,
+                       shuffled.tolist())) == set(map(tuple, clip.tolist()))
+        assert torch.equal(vectors(f'onehot-{role}'), torch.eye(11))
+        assert vectors(f'minilm-{role}').shape == (11, 384)
+    scales = {
+        arm: models[arm].decode_head.text.scale
+        for arm in models if arm.endswith(('cls', 'scale', '4', '2st'))
+    }
+    assert not scales['text-cls-fixed-scale'].learnable
+    assert scales['text-cls-scale-4']().item() == pytest.approx(4.)
+
+
+# ---------------------------------------------------------------- the ledger
+def entry(**changes):
+    return dict(
+        dict(
+            study='s',
+            network='n',
+            arm='a',
+            seed=0,
+            train_fraction=1.,
+            config_hash='h',
+            iterations=1,
+            classes=['c'],
+            val=dict(mIoU=1., IoU=[1.]),
+            curve=[]), **changes)
+
+
+def test_a_damaged_ledger_names_the_line(tmp_path):
+    path = tmp_path / 'l.jsonl'
+    ledger = Ledger(path)
+    for seed in range(3):
+        ledger.append(entry(seed=seed))
+    with pytest.raises(LedgerError, match='n/a/seed1 .*there already'):
+        ledger.append(entry(seed=1))
+    assert len(Ledger(path).entries) == 3
+    lines = path.read_text().splitlines()
+    path.write_text('\n'.join([lines[0], lines[1][:40], lines[2]]))
+    with pytest.raises(LedgerError, match='line 2 is damaged'):
+        Ledger(path)
+    path.write_text(f'{lines[0]}\n{{"seed": 1}}\n')
+    with pytest.raises(LedgerError, match="line 2 .*'config_hash'"):
+        Ledger(path)
+    path.write_text('\n'.join([*lines, lines[1]]))
+    with pytest.raises(LedgerError, match='line 4: n/a/seed1'):
+        Ledger(path)
+    # A last line without its end, as an editor may leave it.
+    path.write_text('\n'.join(lines[:2]))
+    Ledger(path).append(entry(seed=2))
+    assert Ledger(path).entries == [json.loads(x) for x in lines]
+
+
+def test_a_study_is_registered_once_and_amended_openly(tmp_path):
+    ledger = Ledger(tmp_path / 'l.jsonl')
+    plan = dict(study='s', baseline='a', arms={'a': ''}, planned=['n/a/seed0'])
+    assert ledger.register(plan, '2000-01-01')
+    assert not ledger.register(plan, '2000-01-02')
+    assert Ledger(ledger.path).register(dict(plan, planned=[]), '2000-01-03')
+    found = Ledger(ledger.path).registrations('s')
+    assert [r['registered'] for r in found] == ['2000-01-01', '2000-01-03']
+
+
+def test_the_tool_lists_the_runs(configs, tmp_path, monkeypatch, capsys):
+    path = write_study(configs, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location('study_tool',
+                                                  ROOT / 'tools/study.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.main(['study.yaml', '--dry-run']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in lines] == [
+        'net/stock/seed3, 6 iterations', 'net/random/seed3, 6 iterations'
+    ]
+    assert list(tmp_path.iterdir()) == [path]
+    assert tool.main(['gone.yaml']) == 2
+    assert 'there is no study gone.yaml' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='write NAME=VALUE'):
+        tool.main(['study.yaml', '--vars', 'data'])

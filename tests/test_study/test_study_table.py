@@ -1,0 +1,231 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""The page of a study against figures worked out by hand."""
+import math
+
+import matplotlib
+import pytest
+from analysis_tools import fails, load_tool
+
+from mmseg_textkd.study import Ledger
+from mmseg_textkd.study.analysis import Group, interval
+
+TOOL = load_tool('study_table')
+# Test mIoU by arm and seed. Differences of text: 3, 2, 1.5.
+SCORES = dict(
+    stock={
+        0: 40.,
+        1: 42.,
+        2: 41.
+    },
+    text={
+        0: 43.,
+        1: 44.,
+        2: 42.5
+    },
+    random={
+        0: 41.,
+        1: 40.5
+    })
+PLAN = dict(
+    study='s',
+    title='Streets',
+    registration='The question.',
+    baseline='stock',
+    controls=['random'],
+    evaluate=['val', 'test'],
+    arms=dict(stock='as it is', text='with text', random='without'),
+    planned=['a'] * 9)
+
+
+def entry(arm, seed, score, **changes):
+    """A run whose val is 1 lower, and whose curve ends with 4, 1."""
+    result = dict(mIoU=score, mAcc=0., aAcc=0., IoU=[score + 5, score - 5])
+    lower = dict(mIoU=score - 1, mAcc=0., aAcc=0., IoU=[score + 4, None])
+    return dict(
+        dict(
+            study='s',
+            network='net',
+            arm=arm,
+            seed=seed,
+            train_fraction=1.,
+            config_hash='h',
+            inputs=dict(clip='abc') if arm == 'text' else {},
+            iterations=8,
+            size=[16, 32],
+            classes=['road', 'car'],
+            val=lower,
+            test=result,
+            checkpoint='last',
+            curve=[[2, score - 6], [4, score - 5.5], [6, score - 2],
+                   [8, score - 1]],
+            best_val=dict(iteration=8, mIoU=score - 1),
+            train_seconds=10. + seed,
+            peak_memory_mib=100 + seed,
+            peak_memory_of='process',
+            jobs=2,
+            threads='1',
+            commit='c0ffee',
+            device='a machine',
+            versions=dict(torch='2')), **changes)
+
+
+def write_ledger(path, **changes):
+    ledger = Ledger(path)
+    ledger.register(PLAN, '2000-01-01')
+    for arm, scores in SCORES.items():
+        for seed, score in scores.items():
+            ledger.append(entry(arm, seed, score, **changes))
+    return path
+
+
+@pytest.fixture(scope='module')
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('page')
+    TOOL.main([
+        str(write_ledger(folder / 's.jsonl')), '--out',
+        str(folder / 'page.md')
+    ])
+    return folder, (folder / 'page.md').read_text()
+
+
+def test_interval():
+    """By hand: t(0.975, 2) = 4.302653, s^2 = (.6944 + .0278 + .4444) / 2."""
+    found = interval([3., 2., 1.5])
+    half = 4.302653 * math.sqrt(0.583333) / math.sqrt(3)
+    assert found.mean == pytest.approx(6.5 / 3)
+    assert found.low == pytest.approx(6.5 / 3 - half, abs=1e-5)
+    assert found.high == pytest.approx(6.5 / 3 + half, abs=1e-5)
+    assert found.reading == 'gain' and found.number == 3
+    assert interval([-3., -2., -1.5]).reading == 'loss'
+    assert interval([1., -1.]).reading == 'open'
+    one = interval([3.])
+    assert one.mean == 3. and one.reading == 'open' and math.isinf(one.high)
+    assert interval([]) is None
+
+
+def test_a_difference_is_taken_within_the_seeds_that_both_have():
+    entries = [
+        entry(arm, seed, score) for arm, scores in SCORES.items()
+        for seed, score in scores.items()
+    ]
+    part = Group(entries[::-1], 'test')
+    # Seeds 0 and 1: 43 - 41 and 44 - 40.5.
+    assert part.difference('text', 'random').mean == pytest.approx(2.75)
+    assert part.difference('text', 'random').number == 2
+    assert part.difference('text', 'stock', 1).mean == pytest.approx(6.5 / 3)
+    assert part.spread('stock') == pytest.approx((41., 1.))
+    assert part.spread('stock', 'val') == pytest.approx((40., 1.))
+    assert part.last_gain('text') == pytest.approx(1.)
+    # No label of that class in val.
+    assert part.scores('text', 'val', label=1) == {}
+    assert Group(entries, 'val').difference('text', 'stock', 1) is None
+
+
+def test_tables(page):
+    _, text = page
+    rows = [line for line in text.splitlines() if line.startswith('| `text`')]
+    assert rows[0] == '| `text` | with text |'
+    # random has two seeds: 2.75 ± 12.706 * sqrt(1.125 / 2)
+    half = 12.7062047 * math.sqrt(1.125 / 2)
+    assert rows[1] == (
+        '| `text` | 3 | 43.17 ± 0.76 | 42.17 ± 0.76 | +2.17 [+0.27, +4.06] '
+        f'**gain** | +2.75 [{2.75 - half:+.2f}, {2.75 + half:+.2f}] *open* '
+        '| 42.17 | +1.00 | 11 | 102 |')
+    assert '| `stock` | 3 | 41.00 ± 1.00 | 40.00 ± 1.00 |  |' in text
+    half = 12.7062047 * math.sqrt(3.125 / 2)  # differences 1 and -1.5
+    assert ('| road | 46.00 | +2.17 [+0.27, +4.06] | -0.25 '
+            f'[{-.25 - half:+.2f}, {-.25 + half:+.2f}] |') in text
+    for said in ('The question.', 'Registered 2000-01-01.',
+                 '8 of 9 planned runs', 'c0ffee', 'a machine', '[16, 32]',
+                 '| SHA-256 of `clip` | abc |', '![s_curves.png]'):
+        assert said in text
+
+
+def test_the_same_ledger_gives_the_same_files(page, tmp_path):
+    folder, _ = page
+    ledger = str(folder / 's.jsonl')
+    TOOL.main([ledger, '--out', str(tmp_path / 'page.md')])
+    names = {'page.md', 's_seeds.png', 's_classes.png', 's_curves.png'}
+    assert {p.name for p in tmp_path.iterdir()} == names
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_plots_show_what_the_tables_say(page):
+    folder, _ = page
+    [study] = TOOL.read_studies([Ledger(folder / 's.jsonl')])
+    [axis] = study.plot_seeds().axes
+    lines = {line.get_label(): line for line in axis.lines}
+    assert lines['seed 0'].get_ydata().tolist() == [40., 43., 41.]
+    assert lines['seed 2'].get_xdata().tolist() == [0, 1]
+    [axis] = study.plot_classes().axes
+    assert [round(bar.get_width(), 2)
+            for bar in axis.patches] == [2.17, 2.17, -.25, -.25]
+    [axis] = study.plot_curves().axes
+    lines = {line.get_label(): line for line in axis.lines}
+    assert lines['stock'].get_xdata().tolist() == [2, 4, 6, 8]
+    assert lines['stock'].get_ydata().tolist() == [35., 35.5, 39., 40.]
+
+
+def test_check(page, tmp_path, capsys):
+    ledger = write_ledger(tmp_path / 's.jsonl')
+    out = tmp_path / 'page.md'
+    words = [str(ledger), '--out', str(out)]
+    assert 'page.md, s_seeds.png' in fails(TOOL, capsys, *words, '--check')
+    assert not out.exists()
+    TOOL.main(words)
+    TOOL.main([*words, '--check'])
+    # Other pixels of the same ledger are fine, as of another Matplotlib.
+    with matplotlib.rc_context({'font.size': 20}):
+        TOOL.main([*words, '--check'])
+    typed = out.read_text().replace('43.17', '53.17')
+    out.write_text(typed)
+    said = fails(TOOL, capsys, *words, '--check')
+    assert 'page.md not' in said and out.read_text() == typed
+    TOOL.main(words)
+    Ledger(ledger).append(entry('random', 2, 40.))
+    assert 'page.md, s_seeds.png, s_classes.png, s_curves.png' in fails(
+        TOOL, capsys, *words, '--check')
+
+
+def test_without_test_and_with_fewer_images(tmp_path):
+    ledger = write_ledger(tmp_path / 's.jsonl', test=None)
+    Ledger(ledger).append(entry('stock', 0, 30., train_fraction=.1, test=None))
+    out = tmp_path / 'page.md'
+    TOOL.main([str(ledger), '--out', str(out)])
+    text = out.read_text()
+    assert 'test mIoU' not in text
+    assert text.index('### net\n') < text.index(
+        '### net, 10 % of the training images')
+    assert '| `stock` | 1 | 29.00 |  | 29.00 | +1.00 |' in text
+
+
+def test_a_study_without_runs_shows_its_registration(tmp_path):
+    Ledger(tmp_path / 's.jsonl').register(PLAN, '2000-01-01')
+    out = tmp_path / 'page.md'
+    TOOL.main([str(tmp_path / 's.jsonl'), '--out', str(out)])
+    assert '0 of 9 planned runs' in out.read_text()
+    assert 'The question.' in out.read_text()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_ledgers_that_do_not_belong_together(tmp_path, capsys):
+    paths = [write_ledger(tmp_path / f'{i}.jsonl') for i in 'ab']
+    out = tmp_path / 'page.md'
+    assert 'two ledgers' in fails(TOOL, capsys, *paths, '--out', out)
+    lines = paths[0].read_text().splitlines()
+    paths[0].write_text('\n'.join(lines[1:]))
+    said = fails(TOOL, capsys, paths[0], '--out', out)
+    assert 'was not registered' in said and not out.exists()
+
+
+def test_a_damaged_line_is_named(tmp_path, capsys):
+    ledger = write_ledger(tmp_path / 's.jsonl')
+    lines = ledger.read_text().splitlines()
+    lines[4] = lines[4][:-9]
+    ledger.write_text('\n'.join(lines) + '\n')
+    out = tmp_path / 'page.md'
+    said = fails(TOOL, capsys, ledger, '--out', out)
+    assert 's.jsonl, line 5 is damaged' in said and not out.exists()
+    said = fails(TOOL, capsys, tmp_path / 'no.jsonl', '--out', out)
+    assert 'no ledger' in said
