@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from .class_means import class_means
+from .class_means import class_masks, class_means
 from .logit_scale import LogitScale
 from .pixel_projection import PixelProjection
 from .similarity import pixel_text_similarity, text_of_batch
@@ -10,6 +10,6 @@ from .text_fusion import TextFusion
 
 __all__ = [
     'LogitScale', 'PixelProjection', 'SpatialRegularization', 'TextBranch',
-    'TextClassifier', 'TextFusion', 'class_means', 'pixel_text_similarity',
-    'text_of_batch'
+    'TextClassifier', 'TextFusion', 'class_masks', 'class_means',
+    'pixel_text_similarity', 'text_of_batch'
 ]

@@ -7,7 +7,7 @@ from mmengine.dist import all_reduce, get_world_size
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ..layers import LogitScale, text_of_batch
+from ..layers import LogitScale, class_masks, text_of_batch
 
 TARGETS = ('raw', 'centred', 'standardised')
 
@@ -180,11 +180,8 @@ class SemanticStructureLoss(nn.Module):
                     weight: Optional[Tensor], num_classes: int,
                     ignore_index: int) -> Tuple[Tensor, Tensor]:
         """Unit prototypes (K, D), and which classes are present (K, )."""
-        valid = labels != ignore_index
-        # (P, K). One product of matrices: unlike a scattered sum it is
-        # the same in every run on a GPU.
-        masks = F.one_hot(labels.where(valid, 0), num_classes).flatten(0, 2)
-        masks = masks.to(embeddings) * valid.flatten()[:, None]
+        masks = class_masks(labels, num_classes, ignore_index)
+        masks = masks.flatten(0, 1).to(embeddings)  # (P, K)
         if weight is not None:
             masks = masks * weight.flatten()[:, None].to(masks)
         counts = masks.count_nonzero(dim=0)

@@ -99,7 +99,7 @@ class TextGuidedDistillationLoss(nn.Module):
             embeddings (Tensor): Pixel embeddings, shape (N, D, h, w), of any
                 length.
             text (Tensor): Class embeddings, shape (K, D), (N, K, D) or, with
-                R phrases a class, (1, K, R, D), whose mean counts.
+                R phrases a class, (1, R, K, D), whose mean counts.
             labels (Tensor): Long tensor with shape (N, h, w).
             ignore_index (int): Label of the pixels that are left out.
                 Defaults to 255.
@@ -118,7 +118,7 @@ class TextGuidedDistillationLoss(nn.Module):
             dtype = torch.promote_types(embeddings.dtype, torch.float32)
             text = text.detach().to(dtype)
             text = F.normalize(
-                text.mean(2) if text.dim() == 4 else text, dim=-1)
+                text.mean(1) if text.dim() == 4 else text, dim=-1)
             text = text.expand(len(embeddings), -1, -1)
             means, counts = class_means(
                 embeddings.to(dtype), labels, text.shape[1], ignore_index)
