@@ -27,6 +27,9 @@ READMES = {
     'configs/lseg/README.md': {
         'lseg': 'LSeg'
     },
+    'configs/ebseg/README.md': {
+        'ebseg': 'EBSeg'
+    },
     'configs/distillation/README.md': {
         'distillation': 'Distillation'
     },
