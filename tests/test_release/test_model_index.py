@@ -100,7 +100,7 @@ def test_nothing_is_claimed_that_was_not_measured():
     readmes = [
         Path(ROOT, 'configs', folder, 'README.md')
         for folder in ('textkd', 'lseg', 'distillation', 'structure',
-                       'diversification')
+                       'diversification', 'fusion')
     ]
     rows = [
         line.split('|')[1:-1] for path in readmes
