@@ -39,6 +39,9 @@ READMES = {
     'configs/diversification/README.md': {
         'diversification': 'Text diversification'
     },
+    'configs/fusion/README.md': {
+        'fusion': 'Fusion of image and text'
+    },
 }
 COLUMNS = [
     'Method', 'Backbone', 'Crop Size', 'Lr schd', 'Mem (GB)', 'Inf time (fps)',
