@@ -225,7 +225,7 @@ def build(root: Path) -> Dict[str, str]:
                 collection['Paper'] = dict(Title=title, URL=url)
             files[f'configs/{folder}/metafile.yaml'] = _dump(
                 readme, dict(Collections=[collection], Models=ours))
-    index = dict(Import=list(files))
+    index = dict(Import=sorted(files))
     return {**files, 'model-index.yml': _dump('configs/*/README.md', index)}
 
 
