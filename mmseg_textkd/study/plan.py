@@ -22,9 +22,7 @@ KEYS = {
     '_base_', 'name', 'title', 'registration', 'baseline', 'controls', 'vars',
     'options', 'size', 'evaluate', 'networks', 'arms', 'grids'
 }
-NETWORK_KEYS = {
-    'stock', 'text', 'iterations', 'val_interval', 'options', 'feature'
-}
+NETWORK_KEYS = {'configs', 'iterations', 'val_interval', 'options', 'feature'}
 ARM_KEYS = {'config', 'what', 'options', 'auxiliary_head'}
 GRID_KEYS = {'networks', 'arms', 'seeds', 'train_fractions'}
 SPLITS = ('val', 'test')
@@ -188,7 +186,7 @@ class Study:
             extra = {**arm['auxiliary_head'], **network['feature']}
         try:
             cfg = make_config(
-                self.path.parent / network[arm['config']],
+                self.path.parent / network['configs'][arm['config']],
                 options=self._substitute(options) if resolved else options,
                 iterations=network['iterations'],
                 val_interval=network['val_interval'],
@@ -270,12 +268,9 @@ class Study:
             ('name', 'baseline', 'evaluate', 'networks', 'arms', 'grids'))
         for name, network in spec['networks'].items():
             check_keys(f'network {name!r}', network, NETWORK_KEYS,
-                       ('stock', 'iterations', 'val_interval'))
+                       ('configs', 'iterations', 'val_interval'))
         for name, arm in spec['arms'].items():
             check_keys(f'arm {name!r}', arm, ARM_KEYS, ('config', ))
-            if arm['config'] not in ('stock', 'text'):
-                fail(f'arm {name!r}: config must be stock or text, but is '
-                     f'{arm["config"]!r}.')
         wrong = set(spec['evaluate']) - set(SPLITS)
         if wrong or 'val' not in spec['evaluate']:
             fail(f'evaluate must be [val] or [val, test], but is '
@@ -293,8 +288,10 @@ class Study:
                              f'known are {list(spec[kind])}.')
             for name, arm in product(grid['networks'], grid['arms']):
                 network, arm = spec['networks'][name], spec['arms'][arm]
-                if arm['config'] not in network:
-                    fail(f'network {name!r} has no {arm["config"]} config.')
+                if arm['config'] not in network['configs']:
+                    fail(f'network {name!r} has no config '
+                         f'{arm["config"]!r}; it has '
+                         f'{list(network["configs"])}.')
                 if arm.get('auxiliary_head') and 'feature' not in network:
                     fail(f'network {name!r} does not say by `feature` where '
                          'an extra auxiliary head reads.')

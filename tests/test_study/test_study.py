@@ -52,8 +52,9 @@ def write_study(configs, folder, **changes):
         },
         networks=dict(
             net=dict(
-                stock=str(configs / 'stock.py'),
-                text=str(configs / 'text.py'),
+                configs=dict(
+                    stock=str(configs / 'stock.py'),
+                    text=str(configs / 'text.py')),
                 iterations=ITERS,
                 val_interval=INTERVAL)),
         arms=dict(stock=dict(config='stock'), random=dict(config='text')),
@@ -288,6 +289,8 @@ def test_images_of_a_fraction():
       "grid 1 has the unknown arm 'stok'; known are .*'stock'"),
      (dict(grids=[dict(networks=['nett'], arms=['stock'], seeds=[0])]),
       "grid 1 has the unknown network 'nett'; known are .*'net'"),
+     (dict(arms=dict(stock=dict(config='stock'), random=dict(config='new'))),
+      "network 'net' has no config 'new'; it has .*'text'"),
      (dict(baseline='none'), "unknown arm 'none'"),
      (dict(evaluate=['test']), 'evaluate must be'),
      (dict(arm=1), r"unknown keys \['arm'\]"),
@@ -305,11 +308,11 @@ def test_unknown_variables_and_configs(configs, tmp_path):
     with pytest.raises(StudyError, match="no vars .*'dota'.*'data'"):
         Study.load(path, dict(dota='x'))
     study = Study.load(path)
-    study.spec['networks']['net']['stock'] = 'gone.py'
+    study.spec['networks']['net']['configs']['stock'] = 'gone.py'
     with pytest.raises(StudyError, match='net/stock/seed3.*gone.py'):
         study.config(Run('net', 'stock', 3))
-    study.spec['networks']['net'].update(
-        stock=str(configs / 'stock.py'), val_interval=4)
+    study = Study.load(path)
+    study.spec['networks']['net']['val_interval'] = 4
     with pytest.raises(StudyError, match='does not divide'):
         study.config(Run('net', 'stock', 3))
 
@@ -381,6 +384,11 @@ def test_arms_differ_in_what_they_say(make_embeddings):
                        shuffled.tolist())) == set(map(tuple, clip.tolist()))
         assert torch.equal(vectors(f'onehot-{role}'), torch.eye(11))
         assert vectors(f'minilm-{role}').shape == (11, 384)
+    for role in ('text', 'random'):
+        [loss] = models[f'{role}-cls-ssc'].decode_head.text_losses
+        assert type(loss).__name__ == 'SemanticStructureLoss'
+        assert size[f'{role}-cls-bridge'] > size[f'{role}-cls']
+    assert torch.equal(vectors('text-cls-ssc'), clip)
     scales = {
         arm: models[arm].decode_head.text.scale
         for arm in models if arm.endswith(('cls', 'scale', '4', '2st'))
