@@ -131,7 +131,8 @@ class Ledger:
         except json.JSONDecodeError as error:
             raise LedgerError(
                 f'{where} is damaged ({error}). Restore it, or remove the '
-                'line: its run will then be made again.') from error
+                'line: its run is then taken from its folder, or made anew.'
+            ) from error
         if not isinstance(entry, dict):
             raise LedgerError(f'{where} is no JSON object.')
         needed = REGISTRATION if 'registered' in entry else NEEDED

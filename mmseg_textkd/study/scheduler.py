@@ -62,6 +62,8 @@ class Job:
     def stop(self) -> None:
         """End the process; the last checkpoint is kept."""
         self.process.terminate()
+        # One that somebody has suspended would never get to it.
+        self.process.send_signal(signal.SIGCONT)
         self.process.wait()
 
 
@@ -119,7 +121,7 @@ class Scheduler:
                     f'another config (hash {done["config_hash"][:12]}, now '
                     f'{own[:12]}). The study or a config was changed after '
                     'the run. Give the study a new name, or remove that line '
-                    'to make the run again.')
+                    f'and {work_dir / run.name} to make the run again.')
 
     def todo(self) -> List[Run]:
         """List the runs that are neither finished nor failed.

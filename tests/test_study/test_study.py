@@ -17,7 +17,7 @@ from tiny import CLASSES, tiny_config, write_dataset
 
 from mmseg_textkd.study import Ledger, LedgerError, Run, Study, StudyError
 from mmseg_textkd.study.plan import subset
-from mmseg_textkd.study.scheduler import Scheduler
+from mmseg_textkd.study.scheduler import Job, Scheduler
 
 ITERS, INTERVAL = 6, 2
 
@@ -205,6 +205,15 @@ def test_a_run_that_cannot_start_is_reported(configs, tmp_path):
     driver = Driver(tmp_path).work()
     assert [r.name for r in driver.left] == ['net/stock/seed0_50%']
     assert any('FAILED' in s and 'none' in s for s in driver.said)
+
+
+def test_a_suspended_process_can_be_ended(tmp_path):
+    job = Job(Run('net', 'stock', 0), tmp_path, open(tmp_path / 'lock', 'w'))
+    job.start(['-c', 'import time; time.sleep(60)'])
+    job.process.send_signal(signal.SIGSTOP)
+    job.stop()
+    assert job.process.returncode == -signal.SIGTERM
+    job.lock.close()
 
 
 # ----------------------------------------------------------------- the plan
