@@ -264,7 +264,10 @@ class BaseNetworkTester:
     @classmethod
     def configs(cls):
         """All text configs of the network."""
-        return sorted((CONFIGS / 'textkd').glob(f'textkd_{cls.network}_*.py'))
+        # The toy's start from nothing.
+        scratch = cls.network.replace('_in1k-pre', '')
+        names = f'textkd_{cls.network}_*.py', f'textkd_{scratch}_toyclip_*.py'
+        return sorted({p for n in names for p in (CONFIGS / 'textkd').glob(n)})
 
     @classmethod
     def main_config(cls):

@@ -32,7 +32,7 @@ class TestSTDC2(STDCTester):
 class TestDDRNet23Slim(BaseNetworkTester):
     network = 'ddrnet_23-slim_in1k-pre'
     head = 'TextDDRHead'
-    num_configs = 8
+    num_configs = 9  # with ToyScenes
 
 
 class TestDDRNet23(BaseNetworkTester):

@@ -209,6 +209,7 @@ def test_editable_install_links_to_the_checkout(source, tmp_path):
     pip(*args, cwd=tmp_path)  # must find the links of the first, not mind
     out = run(
         python,
+        '-I',  # no PYTHONPATH
         '-c', 'from importlib.util import find_spec\n'
         "print(find_spec('mmseg_textkd').submodule_search_locations[0])",
         cwd=tmp_path).strip()

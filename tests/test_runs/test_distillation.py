@@ -224,6 +224,46 @@ def test_what_is_deployed_is_stock(root, role):
     assert torch.equal(logits[0].argmax(1), logits[1].argmax(1))
 
 
+def test_goes_with_all_other_text_knowledge(root):
+    """Synonyms, structure loss and a bridge beside both teachers."""
+    cfg = config(root)
+    head = cfg.model.decode_head
+    head.text.embeddings = dict(
+        type='SynonymSampler',
+        file=str(root / 'phrases.safetensors'),
+        build=dict(
+            model='toyclip',
+            vocabulary={name: [name, f'a {name}']
+                        for name in CLASSES},
+            templates='photo',
+            keep_bank=True))
+    head.text_losses += [
+        dict(type='SemanticStructureLoss', min_pixels=1),
+        dict(type='TextAlignmentLoss', loss_weight=0.4)
+    ]
+    head.fusion = dict(type='TwoWayBridge', width=8, num_heads=2)
+    ensure_embeddings(cfg)
+    runner = run(cfg, work_dir=str(root / 'together'))
+    names = {
+        GUIDED, 'decode.loss_text_prototypes', 'decode.loss_text_similarity',
+        'decode.loss_structure', 'decode.loss_text_align',
+        'decode.loss_bridge_ce', 'decode.loss_bridge_kl', 'distill.loss_kd',
+        'distill.loss_cwd', 'distill.loss_cwd_features'
+    }
+    for values in notes(runner):
+        assert names <= set(values)
+        total = sum(v for k, v in values.items() if 'loss_' in k)
+        assert values['loss'] == pytest.approx(total, rel=1e-5)
+    assert runner.model.decode_head.text.text.offset.abs().max() > 0
+    stock = MODELS.build(to_stock_cfg(cfg).model)
+    model = runner.model.eval()
+    stock.load_state_dict(fold_state_dict(model), strict=True)
+    inputs = torch.randn(2, 3, *SIZE)
+    with torch.no_grad():
+        logits = stock.eval()(inputs), model(inputs)
+    assert (logits[0] - logits[1]).abs().max() < 1e-4
+
+
 def first_batch(cfg):
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
     return next(iter(loader))
