@@ -210,7 +210,8 @@ def test_editable_install_links_to_the_checkout(source, tmp_path):
     out = run(
         python,
         '-I',  # no PYTHONPATH
-        '-c', 'from importlib.util import find_spec\n'
+        '-c',
+        'from importlib.util import find_spec\n'
         "print(find_spec('mmseg_textkd').submodule_search_locations[0])",
         cwd=tmp_path).strip()
     assert osp.samefile(out, osp.join(source, 'mmseg_textkd'))
