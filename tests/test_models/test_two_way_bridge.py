@@ -10,6 +10,7 @@ from network_tester import samples
 
 from mmseg_textkd.models import (TextClassifier, TextDDRHead, TextFCNHead,
                                  TwoWayBridge)
+from mmseg_textkd.text.build import encode_classes
 
 CONTROL = dict(type='ControlEmbeddings', kind='random', dim=16)
 BRIDGE = dict(type='TwoWayBridge', width=8, num_heads=2)
@@ -428,3 +429,19 @@ def test_bad_places():
         head(dict(use='inference'), role='auxiliary')
     # With a fusion the branch has a use without other losses.
     assert len(head(dict(), role='auxiliary').text_losses) == 0
+
+
+@pytest.mark.parametrize('use', ['training', 'inference'])
+def test_several_phrases_a_class_are_refused(use, tmp_path):
+    words = dict(
+        car=['car', 'auto'],
+        road=['road', 'street'],
+        sky=['sky', 'heaven'],
+        pole=['pole', 'post'])
+    file = str(tmp_path / 'phrases.safetensors')
+    encode_classes(words, 'toyclip', 'photo', keep_bank=True).save(file)
+    text = dict(type='SynonymSampler', file=file, threshold=0.)
+    fine = head(dict(use=use), text=dict(text, mode='mean'))
+    assert fine.loss(*data(), None)['loss_ce'] > 0
+    with pytest.raises(ValueError, match="2 phrases a class, as mode='max'"):
+        head(dict(use=use), text=dict(text, mode='max')).loss(*data(), None)

@@ -193,6 +193,7 @@ class TextHeadMixin:
             name = module.loss_name
             losses[name] = losses[name] + value if name in losses else value
         if self.text.fusion is not None:
+            self.text.fusion.check_text(text)
             losses.update(
                 self.text.fusion.loss(self.text, feat, embeddings, text,
                                       logits, small, self.ignore_index))

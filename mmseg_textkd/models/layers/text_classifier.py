@@ -121,6 +121,7 @@ class TextClassifier(TextBranch):
         """
         text = self.text(feat.shape[0])
         if self.keeps_fusion:
+            self.fusion.check_text(text)
             return self.fusion.classify(self, feat, text)
         return self.classify(self.projection(feat), text)
 

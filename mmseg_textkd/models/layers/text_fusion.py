@@ -48,6 +48,23 @@ class TextFusion(BaseModule, metaclass=ABCMeta):
         """bool: Whether the deployed network has it."""
         return self.use == 'inference'
 
+    @staticmethod
+    def check_text(text: Tensor) -> None:
+        """Refuse text of several phrases a class at a time.
+
+        Args:
+            text (Tensor): What the text provider gives.
+
+        Raises:
+            ValueError: If it has shape (1, R, K, D).
+        """
+        if text.dim() == 4:
+            raise ValueError(
+                'a fusion needs one vector for each class, but the text has '
+                f"{text.shape[1]} phrases a class, as mode='max' of "
+                'SynonymSampler gives them. Take another mode, or leave out '
+                '`fusion`.')
+
     @abstractmethod
     def classify(self, classifier: 'TextClassifier', feat: Tensor,
                  text: Tensor) -> Tensor:
