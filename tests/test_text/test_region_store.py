@@ -137,8 +137,10 @@ def damage(path, how):
     path.write_bytes(data)
 
 
+# Numbers: where a bit flips, in the length of the header or in the tensors. In
+# the header, whose order is random, are also bytes that mean nothing.
 @pytest.mark.parametrize(
-    'how', ['truncated', 'empty', 'other', 'swapped', 0., .2, .5, 1.])
+    'how', ['truncated', 'empty', 'other', 'swapped', 0., .5, .7, 1.])
 def test_damaged_entries_are_made_anew(how, scene, clip_name, tmp_path, calls,
                                        log):
     image, labels = scene
