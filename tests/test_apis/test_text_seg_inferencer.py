@@ -406,7 +406,10 @@ def test_ten_thousand_classes_in_bounded_memory(worded, inferencer, tmp_path):
         batch = mine.collate_fn([mine.pipeline(run.images[0])])
         data = mine.model.data_preprocessor(batch, False)
         out, = predict_labels(
-            mine.model, data['inputs'], data['data_samples'], budget=budget)
+            mine.classifier,
+            data['inputs'],
+            data['data_samples'],
+            budget=budget)
         assert 'seg_logits' not in out
         return out.pred_sem_seg.data
 
@@ -428,7 +431,7 @@ def test_ten_thousand_classes_in_bounded_memory(worded, inferencer, tmp_path):
 
 def test_many_new_words_are_encoded_in_parts(inferencer, monkeypatch):
     mine = inferencer('fixed')
-    monkeypatch.setattr('mmseg_textkd.apis.new_classes.BLOCK', 7)
+    monkeypatch.setattr('mmseg_textkd.apis.word_tower.BLOCK', 7)
     names = [f'thing {i}' for i in range(20)]
     mine.set_classes(names)
     torch.testing.assert_close(mine.vectors, encoded(names))
@@ -446,7 +449,7 @@ def test_sliding_windows_and_parts(worded, inferencer, kind):
     data = mine.model.data_preprocessor(batch, False)
     # Two classes at a time, of which the last has no partner.
     out, = predict_labels(
-        mine.model, data['inputs'], data['data_samples'], budget=1)
+        mine.classifier, data['inputs'], data['data_samples'], budget=1)
     assert torch.equal(out.pred_sem_seg.data, expected)
     assert mine.model.out_channels == len(NEW)
 
@@ -501,7 +504,7 @@ def test_other_towers_are_noticed(worded, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='not known which text tower'):
         mine.set_classes(['tree'])
     said = []
-    monkeypatch.setattr('mmseg_textkd.apis.new_classes.print_log',
+    monkeypatch.setattr('mmseg_textkd.apis.word_encoder.print_log',
                         lambda text, *args: said.append(text))
     mine.set_classes(['tree'], tower='toyclip', templates='photo')
     torch.testing.assert_close(mine.vectors, encoded(['tree']))
@@ -528,7 +531,7 @@ def test_cache(worded, inferencer, cache, monkeypatch):
 
     expected = encoded(NEW)[0]
     with monkeypatch.context() as patch:
-        patch.setattr('mmseg_textkd.apis.new_classes.load_tower', never)
+        patch.setattr('mmseg_textkd.apis.word_tower.load_tower', never)
         mine = inferencer()
         mine.set_classes(list(NEW))
         torch.testing.assert_close(mine.vectors[0], expected)
