@@ -4,7 +4,6 @@ import logging
 import os
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
-import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor
