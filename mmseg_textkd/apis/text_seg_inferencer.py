@@ -1,28 +1,20 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import os
-from inspect import isclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Union
 
 import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.model import revert_sync_batchnorm
 from mmengine.structures import PixelData
-from mmseg.registry import MODELS
 from mmseg.utils import SampleList
 from torch import Tensor, nn
 
-from mmseg_textkd.deploy import load_strictly, read_checkpoint, to_stock_cfg
-from mmseg_textkd.models import EBSeg, TextHeadMixin
 from mmseg_textkd.text import TextEmbeddings, Vocabulary
 from .drawing import GREY, palette_for
-from .ebseg_classifier import EBSegClassifier
-from .folded_classifier import FoldedClassifier
 from .label_map_inferencer import LabelMapInferencer
 from .label_maps import predict_labels
-from .open_classifier import OpenClassifier
-from .text_head_classifier import TextHeadClassifier
+from .open_network import classifier_of, load_network
 
 Names = Sequence[str]
 MAX_CLASSES = 65535  # label maps are written as 16-bit PNG
@@ -82,29 +74,13 @@ class TextSegInferencer(LabelMapInferencer):
                     cfg: Config,
                     weights: str,
                     device: str = 'cpu') -> nn.Module:
-        """Build the network without auxiliary heads, and load it strictly."""
-        saved = read_checkpoint(Path(weights))
-        state = {
-            k: v
-            for k, v in saved['state_dict'].items()
-            if not k.startswith('auxiliary_head.')
-        }
-        if isinstance(cfg.model.decode_head, list):
-            raise ValueError('a cascade of decode heads is not supported.')
-        kind = MODELS.get(cfg.model.decode_head.type)
-        has_text = any(k.endswith('.class_embeddings') for k in state)
-        if not has_text and isclass(kind) and issubclass(kind, TextHeadMixin):
-            cfg.model = to_stock_cfg(cfg, strip_auxiliary=True).model
-        cfg.model.pop('auxiliary_head', None)
-        # Other classes of a config of EBSeg; here they come by their names.
-        cfg.model.decode_head.pop('test_text', None)
-        model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        load_strictly(model, state, Path(weights))
-        model.cfg = cfg
-        self._load_weights_to_model(model, dict(meta=saved['meta']), cfg)
+        """Load the network, and find out how it takes words."""
+        model, meta = load_network(cfg, Path(weights))
+        self._load_weights_to_model(model, dict(meta=meta), cfg)
         model.to(device).eval()
         self.own_meta = dict(model.dataset_meta)
-        self.classifier = self._open(model, cfg)
+        self.classifier = classifier_of(model, self.own_meta['classes'],
+                                        self.cache_dir)
         self.source = 'as trained'
         return model
 
@@ -120,17 +96,6 @@ class TextSegInferencer(LabelMapInferencer):
         palette = meta.get('palette') or [None] * number
         model.dataset_meta = dict(
             classes=tuple(classes), palette=palette_for(palette))
-
-    def _open(self, model: nn.Module, cfg: Config) -> OpenClassifier:
-        """Tell how this kind of network takes words."""
-        names = self.own_meta['classes']
-        if isinstance(model, EBSeg):
-            kind = EBSegClassifier
-        elif isinstance(model.decode_head, TextHeadMixin):
-            kind = TextHeadClassifier
-        else:
-            return FoldedClassifier(model, names)
-        return kind(model, cfg.model.decode_head.text, names, self.cache_dir)
 
     @property
     def vectors(self) -> Optional[Tensor]:
