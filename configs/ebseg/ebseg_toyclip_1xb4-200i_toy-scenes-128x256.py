@@ -1,11 +1,11 @@
-# A toy: trained on six classes of ToyScenes, asked for all eight. Cars and
+# A toy: trained on six classes of ToyScenes, asked for all eight. Sidewalks and
 # trucks are ignored in training.
 _base_ = [
     '../_base_/models/ebseg_vit-b16.py',
     '../_base_/datasets/toy_scenes-128x256.py', '../_base_/default_runtime.py',
     '../_base_/schedules/schedule_200i.py'
 ]
-seen = ['sky', 'building', 'road', 'sidewalk', 'pole', 'person']
+seen = ['sky', 'building', 'road', 'pole', 'car', 'person']
 train_dataloader = dict(
     batch_size=4, dataset=dict(metainfo=dict(classes=seen)))
 norm_cfg = dict(type='GN', num_groups=8)
@@ -75,12 +75,16 @@ model = dict(
             num_heads=4,
             feedforward=64),
         attention_from=2,
-        surgery_blocks=1))
+        surgery_blocks=1,
+        # Without B, which six classes do not keep from forgetting the others.
+        balance=dict(alpha=0.3, beta=1., gamma=0.)))
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=1., norm_type=2),
     paramwise_cfg=dict(norm_decay_mult=0.))
 val_evaluator = dict(
-    type='ZeroShotIoUMetric', iou_metrics=['mIoU'], unseen=['car', 'truck'])
+    type='ZeroShotIoUMetric',
+    iou_metrics=['mIoU'],
+    unseen=['sidewalk', 'truck'])
 test_evaluator = val_evaluator
