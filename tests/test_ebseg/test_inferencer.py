@@ -119,7 +119,7 @@ def test_new_words_equal_those_by_hand(files, inferencer, by_hand):
     ]
     found = mine(files.images, batch_size=4)['predictions']
     assert all(map(np.array_equal, found, expected))
-    assert len(np.unique(found)) > 2
+    assert len(np.unique(found)) > 1
     torch.testing.assert_close(
         mine.vectors,
         encode_classes(list(NEW), 'toyclip', 'photo').vectors)
