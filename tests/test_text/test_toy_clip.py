@@ -22,7 +22,7 @@ def tool():
     before = dict(sys.modules)
     sys.path.insert(0, str(TOOL))
     try:
-        names = ('corpus', 'bpe', 'measure', 'train')
+        names = ('corpus', 'bpe', 'measure', 'regions', 'train')
         for name in names:
             sys.modules.pop(name, None)
         yield importlib.import_module('train')
@@ -189,3 +189,53 @@ def test_training_is_reproducible(tool):
         tool.train(model, tokenizer, crops, steps=6, batch=36, seed=0)
         results.append(model.state_dict())
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+def test_patches_and_regions(toy_clip, tool):
+    regions = sys.modules['regions']
+    windows = regions.make_windows(11, 'toy_clip_test', 60)
+    figures = regions.evaluate_regions(*toy_clip, windows)
+    assert figures['patches'] > 4 / 8 and figures['regions'] > 5 / 8
+
+
+def test_shares_of_classes_in_patches(tool):
+    regions = sys.modules['regions']
+    labels = torch.full((1, 16, 8), 255)
+    labels[0, :8, :4] = 2
+    labels[0, 8:] = 7
+    labels[0, 8, :] = 0
+    found = regions.shares(labels)
+    assert found.shape == (1, 8, 2, 1)
+    assert found[0, :, 0, 0].tolist() == [0, 0, .5, 0, 0, 0, 0, 0]
+    assert found[0, :, 1, 0].tolist() == [1 / 8, 0, 0, 0, 0, 0, 0, 7 / 8]
+
+
+def test_tokens_are_those_of_the_tower(toy_clip, tool):
+    """At its own size the tower's picture is what comes out."""
+    regions = sys.modules['regions']
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = regions.encode(toy_clip[0].visual, images)
+        found = features._project(features.states[-1][:, 0])
+        assert torch.allclose(
+            found, toy_clip[0].encode_image(images), atol=1e-5)
+
+
+def test_regions_leave_the_words_alone(toy_clip, tool):
+    import open_clip
+    regions = sys.modules['regions']
+    crops = tool.make_crops(0, 'toy_clip_test', 12)
+    windows = regions.make_windows(0, 'toy_clip_test', 12)
+    results = []
+    for _ in range(2):
+        model = open_clip.create_model(f'local-dir:{FOLDER}')
+        crop_loss = tool.make_crop_loss(model, toy_clip[1], crops, 36)
+        regions.train_regions(model, toy_clip[1], windows, crop_loss, 3, 4, 0)
+        results.append(model.state_dict())
+    before = toy_clip[0].state_dict()
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name])  # reproducible
+        if name != 'visual.proj' and name.startswith('visual'):
+            continue
+        moved = not torch.equal(value, before[name])
+        assert moved == name.startswith('visual'), name

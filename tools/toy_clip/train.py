@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Callable, Dict, List, Tuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from bpe import NUM_FIXED, pack_merges, train_merges
 from corpus import (CROP_SIZE, HYPERNYMS, LIGHT_WORDS, NOUNS, TEMPLATES,
                     WHOLE_SCENE, Crop, make_caption, make_crops)
 from measure import MEAN, STD, evaluate, to_tensor
+from regions import evaluate_regions, make_windows, train_regions
 
 CARD = Path(__file__).with_name('model_card.md.in')
 DEFAULT_OUT = (
@@ -64,14 +65,35 @@ def build_vocabulary(crops: List[Crop], size: int,
     return pack_merges(merges), len(merges) + NUM_FIXED
 
 
-def train(model, tokenizer, crops: List[Crop], steps: int, batch: int,
-          seed: int) -> None:
-    """Contrastive training; every class is drawn equally often."""
+def make_crop_loss(model, tokenizer, crops: List[Crop],
+                   batch: int) -> Callable:
+    """The contrastive loss of crops; every class is drawn equally often."""
     from open_clip import ClipLoss
     images = to_tensor(crops)
     labels = np.asarray([c.label for c in crops])
     groups = [np.flatnonzero(labels == k) for k in range(WHOLE_SCENE + 1)]
-    rng, loss_fn = np.random.default_rng([seed, 1]), ClipLoss()
+    loss_fn = ClipLoss()
+
+    def crop_loss(rng: np.random.Generator) -> torch.Tensor:
+        chosen = np.concatenate(
+            [rng.choice(g, batch // len(groups)) for g in groups])
+        x = images[chosen]
+        flip = torch.from_numpy(rng.random(len(chosen)) < .5)
+        x[flip] = x[flip].flip(-1)
+        gain = torch.from_numpy(rng.normal(1, .08, (len(chosen), 1, 1, 1)))
+        text = tokenizer([make_caption(crops[i], rng) for i in chosen])
+        return loss_fn(
+            model.encode_image(x * gain.float(), normalize=True),
+            model.encode_text(text, normalize=True), model.logit_scale.exp())
+
+    return crop_loss
+
+
+def train(model, tokenizer, crops: List[Crop], steps: int, batch: int,
+          seed: int) -> None:
+    """Contrastive training on crops and captions."""
+    rng = np.random.default_rng([seed, 1])
+    crop_loss = make_crop_loss(model, tokenizer, crops, batch)
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW([
@@ -85,16 +107,7 @@ def train(model, tokenizer, crops: List[Crop], steps: int, batch: int,
     model.train()
     start = time.time()
     for step in range(steps):
-        chosen = np.concatenate(
-            [rng.choice(g, batch // len(groups)) for g in groups])
-        x = images[chosen]
-        flip = torch.from_numpy(rng.random(len(chosen)) < .5)
-        x[flip] = x[flip].flip(-1)
-        gain = torch.from_numpy(rng.normal(1, .08, (len(chosen), 1, 1, 1)))
-        text = tokenizer([make_caption(crops[i], rng) for i in chosen])
-        loss = loss_fn(
-            model.encode_image(x * gain.float(), normalize=True),
-            model.encode_text(text, normalize=True), model.logit_scale.exp())
+        loss = crop_loss(rng)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -120,6 +133,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--steps', type=int, default=1500)
     parser.add_argument('--batch', type=int, default=180)
     parser.add_argument('--vocab-size', type=int, default=1024)
+    parser.add_argument(
+        '--region-steps',
+        type=int,
+        default=800,
+        help='steps of the second part, on windows of scenes')
+    parser.add_argument('--windows', type=int, default=8, help='a step')
+    parser.add_argument(
+        '--start',
+        type=Path,
+        help='folder of weights of the first part, which is left out')
     return parser.parse_args()
 
 
@@ -158,8 +181,20 @@ def build(args: argparse.Namespace, folder: Path) -> None:
     model = open_clip.create_model(name, load_weights=False)
     tokenizer = open_clip.get_tokenizer(name, bpe_path=str(bpe_path))
     assert tokenizer.vocab_size == vocab_size
-    train(model, tokenizer, crops, args.steps, args.batch, args.seed)
+    if args.start is None:
+        train(model, tokenizer, crops, args.steps, args.batch, args.seed)
+    else:
+        # Of the same captions, or its tokens would mean other words.
+        assert (args.start / bpe_path.name).read_bytes() == merges
+        open_clip.load_checkpoint(
+            model, str(args.start / 'open_clip_model.safetensors'))
+    crop_loss = make_crop_loss(model, tokenizer, crops, args.batch)
+    windows = make_windows(args.seed, 'toy_clip_train', args.scenes)
+    train_regions(model, tokenizer, windows, crop_loss, args.region_steps,
+                  args.windows, args.seed)
     figures = evaluate(model, tokenizer, held_out, args.seed)
+    windows = make_windows(args.seed, 'toy_clip_val', 200)
+    figures.update(evaluate_regions(model, tokenizer, windows))
     print(json.dumps(figures, indent=2))
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     save_file(
