@@ -8,6 +8,7 @@ import torch
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from network_tester import samples
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg_textkd.apis import label_maps
 from mmseg_textkd.apis.label_maps import select_classes
@@ -333,6 +334,12 @@ def test_fold_of_new_classes_is_exact(text, norm, dtype, bound):
     more = sum(p.numel() for p in folded.parameters()) - sum(
         p.numel() for p in supervised.parameters())
     assert more == 6 * 8 + 6
+    flops = []
+    for conv in (folded, supervised):
+        with FlopCounterMode(display=False) as counter:
+            conv(feat)
+        flops.append(counter.get_total_flops())
+    assert flops[0] - flops[1] == 2 * 6 * 8 * feat[:, 0].numel()
     assert fold_balanced(module, supervised, [True] * 6) is supervised
     with pytest.raises(RuntimeError, match='evaluation mode'):
         module.train().image_conv()
