@@ -31,6 +31,23 @@ class _Best(NamedTuple):
     total: Optional[Tensor]
 
 
+class _SomeOfAll(nn.Module):
+    """Some classes of a classifier that cannot do without the others.
+
+    Args:
+        whole (nn.Module): The classifier.
+        rows (Tensor): Long tensor of the numbers of the classes.
+    """
+
+    def __init__(self, whole: nn.Module, rows: Tensor) -> None:
+        super().__init__()
+        self.whole, self.rows = whole, rows
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """Classify, and take the classes; shape (N, n, H, W)."""
+        return self.whole(feat)[:, self.rows]
+
+
 class _SomeBalanced(nn.Module):
     """Some classes of a :class:`BalancedConvSeg`, as they are among all.
 
@@ -91,6 +108,9 @@ def select_classes(conv_seg: nn.Module, rows: Tensor) -> nn.Module:
     if isinstance(conv_seg, BalancedConvSeg):
         return _SomeBalanced(conv_seg, rows)
     if isinstance(conv_seg, L2ConvSeg):
+        if not isinstance(conv_seg.regularization, nn.Identity):
+            # Its blocks mix the labels.
+            return _SomeOfAll(conv_seg, rows)
         length, product = conv_seg.length, conv_seg.product
         chosen = L2ConvSeg(product.in_channels, len(rows), length.out_channels)
         chosen.length, chosen.product = length, select_classes(product, rows)

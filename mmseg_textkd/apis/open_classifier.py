@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import copy
 from typing import List, Optional
 
 import torch
@@ -81,6 +82,10 @@ class OpenClassifier:
         else:
             conv = classifier.projection.conv
             folded = L2ConvSeg(conv.in_channels, number, dim).to(conv.weight)
+            if classifier.regularization is not None:
+                # The same for any number of classes.
+                folded.regularization = copy.deepcopy(
+                    classifier.regularization)
             folded.load_state_dict(fuse_l2(classifier))
         if not isinstance(classifier, BalancedTextClassifier):
             return folded
