@@ -40,9 +40,8 @@ class TextHeadMixin:
             ``bias``, ``regularization``, ``unseen``) or of another classifier
             that is its ``type``, such as :class:`BalancedTextClassifier`; in
             the role 'auxiliary' of :class:`TextBranch` (``norm``,
-            ``norm_cfg``).
-            ``norm_cfg`` defaults to the head's own where that is a batch
-            norm, else to BN. Defaults to None.
+            ``norm_cfg``). ``norm_cfg`` defaults to the head's own where that
+            is a batch norm, else to BN. Defaults to None.
         text_losses (Sequence[dict], optional): Losses on pixel and class
             embeddings, called with both, the labels at the resolution of the
             pixel embeddings, ``ignore_index`` and ``batch_data_samples``
@@ -141,7 +140,7 @@ class TextHeadMixin:
             RuntimeError: If the stock head does not call its classifier, or
                 with text losses if it calls it more than once.
             ValueError: If there are labels of classes that are to stay
-                unseen, or with text losses a teacher that knows them.
+                unseen, or a teacher that knows them.
         """
         unseen = getattr(self.text, 'unseen', ())
         if unseen:
@@ -193,11 +192,11 @@ class TextHeadMixin:
         losses: Dict[str, Tensor] = {}
         for module in self.text_losses:
             full = getattr(module, 'full_resolution', False)
-            own = embeddings
+            pixels = embeddings
             if _of_image_projection(module):
-                own = self.text.image_projection(feat)
+                pixels = self.text.image_projection(feat)
             value = module(
-                own,
+                pixels,
                 text,
                 labels if full else small,
                 ignore_index=self.ignore_index,
