@@ -14,11 +14,12 @@ compat.apply()
 from . import datasets, engine, evaluation, models, text
 from .compat import stock_config
 from .config_utils import (add_region_embeddings, insert_transform,
-                           open_vocabulary_test, stock_network, zero_shot)
+                           open_vocabulary_test, stock_network,
+                           wide_label_test, zero_shot)
 from .version import __version__
 
 __all__ = [
     '__version__', 'add_region_embeddings', 'compat', 'datasets', 'engine',
     'evaluation', 'insert_transform', 'models', 'open_vocabulary_test',
-    'stock_config', 'stock_network', 'text', 'zero_shot'
+    'stock_config', 'stock_network', 'text', 'wide_label_test', 'zero_shot'
 ]

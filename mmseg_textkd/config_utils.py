@@ -118,6 +118,62 @@ def open_vocabulary_test(
     })
 
 
+def wide_label_test(data_root: str, img_path: str, seg_map_path: str,
+                    scale: Tuple[int, int],
+                    vocabulary: str) -> Tuple[Dict, Dict, List[Dict]]:
+    """Make test data of more classes than 8-bit label maps can hold.
+
+    Images are ``.jpg``, label maps 16-bit ``.tif`` of the same name, see
+    :class:`Load16BitAnnotations`; 65535 is ignored.
+
+    Args:
+        data_root (str): Folder of the data.
+        img_path (str): Folder of the images below it.
+        seg_map_path (str): Folder of the label maps below it.
+        scale (tuple[int, int]): Longest and shortest side, in pixels, that
+            images are brought to.
+        vocabulary (str): Key of the vocabulary of its classes.
+
+    Returns:
+        tuple[dict, dict, list]: ``test_dataloader``, ``test_evaluator`` and
+        ``tta_pipeline`` for a config that has others.
+    """
+    classes = list(Vocabulary.from_spec(vocabulary).names)
+    ignored = dict(ignore_index=65535)
+    image = dict(type='LoadImageFromFile')
+    labels = [
+        dict(type='Load16BitAnnotations'),
+        dict(type='CheckLabels', num_classes=len(classes), **ignored)
+    ]
+    pack = dict(type='PackSegInputs')
+    resize = dict(type='Resize', keep_ratio=True)
+    # MMSegmentation's, with these labels.
+    tta = dict(
+        type='TestTimeAug',
+        transforms=[[
+            dict(resize, scale_factor=r)
+            for r in (.5, .75, 1., 1.25, 1.5, 1.75)
+        ], [dict(type='RandomFlip', prob=p) for p in (0., 1.)],
+                    *[[t] for t in labels], [pack]])
+    loader = dict(
+        _delete_=True,
+        batch_size=1,
+        num_workers=4,
+        persistent_workers=True,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=dict(
+            type='BaseSegDataset',
+            data_root=data_root,
+            data_prefix=dict(img_path=img_path, seg_map_path=seg_map_path),
+            img_suffix='.jpg',
+            seg_map_suffix='.tif',
+            metainfo=dict(classes=classes),
+            pipeline=[image, dict(resize, scale=scale), *labels, pack],
+            **ignored))
+    evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'], **ignored)
+    return loader, evaluator, [image, tta]
+
+
 def zero_shot(train_dataloader: Dict, vocabulary: str, unseen: Sequence[str],
               before: str) -> Tuple[Dict, Dict, Dict]:
     """Hide classes in training, and score them apart in evaluation.

@@ -2,7 +2,8 @@
 """The tool that compares what networks cost."""
 import pytest
 from analysis_tools import load_tool
-from mmengine.registry import DefaultScope
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 from network_tester import CONFIGS
 
 TAIL = '1xb8-10k_camvid-360x480.py'
@@ -18,7 +19,8 @@ def rows(capsys, *argv):
     ]
     assert lines[0][0] == 'network' and len(set(map(len, lines))) == 1
     return {
-        name: [None if cell == '-' else float(cell) for cell in cells]
+        name:
+        [None if cell == '-' else float(cell.split(' ')[0]) for cell in cells]
         for name, *cells in lines[2:]
     }
 
@@ -49,3 +51,37 @@ def test_what_has_no_deployed_form_is_said(capsys):
                      'model.decode_head.text_branch.norm=bn')
     assert found[path.stem][2:] == [None, None]
     assert found[path.stem][0] > 3
+
+
+def test_ebseg_with_its_towers(capsys):
+    path = CONFIGS / 'ebseg/ebseg_toyclip_1xb4-200i_toy-scenes-128x256.py'
+    with pytest.warns(UserWarning, match='no deployed form'):
+        found = rows(capsys, path, '--shape', 32, 64)[path.stem]
+    assert found[2:] == [None, None]
+    cfg = Config.fromfile(path).model
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        cfg.decode_head.text = dict(
+            type='ControlEmbeddings', kind='random', dim=64)
+        cfg.decode_head.pop('test_text')
+        model = MODELS.build(cfg).eval()
+    trained = sum(p.numel() for p in model.parameters())
+    towers = [model.image_encoder, model.backbone]
+    for tower in towers:
+        tower.init_weights()
+    frozen = sum(p.numel() for t in towers for p in t.network.parameters())
+    assert found[0] == pytest.approx((trained + frozen) / 1e6, abs=.0006)
+    # Attention has no weights, but products: more than one a weight.
+    assert found[1] > frozen * 32 / 1e9
+
+
+def test_times_are_those_of_the_deployed(capsys):
+    paths = [
+        CONFIGS / f'stock/ddrnet_23-slim_in1k-pre_{TAIL}',
+        CONFIGS / f'stock/ddrnet_23_in1k-pre_{TAIL}'
+    ]
+    found = rows(capsys, *paths, '--shape', 64, 64, '--runs', 3)
+    seconds = [found[path.stem][-1] for path in paths]
+    assert all(len(cells) == 5 for cells in found.values())
+    assert all(0 < s < 30 for s in seconds)
+    with pytest.raises(SystemExit):
+        load_tool('cost').main([str(paths[0]), '--runs', '1'])

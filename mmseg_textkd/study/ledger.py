@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
-from .plan import Run
+from .run import Run
 
 NEEDED = {
     'study', 'network', 'arm', 'seed', 'train_fraction', 'config_hash',

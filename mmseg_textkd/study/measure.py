@@ -5,10 +5,12 @@ import os
 import platform
 import resource
 import runpy
+import shutil
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from mmengine.config import Config
@@ -131,3 +133,29 @@ def _cpu_name() -> str:
         if line.startswith('model name')
     ]
     return names[0] if names else platform.processor() or 'unknown'
+
+
+def git_commit(root: Path) -> Optional[str]:
+    """Get the commit of a checkout.
+
+    Args:
+        root (Path): Its folder.
+
+    Returns:
+        str, optional: The commit, with ``-dirty`` if code or configs differ
+        from it; None without Git.
+    """
+    if shutil.which('git') is None:
+        return None
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(['git', '-C', str(root), *words],
+                              capture_output=True,
+                              text=True)
+
+    head = git('rev-parse', 'HEAD')
+    if head.returncode:
+        return None
+    changes = git('status', '--porcelain', '--', 'mmseg_textkd', 'configs',
+                  'tools')
+    return head.stdout.strip() + ('-dirty' if changes.stdout.strip() else '')

@@ -9,56 +9,20 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
-import numpy as np
-import yaml
 from mmengine.config import Config
 
 from mmseg_textkd.text import TextEmbeddings
 from mmseg_textkd.text.vector_import import EmbeddingFileError
+from .run import Run
 from .run_config import make_config
+from .study_file import StudyError, read_study
 
 VARIABLE = re.compile(r'\$\{(\w+)\}')
-KEYS = {
-    '_base_', 'name', 'title', 'registration', 'baseline', 'controls', 'vars',
-    'options', 'size', 'evaluate', 'networks', 'arms', 'grids'
-}
-NETWORK_KEYS = {'configs', 'iterations', 'val_interval', 'options', 'feature'}
-ARM_KEYS = {'config', 'what', 'options', 'auxiliary_head'}
-GRID_KEYS = {'networks', 'arms', 'seeds', 'train_fractions'}
-SPLITS = ('val', 'test')
 # What decides about the result of a run. The rest may change: where things
 # are written, how often something is logged.
 SCIENCE = ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader',
            'val_evaluator', 'test_evaluator', 'optim_wrapper',
            'param_scheduler', 'train_cfg', 'custom_hooks', 'randomness')
-
-
-class StudyError(ValueError):
-    """A study that cannot be run as it is written."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training of a study.
-
-    Args:
-        network (str): Name of the network in the study.
-        arm (str): Name of the arm in the study.
-        seed (int): Seed of weights, order and augmentation.
-        train_fraction (float): Share of the training images, in (0, 1].
-    """
-    network: str
-    arm: str
-    seed: int
-    train_fraction: float = 1.
-
-    @property
-    def name(self) -> str:
-        """str: Its name; also its folder below the work directory."""
-        name = f'{self.network}/{self.arm}/seed{self.seed}'
-        if self.train_fraction != 1:
-            name += f'_{self.train_fraction * 100:g}%'
-        return name
 
 
 @dataclass
@@ -94,9 +58,8 @@ class Study:
             StudyError: If something is missing or unknown, and where.
         """
         path = Path(path)
-        spec = _read(path)
+        spec = read_study(path)
         study = cls(path, spec)
-        study._check(spec)
         known = spec.get('vars') or {}
         unknown = sorted(set(variables or {}) - set(known))
         if unknown:
@@ -249,57 +212,6 @@ class Study:
             return [self._substitute(v) for v in value]
         return value
 
-    def _check(self, spec: Dict[str, Any]) -> None:
-        """Check names and types of everything that can be checked at once."""
-
-        def fail(text: str) -> None:
-            raise StudyError(f'{self.path}: {text}')
-
-        def check_keys(where: str, keys, allowed, needed=()) -> None:
-            unknown, missing = set(keys) - allowed, set(needed) - set(keys)
-            if unknown:
-                fail(f'{where} has the unknown keys {sorted(unknown)}; known '
-                     f'are {sorted(allowed)}.')
-            if missing:
-                fail(f'{where} has no {sorted(missing)}.')
-
-        check_keys(
-            'it', spec, KEYS,
-            ('name', 'baseline', 'evaluate', 'networks', 'arms', 'grids'))
-        for name, network in spec['networks'].items():
-            check_keys(f'network {name!r}', network, NETWORK_KEYS,
-                       ('configs', 'iterations', 'val_interval'))
-        for name, arm in spec['arms'].items():
-            check_keys(f'arm {name!r}', arm, ARM_KEYS, ('config', ))
-        wrong = set(spec['evaluate']) - set(SPLITS)
-        if wrong or 'val' not in spec['evaluate']:
-            fail(f'evaluate must be [val] or [val, test], but is '
-                 f'{spec["evaluate"]}.')
-        for arm in [spec['baseline'], *spec.get('controls', [])]:
-            if arm not in spec['arms']:
-                fail(f'unknown arm {arm!r}; known are {list(spec["arms"])}.')
-        for number, grid in enumerate(spec['grids'], 1):
-            where = f'grid {number}'
-            check_keys(where, grid, GRID_KEYS, ('networks', 'arms', 'seeds'))
-            for kind in ('networks', 'arms'):
-                for name in grid[kind]:
-                    if name not in spec[kind]:
-                        fail(f'{where} has the unknown {kind[:-1]} {name!r}; '
-                             f'known are {list(spec[kind])}.')
-            for name, arm in product(grid['networks'], grid['arms']):
-                network, arm = spec['networks'][name], spec['arms'][arm]
-                if arm['config'] not in network['configs']:
-                    fail(f'network {name!r} has no config '
-                         f'{arm["config"]!r}; it has '
-                         f'{list(network["configs"])}.')
-                if arm.get('auxiliary_head') and 'feature' not in network:
-                    fail(f'network {name!r} does not say by `feature` where '
-                         'an extra auxiliary head reads.')
-            for fraction in grid.get('train_fractions', [1]):
-                if not 0 < fraction <= 1:
-                    fail(f'{where}: a train fraction must be in (0, 1], but '
-                         f'is {fraction}.')
-
 
 def _hash(path: Path) -> str:
     """SHA-256 of the content: embeddings that were imported twice may differ
@@ -309,44 +221,3 @@ def _hash(path: Path) -> str:
         return TextEmbeddings.load(path).sha256
     except EmbeddingFileError:
         return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _read(path: Path) -> Dict[str, Any]:
-    """Read a YAML file and what it is based on."""
-    try:
-        spec = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except FileNotFoundError as error:
-        raise StudyError(f'there is no study {path}.') from error
-    except yaml.YAMLError as error:
-        raise StudyError(f'{path} is no YAML: {error}') from error
-    if not isinstance(spec, dict):
-        raise StudyError(f'{path} is no study: a mapping was expected.')
-    if '_base_' not in spec:
-        return spec
-    return _merge(_read(path.parent / spec.pop('_base_')), spec)
-
-
-def _merge(base: Dict[str, Any], own: Dict[str, Any]) -> Dict[str, Any]:
-    """Complete mappings at any depth, replace the rest."""
-    merged = dict(base)
-    for key, value in own.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            value = _merge(base[key], value)
-        merged[key] = value
-    return merged
-
-
-def subset(length: int, run: Run) -> List[int]:
-    """Draw the training images of a run that has not all of them.
-
-    Args:
-        length (int): Number of images.
-        run (Run): The run. All arms and networks of a seed get the same
-            images, and more images contain the fewer.
-
-    Returns:
-        list[int]: Their indices, sorted; at least one.
-    """
-    order = np.random.default_rng(run.seed).permutation(length)
-    number = max(1, round(length * run.train_fraction))
-    return sorted(order[:number].tolist())

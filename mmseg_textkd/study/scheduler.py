@@ -3,9 +3,7 @@
 import fcntl
 import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,56 +13,15 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS
 
-import mmseg_textkd
 from mmseg_textkd.deploy import write_files
+from .job import Job
 from .ledger import Ledger
-from .measure import RESULT, describe_machine, read_logs
-from .plan import Run, Study, StudyError, subset
+from .measure import RESULT, describe_machine, git_commit, read_logs
+from .plan import Study
+from .run import Run, subset
+from .study_file import StudyError
 
 TAIL = 15  # lines of the log of a run that failed
-
-
-class Job:
-    """A run at work.
-
-    Args:
-        run (Run): The run.
-        folder (Path): Its work directory.
-        lock (IO): Its lock. Processes inherit it, so that one that outlives
-            a killed driver still holds it.
-    """
-
-    def __init__(self, run: Run, folder: Path, lock: IO) -> None:
-        self.run = run
-        self.folder = folder
-        self.lock = lock
-        self.process: Optional[subprocess.Popen] = None
-
-    def start(self, words: List[str]) -> None:
-        """Start a process that writes to the log of the run.
-
-        Args:
-            words (list[str]): The command after the name of Python.
-        """
-        package = str(Path(mmseg_textkd.__file__).parents[1])
-        path = [package, os.environ.get('PYTHONPATH', '')]
-        with open(self.folder / 'log.txt', 'ab') as log:
-            self.process = subprocess.Popen([sys.executable, *words],
-                                            stdin=subprocess.DEVNULL,
-                                            stdout=log,
-                                            stderr=subprocess.STDOUT,
-                                            pass_fds=(self.lock.fileno(), ),
-                                            env=dict(
-                                                os.environ,
-                                                PYTHONPATH=os.pathsep.join(
-                                                    filter(None, path))))
-
-    def stop(self) -> None:
-        """End the process; the last checkpoint is kept."""
-        self.process.terminate()
-        # One that somebody has suspended would never get to it.
-        self.process.send_signal(signal.SIGCONT)
-        self.process.wait()
 
 
 class Scheduler:
@@ -360,29 +317,3 @@ def _now() -> str:
 
 def _leave(*args: Any) -> None:
     sys.exit('terminated')
-
-
-def git_commit(root: Path) -> Optional[str]:
-    """Get the commit of a checkout.
-
-    Args:
-        root (Path): Its folder.
-
-    Returns:
-        str, optional: The commit, with ``-dirty`` if code or configs differ
-        from it; None without Git.
-    """
-    if shutil.which('git') is None:
-        return None
-
-    def git(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run(['git', '-C', str(root), *words],
-                              capture_output=True,
-                              text=True)
-
-    head = git('rev-parse', 'HEAD')
-    if head.returncode:
-        return None
-    changes = git('status', '--porcelain', '--', 'mmseg_textkd', 'configs',
-                  'tools')
-    return head.stdout.strip() + ('-dirty' if changes.stdout.strip() else '')

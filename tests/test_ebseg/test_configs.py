@@ -15,12 +15,20 @@ from mmseg_textkd.text import Vocabulary
 
 PATHS = sorted((CONFIGS / 'ebseg').glob('*.py'))
 IDS = [path.stem for path in PATHS]
-NAME = (r'ebseg_(?P<clip>vit-b16|vit-l14-336|toyclip)_'
-        r'(?P<gpus>\d+)xb(?P<batch>\d+)-(?P<number>\d+)(?P<unit>k|i)_'
-        r'(?P<data>coco-stuff164k|toy-scenes)-(?P<height>\d+)x(?P<width>\d+)'
-        r'(_(?P<test>ade20k|pascal-context59|voc20))?')
+NAME = (
+    r'ebseg_(?P<clip>vit-b16|vit-l14-336|toyclip)_'
+    r'(?P<gpus>\d+)xb(?P<batch>\d+)-(?P<number>\d+)(?P<unit>k|i)_'
+    r'(?P<data>coco-stuff164k|toy-scenes)-(?P<height>\d+)x(?P<width>\d+)'
+    r'(_(?P<test>ade20k|ade20k-847|pascal-context59|pascal-context459|voc20'
+    r'))?')
 NOT_DECAYED = ('positional_embedding', 'no_object', 'query.weight')
-TEST_CLASSES = {'ade20k': 150, 'pascal-context59': 59, 'voc20': 20}
+TEST_CLASSES = {
+    'ade20k': 150,
+    'ade20k-847': 847,
+    'pascal-context59': 59,
+    'pascal-context459': 459,
+    'voc20': 20
+}
 BALANCE = {'vit-b16': (.09, .3, .7), 'vit-l14-336': (.12, .4, .6)}
 
 
@@ -56,7 +64,7 @@ def test_all_combinations_are_there():
     wanted = {(clip, test)
               for clip in BALANCE
               for test in (None, *TEST_CLASSES)}
-    assert len(found) == 9 and set(found) == wanted | {('toyclip', None)}
+    assert len(found) == 13 and set(found) == wanted | {('toyclip', None)}
 
 
 @pytest.mark.parametrize('path', PATHS, ids=IDS)
@@ -156,6 +164,9 @@ def test_text_is_for_the_classes_of_the_data(path):
             if t.type == 'Resize'
         ]
         assert [tuple(t.scale) for t in resize] == [(2560, 640)]
+        # Class 255 is scored where there is one.
+        ignored = 65535 if len(test) > 255 else 255
+        assert cfg.test_evaluator.get('ignore_index', 255) == ignored
 
 
 def test_test_data_are_those_of_the_stock_config():

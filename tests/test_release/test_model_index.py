@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from network_tester import load_config
 from processes import ROOT
+
+from mmseg_textkd.deploy import to_stock_cfg
 
 TOOL = 'tools/analysis_tools/model_index.py'
 README = 'configs/textkd/README.md'
@@ -183,6 +186,33 @@ def test_round_trip_of_a_measured_row(tree):
         'Weights': f'{URL}/{TEXT}_20260102_030405-0123abcd.pth',
         'Training log': f'{URL}/{TEXT}_20260102_030405.json'
     }
+
+
+def test_weights_run_with_the_config_of_their_entry(load_tool):
+    index, root = load_tool(TOOL[len('tools/'):]), Path(ROOT)
+    found = dict(stock=0, own=0)
+    for readme in index.READMES:
+        if readme == README:  # see above
+            continue
+        for row in index.read_rows(readme, (root / readme).read_text()):
+            path = index.read_config(row, root)
+            cells = dict(
+                row.cells,
+                download=FIELDS['download'].replace(TEXT, path.stem))
+            entry = index.model_entry(row._replace(cells=cells), root)
+            assert entry['Name'] == path.stem and 'Weights' in entry
+            cfg = load_config(path)
+            folds = path.parent.name not in ('lseg', 'ebseg')
+            folds &= "'use': 'inference'" not in str(cfg.model.to_dict())
+            found['stock' if folds else 'own'] += 1
+            if not folds:
+                assert root / entry['Config'] == path
+                continue
+            # What the folded weights load into.
+            assert entry['Config'].startswith('configs/stock/')
+            twin = load_config(root / entry['Config'])
+            assert to_stock_cfg(cfg).model == to_stock_cfg(twin).model
+    assert found['stock'] > 14 and found['own'] > 4
 
 
 @pytest.mark.parametrize('fields, message', [

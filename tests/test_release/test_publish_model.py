@@ -160,6 +160,47 @@ def test_text_is_folded_first(tool, load_tool, text, out, tmp_path):
         publish(tool, folded, tmp_path / 'new', '--config', text.config)
 
 
+def test_distillation_is_over(tool, load_tool, stock, out, tmp_path):
+    cfg = Config.fromfile(stock.config)
+    cfg.model.type = 'DistilledEncoderDecoder'
+    cfg.model.teacher = dict(
+        config=str(stock.config), checkpoint=str(stock.checkpoint(20)))
+    config, weights = tmp_path / 'tiny-kd_1xb2.py', stock.checkpoint(20)
+    cfg.dump(config)
+    for more in ((), ('--keep-text', )):
+        refuse(tool, out, r'tiny-kd_1xb2\.py has a teacher.*textkd2mmseg\.py',
+               weights, out, '--config', config, *more)
+    folded = tmp_path / 'folded.pth'
+    load_tool('model_converters/textkd2mmseg.py').main(
+        [str(config),
+         str(weights),
+         str(folded), '--device', 'cpu'])
+    stock_config = folded.with_suffix('.py')
+    assert Config.fromfile(stock_config).model.type == 'EncoderDecoder'
+    path = publish(tool, folded, out / 'tiny-kd_1xb2', '--config',
+                   stock_config)
+    got, source = torch.load(path, weights_only=True), load(weights)
+    assert got['state_dict'].keys() == source['state_dict'].keys()
+    assert 'Distilled' not in got['meta']['cfg']
+
+
+def test_card_says_what_needs_the_plugin(tool, text, out):
+    # No text in it, but a module of ours: a kept l2 norm.
+    cfg = Config.fromfile(text.config)
+    head = dict(cfg.model.decode_head, type='FCNHead')
+    head.pop('text')
+    cfg.model.decode_head = dict(type='L2ConvSegHead', head=head, dim=8)
+    config = out.parent / 'tiny-l2_1xb2.py'
+    cfg.custom_imports = dict(imports=['mmseg_textkd.deploy'])
+    cfg.dump(config)
+    weights = out.parent / 'l2.pth'
+    state = MODELS.build(cfg.model).state_dict()
+    torch.save(dict(state_dict=state, meta=META), weights)
+    path = publish(tool, weights, out, '--config', config)
+    assert ('| text in it | no, but the network needs mmseg_textkd |'
+            in path.with_suffix('.md').read_text())
+
+
 def nan(path, target):
     checkpoint = load(path)
     checkpoint['state_dict']['decode_head.conv_seg.bias'][3] = float('nan')

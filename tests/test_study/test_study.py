@@ -16,8 +16,9 @@ from network_tester import CONFIGS
 from tiny import CLASSES, tiny_config, write_dataset
 
 from mmseg_textkd.study import Ledger, LedgerError, Run, Study, StudyError
-from mmseg_textkd.study.plan import subset
-from mmseg_textkd.study.scheduler import Job, Scheduler
+from mmseg_textkd.study.job import Job
+from mmseg_textkd.study.run import subset
+from mmseg_textkd.study.scheduler import Scheduler
 
 ITERS, INTERVAL = 6, 2
 

@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import hashlib
 import json
 import re
 import warnings
@@ -8,7 +9,7 @@ import pytest
 from mmengine.config import Config, ConfigDict
 from mmseg.datasets import (ADE20KDataset, BDD100KDataset, CityscapesDataset,
                             COCOStuffDataset, MapillaryDataset_v1,
-                            PascalVOCDataset)
+                            PascalContextDataset59, PascalVOCDataset)
 
 from mmseg_textkd import stock_config
 from mmseg_textkd.datasets.camvid import CamVidDataset
@@ -30,6 +31,9 @@ DATASETS = {
     'mapillary_v1': (MAPILLARY, 65),
     'toy_scenes': (ToyScenesDataset.METAINFO, 8),
 }
+# Only evaluated on; MMSegmentation has no dataset of these classes.
+LISTS = {'ade20k_847': 847, 'pascal_context459': 459}
+COUNTS = {**{key: count for key, (_, count) in DATASETS.items()}, **LISTS}
 # Names that must not reach a text encoder as they are, and what must.
 MEANT = [
     ('camvid', 'signsymbol', 'traffic sign'),
@@ -52,6 +56,13 @@ MEANT = [
     ('coco_stuff', 'door-stuff', 'door'),
     ('coco_stuff', 'pavement', 'sidewalk'),
     ('bdd100k', 'rider', 'cyclist'),
+    ('ade20k_847', 'pot', 'cooking pot'),
+    ('ade20k_847', 'pot, flowerpot', 'flowerpot'),
+    ('ade20k_847', 'screen, crt screen', 'crt screen'),
+    ('ade20k_847', 'andiron, firedog, dog, dog-iron', 'andiron'),
+    ('pascal_context459', 'pottedplant', 'potted plant'),
+    ('pascal_context459', 'tvmonitor', 'television'),
+    ('pascal_context459', 'mouse', 'computer mouse'),
     ('mapillary_v1', 'Ground Animal', 'animal'),
     ('mapillary_v1', 'Crosswalk - Plain', 'pedestrian crossing'),
     ('mapillary_v1', 'Lane Marking - Crosswalk', 'zebra crossing'),
@@ -72,12 +83,12 @@ MEANT = [
 
 
 def test_every_file_is_tested():
-    assert Vocabulary.keys() == sorted(DATASETS)
-    assert len(DATASETS) == 8
+    assert Vocabulary.keys() == sorted(COUNTS)
+    assert len(COUNTS) == 10
     # An alias has no file of its own, and everything else has one.
     files = sorted(f.name for f in VOCABULARY_DIR.glob('*.json'))
-    assert files == sorted(f'{key}.json' for key in {*DATASETS} - {*ALIASES})
-    assert len(files) == 7
+    assert files == sorted(f'{key}.json' for key in {*COUNTS} - {*ALIASES})
+    assert len(files) == 9
 
 
 @pytest.mark.parametrize('key', DATASETS)
@@ -100,10 +111,42 @@ def test_mapillary_has_all_classes_but_unlabelled_pixels():
     assert Vocabulary.from_spec('mapillary_v1').names == names[:-1]
 
 
-@pytest.mark.parametrize('key', DATASETS)
+def labels_file_spelling(names):
+    """Names as the label file of PASCAL Context has them."""
+    return [name.replace(' ', '') for name in names]
+
+
+def test_lists_are_those_that_have_been_compared():
+    # Name by name as in two sources each, see the README of the vocabularies.
+    digests = dict(
+        ade20k_847='ee311c5f3b780a16', pascal_context459='c9fe8ff7083d2572')
+    for key, number in LISTS.items():
+        names = Vocabulary.from_spec(key).names
+        assert len(names) == len(set(names)) == number
+        digest = hashlib.sha256('\n'.join(names).encode()).hexdigest()
+        assert digest.startswith(digests[key])
+
+
+def test_lists_hold_the_classes_of_the_smaller_data_sets():
+    ade, context = (Vocabulary.from_spec(key).names for key in LISTS)
+    assert ade[0] == 'wall' and ade[255] == 'pier'
+    assert ade[-1] == 'adding machine, totalizer, totaliser'
+    first = [name.split(', ')[0] for name in ade]
+    assert {name.strip()
+            for name in ADE20KDataset.METAINFO['classes']} - {*first} == {
+                'crt screen'
+            }
+    assert first[147] == 'screen' and 'crt screen' in ade[147]
+    assert {*PascalContextDataset59.METAINFO['classes']
+            } < {*labels_file_spelling(context)}
+    assert context[0] == 'accordion' and context[-1] == 'wool'
+    assert context[255] == 'monkey' and context[430] == 'unknown'
+
+
+@pytest.mark.parametrize('key', COUNTS)
 def test_phrases_are_plain_words_and_stand_for_one_class(key):
     phrases = [p for ps in Vocabulary.from_spec(key).phrases for p in ps]
-    assert len(phrases) >= DATASETS[key][1]
+    assert len(phrases) >= COUNTS[key]
     # Lower case words with one blank or hyphen between them: no underscore,
     # digit, comma, bracket, ` - ` or blank at an end.
     odd = [p for p in phrases if not re.fullmatch(r"[a-z]+([ '-][a-z]+)*", p)]
@@ -122,14 +165,14 @@ def test_a_class_name_is_never_a_phrase_of_another_class():
     # 'rug' among the phrases of 'carpet' would draw the two together, even
     # where 'rug' itself is described in other words.
     checked = 0
-    for key in DATASETS:
+    for key in COUNTS:
         vocabulary = Vocabulary.from_spec(key)
         names = [name.strip().lower() for name in vocabulary.names]
         assert len(set(names)) == len(names)
         for name, phrases in zip(names, vocabulary.phrases):
             assert not ({*names} - {name}) & set(phrases), (key, name)
             checked += 1
-    assert checked == 19 + 19 + 11 + 150 + 21 + 171 + 65 + 8
+    assert checked == 19 + 19 + 11 + 150 + 21 + 171 + 65 + 8 + 847 + 459
 
 
 SYNONYMS = ('ade20k', 'bdd100k', 'camvid', 'cityscapes', 'toy_scenes', 'voc12')
@@ -196,7 +239,7 @@ def test_background_is_described_by_what_is_not_an_object():
 def test_readme_names_every_file():
     text = (VOCABULARY_DIR / 'README.md').read_text(encoding='utf-8')
     rows = dict(re.findall(r'\| `(\w+)` \| (\d+) \|', text))
-    assert rows == {key: str(count) for key, (_, count) in DATASETS.items()}
+    assert rows == {key: str(count) for key, count in COUNTS.items()}
 
 
 @pytest.mark.parametrize('key', sorted({*DATASETS} - {'toy_scenes'}))

@@ -1,26 +1,32 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Compare what networks cost: parameters and multiply-accumulates.
+"""Compare what networks cost: parameters, multiply-accumulates and time.
 
 Prints a Markdown table of the configs, each as it is trained and in the form
 in which it is deployed (`textkd2mmseg.py --l2 keep`), both without auxiliary
-heads. Neither weights nor class vectors are needed. Counted by MMEngine's
-`get_model_complexity_info`, as `get_flops.py` does.
+heads. Neither weights nor class vectors are needed: both are drawn, and cost
+the same. Frozen towers count. Multiply-accumulates are those of convolutions
+and matrix products, attention included, as PyTorch's `FlopCounterMode` has
+them. Times are those of one picture at a time, from pixels to logits.
 """
 import argparse
-import logging
+import copy
+import statistics
 import warnings
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence
 
 import torch
-from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config, DictAction
-from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
+from mmseg_textkd.deploy.benchmark import interleave, stopwatch
+from mmseg_textkd.deploy.benchmark_report import describe, environment
+from mmseg_textkd.models import EBSeg
+from mmseg_textkd.models.ebseg.frozen_tower import FrozenTower
 from mmseg_textkd.models.text_parameters import text_providers
 
 COLUMNS = ('network', 'parameters (M)', 'GMACs', 'deployed: parameters (M)',
@@ -29,13 +35,36 @@ COLUMNS = ('network', 'parameters (M)', 'GMACs', 'deployed: parameters (M)',
 
 def build(cfg: Config) -> nn.Module:
     """Build a network without auxiliary heads, with any vectors as text."""
-    model = dict(cfg.model)
+    model = copy.deepcopy(dict(cfg.model))
     model.pop('auxiliary_head', None)
-    built = revert_sync_batchnorm(MODELS.build(model)).eval()
+    if MODELS.get(model['type']) is EBSeg:
+        return build_ebseg(model)
+    built = revert_sync_batchnorm(MODELS.build(model))
+    built.requires_grad_(False).eval()
     for provider in text_providers(built).values():
         if not provider.filled:
             # Their values do not matter here.
             provider.fill(torch.ones(provider.num_classes, provider.dim))
+    return built
+
+
+def build_ebseg(model: Dict) -> nn.Module:
+    """Build EBSeg with towers whose weights are drawn."""
+    import open_clip
+    import timm
+    head = model['decode_head']
+    head['text'] = dict(
+        type='ControlEmbeddings', kind='random', dim=head['text']['dim'])
+    head.pop('test_text', None)
+    built = MODELS.build(model).requires_grad_(False).eval()
+    encoder, backbone = model['image_encoder'], model['backbone']
+    if encoder['model'] != 'toyclip':
+        clip = open_clip.create_model(encoder['model']).visual
+        clip.clip_scale = 100.
+        built.image_encoder.load_network = lambda: clip
+    if isinstance(backbone['model'], str):
+        sam = timm.create_model(backbone['model'], num_classes=0)
+        built.backbone.load_network = lambda: sam
     return built
 
 
@@ -63,16 +92,43 @@ def count(model: Optional[nn.Module], shape: Sequence[int]) -> List[str]:
     """
     if model is None:
         return ['-', '-']
-    found = get_model_complexity_info(
-        model,
-        inputs=(torch.zeros(1, 3, *shape), ),
-        show_table=False,
-        show_arch=False)
-    return [f'{found["params"] / 1e6:.3f}', f'{found["flops"] / 1e9:.3f}']
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, *shape))
+    towers = [m.network for m in model.modules() if isinstance(m, FrozenTower)]
+    number = sum(p.numel() for part in (model, *towers)
+                 for p in part.parameters())
+    flops = counter.get_total_flops()
+    return [f'{number / 1e6:.3f}', f'{flops / 2e9:.3f}']
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the tool."""
+def measure(models: Dict[str, nn.Module], shape: Sequence[int],
+            runs: int) -> Dict[str, str]:
+    """Time networks in turn, by median and quartiles.
+
+    Args:
+        models (dict[str, nn.Module]): Networks in evaluation mode.
+        shape (Sequence[int]): Height and width of one picture, in pixels.
+        runs (int): Number of rounds, after one for warming up.
+
+    Returns:
+        dict[str, str]: Seconds.
+    """
+    picture = torch.rand(1, 3, *shape)
+    arms = {
+        name: stopwatch(lambda model=model: model(picture), 'cpu')
+        for name, model in models.items()
+    }
+    with torch.no_grad():
+        seconds = interleave(arms, runs, warmup=1)
+    cells = {}
+    for name, values in seconds.items():
+        low, middle, high = statistics.quantiles(values, method='inclusive')
+        cells[name] = f'{middle:.3f} [{low:.3f}, {high:.3f}]'
+    return cells
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    """Parse the arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,23 +141,50 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         metavar=('HEIGHT', 'WIDTH'),
         help='size of the picture (default: 512 512)')
     parser.add_argument(
+        '--runs',
+        type=int,
+        default=0,
+        help='also time what is deployed, or else trained, on the CPU, in '
+        'this number of rounds (default: 0, no times)')
+    parser.add_argument(
+        '--threads', type=int, help='on the CPU (default: that of PyTorch)')
+    parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
         help='settings of all configs to override, as key=value')
     args = parser.parse_args(argv)
-    # It warns of each operator that it takes for free.
-    MMLogger.get_current_instance().setLevel(logging.ERROR)
-    print(f'{args.shape[0]}x{args.shape[1]}, without auxiliary heads\n')
-    print(f'| {" | ".join(COLUMNS)} |\n{"| --- " * len(COLUMNS)}|')
+    if args.runs == 1 or args.runs < 0:
+        parser.error('--runs must be 0 or at least 2')
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the tool."""
+    args = parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows, timed = {}, {}
     for path in args.configs:
         cfg = Config.fromfile(path)
         cfg.merge_from_dict(args.cfg_options or {})
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         model = build(cfg)
-        cells = [path.stem, *count(model, args.shape)]
-        cells += count(deploy(model, cfg), args.shape)
-        print(f'| {" | ".join(cells)} |', flush=True)
+        rows[path.stem] = count(model, args.shape)
+        deployed = deploy(model, cfg)
+        rows[path.stem] += count(deployed, args.shape)
+        if args.runs:
+            timed[path.stem] = deployed or model
+    columns = list(COLUMNS)
+    where = f'{args.shape[0]}x{args.shape[1]}, without auxiliary heads'
+    if args.runs:
+        columns.append('seconds')
+        where += f'. {describe(environment())}'
+        for name, cell in measure(timed, args.shape, args.runs).items():
+            rows[name].append(cell)
+    print(f'{where}\n\n| {" | ".join(columns)} |\n{"| --- " * len(columns)}|')
+    for name, cells in rows.items():
+        print(f'| {name} | {" | ".join(cells)} |')
 
 
 if __name__ == '__main__':

@@ -54,7 +54,10 @@ VALUES = ('mIoU', 'mIoU(ms+flip)', 'Mem (GB)', 'Inf time (fps)')
 COLLECTIONS = {k: v for c in READMES.values() for k, v in c.items()}
 NAME = re.compile(r'(?:(?:textkd|lseg)_)?(.+?)_(?P<gpus>\d+)xb(?P<batch>\d+)'
                   r'-(?P<number>\d+)(?P<unit>k|i)_.+-(?P<crop>\d+x\d+)')
-TEXT_NAME = re.compile(r'textkd_(.+)_[^_]+(_\d+xb\d+-.+)')
+# Trained with text that folds or with a teacher: deployed as a stock network.
+# What is `-kept` does not fold.
+STOCK_TWIN = re.compile(r'(?:textkd_(?P<text>.+)_[^_]+(?<!-kept)|'
+                        r'(?P<peer>.+)-(?:kd|cwd))(?P<rest>_\d+xb\d+-.+)')
 # A mean, and the spread over seeds.
 VALUE = re.compile(r'(\d+(?:\.\d+)?)(?: ± \d+(?:\.\d+)?)?')
 DOWNLOAD = re.compile(
@@ -140,11 +143,12 @@ def model_entry(row: Row, root: Path) -> Dict[str, Any]:
     name, collection = path.stem, COLLECTIONS[path.parent.name]
     parts = NAME.fullmatch(name)
     files = read_download(row, name)
-    text = TEXT_NAME.fullmatch(name)
-    if text and files:
+    twin = STOCK_TWIN.fullmatch(name)
+    if twin and files:
         # Published weights are folded: they load into the stock network, and
         # `mim download` puts this config beside them.
-        path = path.parents[1] / 'stock' / f'{text[1]}{text[2]}.py'
+        stock = f'{twin["text"] or twin["peer"]}{twin["rest"]}.py'
+        path = path.parents[1] / 'stock' / stock
         if not path.is_file():
             raise row.fault('folded weights run with configs/stock/'
                             f'{path.name}, which is missing')

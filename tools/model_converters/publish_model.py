@@ -24,6 +24,7 @@ from mmengine.registry import MODELS, init_default_scope
 import mmseg_textkd
 from mmseg_textkd.deploy import load_strictly, read_checkpoint, write_files
 from mmseg_textkd.deploy.publish import check_weights, read_log, serialize
+from mmseg_textkd.models import DistilledEncoderDecoder
 
 CARD = Path(__file__).with_name('model_card.md.in')
 LIBRARIES = (torch, mmengine, mmcv, mmseg, mmseg_textkd)
@@ -112,14 +113,25 @@ def publish(args: argparse.Namespace) -> Path:
     state, meta = checkpoint['state_dict'], checkpoint['meta']
     has_text = check_weights(args.checkpoint, state, meta, args.keep_text)
     checks = ['all weights are finite', 'loads with `weights_only=True`']
+    text = 'yes: it needs mmseg_textkd' if has_text else 'no'
     cfg, params = None, UNKNOWN
     if args.config:
         cfg = Config.fromfile(args.config)
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         model = MODELS.build(cfg.model)
+        if isinstance(model, DistilledEncoderDecoder):
+            raise ValueError(
+                f'{args.config} has a teacher, which only training needs. '
+                'Make the stock config and its weights first, `python '
+                'tools/model_converters/textkd2mmseg.py '
+                f'{args.config} {args.checkpoint} OUT`.')
         load_strictly(model, state, args.checkpoint)
         params = f'{sum(p.numel() for p in model.parameters()):,}'
         meta.setdefault('cfg', cfg.pretty_text)
+        ours = f'{mmseg_textkd.__name__}.'
+        if not has_text and any(
+                type(m).__module__.startswith(ours) for m in model.modules()):
+            text = 'no, but the network needs mmseg_textkd'
         checks.append('loads with `strict=True` into the network of '
                       f'`{Path(args.config).name}`')
     # torch's version is no plain text, which weights_only=True would refuse.
@@ -149,7 +161,7 @@ def publish(args: argparse.Namespace) -> Path:
         sha256=sha256,
         params=params,
         config=f'`{Path(args.config).name}`' if args.config else 'no config',
-        text='yes: it needs mmseg_textkd' if has_text else 'no',
+        text=text,
         checks=', '.join(checks)).encode()
     # Last, so that whoever sees the weights sees all.
     files[weights] = data

@@ -78,10 +78,9 @@ def encode(visual: nn.Module, images: Tensor) -> CLIPFeatures:
     position = position.T.reshape(1, -1, *visual.grid_size)
     position = F.interpolate(
         position, size, mode='bicubic', align_corners=False)
-    tokens = torch.cat([
-        (visual.class_embedding + token).expand(len(grid), 1, -1),
-        (grid + position).flatten(2).transpose(1, 2)
-    ], 1)
+    tokens = torch.cat(
+        [(visual.class_embedding + token).expand(len(grid), 1, -1),
+         (grid + position).flatten(2).transpose(1, 2)], 1)
     states = [visual.ln_pre(tokens)]
     for block in visual.transformer.resblocks:
         states.append(block(states[-1]))
@@ -114,8 +113,8 @@ def region_losses(features: CLIPFeatures, labels: Tensor, text: Tensor,
     target = shares(labels)
     weight = target / target.sum((0, 2, 3), keepdim=True).clamp(min=1)
     patches = F.normalize(features.dense(1), dim=1)
-    logs = torch.einsum('ndhw,kd->nkhw', patches, text).mul(scale).log_softmax(
-        dim=1)
+    logs = torch.einsum('ndhw,kd->nkhw', patches,
+                        text).mul(scale).log_softmax(dim=1)
     loss = -(weight * logs).sum() / len(CLASSES)
     planes = target * PATCH**2
     present = planes.sum((2, 3)) >= LEAST  # (N, K)

@@ -2,7 +2,6 @@
 from typing import Dict, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from mmcv.cnn import DepthwiseSeparableConvModule
 from mmseg.models.utils import resize
 from mmseg.registry import MODELS
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from ..layers import (TextBranch, TextClassifier, TextFusion,
                       pixel_text_similarity, text_of_batch)
+from ..losses.logit_distillation_loss import pixel_divergence
 from .two_way_block import TwoWayBlock
 
 
@@ -209,13 +209,7 @@ class TwoWayBridge(TextFusion):
 
     def divergence(self, teacher: Tensor, student: Tensor,
                    valid: Tensor) -> Tensor:
-        r"""Kullback-Leibler divergence of a student from its teacher.
-
-        :math:`\tau^2 \mathrm{KL}(\mathrm{softmax}(z_t / \tau) \|
-        \mathrm{softmax}(z_s / \tau))`, the mean over the valid pixels.
-
-        Source: `Distilling the Knowledge in a Neural Network
-        <https://arxiv.org/abs/1503.02531>`_.
+        """Compare a student with its teacher by :func:`pixel_divergence`.
 
         Args:
             teacher (Tensor): Logits with shape (N, K, H, W).
@@ -226,9 +220,5 @@ class TwoWayBridge(TextFusion):
             Tensor: Scalar; 0 with a graph if no pixel is valid.
         """
         with torch.autocast(teacher.device.type, enabled=False):
-            target, found = ((z.to(teacher.dtype) /
-                              self.temperature).log_softmax(dim=1)
-                             for z in (teacher, student))
-            values = F.kl_div(found, target, reduction='none', log_target=True)
-            total = (values.sum(dim=1) * valid).sum()
-            return self.temperature**2 * total / valid.sum().clamp(min=1)
+            return pixel_divergence(
+                student.to(teacher.dtype), teacher, valid, self.temperature)

@@ -7,28 +7,26 @@ from torch import Tensor, nn
 
 def pixel_divergence(student: Tensor,
                      teacher: Tensor,
-                     labels: Tensor,
-                     temperature: float = 1.,
-                     ignore_index: int = 255) -> Tensor:
+                     valid: Tensor,
+                     temperature: float = 1.) -> Tensor:
     r"""Mean over pixels of :math:`T^2\, KL(\sigma(z^T/T), \sigma(z^S/T))`.
 
     Args:
         student (Tensor): Logits with shape (N, K, H, W), float32 or wider.
-        teacher (Tensor): Logits with the same shape. They get no gradient.
-        labels (Tensor): Long tensor with shape (N, H, W).
+        teacher (Tensor): Logits with the same shape. They get a gradient
+            unless they are detached.
+        valid (Tensor): Bool tensor with shape (N, H, W): the pixels that
+            count.
         temperature (float): Temperature T of both softmaxes over the classes.
             Defaults to 1.0.
-        ignore_index (int): Label of the pixels that are left out. Defaults to
-            255.
 
     Returns:
-        Tensor: Scalar; 0 with a graph if every pixel is ignored.
+        Tensor: Scalar; 0 with a graph if no pixel counts.
     """
     student = F.log_softmax(student / temperature, dim=1)
-    teacher = F.log_softmax(teacher.detach().to(student) / temperature, dim=1)
+    teacher = F.log_softmax(teacher.to(student) / temperature, dim=1)
     divergence = F.kl_div(
         student, teacher, reduction='none', log_target=True).sum(dim=1)
-    valid = labels != ignore_index
     total = divergence.where(valid, 0).sum()
     return temperature**2 * total / valid.sum().clamp(min=1)
 
@@ -81,7 +79,8 @@ class LogitDistillationLoss(nn.Module):
 
         Args:
             student (Tensor): Logits with shape (N, K, H, W).
-            teacher (Tensor): Logits with the same shape.
+            teacher (Tensor): Logits with the same shape. They get no
+                gradient.
             labels (Tensor): Long tensor with shape (N, H, W).
             ignore_index (int): Label of the pixels that are left out.
                 Defaults to 255.
@@ -92,8 +91,8 @@ class LogitDistillationLoss(nn.Module):
         with torch.autocast(student.device.type, enabled=False):
             dtype = torch.promote_types(student.dtype, torch.float32)
             return self.loss_weight * pixel_divergence(
-                student.to(dtype), teacher, labels, self.temperature,
-                ignore_index)
+                student.to(dtype), teacher.detach(), labels != ignore_index,
+                self.temperature)
 
     @property
     def loss_name(self) -> str:

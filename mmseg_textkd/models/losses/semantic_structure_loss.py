@@ -8,33 +8,9 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ..layers import LogitScale, class_masks, text_of_batch
+from .similarity_matrices import standardise, structure_loss
 
 TARGETS = ('raw', 'centred', 'standardised')
-
-
-def structure_loss(similarities_a: Tensor,
-                   similarities_b: Tensor,
-                   off_diagonal: bool = True,
-                   pairs: Optional[Tensor] = None) -> Tensor:
-    """Mean squared difference of two similarity matrices.
-
-    Args:
-        similarities_a (Tensor): Float tensor with shape (P, P).
-        similarities_b (Tensor): Float tensor with shape (P, P).
-        off_diagonal (bool): Whether to leave out the similarity of each
-            thing with itself. Defaults to True.
-        pairs (Tensor, optional): Bool tensor with shape (P, P), the pairs
-            that count. Defaults to None: all.
-
-    Returns:
-        Tensor: Scalar; 0 with a graph if no pair counts.
-    """
-    if pairs is None:
-        pairs = torch.ones_like(similarities_a, dtype=torch.bool)
-    if off_diagonal:
-        pairs = pairs.clone().fill_diagonal_(False)
-    squares = (similarities_a - similarities_b).square()
-    return squares.where(pairs, 0).sum() / pairs.sum().clamp(min=1)
 
 
 @MODELS.register_module()
@@ -227,19 +203,10 @@ class SemanticStructureLoss(nn.Module):
         if self.scale is not None:
             ours = self.scale() * ours
         if self.target == 'standardised':
-            ours, theirs = (_standardise(m, pairs) for m in (ours, theirs))
+            ours, theirs = (standardise(m, pairs) for m in (ours, theirs))
         return structure_loss(ours, theirs, self.off_diagonal, pairs)
 
     @property
     def loss_name(self) -> str:
         """str: Name of the loss in the log."""
         return self._loss_name
-
-
-def _standardise(matrix: Tensor, pairs: Tensor) -> Tensor:
-    """Bring what counts of a matrix to mean 0 and deviation 1."""
-    number = pairs.sum().clamp(min=1)
-    matrix = matrix - matrix.where(pairs, 0).sum() / number
-    variance = matrix.square().where(pairs, 0).sum() / number
-    # Of one pair there is no deviation; its difference to the mean is 0.
-    return matrix * (variance + 1e-8).rsqrt()

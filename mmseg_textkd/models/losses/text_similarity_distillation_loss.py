@@ -86,8 +86,8 @@ class TextSimilarityDistillationLoss(nn.Module):
             teacher = teacher_logits(batch_data_samples, cosines.shape[2:],
                                      cosines.shape[1])
             return self.loss_weight * pixel_divergence(
-                self.scale() * cosines, teacher, labels, self.temperature,
-                ignore_index)
+                self.scale() * cosines, teacher, labels != ignore_index,
+                self.temperature)
 
     @property
     def loss_name(self) -> str:

@@ -1,0 +1,25 @@
+_base_ = './ebseg_vit-l14-336_4xb4-120k_coco-stuff164k-640x640.py'
+# Only for tools/test.py, with a checkpoint of the config above.
+(test_dataloader, test_evaluator,
+ tta_pipeline) = __import__('mmseg_textkd').wide_label_test(
+     data_root='data/pcontext_full',
+     img_path='val/image',
+     seg_map_path='val/label',
+     scale=(2560, 640),
+     vocabulary='pascal_context459')
+model = dict(
+    decode_head=dict(
+        test_text=dict(
+            type='ClassEmbeddings',
+            num_classes=459,
+            dim=768,
+            classes='pascal_context459',
+            file='data/text_embeddings/'
+            'pascal_context459_vit-l14-336-openai.safetensors',
+            build=dict(
+                vocabulary='pascal_context459',
+                model='ViT-L-14-336',
+                pretrained='openai',
+                templates='vild'))))
+# It would compare the test data with the classes of the training.
+custom_hooks = []

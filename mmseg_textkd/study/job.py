@@ -1,0 +1,54 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""A run of a study at work."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, List, Optional
+
+import mmseg_textkd
+from .run import Run
+
+
+class Job:
+    """A run at work.
+
+    Args:
+        run (Run): The run.
+        folder (Path): Its work directory.
+        lock (IO): Its lock. Processes inherit it, so that one that outlives
+            a killed driver still holds it.
+    """
+
+    def __init__(self, run: Run, folder: Path, lock: IO) -> None:
+        self.run = run
+        self.folder = folder
+        self.lock = lock
+        self.process: Optional[subprocess.Popen] = None
+
+    def start(self, words: List[str]) -> None:
+        """Start a process that writes to the log of the run.
+
+        Args:
+            words (list[str]): The command after the name of Python.
+        """
+        package = str(Path(mmseg_textkd.__file__).parents[1])
+        path = [package, os.environ.get('PYTHONPATH', '')]
+        with open(self.folder / 'log.txt', 'ab') as log:
+            self.process = subprocess.Popen([sys.executable, *words],
+                                            stdin=subprocess.DEVNULL,
+                                            stdout=log,
+                                            stderr=subprocess.STDOUT,
+                                            pass_fds=(self.lock.fileno(), ),
+                                            env=dict(
+                                                os.environ,
+                                                PYTHONPATH=os.pathsep.join(
+                                                    filter(None, path))))
+
+    def stop(self) -> None:
+        """End the process; the last checkpoint is kept."""
+        self.process.terminate()
+        # One that somebody has suspended would never get to it.
+        self.process.send_signal(signal.SIGCONT)
+        self.process.wait()

@@ -1,0 +1,113 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""The YAML file of a study: what it may say."""
+from itertools import product
+from pathlib import Path
+from typing import Any, Dict
+
+import yaml
+
+KEYS = {
+    '_base_', 'name', 'title', 'registration', 'baseline', 'controls', 'vars',
+    'options', 'size', 'evaluate', 'networks', 'arms', 'grids'
+}
+NETWORK_KEYS = {'configs', 'iterations', 'val_interval', 'options', 'feature'}
+ARM_KEYS = {'config', 'what', 'options', 'auxiliary_head'}
+GRID_KEYS = {'networks', 'arms', 'seeds', 'train_fractions'}
+SPLITS = ('val', 'test')
+
+
+class StudyError(ValueError):
+    """A study that cannot be run as it is written."""
+
+
+def read_study(path: Path) -> Dict[str, Any]:
+    """Read and check the file of a study.
+
+    Args:
+        path (Path): The YAML file.
+
+    Returns:
+        dict: Its content, with what its ``_base_`` says.
+
+    Raises:
+        StudyError: If something is missing or unknown, and where.
+    """
+    spec = _read(path)
+    _check(path, spec)
+    return spec
+
+
+def _read(path: Path) -> Dict[str, Any]:
+    """Read a YAML file and what it is based on."""
+    try:
+        spec = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except FileNotFoundError as error:
+        raise StudyError(f'there is no study {path}.') from error
+    except yaml.YAMLError as error:
+        raise StudyError(f'{path} is no YAML: {error}') from error
+    if not isinstance(spec, dict):
+        raise StudyError(f'{path} is no study: a mapping was expected.')
+    if '_base_' not in spec:
+        return spec
+    return _merge(_read(path.parent / spec.pop('_base_')), spec)
+
+
+def _merge(base: Dict[str, Any], own: Dict[str, Any]) -> Dict[str, Any]:
+    """Complete mappings at any depth, replace the rest."""
+    merged = dict(base)
+    for key, value in own.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            value = _merge(base[key], value)
+        merged[key] = value
+    return merged
+
+
+def _check(path: Path, spec: Dict[str, Any]) -> None:
+    """Check names and types of everything that can be checked at once."""
+
+    def fail(text: str) -> None:
+        raise StudyError(f'{path}: {text}')
+
+    def check_keys(where: str, keys, allowed, needed=()) -> None:
+        unknown, missing = set(keys) - allowed, set(needed) - set(keys)
+        if unknown:
+            fail(f'{where} has the unknown keys {sorted(unknown)}; known '
+                 f'are {sorted(allowed)}.')
+        if missing:
+            fail(f'{where} has no {sorted(missing)}.')
+
+    check_keys('it', spec, KEYS,
+               ('name', 'baseline', 'evaluate', 'networks', 'arms', 'grids'))
+    for name, network in spec['networks'].items():
+        check_keys(f'network {name!r}', network, NETWORK_KEYS,
+                   ('configs', 'iterations', 'val_interval'))
+    for name, arm in spec['arms'].items():
+        check_keys(f'arm {name!r}', arm, ARM_KEYS, ('config', ))
+    wrong = set(spec['evaluate']) - set(SPLITS)
+    if wrong or 'val' not in spec['evaluate']:
+        fail(f'evaluate must be [val] or [val, test], but is '
+             f'{spec["evaluate"]}.')
+    for arm in [spec['baseline'], *spec.get('controls', [])]:
+        if arm not in spec['arms']:
+            fail(f'unknown arm {arm!r}; known are {list(spec["arms"])}.')
+    for number, grid in enumerate(spec['grids'], 1):
+        where = f'grid {number}'
+        check_keys(where, grid, GRID_KEYS, ('networks', 'arms', 'seeds'))
+        for kind in ('networks', 'arms'):
+            for name in grid[kind]:
+                if name not in spec[kind]:
+                    fail(f'{where} has the unknown {kind[:-1]} {name!r}; '
+                         f'known are {list(spec[kind])}.')
+        for name, arm in product(grid['networks'], grid['arms']):
+            network, arm = spec['networks'][name], spec['arms'][arm]
+            if arm['config'] not in network['configs']:
+                fail(f'network {name!r} has no config '
+                     f'{arm["config"]!r}; it has '
+                     f'{list(network["configs"])}.')
+            if arm.get('auxiliary_head') and 'feature' not in network:
+                fail(f'network {name!r} does not say by `feature` where '
+                     'an extra auxiliary head reads.')
+        for fraction in grid.get('train_fractions', [1]):
+            if not 0 < fraction <= 1:
+                fail(f'{where}: a train fraction must be in (0, 1], but '
+                     f'is {fraction}.')
