@@ -37,7 +37,7 @@ FOUR = {
     'bisenetv2_fcn', 'stdc1_in1k-pre', 'ddrnet_23-slim_in1k-pre', 'pidnet-s'
 }
 # These have tests of their own.
-OTHERS = {'distillation', 'ebseg', 'fusion', 'lseg', 'studies'}
+OTHERS = {'balance', 'distillation', 'ebseg', 'fusion', 'lseg', 'studies'}
 # What the text twin may add to a head.
 OPTIONS = {'text', 'role', 'text_branch', 'text_losses'}
 

@@ -24,6 +24,10 @@ RUNS = dict(
     unified=(CONTEXT, {}),
     specific=(dict(CONTEXT, class_specific=True), {}),
     l2=(FIXED, dict(text_branch=dict(norm='l2'))),
+    lseg=(FIXED,
+          dict(
+              text_branch=dict(
+                  norm='l2', bias=False, regularization=dict(depth=2)))),
     centred=(dict(FIXED, centre=True), {}),
     auxiliary=(FIXED, dict(role='auxiliary')))
 

@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Label maps for any number of classes, in bounded memory."""
+import weakref
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
@@ -7,11 +8,14 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from mmseg_textkd.deploy import L2ConvSeg
+from mmseg_textkd.deploy import BalancedConvSeg, L2ConvSeg
+from mmseg_textkd.models.layers.balance import balance_logarithms
 from .open_classifier import OpenClassifier
 
 # Values of logits at a time: 128 MiB as float32.
 BUDGET = 2**25
+# Classes at a time, at the resolution of the features, to sum them up.
+BLOCK = 256
 
 
 class _Best(NamedTuple):
@@ -28,18 +32,86 @@ class _Best(NamedTuple):
     total: Optional[Tensor]
 
 
+class _SomeOfAll(nn.Module):
+    """Some classes of a classifier that cannot do without the others.
+
+    Args:
+        whole (nn.Module): The classifier.
+        rows (Tensor): Long tensor of the numbers of the classes.
+    """
+
+    def __init__(self, whole: nn.Module, rows: Tensor) -> None:
+        super().__init__()
+        self.whole, self.rows = whole, rows
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """Classify, and take the classes; shape (N, n, H, W)."""
+        return self.whole(feat)[:, self.rows]
+
+
+class _SomeBalanced(nn.Module):
+    """Some classes of a :class:`BalancedConvSeg`, as they are among all.
+
+    Args:
+        whole (BalancedConvSeg): The classifier.
+        rows (Tensor): Long tensor of the numbers of the classes.
+    """
+
+    def __init__(self, whole: BalancedConvSeg, rows: Tensor) -> None:
+        super().__init__()
+        self.whole, self.seen = whole, whole.seen[rows]
+        self.both = nn.ModuleList(
+            select_classes(conv, rows)
+            for conv in (whole.supervised, whole.image))
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """Score the classes; shape (N, n, H, W)."""
+        logs = (conv(feat) - total
+                for conv, total in zip(self.both, self._totals(feat)))
+        return balance_logarithms(*logs, self.seen, self.whole.alpha,
+                                  self.whole.beta)
+
+    def _totals(self, feat: Tensor) -> List[Tensor]:
+        """Logarithms of the sums over all classes, twice (N, 1, H, W).
+
+        They are the same for all parts, which share the whole.
+        """
+        known = self.whole.totals
+        if known is not None and known[0]() is feat:
+            return known[1]
+        convs = self.whole.supervised, self.whole.image
+        totals = [feat.new_full((), float('-inf'))] * 2
+        for rows in torch.arange(len(self.whole.seen)).split(BLOCK):
+            rows = rows.to(feat.device)
+            totals = [
+                torch.logaddexp(
+                    total,
+                    select_classes(conv,
+                                   rows)(feat).logsumexp(dim=1, keepdim=True))
+                for total, conv in zip(totals, convs)
+            ]
+        self.whole.totals = weakref.ref(feat), totals
+        return totals
+
+
 def select_classes(conv_seg: nn.Module, rows: Tensor) -> nn.Module:
     """Take some of the classes of a classifier.
 
     Args:
-        conv_seg (nn.Module): A convolution or a :class:`L2ConvSeg`.
+        conv_seg (nn.Module): A convolution, a :class:`L2ConvSeg` or a
+            :class:`BalancedConvSeg`.
         rows (Tensor): Long tensor of n class numbers, which may repeat.
 
     Returns:
         nn.Module: A classifier of n classes; what does not depend on the
         class is shared with the first.
     """
+    if isinstance(conv_seg, BalancedConvSeg):
+        return _SomeBalanced(conv_seg, rows)
     if isinstance(conv_seg, L2ConvSeg):
+        if not isinstance(conv_seg.regularization, nn.Identity):
+            # Its blocks mix the labels.
+            return _SomeOfAll(conv_seg, rows)
         length, product = conv_seg.length, conv_seg.product
         chosen = L2ConvSeg(product.in_channels, len(rows), length.out_channels)
         chosen.length, chosen.product = length, select_classes(product, rows)

@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import copy
 import os
 from typing import Any, List, Mapping, Optional, Sequence, Union
 
@@ -7,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmseg_textkd.deploy import L2ConvSeg
+from mmseg_textkd.deploy.balanced_conv_seg import fold_balanced
 from mmseg_textkd.deploy.l2_conv_seg import fuse_l2
-from mmseg_textkd.models import TextClassifier, TextHeadMixin
+from mmseg_textkd.models import (BalancedTextClassifier, TextClassifier,
+                                 TextHeadMixin)
 from mmseg_textkd.models.layers import pixel_text_similarity
 from mmseg_textkd.text import ClassEmbeddings
 from .label_maps import select_classes
@@ -98,7 +101,8 @@ class TextHeadClassifier(OpenClassifier):
 
         Returns:
             nn.Module: A convolution or, with an L2 norm, a
-            :class:`L2ConvSeg`.
+            :class:`L2ConvSeg`; of a :class:`BalancedTextClassifier` and
+            classes that had no labels, a :class:`BalancedConvSeg` of either.
         """
         classifier, (number, dim) = self.classifier, vectors.shape
         text = ClassEmbeddings(file='', num_classes=number, dim=dim)
@@ -112,11 +116,22 @@ class TextHeadClassifier(OpenClassifier):
                     bias[k] = self.bias[own]
         classifier.logit_bias = nn.Parameter(bias)
         if classifier.projection.norm != 'l2':
-            return classifier.as_conv()
-        conv = classifier.projection.conv
-        fused = L2ConvSeg(conv.in_channels, number, dim)
-        fused.load_state_dict(fuse_l2(classifier))
-        return fused.to(conv.weight)
+            folded = classifier.as_conv()
+        else:
+            conv = classifier.projection.conv
+            folded = L2ConvSeg(conv.in_channels, number, dim).to(conv.weight)
+            if classifier.regularization is not None:
+                # The same for any number of classes.
+                folded.regularization = copy.deepcopy(
+                    classifier.regularization)
+            folded.load_state_dict(fuse_l2(classifier))
+        if not isinstance(classifier, BalancedTextClassifier):
+            return folded
+        seen = [
+            own is not None and own not in classifier.unseen
+            for own in (range(number) if trained is None else trained)
+        ]
+        return fold_balanced(classifier, folded, seen)
 
 
 class PixelTextCosine(nn.Module):

@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+from .balanced_conv_seg import BalancedConvSeg
 from .checkpoint import load_strictly, read_checkpoint, write_files
 from .fold import fold, fold_state_dict
 from .l2_conv_seg import L2ConvSeg, mean_lengths
@@ -6,6 +7,7 @@ from .stock_cfg import to_stock_cfg
 from .verify import Report, verify
 
 __all__ = [
-    'L2ConvSeg', 'Report', 'fold', 'fold_state_dict', 'load_strictly',
-    'mean_lengths', 'read_checkpoint', 'to_stock_cfg', 'verify', 'write_files'
+    'BalancedConvSeg', 'L2ConvSeg', 'Report', 'fold', 'fold_state_dict',
+    'load_strictly', 'mean_lengths', 'read_checkpoint', 'to_stock_cfg',
+    'verify', 'write_files'
 ]

@@ -22,9 +22,10 @@ def fold_state_dict(
     In the role 'classifier' projection, norm, class embeddings, scale and
     bias become the head's own ``conv_seg``, in float64, cast once; in the
     role 'auxiliary' the text branch is left out. Auxiliary heads are treated
-    as the decode head is; ``distill_losses``, and a fusion for training only,
-    are left out. The weights of a model without text come back as they are,
-    so folding twice is folding once.
+    as the decode head is; ``distill_losses``, a fusion for training only,
+    and the image projection of a :class:`BalancedTextClassifier`, are left
+    out. The weights of a model without text come back as they are, so folding
+    twice is folding once.
 
     Args:
         model (nn.Module): The model, or a head, in evaluation mode. Left as
@@ -85,6 +86,8 @@ def fold(model: nn.Module,
          cfg: Config,
          strip_auxiliary: bool = False) -> nn.Module:
     """Make the stock model that predicts what a text model predicts.
+
+    Without the balance of a :class:`BalancedTextClassifier`.
 
     Args:
         model (nn.Module): The model with text, in evaluation mode.

@@ -8,6 +8,8 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
+
 Size = Tuple[int, int]
 # Height and width of the random inputs: one that the usual strides divide,
 # and one that they do not.
@@ -92,7 +94,8 @@ def verify(model: nn.Module,
 
     The stock model is built from its config, loaded strictly, and compared on
     random inputs of two sizes and on the images that are given. SegNeXt's
-    head draws random numbers; both models draw the same.
+    head draws random numbers; both models draw the same. A model with a
+    balance, which no stock model has, is compared without it.
 
     Args:
         model (nn.Module): The model as trained, in evaluation mode.
@@ -116,13 +119,14 @@ def verify(model: nn.Module,
     stock.load_state_dict(state_dict, strict=True)
     costs['folded'] = _cost(stock)
     models = model, stock
-    agreements = [
-        _compare(f'random {size[0]}x{size[1]}', models, [size])
-        for size in SIZES
-    ]
-    if batches:
-        number = sum(len(batch['inputs']) for batch in batches)
-        agreements.append(_compare(f'{number} images', models, batches))
+    with without_balance(model):
+        agreements = [
+            _compare(f'random {size[0]}x{size[1]}', models, [size])
+            for size in SIZES
+        ]
+        if batches:
+            number = sum(len(batch['inputs']) for batch in batches)
+            agreements.append(_compare(f'{number} images', models, batches))
     report = Report(agreements, costs)
     # Written so that NaN counts as a difference.
     if tolerance is not None and not all(a.relative <= tolerance

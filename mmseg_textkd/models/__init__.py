@@ -5,18 +5,22 @@ from .decode_heads import (TextDDRHead, TextDepthwiseSeparableFCNHead,
 from .ebseg import (CLIPSAMNeck, EBSeg, EBSegHead, EBSegLoss, FrozenCLIPViT,
                     FrozenSAMViT, MaskDecoder)
 from .fusion import ContextAwareText, TwoWayBridge
-from .layers import (LogitScale, PixelProjection, SpatialRegularization,
-                     TextBranch, TextClassifier, TextFusion)
-from .losses import (ChannelWiseDistillationLoss, LogitDistillationLoss,
+from .layers import (BalancedTextClassifier, LogitScale, PixelProjection,
+                     SpatialRegularization, TextBranch, TextClassifier,
+                     TextFusion)
+from .losses import (ChannelWiseDistillationLoss,
+                     ImageEmbeddingDistillationLoss, LogitDistillationLoss,
                      SemanticStructureLoss, TextAlignmentLoss,
                      TextGuidedDistillationLoss,
                      TextSimilarityDistillationLoss)
-from .segmentors import DistilledEncoderDecoder, FrozenTeacher
+from .segmentors import (DistilledEncoderDecoder, FrozenCLIPTeacher,
+                         FrozenTeacher)
 
 __all__ = [
-    'CLIPSAMNeck', 'ChannelWiseDistillationLoss', 'ContextAwareText',
-    'DistilledEncoderDecoder', 'EBSeg', 'EBSegHead', 'EBSegLoss',
-    'FrozenCLIPViT', 'FrozenSAMViT', 'FrozenTeacher', 'LogitDistillationLoss',
+    'BalancedTextClassifier', 'CLIPSAMNeck', 'ChannelWiseDistillationLoss',
+    'ContextAwareText', 'DistilledEncoderDecoder', 'EBSeg', 'EBSegHead',
+    'EBSegLoss', 'FrozenCLIPTeacher', 'FrozenCLIPViT', 'FrozenSAMViT',
+    'FrozenTeacher', 'ImageEmbeddingDistillationLoss', 'LogitDistillationLoss',
     'LogitScale', 'MaskDecoder', 'PixelProjection', 'SemanticStructureLoss',
     'SpatialRegularization', 'TextAlignmentLoss', 'TextBranch',
     'TextClassifier', 'TextDDRHead', 'TextDPTHead',

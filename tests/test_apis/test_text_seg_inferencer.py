@@ -163,6 +163,35 @@ def test_new_classes_equal_those_by_hand(worded, inferencer, name):
     assert mine.source == f'{said}; 1 as trained'
 
 
+def test_lsegs_blocks_serve_new_classes(worded, inferencer):
+    """They follow the cosines, whatever the number of labels."""
+    run, mine = worded('lseg'), inferencer('lseg')
+    model = init_model(run.config, run.weights, device='cpu')
+    head = model.decode_head
+    trained = inference_model(model, run.images[0]).pred_sem_seg.data[0]
+    assert np.array_equal(mine(run.images[0])['predictions'], trained)
+    mine.set_classes(list(NEW))
+    vectors = encoded(NEW)
+    vectors[1] = head.text.text.class_embeddings[2]
+    feat = torch.randn(1, 16, 5, 6)
+    with torch.no_grad():
+        cosine = torch.einsum('ndhw,kd->nkhw', head.text.projection(feat),
+                              vectors)
+        expected = head.text.regularization(head.text.scale() * cosine)
+        torch.testing.assert_close(
+            mine.model.decode_head.conv_seg(feat),
+            expected,
+            rtol=1e-4,
+            atol=1e-4)
+    # In parts too, which the blocks do not see.
+    labels = mine(run.images[0])['predictions']
+    batch = mine.collate_fn([mine.pipeline(run.images[0])])
+    data = mine.model.data_preprocessor(batch, False)
+    out, = predict_labels(
+        mine.classifier, data['inputs'], data['data_samples'], budget=1)
+    assert np.array_equal(out.pred_sem_seg.data[0], labels)
+
+
 def test_new_classes_can_be_favoured(worded, inferencer):
     run, mine = worded(), inferencer()
     vectors, bias = mixed(run, None, None)

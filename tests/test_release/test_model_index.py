@@ -103,7 +103,7 @@ def test_nothing_is_claimed_that_was_not_measured():
     readmes = [
         Path(ROOT, 'configs', folder, 'README.md')
         for folder in ('textkd', 'lseg', 'ebseg', 'fusion', 'distillation',
-                       'structure', 'diversification')
+                       'structure', 'diversification', 'balance')
     ]
     rows = [
         line.split('|')[1:-1] for path in readmes

@@ -331,14 +331,15 @@ def test_what_the_teacher_sees(root):
     assert not torch.equal(own.mean, theirs.mean)
     with torch.no_grad():
         expected = teacher((pictures - theirs.mean) / theirs.std)
-    logits, features = model.teacher(inputs, own)
+    seen = model.teacher(inputs, own)
+    logits, features = seen['logits'], seen['features']
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(teacher.decode_head.conv_seg(features), logits)
     # Blue and red change places.
     cfg.model.data_preprocessor.bgr_to_rgb = True
     swapped = MODELS.build(cfg.model).data_preprocessor
-    flipped, _ = model.teacher(inputs.flip(1), swapped)
-    torch.testing.assert_close(flipped, logits)
+    flipped = model.teacher(inputs.flip(1), swapped)
+    torch.testing.assert_close(flipped['logits'], logits)
     assert not any(m._forward_hooks for m in teacher.modules())
     before = torch.get_rng_state()
     model.teacher._model = None

@@ -27,6 +27,9 @@ READMES = {
     'configs/lseg/README.md': {
         'lseg': 'LSeg'
     },
+    'configs/balance/README.md': {
+        'balance': 'Balance for new classes'
+    },
     'configs/ebseg/README.md': {
         'ebseg': 'EBSeg'
     },

@@ -27,6 +27,7 @@ import mmseg_textkd
 from mmseg_textkd.deploy import (fold_state_dict, load_strictly, mean_lengths,
                                  read_checkpoint, to_stock_cfg, verify,
                                  write_files)
+from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
 
 # What MMEngine's runner and this tool note of a training.
 TRAINING = ('epoch', 'iter', 'seed', 'experiment_name', 'time', 'trained_with',
@@ -191,6 +192,10 @@ def convert(args: argparse.Namespace) -> None:
     if lengths:
         print('THE FOLD IS APPROXIMATE, with mean lengths '
               f'{lengths}: judge it by the figures above.')
+    with without_balance(model) as balanced:
+        if balanced:
+            print('The balance for the classes without labels is left out: '
+                  'it needs the plugin (TextSegInferencer).')
     print(f'wrote {args.out} and {out}')
 
 

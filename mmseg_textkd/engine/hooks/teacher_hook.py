@@ -2,16 +2,18 @@
 from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
 
-from mmseg_textkd.models import FrozenTeacher
+from mmseg_textkd.models.layers import seen_classes
+from mmseg_textkd.text import Vocabulary
 from ..stages.text_state import unwrap
 
 
 @HOOKS.register_module()
 class TeacherHook(Hook):
-    """See that a segmentation teacher fits the data and stays as it is.
+    """See that a frozen teacher fits the data and stays as it is.
 
     Without it ``DistilledEncoderDecoder`` trains too, but only the number of
-    classes is compared.
+    classes is compared. A teacher of embeddings may have other classes, if
+    none of those that are hidden from the student.
 
     Examples:
         >>> custom_hooks = [dict(type='TeacherHook')]
@@ -24,11 +26,13 @@ class TeacherHook(Hook):
             runner (Runner): The runner of the training process.
 
         Raises:
-            ValueError: If the model has no teacher, or one of other classes.
+            ValueError: If the model has no teacher, one of other classes, or
+                one that was trained with classes that are hidden.
             FileNotFoundError: If the teacher has no checkpoint.
         """
-        teacher = getattr(unwrap(runner.model), 'teacher', None)
-        if not isinstance(teacher, FrozenTeacher):
+        model = unwrap(runner.model)
+        teacher = getattr(model, 'teacher', None)
+        if teacher is None:
             raise ValueError(
                 'TeacherHook found no teacher in the model. Use model=dict('
                 "type='DistilledEncoderDecoder', teacher=dict(config=..., "
@@ -39,7 +43,11 @@ class TeacherHook(Hook):
         if not classes or not teacher.classes:
             return
         classes = tuple(classes)
-        if teacher.classes != classes:
+        if teacher.num_classes is None:
+            text = getattr(model.decode_head, 'text', None)
+            self._check_hidden(
+                teacher, [classes[k] for k in getattr(text, 'unseen', ())])
+        elif teacher.classes != classes:
             first = next(
                 (i for i, pair in enumerate(zip(teacher.classes, classes))
                  if len(set(pair)) > 1),
@@ -51,6 +59,19 @@ class TeacherHook(Hook):
                 f'{list(classes[first:first + 3])} ({len(teacher.classes)} '
                 f'and {len(classes)} in all). Train a teacher on the same '
                 'classes.')
+
+    @staticmethod
+    def _check_hidden(teacher, hidden) -> None:
+        """Refuse a teacher that has been told of what is hidden."""
+        if not hidden:
+            return
+        known = seen_classes(*(Vocabulary.from_spec(list(names))
+                               for names in (hidden, teacher.classes)))
+        if any(known):
+            raise ValueError(
+                f'The teacher {teacher.name} was trained with '
+                f'{[n for n, k in zip(hidden, known) if k]}, which are hidden '
+                'from the student (`unseen`). Take one that was not.')
 
     def after_train(self, runner) -> None:
         """Prove that the teacher is unchanged.

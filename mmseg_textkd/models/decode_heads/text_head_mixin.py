@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from contextlib import ExitStack, contextmanager
+from inspect import isclass
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -9,7 +10,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers import TextBranch, TextClassifier
+from ..layers import BalancedTextClassifier, TextBranch, TextClassifier
 
 ROLES = ('classifier', 'auxiliary')
 
@@ -36,15 +37,17 @@ class TextHeadMixin:
         role (str): 'classifier' or 'auxiliary'. Defaults to 'classifier'.
         text_branch (dict, optional): Further arguments of
             :class:`TextClassifier` (``norm``, ``norm_cfg``, ``scale``,
-            ``bias``, ``regularization``, ``unseen``) or, in the role
-            'auxiliary', of :class:`TextBranch` (``norm``, ``norm_cfg``).
-            ``norm_cfg`` defaults to the head's own where that is a batch
-            norm, else to BN. Defaults to None.
+            ``bias``, ``regularization``, ``unseen``) or of another classifier
+            that is its ``type``, such as :class:`BalancedTextClassifier`; in
+            the role 'auxiliary' of :class:`TextBranch` (``norm``,
+            ``norm_cfg``). ``norm_cfg`` defaults to the head's own where that
+            is a batch norm, else to BN. Defaults to None.
         text_losses (Sequence[dict], optional): Losses on pixel and class
             embeddings, called with both, the labels at the resolution of the
             pixel embeddings, ``ignore_index`` and ``batch_data_samples``
             (which bring what a teacher knows of the images). Defaults to
-            None: none for 'classifier', one ``TextAlignmentLoss`` of weight
+            None: none for 'classifier', or that of the image projection for
+            a ``BalancedTextClassifier``; one ``TextAlignmentLoss`` of weight
             0.4 (DenseCLIP's) for 'auxiliary'.
         fusion (dict, optional): Config of a :class:`TextFusion`, such as
             ``dict(type='TwoWayBridge')``, in which image and text meet: for
@@ -77,7 +80,7 @@ class TextHeadMixin:
         self.role = role
         options = dict(text_branch or {})
         options.setdefault('norm_cfg', self._batch_norm_cfg())
-        branch_type = TextClassifier
+        branch_type = _classifier_type(options.pop('type', None), role)
         if role == 'auxiliary' and not _needs_classifier(fusion):
             branch_type = TextBranch
         branch = branch_type(
@@ -102,8 +105,17 @@ class TextHeadMixin:
                     "role='auxiliary' with no `text_losses` would leave the "
                     'text branch unused; give at least one loss, or '
                     '`fusion`.')
+        balanced = isinstance(branch, BalancedTextClassifier)
+        if balanced and text_losses is None:
+            text_losses = [dict(type='ImageEmbeddingDistillationLoss')]
         self.text_losses = nn.ModuleList(
             MODELS.build(loss) for loss in text_losses or [])
+        if balanced != any(map(_of_image_projection, self.text_losses)):
+            raise ValueError(
+                "text_branch=dict(type='BalancedTextClassifier') and an "
+                'ImageEmbeddingDistillationLoss in `text_losses` belong '
+                'together: one has the image projection, the other teaches '
+                'it.')
         self._classifier_called = False
 
     @property
@@ -128,11 +140,12 @@ class TextHeadMixin:
             RuntimeError: If the stock head does not call its classifier, or
                 with text losses if it calls it more than once.
             ValueError: If there are labels of classes that are to stay
-                unseen, or with text losses a teacher that knows them.
+                unseen, or a teacher that knows them.
         """
         unseen = getattr(self.text, 'unseen', ())
         if unseen:
             self._check_hidden(self._labels(args[-2]), unseen)
+            self._check_teacher(args[-2])
         extra = bool(self.text_losses) or self.text.fusion is not None
         if self._classifier_called and not extra:
             return super().loss(inputs, *args)
@@ -173,19 +186,17 @@ class TextHeadMixin:
             text = self.text.seen_text(text)
             own = torch.searchsorted(self.text.seen, labels)
             labels = torch.where(labels == self.ignore_index, labels, own)
-            if any('teacher' in sample or 'region_embeddings' in sample
-                   for sample in batch_data_samples):
-                raise ValueError(
-                    'a teacher or region embeddings of all classes would tell '
-                    'of those that are to stay unseen; leave them out.')
         small = F.interpolate(
             labels.float(), size=embeddings.shape[2:], mode='nearest')
         small, labels = small.squeeze(1).long(), labels.squeeze(1)
         losses: Dict[str, Tensor] = {}
         for module in self.text_losses:
             full = getattr(module, 'full_resolution', False)
+            pixels = embeddings
+            if _of_image_projection(module):
+                pixels = self.text.image_projection(feat)
             value = module(
-                embeddings,
+                pixels,
                 text,
                 labels if full else small,
                 ignore_index=self.ignore_index,
@@ -208,6 +219,17 @@ class TextHeadMixin:
                 f"have labels. Hide them: dict(type='HideClasses', classes="
                 f'{list(unseen)}) behind LoadAnnotations in the pipeline of '
                 'train_dataloader.')
+
+    @staticmethod
+    def _check_teacher(batch_data_samples: list) -> None:
+        # Image embeddings come of pictures and are asked for no class.
+        if any('region_embeddings' in sample or {'logits', 'features'}
+               & set(sample.get('teacher', dict()).keys())
+               for sample in batch_data_samples):
+            raise ValueError(
+                'a teacher or region embeddings of all classes would tell of '
+                'those that are to stay unseen; leave them out. Only image '
+                'embeddings (FrozenCLIPTeacher) may be taught.')
 
     def _check_calls(self, number: int, extra: bool) -> None:
         name = type(self).__name__
@@ -261,6 +283,26 @@ class TextHeadMixin:
             if overrides or 'layer' in cfg or cfg['type'] == 'Pretrained':
                 kept.append(cfg)
         self.init_cfg = kept or None
+
+
+def _classifier_type(name: Optional[str], role: str) -> type:
+    """The class that `type` of a text branch names."""
+    if name is None:
+        return TextClassifier
+    if role != 'classifier':
+        raise ValueError(
+            f"`text_branch` of the type {name!r} needs role='classifier': in "
+            "the role 'auxiliary' the stock classifier decides.")
+    kind = MODELS.get(name) if isinstance(name, str) else name
+    if not (isclass(kind) and issubclass(kind, TextClassifier)):
+        raise ValueError(f'`type` of `text_branch` must be a TextClassifier, '
+                         f'but got {name!r}.')
+    return kind
+
+
+def _of_image_projection(loss: nn.Module) -> bool:
+    """Whether a text loss is about the image projection."""
+    return getattr(loss, 'of_image_projection', False)
 
 
 def _needs_classifier(fusion: Optional[dict]) -> bool:

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from .balance import balance_probabilities, seen_classes
+from ..layers.balance import balance_probabilities, seen_classes
 from .clip_sam_neck import CLIPSAMNeck
 from .ebseg import EBSeg
 from .ebseg_head import EBSegHead

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmseg_textkd.text import TextEmbeddings
 from mmseg_textkd.text.vocabulary import VocabularySpec
-from .balance import balance_probabilities, check_exponents
+from ..layers.balance import balance_probabilities, check_exponents
 from .clip_sam_neck import FusedFeatures
 from .ebseg_loss import LayerPrediction
 from .mask_embedder import MaskEmbedder, MaskEmbeddings

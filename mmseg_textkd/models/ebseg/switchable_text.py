@@ -9,7 +9,7 @@ from torch import Tensor
 from mmseg_textkd.text import (ClassEmbeddings, TextEmbeddings, TextProvider,
                                Vocabulary)
 from mmseg_textkd.text.vocabulary import VocabularySpec
-from .balance import seen_classes
+from ..layers.balance import seen_classes
 
 
 class SwitchableText(BaseModule):

@@ -1,4 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+from .balance import balance_probabilities, seen_classes
+from .balanced_text_classifier import BalancedTextClassifier
 from .class_means import class_masks, class_means
 from .logit_scale import LogitScale
 from .pixel_projection import PixelProjection
@@ -9,7 +11,8 @@ from .text_classifier import TextClassifier
 from .text_fusion import TextFusion
 
 __all__ = [
-    'LogitScale', 'PixelProjection', 'SpatialRegularization', 'TextBranch',
-    'TextClassifier', 'TextFusion', 'class_masks', 'class_means',
+    'BalancedTextClassifier', 'LogitScale', 'PixelProjection',
+    'SpatialRegularization', 'TextBranch', 'TextClassifier', 'TextFusion',
+    'balance_probabilities', 'class_masks', 'seen_classes', 'class_means',
     'pixel_text_similarity', 'text_of_batch'
 ]

@@ -93,3 +93,34 @@ class PixelProjection(BaseModule):
             offset = self.bn.bias.to(dtype)
         shift = gain * (shift - self.bn.running_mean.to(dtype)) + offset
         return gain[:, None] * weight, shift
+
+    @torch.no_grad()
+    def fold(self, rows: Tensor, bias: Optional[Tensor] = None) -> nn.Conv2d:
+        r"""Fold the projection and products with fixed vectors into one.
+
+        With the affine map A, a (see :meth:`affine`): :math:`W = V A` and
+        :math:`B = V a + b`, in float64, cast once.
+
+        Args:
+            rows (Tensor): Vectors V that the embeddings are multiplied with,
+                shape (K, D).
+            bias (Tensor, optional): Added to the products b, shape (K, ).
+                Defaults to None.
+
+        Returns:
+            nn.Conv2d: C -> K, 1x1, with the dtype of the projection.
+        """
+        weight, shift = self.affine(torch.float64)
+        rows = rows.double()
+        shift = rows @ shift
+        if bias is not None:
+            shift = shift + bias.double()
+        folded = nn.Conv2d(
+            self.conv.in_channels,
+            len(rows),
+            1,
+            device=self.conv.weight.device,
+            dtype=self.conv.weight.dtype)
+        folded.weight.copy_((rows @ weight)[:, :, None, None])
+        folded.bias.copy_(shift)
+        return folded

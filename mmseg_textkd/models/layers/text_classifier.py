@@ -184,9 +184,7 @@ class TextClassifier(TextBranch):
     def as_conv(self) -> nn.Conv2d:
         r"""Fold everything into one ordinary 1x1 convolution.
 
-        With the affine map A, a of the projection (see
-        :meth:`PixelProjection.affine`): :math:`W = s\, T A` and
-        :math:`B = s\, T a + b`, in float64, cast once.
+        See :meth:`PixelProjection.fold`; the vectors are :math:`s\, T`.
 
         Returns:
             nn.Conv2d: C -> K, with the dtype of the projection.
@@ -214,18 +212,5 @@ class TextClassifier(TextBranch):
                 'and other labels and cannot be folded into a 1x1 '
                 'convolution; train without `regularization`, or deploy '
                 'unfolded.')
-        conv = self.projection.conv
-        weight, shift = self.projection.affine(torch.float64)
         text = self.scale().double() * self.text().double()
-        bias = text @ shift
-        if self.logit_bias is not None:
-            bias = bias + self.logit_bias.double()
-        folded = nn.Conv2d(
-            conv.in_channels,
-            len(text),
-            1,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype)
-        folded.weight.copy_((text @ weight)[:, :, None, None])
-        folded.bias.copy_(bias)
-        return folded
+        return self.projection.fold(text, self.logit_bias)

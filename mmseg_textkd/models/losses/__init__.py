@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .channel_wise_distillation_loss import ChannelWiseDistillationLoss
+from .image_embedding_distillation_loss import ImageEmbeddingDistillationLoss
 from .logit_distillation_loss import LogitDistillationLoss
 from .mask_structure_loss import mask_structure_loss
 from .semantic_structure_loss import SemanticStructureLoss
@@ -9,7 +10,8 @@ from .text_guided_distillation_loss import TextGuidedDistillationLoss
 from .text_similarity_distillation_loss import TextSimilarityDistillationLoss
 
 __all__ = [
-    'ChannelWiseDistillationLoss', 'LogitDistillationLoss',
-    'SemanticStructureLoss', 'TextAlignmentLoss', 'TextGuidedDistillationLoss',
-    'TextSimilarityDistillationLoss', 'mask_structure_loss', 'structure_loss'
+    'ChannelWiseDistillationLoss', 'ImageEmbeddingDistillationLoss',
+    'LogitDistillationLoss', 'SemanticStructureLoss', 'TextAlignmentLoss',
+    'TextGuidedDistillationLoss', 'TextSimilarityDistillationLoss',
+    'mask_structure_loss', 'structure_loss'
 ]

@@ -22,7 +22,7 @@ def teacher_logits(batch_data_samples: Sequence, size: Tuple[int, int],
     Raises:
         ValueError: If there are none, or for another number of classes.
     """
-    if not batch_data_samples or not all('teacher' in s
+    if not batch_data_samples or not all('logits' in s.get('teacher', ())
                                          for s in batch_data_samples):
         raise ValueError(
             'the data samples bring no logits of a teacher. Set '

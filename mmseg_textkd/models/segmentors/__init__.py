@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .distilled_encoder_decoder import DistilledEncoderDecoder
+from .frozen_clip_teacher import FrozenCLIPTeacher
 from .frozen_teacher import FrozenTeacher
 
-__all__ = ['DistilledEncoderDecoder', 'FrozenTeacher']
+__all__ = ['DistilledEncoderDecoder', 'FrozenCLIPTeacher', 'FrozenTeacher']

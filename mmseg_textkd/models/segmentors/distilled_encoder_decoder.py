@@ -11,24 +11,24 @@ from mmseg.utils import SampleList, add_prefix
 from torch import Tensor, nn
 
 from ..decode_heads.text_head_mixin import calls_of
-from .frozen_teacher import FrozenTeacher
 
 
 @MODELS.register_module()
 class DistilledEncoderDecoder(EncoderDecoder):
-    """``EncoderDecoder`` that learns from a trained segmentation network.
+    """``EncoderDecoder`` that learns from a frozen teacher.
 
     In training the teacher looks at the same pictures. What it sees goes into
     the data samples, as ``teacher``, a :obj:`PixelData` with ``logits`` and
-    ``features``, where the text losses of the heads find it; and
+    ``features`` of a segmentation network, or with ``embeddings`` in the
+    space of text, where the text losses of the heads find it; and
     ``distill_losses`` compare it with the logits or features of the decode
     head, taken on their way through its own forward. Heads are stock or ours.
     Evaluation, and every name in the state dict but ``distill_losses.*``, are
     those of ``EncoderDecoder``, which is what is deployed.
 
     Args:
-        teacher (dict): Arguments of :class:`FrozenTeacher`: ``config``,
-            ``checkpoint`` and ``cfg_options``.
+        teacher (dict): Config of the teacher. Without a ``type`` it is a
+            :class:`FrozenTeacher`; :class:`FrozenCLIPTeacher` is another.
         distill_losses (Sequence[dict], optional): Losses such as
             ``LogitDistillationLoss``, called with student, teacher, labels
             and ``ignore_index``, at the resolution of the student's logits.
@@ -41,7 +41,8 @@ class DistilledEncoderDecoder(EncoderDecoder):
                  distill_losses: Optional[Sequence[dict]] = None,
                  **kwargs) -> None:
         super().__init__(**kwargs)
-        self.teacher = FrozenTeacher(**teacher)
+        self.teacher = MODELS.build(
+            dict(dict(type='FrozenTeacher'), **teacher))
         # With the same seed the network begins as it would without them.
         with torch.random.fork_rng(devices=[]):
             self.distill_losses = nn.ModuleList(
@@ -64,16 +65,14 @@ class DistilledEncoderDecoder(EncoderDecoder):
             ValueError: If the teacher has another number of classes.
             RuntimeError: If the decode head does not call ``conv_seg`` once.
         """
-        if self.teacher.num_classes != self.decode_head.out_channels:
+        number = self.teacher.num_classes
+        if number not in (None, self.decode_head.out_channels):
             raise ValueError(
-                f'the teacher {self.teacher.config} has '
-                f'{self.teacher.num_classes} classes, but the student '
-                f'{self.decode_head.out_channels}.')
-        logits, features = self.teacher(inputs, self.data_preprocessor)
+                f'the teacher {self.teacher.name} has {number} classes, but '
+                f'the student {self.decode_head.out_channels}.')
+        teacher = self.teacher(inputs, self.data_preprocessor)
         for i, sample in enumerate(data_samples):
-            sample.teacher = PixelData(logits=logits[i])
-            if features is not None:
-                sample.teacher.features = features[i]
+            sample.teacher = PixelData(**{k: v[i] for k, v in teacher.items()})
         if not self.distill_losses:
             return super().loss(inputs, data_samples)
         with calls_of(getattr(self.decode_head, 'conv_seg', None)) as calls:
@@ -84,14 +83,12 @@ class DistilledEncoderDecoder(EncoderDecoder):
                 f'`conv_seg` {len(calls)} times in one forward; '
                 '`distill_losses` need exactly one call.')
         student = dict(zip(('features', 'logits'), calls[0]))
-        teacher = dict(features=features, logits=logits)
         losses.update(
             add_prefix(
                 self._distill(student, teacher, data_samples), 'distill'))
         return losses
 
-    def _distill(self, student: Dict[str, Tensor],
-                 teacher: Dict[str, Optional[Tensor]],
+    def _distill(self, student: Dict[str, Tensor], teacher: Dict[str, Tensor],
                  data_samples: SampleList) -> Dict[str, Tensor]:
         size = student['logits'].shape[2:]
         labels = self.decode_head._stack_batch_gt(data_samples)
@@ -101,9 +98,9 @@ class DistilledEncoderDecoder(EncoderDecoder):
         losses: Dict[str, Tensor] = {}
         for module in self.distill_losses:
             on = getattr(module, 'on', 'logits')
-            if teacher[on] is None:
+            if on not in teacher:
                 raise ValueError(
-                    f'the teacher {self.teacher.config} has no classifier '
+                    f'the teacher {self.teacher.name} has no classifier '
                     f'`conv_seg` whose {on} {type(module).__name__} could '
                     'take.')
             value = module(

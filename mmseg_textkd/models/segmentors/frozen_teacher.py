@@ -11,11 +11,12 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_textkd.checkpoint import load_strictly, read_checkpoint
-from mmseg_textkd.compat import swaps_channels
 from mmseg_textkd.text.checksum import checksum
 from ..decode_heads.text_head_mixin import calls_of
+from .pictures import renormalise
 
 
+@MODELS.register_module()
 class FrozenTeacher:
     """A trained segmentation network that tells what it sees.
 
@@ -29,12 +30,18 @@ class FrozenTeacher:
             not needed, may be missing.
         cfg_options (dict, optional): Settings of the config to override.
             Defaults to None.
+        embeddings (bool): Whether it tells of its pixel embeddings in the
+            space of text, as :class:`EBSeg` has them, in place of logits and
+            features. It may have other classes than the student then.
+            Defaults to False.
     """
 
     def __init__(self,
                  config: str,
                  checkpoint: str,
-                 cfg_options: Optional[Dict] = None) -> None:
+                 cfg_options: Optional[Dict] = None,
+                 embeddings: bool = False) -> None:
+        self.embeddings = embeddings
         self.config, self.checkpoint = osp.normpath(config), checkpoint
         self.cfg_options = cfg_options
         self._model: Optional[nn.Module] = None
@@ -62,8 +69,15 @@ class FrozenTeacher:
         return self._classes
 
     @property
-    def num_classes(self) -> int:
-        """int: Number of its classes."""
+    def name(self) -> str:
+        """str: What it is called in messages."""
+        return self.config
+
+    @property
+    def num_classes(self) -> Optional[int]:
+        """int, optional: Number of classes of its logits, if it gives them."""
+        if self.embeddings:
+            return None
         head = self.model.decode_head
         head = head[-1] if isinstance(head, nn.ModuleList) else head
         return head.out_channels
@@ -103,9 +117,8 @@ class FrozenTeacher:
         self._classes = tuple(classes) if classes else None
 
     @torch.no_grad()
-    def __call__(
-            self, inputs: Tensor, preprocessor: SegDataPreProcessor
-    ) -> Tuple[Tensor, Optional[Tensor]]:
+    def __call__(self, inputs: Tensor,
+                 preprocessor: SegDataPreProcessor) -> Dict[str, Tensor]:
         """Look at a batch.
 
         Args:
@@ -115,18 +128,25 @@ class FrozenTeacher:
                 they were normalised.
 
         Returns:
-            tuple[Tensor, Tensor | None]: Logits with shape (N, K, h, w) and,
-            of a head with a ``conv_seg``, what enters it, with shape
-            (N, C, h, w).
+            dict[str, Tensor]: ``logits`` with shape (N, K, h, w) and, of a
+            head with a ``conv_seg``, what enters it, ``features``, with shape
+            (N, C, h, w). Or ``embeddings``, with shape (N, D, h, w).
 
         Raises:
-            ValueError: If the head gives no such logits.
+            ValueError: If the network gives no such logits or embeddings.
         """
         model = self.model.to(inputs.device)
+        inputs = renormalise(inputs, preprocessor, model.data_preprocessor)
+        if self.embeddings:
+            if not hasattr(model, 'pixel_embeddings'):
+                raise ValueError(
+                    f'the {type(model).__name__} of the teacher {self.config} '
+                    'has no pixel embeddings, as EBSeg has them, to teach; '
+                    'leave `embeddings` out.')
+            return dict(embeddings=model.pixel_embeddings(inputs))
         head = model.decode_head
         head = head[-1] if isinstance(head, nn.ModuleList) else head
         classifier = getattr(head, 'conv_seg', None)
-        inputs = _renormalise(inputs, preprocessor, model.data_preprocessor)
         with calls_of(classifier) as calls:
             logits = model(inputs, mode='tensor')
         if not isinstance(logits, Tensor) or logits.dim() != 4:
@@ -134,29 +154,6 @@ class FrozenTeacher:
                 f'the head {type(head).__name__} of the teacher '
                 f'{self.config} gives no logits for each pixel and class and '
                 'cannot teach.')
-        features = calls[0][0] if len(calls) == 1 else None
-        return logits, features
-
-
-def _renormalise(inputs: Tensor, own: SegDataPreProcessor,
-                 other: SegDataPreProcessor) -> Tensor:
-    """Bring pictures from one preprocessor's mean and deviation to another's.
-
-    Nothing is done where they are the same.
-    """
-    mean, std = _statistics(own, inputs)
-    new_mean, new_std = _statistics(other, inputs)
-    if swaps_channels(own) != swaps_channels(other):
-        inputs, mean, std = inputs.flip(1), mean.flip(0), std.flip(0)
-    if torch.equal(mean, new_mean) and torch.equal(std, new_std):
-        return inputs
-    return (inputs * std + (mean - new_mean)) / new_std
-
-
-def _statistics(preprocessor: SegDataPreProcessor,
-                like: Tensor) -> Tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel, shape (3, 1, 1)."""
-    if not preprocessor._enable_normalize:
-        zero = like.new_zeros(3, 1, 1)
-        return zero, zero + 1
-    return preprocessor.mean.to(like), preprocessor.std.to(like)
+        if len(calls) != 1:
+            return dict(logits=logits)
+        return dict(logits=logits, features=calls[0][0])

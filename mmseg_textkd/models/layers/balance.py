@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""EBSeg's balance of three embeddings at inference."""
+"""EBSeg's balance of several embeddings at inference."""
 import re
 from typing import List, Set
 
@@ -43,10 +43,41 @@ def balance_probabilities(a: Tensor,
         ValueError: If an exponent is negative.
     """
     check_exponents(alpha, beta, gamma)
-    share = torch.where(seen, a.new_tensor(alpha), a.new_tensor(beta))
+    share = _exponents(a, seen, alpha, beta)
     # 1 - 0.3 - 0.7 is -5.6e-17: without the bound a zero would become inf.
     rest = (1 - share - gamma).clamp(min=0)
     return a**rest * d**share * b**gamma
+
+
+def balance_logarithms(a: Tensor, d: Tensor, seen: Tensor, alpha: float,
+                       beta: float) -> Tensor:
+    r"""The same of two embeddings, at every pixel, in logarithms.
+
+    .. math::
+        \log p_k = (1 - \lambda_k) \log a_k + \lambda_k \log d_k
+
+    Small probabilities do not vanish in float32, and what is resized is
+    finite.
+
+    Args:
+        a (Tensor): Logarithms of the probabilities by the supervised
+            embedding, shape (N, K, H, W).
+        d (Tensor): Those by the frozen or distilled embedding, same shape.
+        seen (Tensor): Bool with shape (K, ): class seen in training.
+        alpha (float): Exponent of ``d`` for seen classes.
+        beta (float): Exponent of ``d`` for new classes.
+
+    Returns:
+        Tensor: Combined scores with shape (N, K, H, W).
+    """
+    share = _exponents(a, seen, alpha, beta)[:, None, None]
+    return (1 - share) * a + share * d
+
+
+def _exponents(like: Tensor, seen: Tensor, alpha: float,
+               beta: float) -> Tensor:
+    """The exponent of ``d`` for each class, shape (K, )."""
+    return torch.where(seen, like.new_tensor(alpha), like.new_tensor(beta))
 
 
 def check_exponents(alpha: float, beta: float, gamma: float) -> None:

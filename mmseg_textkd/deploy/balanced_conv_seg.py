@@ -1,0 +1,76 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""The balance of a real-time network, folded: one 1x1 convolution more."""
+from typing import Any, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from mmseg_textkd.models import BalancedTextClassifier
+from mmseg_textkd.models.layers.balance import balance_logarithms
+
+
+class BalancedConvSeg(nn.Module):
+    r"""A folded classifier, and CLIP's opinion by one more 1x1 convolution.
+
+    .. math::
+        \log p_k = (1 - \lambda_k) \log \mathrm{softmax}(z)_k +
+        \lambda_k \log \mathrm{softmax}(v)_k
+
+    with z of the classifier, v of the convolution, and :math:`\lambda_k`
+    :math:`\alpha` for classes that were seen in training, else :math:`\beta`.
+    See :class:`BalancedTextClassifier`.
+
+    Args:
+        supervised (nn.Module): The folded classifier: a 1x1 convolution
+            C -> K or, with an L2 norm, a :class:`L2ConvSeg`.
+        image (nn.Conv2d): 1x1 convolution C -> K.
+        seen (Sequence[bool]): For each class whether it was seen in training.
+        alpha (float): Exponent of CLIP for these.
+        beta (float): Exponent of CLIP for the others.
+    """
+
+    def __init__(self, supervised: nn.Module, image: nn.Conv2d,
+                 seen: Sequence[bool], alpha: float, beta: float) -> None:
+        super().__init__()
+        self.supervised, self.image = supervised, image
+        self.alpha, self.beta = alpha, beta
+        self.register_buffer('seen',
+                             torch.tensor(seen, device=image.weight.device))
+        # What inference in parts has summed up over all classes, of the last
+        # features.
+        self.totals: Optional[Tuple[Any, List[Tensor]]] = None
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """Classify each pixel.
+
+        Args:
+            feat (Tensor): Features with shape (N, C, H, W).
+
+        Returns:
+            Tensor: Scores, float32 or wider, with shape (N, K, H, W).
+        """
+        dtype = torch.promote_types(feat.dtype, torch.float32)
+        a, d = (
+            conv(feat).to(dtype).log_softmax(dim=1)
+            for conv in (self.supervised, self.image))
+        return balance_logarithms(a, d, self.seen, self.alpha, self.beta)
+
+
+def fold_balanced(classifier: BalancedTextClassifier, supervised: nn.Module,
+                  seen: Sequence[bool]) -> nn.Module:
+    """Put the image projection beside a classifier that has been folded.
+
+    Args:
+        classifier (BalancedTextClassifier): The classifier, with the text of
+            the K classes, in evaluation mode.
+        supervised (nn.Module): Its supervised part, folded.
+        seen (Sequence[bool]): For each class whether it was seen in training.
+
+    Returns:
+        nn.Module: A :class:`BalancedConvSeg`; ``supervised`` itself where
+        all classes were seen, or with both exponents 0.
+    """
+    if all(seen) or not any(classifier.balance.values()):
+        return supervised
+    return BalancedConvSeg(supervised, classifier.image_conv(), seen,
+                           **classifier.balance)
