@@ -1,21 +1,46 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """A page in the browser: upload a picture, write classes, see them.
 
-It needs gradio (`pip install gradio`) and is served to this machine alone.
+It needs gradio (`pip install -r requirements/web.txt`) and is served to this
+machine alone.
 """
 import argparse
+import html
 import os
 import sys
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
+import cv2
 import numpy as np
 
 import mmseg_textkd  # noqa: F401  (before mmseg.apis)
 from mmseg_textkd.apis import TextSegInferencer
+from mmseg_textkd.apis.drawing import draw_labels
+
+LEGEND = '<div style="display: flex; flex-wrap: wrap; gap: 4px 20px">{}</div>'
+ENTRY = ('<span style="overflow-wrap: anywhere"><span style="display: '
+         'inline-block; width: 1.4em; height: 1em; margin-right: .4em; '
+         'border: 1px solid grey; vertical-align: -.1em; background: '
+         'rgb({},{},{})"></span>{} <span style="opacity: .6">{}</span></span>')
+
+
+class Segmented(NamedTuple):
+    """What was found in a picture.
+
+    Attributes:
+        picture (np.ndarray): uint8, RGB, shape (H, W, 3).
+        labels (np.ndarray): Class numbers, shape (H, W).
+        classes (Sequence[str]): Names of the classes.
+        palette (Sequence[Sequence[int]]): Their colours, RGB.
+    """
+    picture: np.ndarray
+    labels: np.ndarray
+    classes: Sequence[str]
+    palette: Sequence[Sequence[int]]
 
 
 def segment(inferencer: TextSegInferencer, picture: Optional[np.ndarray],
-            words: str, other: bool, opacity: float) -> Tuple[Any, str]:
+            words: str, other: bool) -> Segmented:
     """Segment one picture.
 
     Args:
@@ -24,25 +49,49 @@ def segment(inferencer: TextSegInferencer, picture: Optional[np.ndarray],
         words (str): Names of classes with commas between them; nothing for
             the trained ones.
         other (bool): Whether a class 'other' is added.
-        opacity (float): Weight of the colours.
 
     Returns:
-        tuple[np.ndarray, str]: The picture with overlay and legend, and what
-        is to be said of it.
+        Segmented: What was found.
 
     Raises:
         ValueError: If there is no picture, or the classes cannot be had.
     """
     if picture is None:
         raise ValueError('Upload a picture first.')
-    names = [word.strip() for word in words.split(',')
-             ] if words.strip() else (list(inferencer.own_meta['classes']))
+    names = list(inferencer.own_meta['classes'])
+    if words.strip():
+        names = [word.strip() for word in words.split(',')]
+        if '' in names:
+            raise ValueError(
+                f'Class {names.index("") + 1} has no name: there is nothing '
+                'before, between or after two commas. Write a name there, or '
+                'take the comma out.')
     inferencer.set_classes(names, other='other' if other else None)
-    found = inferencer(picture[..., ::-1], return_vis=True, opacity=opacity)
-    labels, counts = np.unique(found['predictions'], return_counts=True)
-    seen = ', '.join(f'{inferencer.classes[k]} {100 * n / counts.sum():.1f} %'
-                     for n, k in sorted(zip(counts, labels), reverse=True))
-    return found['visualization'], f'{seen}. Vectors: {inferencer.source}.'
+    found = inferencer(picture[..., ::-1])
+    meta = inferencer.model.dataset_meta
+    return Segmented(picture, found['predictions'], meta['classes'],
+                     meta['palette'])
+
+
+def draw(found: Optional[Segmented], opacity: float) -> Optional[np.ndarray]:
+    """Blend the picture with its classes; nothing if there is none."""
+    if found is None:
+        return None
+    return draw_labels(*found, opacity=opacity, legend=False)
+
+
+def legend(found: Segmented) -> str:
+    """List the classes that are seen, the largest first, as HTML."""
+    counts = np.bincount(found.labels.ravel(), minlength=len(found.classes))
+    entries = []
+    for k in np.argsort(-counts, kind='stable'):
+        share = 100 * counts[k] / counts.sum()
+        if share:
+            percent = f'{share:.1f} %' if share >= .1 else 'below 0.1 %'
+            entries.append(
+                ENTRY.format(*found.palette[k], html.escape(found.classes[k]),
+                             percent))
+    return LEGEND.format(''.join(entries))
 
 
 def build_page(inferencer: TextSegInferencer) -> Any:
@@ -56,30 +105,56 @@ def build_page(inferencer: TextSegInferencer) -> Any:
     """
     import gradio
 
-    def answer(*values: Any) -> Tuple[Any, str]:
+    def answer(picture: Optional[np.ndarray], words: str, other: bool,
+               opacity: float) -> Tuple[Any, ...]:
         try:
-            return segment(inferencer, *values)
-        except (RuntimeError, ValueError) as error:
-            raise gradio.Error(str(error)) from error
+            found = segment(inferencer, picture, words, other)
+        except (OSError, RuntimeError, ValueError, cv2.error) as error:
+            # It is shown as HTML, and stays until it is closed.
+            raise gradio.Error(
+                html.escape(str(error), quote=False),
+                duration=None,
+                print_exception=False) from error
+        return draw(found, opacity), legend(found), inferencer.source, found
 
     with gradio.Blocks(title='mmseg_textkd', analytics_enabled=False) as page:
+        found = gradio.State()
         with gradio.Row():
             with gradio.Column():
-                picture = gradio.Image(type='numpy', label='Picture')
+                picture = gradio.Image(
+                    type='numpy', label='Picture', buttons=['fullscreen'])
                 words = gradio.Textbox(
                     label='Classes, with commas between them',
                     placeholder=', '.join(inferencer.own_meta['classes']))
                 other = gradio.Checkbox(label='and everything else: other')
-                opacity = gradio.Slider(0, 1, .5, label='Opacity')
-                button = gradio.Button('Segment')
+                button = gradio.Button('Segment', variant='primary')
             with gradio.Column():
-                shown = gradio.Image(label='Classes', format='png')
-                said = gradio.Textbox(label='What is seen')
+                shown = gradio.Image(
+                    label='Result',
+                    elem_id='result',
+                    format='png',
+                    interactive=False,
+                    buttons=['download', 'fullscreen'])
+                opacity = gradio.Slider(0, 1, .5, label='Opacity')
+                seen = gradio.HTML(container=True, elem_id='legend')
+                source = gradio.Textbox(label='Where the classes come from')
         # One at a time: the classes belong to the network that all share.
-        button.click(
-            answer, [picture, words, other, opacity], [shown, said],
+        gradio.on(
+            triggers=[button.click, words.submit],
+            fn=answer,
+            inputs=[picture, words, other, opacity],
+            outputs=[shown, seen, source, found],
             api_name='segment',
+            show_progress_on=shown,
             concurrency_limit=1)
+        # No work for the network.
+        opacity.input(
+            fn=draw,
+            inputs=[found, opacity],
+            outputs=shown,
+            trigger_mode='always_last',
+            show_progress='hidden',
+            api_visibility='private')
     return page
 
 
@@ -100,7 +175,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         inferencer.show_progress = False
         page = build_page(inferencer)
     except ImportError as error:
-        sys.exit(f'Error: {error}. The page needs `pip install gradio`.')
+        sys.exit(f'Error: {error}. The page needs `pip install -r '
+                 'requirements/web.txt`.')
     except (OSError, ValueError) as error:
         sys.exit(f'Error: {error}')
     page.launch(server_name='127.0.0.1', server_port=args.port, share=False)

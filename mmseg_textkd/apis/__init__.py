@@ -1,6 +1,10 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .label_maps import predict_labels
-from .new_classes import NewClasses, WordEncoder
+from .open_classifier import NewClasses, OpenClassifier
 from .text_seg_inferencer import TextSegInferencer
+from .word_encoder import WordEncoder
 
-__all__ = ['NewClasses', 'TextSegInferencer', 'WordEncoder', 'predict_labels']
+__all__ = [
+    'NewClasses', 'OpenClassifier', 'TextSegInferencer', 'WordEncoder',
+    'predict_labels'
+]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmseg_textkd.deploy import BalancedConvSeg, L2ConvSeg
 from mmseg_textkd.models.layers.balance import balance_logarithms
+from .open_classifier import OpenClassifier
 
 # Values of logits at a time: 128 MiB as float32.
 BUDGET = 2**25
@@ -126,7 +127,7 @@ def select_classes(conv_seg: nn.Module, rows: Tensor) -> nn.Module:
 
 
 @torch.no_grad()
-def predict_labels(model: nn.Module,
+def predict_labels(classifier: OpenClassifier,
                    inputs: Tensor,
                    data_samples: List[SegDataSample],
                    threshold: Optional[float] = None,
@@ -134,18 +135,18 @@ def predict_labels(model: nn.Module,
                    budget: int = BUDGET) -> List[SegDataSample]:
     """Predict the label map, a part of the classes after the other.
 
-    It is what ``model.predict`` gives, but logits of all classes at full
+    It is what the model's ``predict`` gives, but logits of all classes at full
     resolution, 80 GB for 10,000 classes of a picture of 1024x2048, are never
     there at once. The network runs once, unless it slides over the picture.
 
     Args:
-        model (nn.Module): An ``EncoderDecoder`` in evaluation mode, whose
-            head ends in a folded ``conv_seg``.
+        classifier (OpenClassifier): That of the network.
         inputs (Tensor): Preprocessed pictures with shape (N, 3, H, W).
         data_samples (list[SegDataSample]): Their N samples.
         threshold (float, optional): Pixels whose most probable class has a
-            lower probability, in the softmax over all classes, get the label
-            ``other``. Defaults to None.
+            lower probability, in the softmax over all classes or, where
+            there are no logits, by its score, get the label ``other``.
+            Defaults to None.
         other (int, optional): That label. Defaults to None.
         budget (int): Number of logits at a time. Some three times as much is
             allocated for them. Defaults to 2 ** 25.
@@ -154,55 +155,58 @@ def predict_labels(model: nn.Module,
         list[SegDataSample]: The samples with ``pred_sem_seg``, int64, and no
         logits.
     """
-    head = model.decode_head
-    whole, num_classes = head.conv_seg, head.num_classes
+    model, device = classifier.model, inputs.device
+    num_classes = model.out_channels
+    # What a threshold on a softmax needs besides the largest logit.
+    sum_up = threshold is not None and classifier.logits
     best: List[Optional[_Best]] = [None] * len(inputs)
     pixels = max(
         len(inputs) * h * w
         for h, w in (inputs.shape[2:], *(s.ori_shape for s in data_samples)))
-    kept: List[Tuple[Tensor, Tensor]] = []
-    try:
-        for rows in torch.arange(num_classes).split(max(2, budget // pixels)):
-            # One logit alone would be taken for a binary problem.
-            padded = rows if len(rows) > 1 else rows.repeat(2)
-            head.conv_seg = select_classes(whole, padded.to(inputs.device))
-            model.out_channels = len(padded)
-            logits = _logits(model, inputs, data_samples, kept,
+    kept: List[Tuple[tuple, Tensor]] = []
+    for rows in torch.arange(num_classes).split(max(2, budget // pixels)):
+        # One logit alone would be taken for a binary problem.
+        padded = rows if len(rows) > 1 else rows.repeat(2)
+        layer = classifier.select(padded.to(device))
+        with classifier.replaced(layer, len(padded)) as head:
+            logits = _logits(model, head, layer, inputs, data_samples, kept,
                              len(rows) < num_classes)
-            for i, sample in enumerate(
-                    model.postprocess_result(logits, data_samples)):
-                values = sample.seg_logits.data[:len(rows)]
-                best[i] = _merge(best[i], values, int(rows[0]), threshold
-                                 is not None)
-                del sample.seg_logits
-    finally:
-        head.conv_seg, model.out_channels = whole, num_classes
+            done = model.postprocess_result(logits, data_samples)
+        for i, sample in enumerate(done):
+            values = sample.seg_logits.data[:len(rows)]
+            best[i] = _merge(best[i], values, int(rows[0]), sum_up)
+            del sample.seg_logits
     for sample, found in zip(data_samples, best):
         label = found.label
         if threshold is not None:
-            unsure = (found.logit - found.total).exp() < threshold
-            label = label.masked_fill(unsure, other)
+            sure = found.logit
+            if sum_up:
+                sure = (found.logit - found.total).exp()
+            label = label.masked_fill(sure < threshold, other)
         sample.pred_sem_seg = PixelData(data=label[None])
     return data_samples
 
 
-def _logits(model: nn.Module, inputs: Tensor, samples: List[SegDataSample],
-            kept: List[Tuple[Tensor, Tensor]], again: bool) -> Tensor:
-    """Logits of the classes of the present ``conv_seg``, at input size.
+def _logits(model: nn.Module, head: nn.Module, layer: nn.Module,
+            inputs: Tensor, samples: List[SegDataSample],
+            kept: List[Tuple[tuple, Tensor]], again: bool) -> Tensor:
+    """Logits of the classes of the present layer, at input size.
 
     Args:
         model (nn.Module): The model.
+        head (nn.Module): Its head.
+        layer (nn.Module): The layer of the head that gives them.
         inputs (Tensor): Its input.
         samples (list[SegDataSample]): Their samples.
-        kept (list): What ``conv_seg`` took and gave in the first run; empty
+        kept (list): What the layer took and gave in the first run; empty
             before, and if it cannot be used again.
         again (bool): Whether more classes follow.
     """
-    head, metas = model.decode_head, [s.metainfo for s in samples]
+    metas = [s.metainfo for s in samples]
     if kept:
-        return head.predict_by_feat(head.conv_seg(kept[0][0]), metas)
-    handle = head.conv_seg.register_forward_hook(
-        lambda module, args, output: kept.append((args[0], output)))
+        return head.predict_by_feat(layer(*kept[0][0]), metas)
+    handle = layer.register_forward_hook(
+        lambda module, args, output: kept.append((args, output)))
     try:
         logits = model.inference(inputs, metas)
     finally:

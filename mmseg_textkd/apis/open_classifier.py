@@ -1,148 +1,164 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-import copy
-from typing import List, Optional
+from abc import ABCMeta, abstractmethod
+from contextlib import contextmanager
+from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
+from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from mmseg_textkd.deploy import L2ConvSeg
-from mmseg_textkd.deploy.balanced_conv_seg import fold_balanced
-from mmseg_textkd.deploy.l2_conv_seg import fuse_l2
-from mmseg_textkd.models import (BalancedTextClassifier, TextClassifier,
-                                 TextHeadMixin)
-from mmseg_textkd.models.layers import pixel_text_similarity
-from mmseg_textkd.text import ClassEmbeddings
+
+class NewClasses(NamedTuple):
+    """Classes that a network is to be asked for.
+
+    Attributes:
+        names (tuple[str]): K names.
+        phrases (tuple[tuple[str]]): The phrases of each.
+        vectors (Tensor, optional): Their vectors, float32, shape (K, D);
+            None for a network without text.
+        trained (list[int | None]): For each the number of the class that the
+            network was trained with, None for a new one.
+        source (str): Where the vectors come from, in words.
+    """
+    names: Tuple[str, ...]
+    phrases: Tuple[Tuple[str, ...], ...]
+    vectors: Optional[Tensor]
+    trained: List[Optional[int]]
+    source: str
 
 
-class OpenClassifier:
-    """A trained text classifier into which any class vectors can be folded.
+class OpenClassifier(metaclass=ABCMeta):
+    """The part of a network that decides on classes, asked for others.
 
-    In the role 'auxiliary' the head's own classifier knows no text. That of
-    the text branch, which the alignment loss has trained, is taken: the
-    cosine, which is kept as :class:`L2ConvSeg`.
+    What :class:`TextSegInferencer` must know of a kind of network: how it
+    takes words, and which layer of its head gives a map for each class. That
+    layer can be made for some of the classes, or for cosines in place of
+    scores.
 
     Args:
-        head (TextHeadMixin): The trained head.
+        model (nn.Module): The segmentor, with its weights, in evaluation
+            mode.
+        names (Sequence[str]): The classes that it was trained with.
+
+    Attributes:
+        layer (str): Name of that layer in the head.
+        logits (bool): Whether it gives logits, whose softmax are
+            probabilities. If not, a score is one by itself.
+        vectors (Tensor, optional): Vectors of the present classes, shape
+            (K, D); None where there is no text.
     """
 
-    def __init__(self, head: TextHeadMixin) -> None:
-        branch = head.text
-        self.projection = branch.projection
-        if head.role == 'classifier':
-            self.classifier = branch
-        else:
-            self.classifier = _of_branch(head)
-        bias = self.classifier.logit_bias
-        if bias is None:
-            bias = self.projection.conv.weight.new_zeros(
-                self.classifier.text.num_classes)
-        self.bias = bias.detach().clone()
+    layer = 'conv_seg'
+    logits = True
 
-    @torch.no_grad()
-    def fold(self,
-             vectors: Tensor,
-             trained: Optional[List[Optional[int]]] = None,
-             new_bias: float = 0.) -> nn.Module:
-        """Make the classifier of a stock head.
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.model, self.names = model, tuple(names)
+        self.vectors: Optional[Tensor] = None
 
-        A trained class keeps its bias. A new one gets the mean of all biases,
-        so that a bias that is common to all, which no softmax sees, favours
-        neither. (Cross entropy leaves that mean where it began, at 0: the
-        gradients of the biases sum to 0.) ``new_bias`` is added to it, as in
-        `calibrated stacking <https://arxiv.org/abs/1605.04253>`_: the
-        training has taught the network to prefer the trained classes.
+    @abstractmethod
+    def encode(self, classes: Any, **how: Any) -> NewClasses:
+        """Find out what the network can know of classes; nothing changes.
 
         Args:
-            vectors (Tensor): Class vectors, shape (K, D).
-            trained (list[int | None], optional): For each class the number
-                that it had in the training, None for a new one. None: the
-                trained classes. Defaults to None.
-            new_bias (float): What is added to the logits of new classes.
-                Defaults to 0.
+            classes: See :meth:`Vocabulary.from_spec`.
+            **how: See :meth:`WordEncoder.encode`.
 
         Returns:
-            nn.Module: A convolution or, with an L2 norm, a
-            :class:`L2ConvSeg`; of a :class:`BalancedTextClassifier` and
-            classes that had no labels, a :class:`BalancedConvSeg` of either.
+            NewClasses: The classes.
+
+        Raises:
+            ValueError: If it cannot know them, or they are no vocabulary.
         """
-        classifier, (number, dim) = self.classifier, vectors.shape
-        text = ClassEmbeddings(file='', num_classes=number, dim=dim)
-        text.load_state_dict(dict(class_embeddings=vectors))
-        classifier.text = text.to(vectors).eval()
-        bias = self.bias
-        if trained is not None:
-            bias = (self.bias.mean() + new_bias).repeat(number)
-            for k, own in enumerate(trained):
-                if own is not None:
-                    bias[k] = self.bias[own]
-        classifier.logit_bias = nn.Parameter(bias)
-        if classifier.projection.norm != 'l2':
-            folded = classifier.as_conv()
-        else:
-            conv = classifier.projection.conv
-            folded = L2ConvSeg(conv.in_channels, number, dim).to(conv.weight)
-            if classifier.regularization is not None:
-                # The same for any number of classes.
-                folded.regularization = copy.deepcopy(
-                    classifier.regularization)
-            folded.load_state_dict(fuse_l2(classifier))
-        if not isinstance(classifier, BalancedTextClassifier):
-            return folded
-        seen = [
-            own is not None and own not in classifier.unseen
-            for own in (range(number) if trained is None else trained)
+
+    @abstractmethod
+    def take(self, found: NewClasses, new_bias: float = 0.) -> None:
+        """Make them the classes of the network.
+
+        Args:
+            found (NewClasses): What :meth:`encode` has found.
+            new_bias (float): Added to the logits of new classes. Defaults
+                to 0.
+
+        Raises:
+            ValueError: If there is no such bias; nothing has changed then.
+        """
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> nn.Module:
+        """Make the layer for some of the present classes.
+
+        Args:
+            rows (Tensor): Long tensor of n class numbers, which may repeat.
+
+        Returns:
+            nn.Module: A layer of n classes.
+        """
+
+    @abstractmethod
+    def cosine(self, rows: Sequence[int]) -> nn.Module:
+        """Make a layer that gives cosines of pixels with classes.
+
+        Args:
+            rows (Sequence[int]): n class numbers.
+
+        Returns:
+            nn.Module: A layer of n maps.
+
+        Raises:
+            ValueError: If the network has no embeddings of pixels.
+        """
+
+    def install(self, layer: nn.Module, number: int) -> None:
+        """Put the layer of other classes in, for good.
+
+        Args:
+            layer (nn.Module): The layer.
+            number (int): Number of its classes.
+        """
+        setattr(self.model.decode_head, self.layer, layer)
+        for module in (self.model.decode_head, self.model):
+            module.num_classes = module.out_channels = number
+
+    @contextmanager
+    def replaced(self, layer: nn.Module, number: int) -> Iterator[nn.Module]:
+        """Put another layer in, for a while.
+
+        Args:
+            layer (nn.Module): The layer.
+            number (int): Number of its maps.
+
+        Yields:
+            nn.Module: The head.
+        """
+        head, model = self.model.decode_head, self.model
+        kept = getattr(head, self.layer), model.out_channels
+        setattr(head, self.layer, layer)
+        model.out_channels = number
+        try:
+            yield head
+        finally:
+            setattr(head, self.layer, kept[0])
+            model.out_channels = kept[1]
+
+    def similarities(self, images: Tensor, samples: List[SegDataSample],
+                     rows: List[int]) -> List[Tensor]:
+        """Compare pixels with the text of classes.
+
+        Args:
+            images (Tensor): Preprocessed pictures with shape (N, 3, H, W).
+            samples (list[SegDataSample]): Their N samples.
+            rows (list[int]): n class numbers.
+
+        Returns:
+            list[Tensor]: For each picture cosines at its own size, shape
+            (n, H, W).
+        """
+        # One map alone would be taken for a binary problem.
+        padded = rows if len(rows) > 1 else rows * 2
+        copies = [
+            SegDataSample(metainfo=sample.metainfo) for sample in samples
         ]
-        return fold_balanced(classifier, folded, seen)
-
-
-class PixelTextCosine(nn.Module):
-    """Cosine of every pixel embedding with some class vectors.
-
-    Args:
-        projection (nn.Module): Projection into the space of text.
-        vectors (Tensor): Unit rows with shape (n, D).
-    """
-
-    def __init__(self, projection: nn.Module, vectors: Tensor) -> None:
-        super().__init__()
-        self.projection = projection
-        self.vectors = vectors
-
-    def forward(self, feat: Tensor) -> Tensor:
-        """Compute cosines of shape (N, n, H, W) from features."""
-        embeddings = F.normalize(self.projection(feat).float(), dim=1)
-        return pixel_text_similarity(embeddings, self.vectors.float())
-
-
-@torch.no_grad()
-def _of_branch(head: TextHeadMixin) -> TextClassifier:
-    """The cosine classifier that the losses of a text branch have trained."""
-    branch = head.text
-    scales = [
-        loss.scale().item() for loss in head.text_losses
-        if hasattr(loss, 'scale')
-    ]
-    conv = branch.projection.conv
-    classifier = TextClassifier(
-        conv.in_channels,
-        branch.text.num_classes,
-        dict(type='ClassEmbeddings', file='', dim=branch.text.dim),
-        norm='l2',
-        scale=dict(init=scales[0]) if scales else None,
-        bias=False).to(conv.weight).eval()
-    linear = TextClassifier(
-        conv.in_channels,
-        branch.text.dim,
-        dict(type='ControlEmbeddings', kind='onehot', dim=branch.text.dim),
-        norm='none',
-        scale=dict(init=1.),
-        bias=False).to(conv.weight).eval()
-    linear.projection = branch.projection
-    if branch.projection.norm == 'l2':
-        classifier.projection.load_state_dict(branch.projection.state_dict())
-    else:
-        # With one-hot text the fold is the projection with its norm.
-        classifier.projection.conv.load_state_dict(
-            linear.as_conv().state_dict())
-    return classifier
+        with self.replaced(self.cosine(padded), len(padded)), torch.no_grad():
+            maps = self.model.inference(images, [s.metainfo for s in copies])
+            done = self.model.postprocess_result(maps, copies)
+        return [s.seg_logits.data[:len(rows)] for s in done]

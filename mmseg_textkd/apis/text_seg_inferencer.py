@@ -1,27 +1,20 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import os
-from inspect import isclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Union
 
 import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.model import revert_sync_batchnorm
 from mmengine.structures import PixelData
-from mmseg.registry import MODELS
-from mmseg.structures import SegDataSample
 from mmseg.utils import SampleList
 from torch import Tensor, nn
 
-from mmseg_textkd.deploy import load_strictly, read_checkpoint, to_stock_cfg
-from mmseg_textkd.models import TextHeadMixin
 from mmseg_textkd.text import TextEmbeddings, Vocabulary
 from .drawing import GREY, palette_for
 from .label_map_inferencer import LabelMapInferencer
-from .label_maps import predict_labels, select_classes
-from .new_classes import WordEncoder
-from .open_classifier import OpenClassifier, PixelTextCosine
+from .label_maps import predict_labels
+from .open_network import classifier_of, load_network
 
 Names = Sequence[str]
 MAX_CLASSES = 65535  # label maps are written as 16-bit PNG
@@ -34,14 +27,15 @@ class TextSegInferencer(LabelMapInferencer):
     projection and of the vectors of its class names. :meth:`set_classes`
     takes vectors of other names and folds again; nothing is trained, nothing
     else in the network changes, and it costs as much as a stock network with
-    that many classes. Everything else is as of MMSegmentation's inferencer.
+    that many classes. :class:`EBSeg` compares its masks with the new vectors.
+    Everything else is as of MMSegmentation's inferencer.
 
     With a folded checkpoint, in which the projection is not any more, only
     its own classes, or some of them, can be chosen.
 
     Args:
-        config (str | Path | Config): Config of a text network, or of the
-            stock network that it has been folded into.
+        config (str | Path | Config): Config of a text network, of the stock
+            network that it has been folded into, or of an EBSeg.
         checkpoint (str | Path): Its weights.
         device (str, optional): Defaults to None: a GPU if there is one.
         cache_dir (str or PathLike, optional): Folder of the cache of vectors.
@@ -80,26 +74,14 @@ class TextSegInferencer(LabelMapInferencer):
                     cfg: Config,
                     weights: str,
                     device: str = 'cpu') -> nn.Module:
-        """Build the network without auxiliary heads, and load it strictly."""
-        saved = read_checkpoint(Path(weights))
-        state = {
-            k: v
-            for k, v in saved['state_dict'].items()
-            if not k.startswith('auxiliary_head.')
-        }
-        if isinstance(cfg.model.decode_head, list):
-            raise ValueError('a cascade of decode heads is not supported.')
-        kind = MODELS.get(cfg.model.decode_head.type)
-        has_text = any(k.endswith('.class_embeddings') for k in state)
-        if not has_text and isclass(kind) and issubclass(kind, TextHeadMixin):
-            cfg.model = to_stock_cfg(cfg, strip_auxiliary=True).model
-        cfg.model.pop('auxiliary_head', None)
-        model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        load_strictly(model, state, Path(weights))
-        model.cfg = cfg
-        self._load_weights_to_model(model, dict(meta=saved['meta']), cfg)
+        """Load the network, and find out how it takes words."""
+        model, meta = load_network(cfg, Path(weights))
+        self._load_weights_to_model(model, dict(meta=meta), cfg)
         model.to(device).eval()
-        self._take_classifier(model, cfg)
+        self.own_meta = dict(model.dataset_meta)
+        self.classifier = classifier_of(model, self.own_meta['classes'],
+                                        self.cache_dir)
+        self.source = 'as trained'
         return model
 
     def _load_weights_to_model(self, model: nn.Module, checkpoint: Dict,
@@ -115,23 +97,10 @@ class TextSegInferencer(LabelMapInferencer):
         model.dataset_meta = dict(
             classes=tuple(classes), palette=palette_for(palette))
 
-    def _take_classifier(self, model: nn.Module, cfg: Config) -> None:
-        """Take the text out of the head, and put the folded one in."""
-        head = model.decode_head
-        self.own_meta = dict(model.dataset_meta)
-        self.own_conv: nn.Module = head.conv_seg
-        self.open: Optional[OpenClassifier] = None
-        self.words: Optional[WordEncoder] = None
-        self.vectors: Optional[Tensor] = None
-        if isinstance(head, TextHeadMixin):
-            self.open = OpenClassifier(head)
-            self.words = WordEncoder(head, cfg.model.decode_head.text,
-                                     self.own_meta['classes'], self.cache_dir)
-            self.vectors = head.text.text.class_embeddings.detach().clone()
-            if head.role == 'classifier':
-                self.own_conv = self.open.fold(self.vectors)
-        head.conv_seg = self.own_conv
-        self.source = 'as trained'
+    @property
+    def vectors(self) -> Optional[Tensor]:
+        """Tensor, optional: Vectors of the classes, shape (K, D)."""
+        return self.classifier.vectors
 
     def set_classes(
             self,
@@ -152,11 +121,11 @@ class TextSegInferencer(LabelMapInferencer):
             other (str, optional): A word for everything else, such as
                 'other': one more class, the last. Defaults to None.
             threshold (float, optional): Pixels whose most probable class is
-                less probable than this become ``other``. With ``other=None``
-                that is a label named 'other' which is no class. Defaults to
-                None.
+                less probable than this become ``other``; with EBSeg, whose
+                score is lower. With ``other=None`` that is a label named
+                'other' which is no class. Defaults to None.
             new_bias (float): Added to the logits of new classes, see
-                :meth:`OpenClassifier.fold`. Defaults to 0.
+                :meth:`TextHeadClassifier.fold`; not for EBSeg. Defaults to 0.
             tower, pretrained, templates, embeddings: See
                 :meth:`WordEncoder.encode`.
 
@@ -178,20 +147,18 @@ class TextSegInferencer(LabelMapInferencer):
             words = Vocabulary.from_spec(classes)
             classes = Vocabulary((*words.names, other),
                                  (*words.phrases, (other, )))
-        if self.words is None:
-            names, conv, trained = self._some_of_own(classes)
-            vectors, source = None, 'as trained'
-        else:
-            found = self.words.encode(classes, tower, pretrained, templates,
-                                      embeddings)
-            names, trained, source = found.names, found.trained, found.source
-            vectors = found.vectors
-            conv = self.open.fold(vectors, trained, new_bias)
+        found = self.classifier.encode(
+            classes,
+            tower=tower,
+            pretrained=pretrained,
+            templates=templates,
+            embeddings=embeddings)
+        names, number = found.names, len(found.names)
         if len(names) > MAX_CLASSES:
             raise ValueError(f'{len(names)} classes are more than the '
                              f'{MAX_CLASSES} that a label map can hold.')
         own = self.own_meta['palette']
-        colours = [None if k is None else own[k] for k in trained]
+        colours = [None if k is None else own[k] for k in found.trained]
         if other is not None:
             colours[-1] = GREY
         palette = palette_for(colours)
@@ -200,28 +167,10 @@ class TextSegInferencer(LabelMapInferencer):
         if len(set(names)) < len(names):
             raise ValueError("a class is called 'other' already; give it as "
                              '`other`.')
-        head, number = self.model.decode_head, len(trained)
-        head.conv_seg = conv
-        for module in (head, self.model):
-            module.num_classes = module.out_channels = number
+        self.classifier.take(found, new_bias)
         self.model.dataset_meta = dict(classes=tuple(names), palette=palette)
-        self.threshold, self.vectors, self.source = threshold, vectors, source
-        print_log(f'{number} classes: {source}', 'current')
-
-    def _some_of_own(self, classes: Any) -> Any:
-        """Choose among the classes of a folded checkpoint."""
-        own = self.own_meta['classes']
-        names = Vocabulary.from_spec(classes).names
-        new = [name for name in names if name not in own]
-        if new:
-            raise ValueError(
-                f'this checkpoint is folded, or stock: without the projection '
-                f'into the space of text it cannot learn of {new[:10]}. It '
-                f'has the classes {list(own)}. Take the checkpoint of the '
-                'training, not the one of textkd2mmseg.py, with its config.')
-        trained = [own.index(name) for name in names]
-        rows = torch.tensor(trained, device=_device(self.own_conv))
-        return names, select_classes(self.own_conv, rows), trained
+        self.threshold, self.source = threshold, found.source
+        print_log(f'{number} classes: {self.source}', 'current')
 
     @torch.no_grad()
     def forward(self, inputs: dict, similarity: Names = ()) -> SampleList:
@@ -239,46 +188,22 @@ class TextSegInferencer(LabelMapInferencer):
         batch = self.model.data_preprocessor(inputs, False)
         images, samples = batch['inputs'], batch['data_samples']
         other = len(self.classes) - 1
-        samples = predict_labels(self.model, images, samples, self.threshold,
-                                 other)
+        samples = predict_labels(self.classifier, images, samples,
+                                 self.threshold, other)
         if similarity:
-            found = self._similarities(images, samples, similarity)
+            found = self.classifier.similarities(images, samples,
+                                                 self._rows(similarity))
             for sample, maps in zip(samples, found):
                 sample.similarity = PixelData(
                     metainfo=dict(names=tuple(similarity)), data=maps)
         return samples
 
-    def _similarities(self, images: Tensor, samples: List[SegDataSample],
-                      names: Sequence[str]) -> List[Tensor]:
-        """Cosines of pixels with classes, at the size of the pictures."""
-        if self.vectors is None:
-            raise ValueError('this checkpoint is folded, or stock: it has no '
-                             'pixel embeddings and no similarities. Take the '
-                             'checkpoint of the training.')
+    def _rows(self, names: Names) -> List[int]:
+        """Numbers of classes that have vectors."""
         # A label that is no class, as of a threshold, has no vector.
-        known = list(self.classes[:len(self.vectors)])
+        known = list(self.classes[:self.model.out_channels])
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(f'no similarity with {unknown}: the classes are '
                              f'{known[:20]}; call `set_classes` first.')
-        rows = [known.index(name) for name in names]
-        # One map alone would be taken for a binary problem.
-        rows = rows if len(rows) > 1 else rows * 2
-        head, model = self.model.decode_head, self.model
-        kept = head.conv_seg, model.out_channels
-        head.conv_seg = PixelTextCosine(self.open.projection,
-                                        self.vectors[rows])
-        model.out_channels = len(rows)
-        copies = [
-            SegDataSample(metainfo=sample.metainfo) for sample in samples
-        ]
-        try:
-            logits = model.inference(images, [s.metainfo for s in copies])
-            done = model.postprocess_result(logits, copies)
-        finally:
-            head.conv_seg, model.out_channels = kept
-        return [s.seg_logits.data[:len(names)] for s in done]
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+        return [known.index(name) for name in names]

@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import os.path as osp
 import re
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -16,7 +15,8 @@ from mmengine.registry import DefaultScope
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 from processes import ROOT, load
-from tiny import CLASSES, tiny_config
+from text_runs import CONTEXT, FIXED, RUNS, make
+from tiny import CLASSES
 
 from mmseg_textkd.apis import TextSegInferencer, predict_labels
 from mmseg_textkd.apis.drawing import draw_labels, palette_for
@@ -27,62 +27,6 @@ from mmseg_textkd.text import TextEmbeddings
 from mmseg_textkd.text.build import encode_classes
 
 NEW = ('tree', 'road', 'bus stop', 'Straße', '道路')
-FIXED = dict(type='ClassEmbeddings', file='text.safetensors', dim=64)
-CONTEXT = dict(
-    type='ContextPromptLearner',
-    embeddings=FIXED,
-    model='toyclip',
-    token_dim=64,
-    n_ctx=4)
-# Text provider and changes of the head.
-RUNS = dict(
-    fixed=(FIXED, {}),
-    residual=(dict(type='ResidualPromptLearner', embeddings=FIXED), {}),
-    mixture=(dict(type='MixturePromptLearner', embeddings=FIXED), {}),
-    unified=(CONTEXT, {}),
-    specific=(dict(CONTEXT, class_specific=True), {}),
-    l2=(FIXED, dict(text_branch=dict(norm='l2'))),
-    lseg=(FIXED,
-          dict(
-              text_branch=dict(
-                  norm='l2', bias=False, regularization=dict(depth=2)))),
-    centred=(dict(FIXED, centre=True), {}),
-    auxiliary=(FIXED, dict(role='auxiliary')))
-
-
-def make(folder, text, head):
-    """Weights as after stage 2: of no start, prompts have moved."""
-    file = folder / 'text.safetensors'
-    encode_classes(CLASSES, 'toyclip', 'photo', keep_bank=True).save(file)
-    text = copy.deepcopy(text)
-    text.get('embeddings', text)['file'] = str(file)
-    cfg = tiny_config(folder, text)
-    cfg.model.decode_head.update(head)
-    cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
-    cfg.dump(folder / 'config.py')
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    provider = model.decode_head.text.text
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if name.endswith('running_var'):
-                value.uniform_(.5, 2)
-            elif value.is_floating_point() and 'embeddings' not in name:
-                value.add_(torch.randn_like(value) * .3)
-        if provider.learnable():
-            provider.start_learning()
-            provider.refresh()
-    torch.save(
-        dict(
-            state_dict=model.state_dict(),
-            meta=dict(
-                dataset_meta=cfg.test_dataloader.dataset.metainfo.to_dict())),
-        folder / 'weights.pth')
-    return SimpleNamespace(
-        file=file,
-        config=str(folder / 'config.py'),
-        weights=str(folder / 'weights.pth'),
-        images=[str(folder / 'data/img' / f'{i}.png') for i in range(6)])
 
 
 @pytest.fixture(scope='module')
@@ -244,7 +188,7 @@ def test_lsegs_blocks_serve_new_classes(worded, inferencer):
     batch = mine.collate_fn([mine.pipeline(run.images[0])])
     data = mine.model.data_preprocessor(batch, False)
     out, = predict_labels(
-        mine.model, data['inputs'], data['data_samples'], budget=1)
+        mine.classifier, data['inputs'], data['data_samples'], budget=1)
     assert np.array_equal(out.pred_sem_seg.data[0], labels)
 
 
@@ -439,7 +383,10 @@ def test_ten_thousand_classes_in_bounded_memory(worded, inferencer, tmp_path):
         batch = mine.collate_fn([mine.pipeline(run.images[0])])
         data = mine.model.data_preprocessor(batch, False)
         out, = predict_labels(
-            mine.model, data['inputs'], data['data_samples'], budget=budget)
+            mine.classifier,
+            data['inputs'],
+            data['data_samples'],
+            budget=budget)
         assert 'seg_logits' not in out
         return out.pred_sem_seg.data
 
@@ -461,7 +408,7 @@ def test_ten_thousand_classes_in_bounded_memory(worded, inferencer, tmp_path):
 
 def test_many_new_words_are_encoded_in_parts(inferencer, monkeypatch):
     mine = inferencer('fixed')
-    monkeypatch.setattr('mmseg_textkd.apis.new_classes.BLOCK', 7)
+    monkeypatch.setattr('mmseg_textkd.apis.word_tower.BLOCK', 7)
     names = [f'thing {i}' for i in range(20)]
     mine.set_classes(names)
     torch.testing.assert_close(mine.vectors, encoded(names))
@@ -479,7 +426,7 @@ def test_sliding_windows_and_parts(worded, inferencer, kind):
     data = mine.model.data_preprocessor(batch, False)
     # Two classes at a time, of which the last has no partner.
     out, = predict_labels(
-        mine.model, data['inputs'], data['data_samples'], budget=1)
+        mine.classifier, data['inputs'], data['data_samples'], budget=1)
     assert torch.equal(out.pred_sem_seg.data, expected)
     assert mine.model.out_channels == len(NEW)
 
@@ -534,7 +481,7 @@ def test_other_towers_are_noticed(worded, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='not known which text tower'):
         mine.set_classes(['tree'])
     said = []
-    monkeypatch.setattr('mmseg_textkd.apis.new_classes.print_log',
+    monkeypatch.setattr('mmseg_textkd.apis.word_encoder.print_log',
                         lambda text, *args: said.append(text))
     mine.set_classes(['tree'], tower='toyclip', templates='photo')
     torch.testing.assert_close(mine.vectors, encoded(['tree']))
@@ -561,7 +508,7 @@ def test_cache(worded, inferencer, cache, monkeypatch):
 
     expected = encoded(NEW)[0]
     with monkeypatch.context() as patch:
-        patch.setattr('mmseg_textkd.apis.new_classes.load_tower', never)
+        patch.setattr('mmseg_textkd.apis.word_tower.load_tower', never)
         mine = inferencer()
         mine.set_classes(list(NEW))
         torch.testing.assert_close(mine.vectors[0], expected)
@@ -708,42 +655,31 @@ def test_demo_refuses(worded, demo, tmp_path, capsys, monkeypatch, words,
 def test_answers_of_the_page(worded, inferencer):
     app, mine = load_demo('gradio_app.py'), inferencer()
     picture = cv2.imread(worded().images[0])
-    shown, said = app.segment(mine, picture[..., ::-1], ' road,道路', True, .3)
-    assert mine.classes == ('road', '道路', 'other')
-    found = mine(picture, return_vis=True, opacity=.3)
-    assert np.array_equal(shown, found['visualization'])
-    shares = re.findall(r'(\S+) ([\d.]+) %', said)
-    assert abs(sum(float(share) for _, share in shares) - 100) < .2
-    for name, share in shares:
-        number = mine.classes.index(name)
-        part = (found['predictions'] == number).mean()
-        assert abs(100 * part - float(share)) < .06
-    app.segment(mine, picture, '', False, 1)
+    found = app.segment(mine, picture[..., ::-1], ' <tree>,<道路>', True)
+    assert mine.classes == ('<tree>', '<道路>', 'other')
+    expected = mine(picture, return_vis=True, opacity=.3, legend=False)
+    assert np.array_equal(app.draw(found, .3), expected['visualization'])
+    entries = re.findall(
+        r'rgb\((\d+),(\d+),(\d+)\)"></span>(\S+) <[^>]*>(below 0.1|[\d.]+) %',
+        app.legend(found))
+    names = ['&lt;tree&gt;', '&lt;道路&gt;', 'other']
+    shares = []
+    for *colour, name, share in entries:
+        number = names.index(name)
+        assert mine.model.dataset_meta['palette'][number] == list(
+            map(int, colour))
+        part = 100 * (expected['predictions'] == number).mean()
+        if share != 'below 0.1':
+            assert abs(part - float(share)) < .06
+        shares.append(part)
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(100) and len(shares) == 3
+    app.segment(mine, picture, '', False)
     assert mine.classes == CLASSES
-    with pytest.raises(ValueError, match='Upload a picture'):
-        app.segment(mine, None, 'road', False, .5)
-
-
-def test_page_is_served(worded, inferencer, tmp_path, monkeypatch):
-    """By gradio and its client, where they are installed."""
-    monkeypatch.setenv('GRADIO_ANALYTICS_ENABLED', 'False')
-    pytest.importorskip('gradio')
-    from gradio_client import Client, handle_file
-    mine = inferencer()
-    page = load_demo('gradio_app.py').build_page(mine)
-    _, url, _ = page.launch(
-        server_name='127.0.0.1', prevent_thread_lock=True, quiet=True)
-    try:
-        client = Client(url, verbose=False, download_files=str(tmp_path))
-        picture = handle_file(worded().images[0])
-        shown, said = client.predict(
-            picture, 'road, tree', False, .5, api_name='/segment')
-        expected = mine(worded().images[0], return_vis=True)
-        assert np.array_equal(
-            cv2.imread(shown)[..., ::-1], expected['visualization'])
-        assert '1 new class(es)' in said
-        with pytest.raises(Exception, match='occurs twice'):
-            client.predict(
-                picture, 'road, road', False, .5, api_name='/segment')
-    finally:
-        page.close()
+    assert app.draw(None, .5) is None
+    for picture, words, message in ((None, 'road', 'Upload a picture'),
+                                    (picture, 'road,, sky', 'Class 2 has no'),
+                                    (picture, ' , ', 'Class 1 has no')):
+        with pytest.raises(ValueError, match=message):
+            app.segment(mine, picture, words, False)
+    assert mine.classes == CLASSES

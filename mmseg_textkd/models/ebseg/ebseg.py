@@ -2,7 +2,6 @@
 from typing import Any, Mapping, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.utils import ConfigType
@@ -13,6 +12,7 @@ from mmseg_textkd.text.build import encode_classes
 from mmseg_textkd.text.vocabulary import VocabularySpec
 from ..layers import pixel_text_similarity
 from .clip_sam_neck import FusedFeatures
+from .mask_scores import pixel_embeddings
 
 
 @MODELS.register_module()
@@ -108,10 +108,8 @@ class EBSeg(EncoderDecoder):
         Returns:
             Tensor: Unit length, shape (N, D, h, w) at the size of the masks.
         """
-        found = self.decode_head.embed_masks(self.extract_feat(inputs))
-        weights = found.masks.float().sigmoid()
-        return F.normalize(
-            torch.einsum('nqd,nqhw->ndhw', found.attention, weights), dim=1)
+        return pixel_embeddings(
+            self.decode_head.embed_masks(self.extract_feat(inputs)))
 
     def pixel_text_similarity(self, inputs: Tensor) -> Tensor:
         """Compare each pixel with the text of the current classes.

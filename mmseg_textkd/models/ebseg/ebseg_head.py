@@ -15,6 +15,7 @@ from ..layers.balance import balance_probabilities, check_exponents
 from .clip_sam_neck import FusedFeatures
 from .ebseg_loss import LayerPrediction
 from .mask_embedder import MaskEmbedder, MaskEmbeddings
+from .mask_scores import MaskScores
 from .switchable_text import SwitchableText
 
 
@@ -88,6 +89,7 @@ class EBSegHead(BaseModule):
         self.embedder = MaskEmbedder(channels, self.text.dim, attention_from,
                                      surgery_blocks)
         self.no_object = nn.Parameter(torch.randn(self.text.dim))
+        self.mask_scores: nn.Module = MaskScores()
         self.criterion = MODELS.build(loss)
 
     def set_classes(self, embeddings: Optional[TextEmbeddings]) -> None:
@@ -150,8 +152,7 @@ class EBSegHead(BaseModule):
         # "No object" was never learned for D.
         d = (scale * found.frozen @ text.T).softmax(dim=2)
         classes = balance_probabilities(a, b, d, seen, **self.balance)
-        scores = torch.einsum('nqk,nqhw->nkhw', classes,
-                              found.masks.float().sigmoid())
+        scores = self.mask_scores(found, classes)
         if scores.shape[1] == 1:  # MMSegmentation takes it for a logit
             return scores.clamp(1e-6, 1 - 1e-6).logit()
         return scores
@@ -200,12 +201,25 @@ class EBSegHead(BaseModule):
         Returns:
             Tensor: Scores with shape (N, K', H, W), see :meth:`forward`.
         """
+        return self.predict_by_feat(self.forward(inputs), batch_img_metas)
+
+    def predict_by_feat(self, scores: Tensor,
+                        batch_img_metas: List[dict]) -> Tensor:
+        """Resize scores to the image.
+
+        Args:
+            scores (Tensor): Shape (N, K', h, w).
+            batch_img_metas (list[dict]): See :meth:`predict`.
+
+        Returns:
+            Tensor: Scores with shape (N, K', H, W).
+        """
         meta = batch_img_metas[0]
         size = meta['img_shape']
         if not isinstance(size, torch.Size):  # set by sliding windows
             size = meta.get('pad_shape', size)
         return resize(
-            self.forward(inputs),
+            scores,
             size=tuple(size[:2]),
             mode='bilinear',
             align_corners=self.align_corners)

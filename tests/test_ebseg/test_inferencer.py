@@ -1,0 +1,296 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""EBSeg, asked for classes by words through ``TextSegInferencer``."""
+import os.path as osp
+import runpy
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmseg.apis import inference_model
+from mmseg.registry import MODELS
+from processes import ROOT, load
+from tiny import CLASSES, run, tiny_config
+
+from mmseg_textkd.apis import TextSegInferencer, predict_labels
+from mmseg_textkd.text.build import encode_classes
+
+NEW = ('tree', 'sky', 'bus stop', 'Straße', '道路', 'Truck')
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory, model_cfg):
+    """Config and weights of a short training."""
+    folder = tmp_path_factory.mktemp('ebseg')
+    cfg = tiny_config(folder, max_iters=12)
+    # Most of the say to the embedding that has learned something by then.
+    cfg.model = model_cfg(balance=dict(alpha=.1, beta=.2, gamma=.1))
+    cfg.model.decode_head.decoder.num_queries = 6
+    cfg.optim_wrapper = dict(
+        type='OptimWrapper',
+        optimizer=dict(type='AdamW', lr=5e-3),
+        clip_grad=dict(max_norm=1.))
+    cfg.default_hooks.checkpoint.interval = 12
+    cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
+    run(cfg)
+    # Classes of a test configuration, whose file is not there.
+    cfg.model.decode_head.test_text = dict(
+        type='ClassEmbeddings', file='none', num_classes=3, dim=64)
+    cfg.dump(folder / 'config.py')
+    return SimpleNamespace(
+        cfg=cfg,
+        config=str(folder / 'config.py'),
+        weights=str(folder / 'work/iter_12.pth'),
+        images=[str(folder / 'data/img' / f'{i}.png') for i in range(6)])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of the tests' own."""
+    monkeypatch.setenv('MMSEG_TEXTKD_CACHE', str(tmp_path / 'cache'))
+
+
+@pytest.fixture
+def inferencer(files):
+    """Get a function that loads them."""
+
+    def get(config=files.config):
+        made = TextSegInferencer(config, files.weights, device='cpu')
+        made.show_progress = False
+        return made
+
+    return get
+
+
+@pytest.fixture(scope='module')
+def by_hand(files):
+    """The network itself, with its own interface."""
+    cfg = files.cfg.copy()
+    cfg.model.decode_head.pop('test_text')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg.model)
+    model.load_state_dict(load(files.weights)['state_dict'])
+    model.cfg = cfg
+    return model.eval()
+
+
+def features(model, path):
+    """Masks with their embeddings, CLIP's factor, scores of the picture."""
+    image = torch.tensor(cv2.imread(path)).permute(2, 0, 1)
+    data = model.data_preprocessor(
+        dict(inputs=[image], data_samples=[]), False)
+    with torch.no_grad():
+        inputs = model.extract_feat(data['inputs'])
+        found = model.decode_head.embed_masks(inputs)
+        scores = model(data['inputs'])
+    return found, inputs.clip.logit_scale, F.interpolate(
+        scores, image.shape[1:], mode='bilinear', align_corners=False)[0]
+
+
+def between(values):
+    """A threshold where rounding does not decide: in the largest gap."""
+    values = values.flatten().sort().values
+    values = values[len(values) // 5:-len(values) // 5]
+    gap = values.diff().argmax()
+    return values[gap:gap + 2].mean().item()
+
+
+def test_new_words_equal_those_by_hand(files, inferencer, by_hand):
+    mine = inferencer()
+    assert mine.classes == CLASSES and mine.model.out_channels == 8
+    by_hand.set_classes(None)
+    own = [
+        inference_model(by_hand, path).pred_sem_seg.data[0].numpy()
+        for path in files.images
+    ]
+    assert all(map(np.array_equal, mine(files.images)['predictions'], own))
+    before = {k: v.clone() for k, v in mine.model.state_dict().items()}
+    mine.set_classes(list(NEW))
+    assert mine.classes == NEW and mine.model.out_channels == 6
+    assert mine.source == '5 new class(es) in 1 template(s); 1 as trained'
+    by_hand.set_classes(list(NEW), templates='photo')
+    expected = [
+        inference_model(by_hand, path).pred_sem_seg.data[0].numpy()
+        for path in files.images
+    ]
+    found = mine(files.images, batch_size=4)['predictions']
+    assert all(map(np.array_equal, found, expected))
+    assert len(np.unique(found)) > 1
+    torch.testing.assert_close(
+        mine.vectors,
+        encode_classes(list(NEW), 'toyclip', 'photo').vectors)
+    # Seen is what has the name of a trained class, whatever its spelling.
+    for model in (mine.model, by_hand):
+        _, seen = model.decode_head.text.vocabulary()
+        assert seen.tolist() == [False, True, False, False, False, True]
+    after = mine.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    mine.set_classes()
+    assert mine.classes == CLASSES and mine.source == 'as trained'
+    assert all(map(np.array_equal, mine(files.images)['predictions'], own))
+
+
+def test_similarities_by_a_naive_loop(files, inferencer, by_hand):
+    mine = inferencer()
+    mine.set_classes(list(NEW), threshold=.5)
+    maps = mine(files.images[1], similarity=['道路', 'tree'])['similarity']
+    found, _, _ = features(by_hand, files.images[1])
+    text = encode_classes(['道路', 'tree'], 'toyclip', 'photo').vectors.double()
+    _, number, height, width = found.masks.shape
+    expected = torch.zeros(2, height, width, dtype=torch.double)
+    for y in range(height):
+        for x in range(width):
+            pixel = torch.zeros(64, dtype=torch.double)
+            for q in range(number):
+                weight = torch.sigmoid(found.masks[0, q, y, x].double())
+                pixel += weight * found.attention[0, q].double()
+            expected[:, y, x] = text @ pixel / pixel.norm()
+    expected = F.interpolate(
+        expected[None], (32, 64), mode='bilinear', align_corners=False)[0]
+    np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-5)
+    assert maps.shape == (2, 32, 64) and maps[0].std() > 1e-4
+    # One class alone, and a label that has no text.
+    one = mine(files.images[1], similarity=['tree'])['similarity']
+    np.testing.assert_allclose(one[0], maps[1], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"no similarity with \['other'\]"):
+        mine(files.images[1], similarity=['other'])
+
+
+def test_threshold_is_on_the_score(files, inferencer, by_hand):
+    mine = inferencer()
+    by_hand.set_classes(list(NEW), templates='photo')
+    scores = features(by_hand, files.images[0])[2]
+    top, expected = scores.max(0)
+    threshold = between(top)
+    mine.set_classes(list(NEW), threshold=threshold)
+    assert mine.classes == (*NEW, 'other')
+    found = mine(files.images[0])['predictions']
+    want = expected.masked_fill(top < threshold, 6)
+    assert .1 < (want == 6).float().mean() < .9
+    assert np.array_equal(found, want.numpy())
+    # The word `other` is a class, and takes what is unsure besides.
+    mine.set_classes(list(NEW), other='other', threshold=threshold)
+    assert len(mine.vectors) == 7 and mine.classes == (*NEW, 'other')
+
+
+def test_one_class(files, inferencer, by_hand):
+    """Everywhere, or where its score says so."""
+    mine = inferencer()
+    mine.set_classes(['tree'])
+    assert mine(files.images[0])['predictions'].max() == 0
+    found, scale, _ = features(by_hand, files.images[0])
+    tree = encode_classes(['tree'], 'toyclip', 'photo').vectors[0]
+    nothing = F.normalize(by_hand.decode_head.no_object, dim=0)
+    score = 0.
+    for q in range(found.masks.shape[1]):
+        a, b = ((scale * (e[0, q] @ tree - e[0, q] @ nothing)).sigmoid()
+                for e in (found.supervised, found.attention))
+        # A softmax over one class is 1.
+        score += a**.7 * 1**.2 * b**.1 * found.masks[0, q].sigmoid()
+    score = F.interpolate(
+        score[None, None], (32, 64), mode='bilinear', align_corners=False)
+    threshold = between(score[score < 1])
+    mine.set_classes(['tree'], threshold=threshold)
+    want = (score[0, 0] < threshold).long().numpy()
+    assert .02 < want.mean() < .98
+    assert np.array_equal(mine(files.images[0])['predictions'], want)
+
+
+@pytest.mark.parametrize('mode', ['whole', 'slide'])
+def test_many_classes_in_parts(files, inferencer, by_hand, mode):
+    mine, names = inferencer(), [f'thing {i}' for i in range(21)]
+    mine.set_classes(names)
+    by_hand.set_classes(names, templates='photo')
+    test_cfg = dict(mode=mode)
+    if mode == 'slide':
+        test_cfg.update(crop_size=(32, 32), stride=(16, 16))
+    mine.model.test_cfg = by_hand.test_cfg = Config(test_cfg)
+    expected = inference_model(by_hand, files.images[2]).pred_sem_seg.data
+    by_hand.test_cfg = Config(dict(mode='whole'))
+    runs = []
+    mine.model.backbone.register_forward_hook(lambda *args: runs.append(1))
+    data = mine.model.data_preprocessor(
+        mine.collate_fn([mine.pipeline(files.images[2])]), False)
+    # Two at a time, of which the last has no partner.
+    out, = predict_labels(
+        mine.classifier, data['inputs'], data['data_samples'], budget=1)
+    assert torch.equal(out.pred_sem_seg.data, expected)
+    assert len(runs) == (1 if mode == 'whole' else 3 * 11)
+    assert mine.model.out_channels == 21
+
+
+@pytest.mark.parametrize('how, message', [
+    (dict(classes=[]), 'names no class'),
+    (dict(classes=['sky', 'tree', 'sky']), "'sky' occurs twice"),
+    (dict(classes=['sky', ' ']), 'empty'),
+    (dict(classes=['tree', ' '.join(['very'] * 40)]), 'than the 32 tokens'),
+    (dict(classes=['tree'], new_bias=1.), 'EBSeg balances seen and new'),
+    (dict(classes=['tree'], threshold=2.), 'a probability between'),
+    (dict(classes=['tree', 'other'], threshold=.5), "'other' already"),
+    (dict(classes=['tree'], embeddings='none.st'), 'none.st'),
+])
+def test_what_does_not_apply_changes_nothing(inferencer, how, message):
+    mine = inferencer()
+    mine.set_classes(['sky', 'tree'])
+    vectors = mine.vectors.clone()
+    with pytest.raises((OSError, ValueError), match=message):
+        mine.set_classes(**how)
+    assert mine.classes == ('sky', 'tree') and mine.threshold is None
+    assert mine.model.out_channels == 2
+    assert torch.equal(mine.vectors, vectors)
+    assert torch.equal(mine.model.decode_head.text.vocabulary()[0], vectors)
+
+
+def test_the_checkpoint_is_enough_for_its_own_classes(files, inferencer,
+                                                      monkeypatch):
+    """Neither the file of its text nor the text tower is needed for them."""
+    cfg = Config.fromfile(files.config)
+    cfg.model.decode_head.text = dict(
+        type='ClassEmbeddings', file='none.safetensors', dim=64)
+    mine = inferencer(cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr('mmseg_textkd.apis.word_tower.load_tower', None)
+        expected = mine(files.images[0])['predictions']
+        mine.set_classes(['car', 'sky'])
+        assert mine.source == 'as trained'
+        assert mine.model.decode_head.text.vocabulary()[1].all()
+    # The image tower says which text tower it is.
+    mine.set_classes([*CLASSES, 'tree'])
+    assert mine.source.startswith('1 new class(es) in 14 template(s)')
+    assert mine.model.decode_head.text.vocabulary()[1].tolist(
+    ) == [True] * 8 + [False]
+    mine.set_classes()
+    assert np.array_equal(mine(files.images[0])['predictions'], expected)
+
+
+def test_demo_and_page(files, inferencer, tmp_path, capsys):
+    demo, page = (
+        runpy.run_path(osp.join(ROOT, 'demo', name))
+        for name in ('image_demo.py', 'gradio_app.py'))
+    demo['main']([
+        files.images[0], files.config, files.weights, '--classes',
+        ', '.join(NEW), '--other', '--similarity', 'tree', '--out',
+        str(tmp_path), '--device', 'cpu'
+    ])
+    assert '7 labels: 6 new class(es)' in capsys.readouterr().out
+    mine = inferencer()
+    mine.set_classes(list(NEW), other='other')
+    expected = mine(files.images[0])
+    label_map = cv2.imread(str(tmp_path / 'pred/00000000_pred.png'), -1)
+    assert np.array_equal(label_map, expected['predictions'])
+    assert (tmp_path / 'vis/0_tree.png').is_file()
+    with pytest.raises(SystemExit, match='EBSeg balances'):
+        demo['main']([
+            files.images[0], files.config, files.weights, '--classes', 'tree',
+            '--new-bias', '1', '--out',
+            str(tmp_path)
+        ])
+    picture = cv2.imread(files.images[0])[..., ::-1]
+    found = page['segment'](mine, picture, ', '.join(NEW), True)
+    assert np.array_equal(found.labels, expected['predictions'])
+    assert found.classes == (*NEW, 'other')
