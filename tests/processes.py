@@ -23,7 +23,10 @@ class Done(NamedTuple):
     output: str
 
 
-def start(*words: str, cwd: str, **variables: str) -> Done:
+def start(*words: str,
+          cwd: str,
+          timeout: float = 300.,
+          **variables: str) -> Done:
     """Run a command to its end, without a GPU and without a hub.
 
     ``python`` is the one that runs the tests, also in shell scripts.
@@ -47,7 +50,7 @@ def start(*words: str, cwd: str, **variables: str) -> Done:
         stderr=subprocess.STDOUT,
         text=True,
         errors='replace',
-        timeout=300)
+        timeout=timeout)
     return Done(done.returncode, done.stdout)
 
 

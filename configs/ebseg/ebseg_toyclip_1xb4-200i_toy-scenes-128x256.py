@@ -84,7 +84,5 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=1., norm_type=2),
     paramwise_cfg=dict(norm_decay_mult=0.))
 val_evaluator = dict(
-    type='ZeroShotIoUMetric',
-    iou_metrics=['mIoU'],
-    unseen=['car', 'truck'])
+    type='ZeroShotIoUMetric', iou_metrics=['mIoU'], unseen=['car', 'truck'])
 test_evaluator = val_evaluator
