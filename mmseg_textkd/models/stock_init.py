@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from mmseg.models import BaseSegmentor
 from torch import Tensor
 
-from .decode_heads.text_head_mixin import TextHeadMixin, calls_of
+from .calls import calls_of
+from .decode_heads.text_head_mixin import TextHeadMixin
 from .layers import TextClassifier
 
 

@@ -33,7 +33,8 @@ def model_cfg(toy_text, tmp_path_factory) -> Callable[..., Dict]:
         cfg = copy.deepcopy(toy)
         cfg.data_preprocessor.size = (32, 64)
         cfg.image_encoder.scale = 1.
-        for key in ('train_classes', 'test_text'):
+        # The published balance, in which all three embeddings take part.
+        for key in ('train_classes', 'test_text', 'balance'):
             cfg.decode_head.pop(key)
         cfg.decode_head.num_classes = len(CLASSES)
         cfg.decode_head.text = dict(type='ClassEmbeddings', file=file)

@@ -1,16 +1,19 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from inspect import isclass
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..calls import calls_of
 from ..layers import BalancedTextClassifier, TextBranch, TextClassifier
+from .hidden_classes import check_labels, check_teacher
+from .stock_head import (check_stock_head, foldable_norm_cfg,
+                         init_without_conv_seg)
 
 ROLES = ('classifier', 'auxiliary')
 
@@ -76,10 +79,10 @@ class TextHeadMixin:
         if role not in ROLES:
             raise ValueError(
                 f'`role` must be one of {ROLES}, but got {role!r}.')
-        self._check_stock_head()
+        check_stock_head(self)
         self.role = role
         options = dict(text_branch or {})
-        options.setdefault('norm_cfg', self._batch_norm_cfg())
+        options.setdefault('norm_cfg', foldable_norm_cfg(self.norm_cfg))
         branch_type = _classifier_type(options.pop('type', None), role)
         if role == 'auxiliary' and not _needs_classifier(fusion):
             branch_type = TextBranch
@@ -91,7 +94,7 @@ class TextHeadMixin:
             **options)
         if role == 'classifier':
             self.conv_seg = branch
-            self._drop_init_of_conv_seg()
+            self.init_cfg = init_without_conv_seg(self.init_cfg)
         else:
             if branch.fusion is not None and branch.fusion.kept:
                 raise ValueError(
@@ -144,8 +147,8 @@ class TextHeadMixin:
         """
         unseen = getattr(self.text, 'unseen', ())
         if unseen:
-            self._check_hidden(self._labels(args[-2]), unseen)
-            self._check_teacher(args[-2])
+            check_labels(self._labels(args[-2]), unseen)
+            check_teacher(args[-2])
         extra = bool(self.text_losses) or self.text.fusion is not None
         if self._classifier_called and not extra:
             return super().loss(inputs, *args)
@@ -210,27 +213,6 @@ class TextHeadMixin:
                                       logits, small, self.ignore_index))
         return losses
 
-    def _check_hidden(self, labels: Tensor, unseen: Sequence[int]) -> None:
-        found = torch.isin(labels, labels.new_tensor(unseen))
-        if found.any():
-            classes = labels[found].unique().tolist()
-            raise ValueError(
-                f'the classes {classes} are to stay unseen in training, but '
-                f"have labels. Hide them: dict(type='HideClasses', classes="
-                f'{list(unseen)}) behind LoadAnnotations in the pipeline of '
-                'train_dataloader.')
-
-    @staticmethod
-    def _check_teacher(batch_data_samples: list) -> None:
-        # Image embeddings come of pictures and are asked for no class.
-        if any('region_embeddings' in sample or {'logits', 'features'}
-               & set(sample.get('teacher', dict()).keys())
-               for sample in batch_data_samples):
-            raise ValueError(
-                'a teacher or region embeddings of all classes would tell of '
-                'those that are to stay unseen; leave them out. Only image '
-                'embeddings (FrozenCLIPTeacher) may be taught.')
-
     def _check_calls(self, number: int, extra: bool) -> None:
         name = type(self).__name__
         if number == 0:
@@ -242,47 +224,6 @@ class TextHeadMixin:
                 f'{name} called its main classifier {number} times in one '
                 'forward; text losses need exactly one call.')
         self._classifier_called = True
-
-    def _check_stock_head(self) -> None:
-        name = type(self).__name__
-        conv = getattr(self, 'conv_seg', None)
-        if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1):
-            raise TypeError(
-                f'{name} cannot take text: its stock head has no 1x1 '
-                f'convolution `conv_seg` as classifier (found {conv}).')
-        if self.out_channels != self.num_classes:
-            raise ValueError(
-                f'{name} cannot take text with out_channels='
-                f'{self.out_channels} for num_classes={self.num_classes}: '
-                'text needs one logit a class. Leave `out_channels` unset.')
-
-    def _batch_norm_cfg(self) -> Optional[dict]:
-        """The head's own norm if it folds, else None."""
-        kind = (self.norm_cfg or {}).get('type')
-        kind = MODELS.get(kind) if isinstance(kind, str) else kind
-        folds = kind is not None and issubclass(kind, _BatchNorm)
-        return self.norm_cfg if folds else None
-
-    def _drop_init_of_conv_seg(self) -> None:
-        """Keep the stock init of ``conv_seg`` away from the text branch.
-
-        It would also hit the batch norm, whose gain it would make 0.01.
-        """
-        cfgs = self.init_cfg
-        if cfgs is None:
-            return
-        kept = []
-        for cfg in cfgs if isinstance(cfgs, list) else [cfgs]:
-            cfg = dict(cfg)
-            overrides = cfg.pop('override', None) or []
-            if isinstance(overrides, dict):
-                overrides = [overrides]
-            overrides = [o for o in overrides if o.get('name') != 'conv_seg']
-            if overrides:
-                cfg['override'] = overrides
-            if overrides or 'layer' in cfg or cfg['type'] == 'Pretrained':
-                kept.append(cfg)
-        self.init_cfg = kept or None
 
 
 def _classifier_type(name: Optional[str], role: str) -> type:
@@ -310,27 +251,3 @@ def _needs_classifier(fusion: Optional[dict]) -> bool:
     kind = (fusion or {}).get('type')
     kind = MODELS.get(kind) if isinstance(kind, str) else kind
     return getattr(kind, 'needs_classifier', False)
-
-
-@contextmanager
-def calls_of(
-        module: Optional[nn.Module]) -> Iterator[List[Tuple[Tensor, Tensor]]]:
-    """Note the calls of a module while the context lasts.
-
-    Args:
-        module (nn.Module, optional): A module of one input and one output.
-            Of None no call is noted.
-
-    Yields:
-        list[tuple[Tensor, Tensor]]: Input and output of each call.
-    """
-    calls: List[Tuple[Tensor, Tensor]] = []
-    if module is None:
-        yield calls
-        return
-    handle = module.register_forward_hook(
-        lambda module, args, output: calls.append((args[0], output)))
-    try:
-        yield calls
-    finally:
-        handle.remove()

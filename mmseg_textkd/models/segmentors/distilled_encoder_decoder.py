@@ -10,7 +10,7 @@ from mmseg.registry import MODELS
 from mmseg.utils import SampleList, add_prefix
 from torch import Tensor, nn
 
-from ..decode_heads.text_head_mixin import calls_of
+from ..calls import calls_of
 
 
 @MODELS.register_module()

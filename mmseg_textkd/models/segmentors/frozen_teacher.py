@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmseg_textkd.checkpoint import load_strictly, read_checkpoint
 from mmseg_textkd.text.checksum import checksum
-from ..decode_heads.text_head_mixin import calls_of
+from ..calls import calls_of
 from .pictures import renormalise
 
 

@@ -1,0 +1,30 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""What a module takes and gives while others call it."""
+from contextlib import contextmanager
+from typing import Iterator, List, Optional, Tuple
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def calls_of(
+        module: Optional[nn.Module]) -> Iterator[List[Tuple[Tensor, Tensor]]]:
+    """Note the calls of a module while the context lasts.
+
+    Args:
+        module (nn.Module, optional): A module of one input and one output.
+            Of None no call is noted.
+
+    Yields:
+        list[tuple[Tensor, Tensor]]: Input and output of each call.
+    """
+    calls: List[Tuple[Tensor, Tensor]] = []
+    if module is None:
+        yield calls
+        return
+    handle = module.register_forward_hook(
+        lambda module, args, output: calls.append((args[0], output)))
+    try:
+        yield calls
+    finally:
+        handle.remove()

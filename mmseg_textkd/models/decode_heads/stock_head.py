@@ -1,0 +1,74 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""What text must know of the stock head that it comes into."""
+from typing import List, Optional, Union
+
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.registry import MODELS
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def check_stock_head(head: BaseDecodeHead) -> None:
+    """Refuse a head in which text cannot take the classifier's place.
+
+    Args:
+        head (BaseDecodeHead): The head, with its own ``conv_seg``.
+
+    Raises:
+        TypeError: If it has no 1x1 convolution as classifier.
+        ValueError: If that has not one logit for each class.
+    """
+    name = type(head).__name__
+    conv = getattr(head, 'conv_seg', None)
+    if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1):
+        raise TypeError(
+            f'{name} cannot take text: its stock head has no 1x1 '
+            f'convolution `conv_seg` as classifier (found {conv}).')
+    if head.out_channels != head.num_classes:
+        raise ValueError(
+            f'{name} cannot take text with out_channels='
+            f'{head.out_channels} for num_classes={head.num_classes}: '
+            'text needs one logit a class. Leave `out_channels` unset.')
+
+
+def foldable_norm_cfg(norm_cfg: Optional[dict]) -> Optional[dict]:
+    """Give the head's own norm if it folds, else None.
+
+    Args:
+        norm_cfg (dict, optional): Config of the norm of the head.
+
+    Returns:
+        dict, optional: The same.
+    """
+    kind = (norm_cfg or {}).get('type')
+    kind = MODELS.get(kind) if isinstance(kind, str) else kind
+    folds = kind is not None and issubclass(kind, _BatchNorm)
+    return norm_cfg if folds else None
+
+
+def init_without_conv_seg(
+        cfgs: Union[dict, List[dict], None]) -> Optional[List[dict]]:
+    """Keep the stock init of ``conv_seg`` away from the text branch.
+
+    It would also hit the batch norm, whose gain it would make 0.01.
+
+    Args:
+        cfgs (dict | list[dict], optional): ``init_cfg`` of the head.
+
+    Returns:
+        list[dict], optional: What is left of it.
+    """
+    if cfgs is None:
+        return None
+    kept = []
+    for cfg in cfgs if isinstance(cfgs, list) else [cfgs]:
+        cfg = dict(cfg)
+        overrides = cfg.pop('override', None) or []
+        if isinstance(overrides, dict):
+            overrides = [overrides]
+        overrides = [o for o in overrides if o.get('name') != 'conv_seg']
+        if overrides:
+            cfg['override'] = overrides
+        if overrides or 'layer' in cfg or cfg['type'] == 'Pretrained':
+            kept.append(cfg)
+    return kept or None
