@@ -11,7 +11,7 @@ from measure import MEAN, STD, word_vectors
 from torch import Tensor, nn
 
 from mmseg_textkd.datasets.toy_scenes_renderer import render_scene
-from mmseg_textkd.models.ebseg.clip_features import CLIPFeatures
+from mmseg_textkd.models.ebseg.clip_features import CLIPFeatures, encode_image
 
 SIDE = 128  # pixels of a window, sixteen patches
 PATCH = 8
@@ -71,20 +71,7 @@ def encode(visual: nn.Module, images: Tensor) -> CLIPFeatures:
     Returns:
         CLIPFeatures: Tokens of all depths.
     """
-    grid = visual.conv1(images)
-    size = (grid.shape[2], grid.shape[3])
-    token, position = visual.positional_embedding.split(
-        [1, visual.grid_size[0] * visual.grid_size[1]])
-    position = position.T.reshape(1, -1, *visual.grid_size)
-    position = F.interpolate(
-        position, size, mode='bicubic', align_corners=False)
-    tokens = torch.cat(
-        [(visual.class_embedding + token).expand(len(grid), 1, -1),
-         (grid + position).flatten(2).transpose(1, 2)], 1)
-    states = [visual.ln_pre(tokens)]
-    for block in visual.transformer.resblocks:
-        states.append(block(states[-1]))
-    return CLIPFeatures(visual, tuple(states), size, 1.)
+    return encode_image(visual, images, visual.positional_embedding, 1.)
 
 
 def shares(labels: Tensor) -> Tensor:

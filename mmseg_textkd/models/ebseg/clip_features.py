@@ -99,6 +99,54 @@ class CLIPFeatures:
         return self.network.ln_post(tokens) @ self.network.proj
 
 
+def resize_position(embedding: Tensor, grid: Tuple[int, int],
+                    size: Tuple[int, int]) -> Tensor:
+    """Interpolate a positional embedding.
+
+    Args:
+        embedding (Tensor): That of the class token and of the patches of a
+            grid, shape (1 + H·W, C).
+        grid (tuple[int, int]): H and W.
+        size (tuple[int, int]): h and w, in patches.
+
+    Returns:
+        Tensor: Embedding with shape (1 + h·w, C), class token first.
+    """
+    if size == grid:
+        return embedding
+    token, patches = embedding[:1], embedding[1:]
+    patches = patches.T.reshape(1, -1, *grid)
+    patches = F.interpolate(patches, size, mode='bicubic', align_corners=False)
+    return torch.cat([token, patches.flatten(2)[0].T])
+
+
+def encode_image(network: nn.Module, images: Tensor, position: Tensor,
+                 logit_scale: float) -> CLIPFeatures:
+    """Run a CLIP image tower on pictures of any size.
+
+    Args:
+        network (nn.Module): open_clip's image tower, a plain ViT.
+        images (Tensor): Normalised, shape (N, 3, H, W), sides of whole
+            patches.
+        position (Tensor): Positional embedding for the tower's own grid,
+            shape (1 + L, C).
+        logit_scale (float): CLIP's own factor on cosines.
+
+    Returns:
+        CLIPFeatures: Tokens of all depths.
+    """
+    patches = network.conv1(images)
+    size = (patches.shape[2], patches.shape[3])
+    patches = patches.flatten(2).transpose(1, 2)
+    token = network.class_embedding.to(patches.dtype)
+    tokens = torch.cat([token.expand(len(patches), 1, -1), patches], 1)
+    tokens = tokens + resize_position(position, tuple(network.grid_size), size)
+    states = [network.ln_pre(tokens)]
+    for block in network.transformer.resblocks:
+        states.append(block(states[-1]))
+    return CLIPFeatures(network, tuple(states), size, logit_scale)
+
+
 def _heads(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
     """Split the last dimension: (N, L, C) to (N, heads, L, C / heads)."""
     return x.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Optional, Sequence, Tuple
+from typing import Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmseg_textkd.text.text_loading import load_visual
 from mmseg_textkd.text.text_weights import PathLike
-from .clip_features import CLIPFeatures
+from .clip_features import CLIPFeatures, encode_image
 from .frozen_tower import FrozenTower
 
 
@@ -128,23 +128,6 @@ class FrozenCLIPViT(FrozenTower):
             self._filled = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def position(self, size: Tuple[int, int]) -> Tensor:
-        """Interpolate the positional embedding.
-
-        Args:
-            size (tuple[int, int]): Height and width, in patches.
-
-        Returns:
-            Tensor: Embedding with shape (1 + h·w, C), class token first.
-        """
-        token, grid = self.positional_embedding.split([1, self.grid_size**2])
-        if size != (self.grid_size, self.grid_size):
-            grid = grid.T.reshape(1, -1, self.grid_size, self.grid_size)
-            grid = F.interpolate(
-                grid, size, mode='bicubic', align_corners=False)
-            grid = grid.flatten(2)[0].T
-        return torch.cat([token, grid])
-
     def forward(self, pixels: Tensor) -> CLIPFeatures:
         """Run the tower.
 
@@ -164,10 +147,5 @@ class FrozenCLIPViT(FrozenTower):
             mode='bilinear',
             align_corners=False,
             antialias=True)
-        patches = network.conv1(images).flatten(2).transpose(1, 2)
-        token = network.class_embedding.to(patches.dtype)
-        tokens = torch.cat([token.expand(len(patches), 1, -1), patches], 1)
-        states = [network.ln_pre(tokens + self.position(size))]
-        for block in network.transformer.resblocks:
-            states.append(block(states[-1]))
-        return CLIPFeatures(network, tuple(states), size, network.clip_scale)
+        return encode_image(network, images, self.positional_embedding,
+                            network.clip_scale)
