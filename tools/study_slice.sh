@@ -9,11 +9,10 @@
 # it. Work directories are below WORK (default /tmp/study_slice): runs that are
 # cut go on if the next slice finds them there, else they begin anew.
 # WHEELS=DIR  wheels to install into a folder of their own, if it is there
-# DATA=TAR    archive to unpack; its folders are named by --vars, below
-#             /tmp/study_slice/data
+# DATA=TAR    archive to unpack into WORK/data, where --vars finds its folders
 set -euo pipefail
 if [ $# -lt 4 ]; then
-    sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 ROOT=$(cd "$(dirname "$0")/.." && pwd)

@@ -4,7 +4,12 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
+import tarfile
 import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,6 +220,54 @@ def test_a_suspended_process_can_be_ended(tmp_path):
     job.stop()
     assert job.process.returncode == -signal.SIGTERM
     job.lock.close()
+
+
+def test_a_slice_of_a_study_on_a_lent_machine(configs, tmp_path):
+    """Wheels, data, time and the ledger go the way the guide says."""
+    study = write_study(configs, tmp_path, vars=dict(data='not/there'))
+    wheels, out, work = (tmp_path / name for name in ('whl', 'out', 'work'))
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / 'lent-1-py3-none-any.whl', 'w') as wheel:
+        wheel.writestr('lent.py', '')
+        wheel.writestr('lent-1.dist-info/METADATA',
+                       'Metadata-Version: 2.1\nName: lent\nVersion: 1\n')
+        wheel.writestr('lent-1.dist-info/WHEEL',
+                       'Wheel-Version: 1.0\nTag: py3-none-any\n')
+        wheel.writestr('lent-1.dist-info/RECORD', '')
+    with tarfile.open(tmp_path / 'data.tar', 'w') as archive:
+        archive.add(configs / 'data', 'toy')
+
+    def a_slice(seconds):
+        return subprocess.run(
+            [
+                'bash',
+                str(ROOT / 'tools/study_slice.sh'),
+                str(study),
+                str(out),
+                str(seconds), '2', '--vars', f'data={work}/data/toy'
+            ],
+            env=dict(
+                os.environ,
+                PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+                PYTHONPATH=str(ROOT / 'tests'),
+                WORK=str(work),
+                WHEELS=str(wheels),
+                DATA=str(tmp_path / 'data.tar')),
+            capture_output=True,
+            text=True)
+
+    first = a_slice(0)
+    assert first.returncode == 3, first.stderr
+    assert (work / 'site/lent.py').is_file()
+    assert len(Ledger(out / 'study.jsonl').entries) == 0
+    second = a_slice(500)
+    assert second.returncode == 0, second.stderr
+    runs = Ledger(out / 'study.jsonl').entries
+    assert {run['arm'] for run in runs} == {'stock', 'random'}
+    with tarfile.open(out / 'study-logs.tar.gz') as logs:
+        names = logs.getnames()
+    assert any(name.endswith('scalars.json') for name in names)
+    assert not any(name.endswith('.pth') for name in names)
 
 
 # ----------------------------------------------------------------- the plan
