@@ -222,6 +222,7 @@ def test_a_suspended_process_can_be_ended(tmp_path):
     job.lock.close()
 
 
+@pytest.mark.slow
 def test_a_slice_of_a_study_on_a_lent_machine(configs, tmp_path):
     """Wheels, data, time and the ledger go the way the guide says."""
     study = write_study(configs, tmp_path, vars=dict(data='not/there'))
