@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-LEGEND_WIDTH, ROW, TEXT_SIZE = 180, 22, 13  # pixels
+LEGEND_WIDTH, ROW, TEXT_SIZE, NAME_X = 180, 22, 13, 36  # pixels
 GREY = [128, 128, 128]
 
 
@@ -52,8 +52,8 @@ def draw_labels(image: np.ndarray,
         palette (Sequence[Sequence[int]]): Their colours, RGB.
         opacity (float): Weight of the colours, in [0, 1]. Defaults to 0.5.
         legend (bool): Whether the names of the classes that are seen stand
-            to the right, the largest first, as many as there is room.
-            Defaults to True.
+            to the right, the largest first, as many as there is room; the
+            end of a long name is cut. Defaults to True.
         font (str, optional): A TrueType font for them. Defaults to None:
             DejaVu Sans, which has Latin, Greek, Cyrillic and more, but no
             Chinese, Japanese or Korean letters.
@@ -75,7 +75,8 @@ def draw_labels(image: np.ndarray,
     for row, k in enumerate(order[:len(image) // ROW]):
         y = row * ROW
         draw.rectangle((6, y + 4, 30, y + 18), tuple(colours[k].tolist()))
-        draw.text((36, y + ROW // 2), classes[k], 'black', font, anchor='lm')
+        name = _shorten(classes[k], font)
+        draw.text((NAME_X, y + ROW // 2), name, 'black', font, anchor='lm')
     return np.hstack([shown, np.asarray(column)])
 
 
@@ -92,6 +93,16 @@ def draw_similarity(similarity: np.ndarray) -> np.ndarray:
     grey = (similarity - low) / max(high - low, 1e-6)
     grey = (255 * grey).round().astype(np.uint8)
     return cv2.applyColorMap(grey, cv2.COLORMAP_VIRIDIS)[..., ::-1]
+
+
+def _shorten(name: str, font: ImageFont.FreeTypeFont) -> str:
+    """Cut the end of a name that is wider than the legend."""
+    room = LEGEND_WIDTH - NAME_X - 6
+    if font.getlength(name) <= room:
+        return name
+    while name and font.getlength(f'{name}…') > room:
+        name = name[:-1]
+    return f'{name}…'
 
 
 def _default_font() -> Path:

@@ -555,6 +555,20 @@ def test_overlay_and_legend():
     assert len(set(map(tuple, many))) == 100
 
 
+def test_long_names_end_inside_the_legend():
+    image, labels = np.zeros((22, 4, 3), np.uint8), np.zeros((22, 4), int)
+    name = 'crt screen on a desk of the second floor'
+
+    def legend(name):
+        return draw_labels(image, labels, [name], [(9, 9, 9)])[:, 4:]
+
+    assert (legend(name)[:, -5:] == 255).all()
+    # It is cut at its end, and that shows.
+    assert np.array_equal(legend(name)[:, :120], legend(name + '!')[:, :120])
+    assert not np.array_equal(legend(name), legend(name[:18]))
+    assert (legend('crt')[:, 80:] == 255).all()
+
+
 def test_select_classes_with_repeats():
     conv = torch.nn.Conv2d(4, 3, 1)
     feat = torch.randn(1, 4, 2, 2)

@@ -1,6 +1,8 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Label maps of more than 256 classes, from the file to the score."""
 import copy
+import runpy
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ pytestmark = pytest.mark.stacks
 
 IGNORED = 65535
 SIZE = (20, 30)
+ROOT = CONFIGS.parent
 BASE = 'ebseg/ebseg_vit-b16_4xb4-120k_coco-stuff164k-640x640'
 TESTS = {'ade20k-847': 847, 'pascal-context459': 459}
 # Pairs that 8 bits cannot tell apart, 255 and its neighbours.
@@ -177,6 +180,18 @@ def test_what_is_no_16_bit_map_is_refused(tmp_path, labels):
 def test_labels_are_not_renumbered(tmp_path, change):
     with pytest.raises(ValueError, match='labels as they are'):
         Load16BitAnnotations()(dict(results(tmp_path / 'a.tif'), **change))
+
+
+def test_tool_writes_no_label_maps_of_8_bits(tree, tmp_path, monkeypatch):
+    tree[0].dump(tmp_path / 'config.py')
+    monkeypatch.setattr(sys, 'argv', [
+        'test.py',
+        str(tmp_path / 'config.py'), 'weights.pth', '--out',
+        str(tmp_path / 'labels')
+    ])
+    with pytest.raises(SystemExit, match='label maps of 8 bits.*config.py'):
+        runpy.run_path(str(ROOT / 'tools/test.py'), run_name='__main__')
+    assert [p.name for p in tmp_path.iterdir()] == ['config.py']
 
 
 def test_a_picture_of_ones_own_has_no_labels(tree):
