@@ -3,7 +3,6 @@ import logging
 from typing import Dict, List, Optional, Sequence, Union
 
 import torch
-from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmseg.registry import HOOKS
 from torch import nn
@@ -12,13 +11,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmseg_textkd.models.text_parameters import (prompt_parameters,
                                                  text_providers)
 from ..stages import StagePlan, StageSchedule
-from ..stages.text_state import (averaged_models, check_classes, log_text,
-                                 refresh_text, swap_text_with_average,
+from ..stages.stage_plan import check_switch_at
+from ..stages.text_state import (log_text, refresh_text, start_text,
                                  tower_checksums, unwrap)
+from .text_hook import TextHook
 
 
 @HOOKS.register_module()
-class PromptLearnerHook(Hook):
+class PromptLearnerHook(TextHook):
     r"""Switch from stage 1 to stage 2 of text-knowledge training.
 
     Stage 1: the network learns against fixed class embeddings. Stage 2: the
@@ -65,17 +65,7 @@ class PromptLearnerHook(Hook):
                                        Sequence[str]]] = None,
                  schedule: Optional[dict] = None,
                  log_interval: int = 50) -> None:
-        if isinstance(switch_at, bool) or not (switch_at is None or isinstance(
-                switch_at, (int, float))):
-            raise TypeError('`switch_at` must be an iteration (int), a '
-                            f'fraction (float) or None, but got {switch_at!r}')
-        if isinstance(switch_at, float) and not 0 < switch_at < 1:
-            raise ValueError(
-                'a fractional `switch_at` must lie in (0, 1), but got '
-                f'{switch_at}; give an int for an iteration.')
-        if isinstance(switch_at, int) and switch_at < 0:
-            raise ValueError('`switch_at` must not be negative, but got '
-                             f'{switch_at}.')
+        check_switch_at(switch_at)
         if learn is not None and not isinstance(learn, dict):
             learn = {pattern: 1.0 for pattern in learn}
         self.switch_at = switch_at
@@ -86,54 +76,6 @@ class PromptLearnerHook(Hook):
         self.stage = 0  # not yet known
         self._outer_lrs: Optional[List[float]] = None
 
-    # -------------------------------------------------------- set-up
-    def before_run(self, runner) -> None:
-        """Check what can be checked before weights are loaded.
-
-        Args:
-            runner (Runner): The runner of the training process.
-
-        Raises:
-            ValueError: If the model has no text, or there are several hooks
-                of this kind.
-        """
-        if not text_providers(unwrap(runner.model)):
-            raise ValueError(
-                'PromptLearnerHook found no text in the model. Use a text '
-                "head, for instance decode_head=dict(type='TextFCNHead', "
-                'text=dict(...)), or remove the hook.')
-        number = sum(isinstance(hook, type(self)) for hook in runner.hooks)
-        if number > 1:
-            raise ValueError(
-                f'`custom_hooks` has {number} PromptLearnerHooks, whose '
-                'stages would undo each other. Leave one; it serves all '
-                'text of the model.')
-
-    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Check that a resumed run goes on with text of the same shape.
-
-        Without this the optimizer would stumble over it later.
-
-        Args:
-            runner (Runner): The runner.
-            checkpoint (dict): The checkpoint, not yet in the model.
-
-        Raises:
-            ValueError: If the shapes differ.
-        """
-        if not runner._resume:
-            return
-        for name, provider in text_providers(unwrap(runner.model)).items():
-            saved = checkpoint['state_dict'].get(f'{name}.class_embeddings')
-            found = 'none' if saved is None else tuple(saved.shape)
-            expected = tuple(provider.class_embeddings.shape)
-            if found != expected:
-                raise ValueError(
-                    f'{name} has class embeddings of shape {expected}, but '
-                    f'the checkpoint to resume from has {found}. A resumed '
-                    'run must keep its text; start a new run with '
-                    '`load_from` instead of `--resume`.')
-
     def before_train(self, runner) -> None:
         """Settle the plan of the stages and enter the one that is due.
 
@@ -143,15 +85,8 @@ class PromptLearnerHook(Hook):
         Raises:
             ValueError: If the plan cannot be carried out, and why.
         """
+        super().before_train(runner)
         model = unwrap(runner.model)
-        check_classes(runner, runner.train_dataloader)
-        for name, provider in text_providers(model).items():
-            message = provider.reconcile(resumed=runner._resume)
-            if message:
-                print_log(f'{name}: {message}', 'current', logging.WARNING)
-        for module in averaged_models(runner):
-            for name, provider in text_providers(module).items():
-                provider.reconcile(resumed=False)
         # Taken before any change: what the user froze stays frozen.
         self._trainable = {
             name
@@ -172,7 +107,6 @@ class PromptLearnerHook(Hook):
             runner.optim_wrapper.step = torch.compiler.disable(step)
         self._apply(runner)
 
-    # -------------------------------------------------------- stages
     def _due_stage(self, runner) -> int:
         if self.plan is None:
             return 1
@@ -216,15 +150,7 @@ class PromptLearnerHook(Hook):
         return f'; stage 2 follows at iteration {self.plan.switch_iter}'
 
     def _enter_stage2(self, runner, model: nn.Module) -> None:
-        copies = [text_providers(m) for m in averaged_models(runner)]
-        for name, provider in text_providers(model).items():
-            fresh = not getattr(provider, 'started', True)
-            provider.start_learning()
-            for copy in copies:
-                copy[name].start_learning()
-                if fresh:
-                    # Averages of prompts begin where the prompts do.
-                    copy[name].load_state_dict(provider.state_dict())
+        start_text(runner)
         self._checksums = tower_checksums(model)
         deployed = [
             n for n in self.plan.factors
@@ -300,52 +226,3 @@ class PromptLearnerHook(Hook):
         if self.stage == 2 and tower_checksums(model) != self._checksums:
             raise RuntimeError('the frozen text tower has changed during '
                                'training; its embeddings cannot be trusted.')
-
-    # -------------------------------------------- evaluation and saving
-    def before_val(self, runner) -> None:
-        """Check that the text is for the classes of the validation set.
-
-        Args:
-            runner (Runner): The runner of the training process.
-        """
-        check_classes(runner, runner.val_dataloader)
-
-    def before_val_epoch(self, runner) -> None:
-        """Evaluate with the text as it is now.
-
-        Args:
-            runner (Runner): The runner of the training process.
-        """
-        refresh_text(runner)
-        swap_text_with_average(runner)
-
-    def after_val_epoch(self,
-                        runner,
-                        metrics: Optional[Dict[str, float]] = None) -> None:
-        """Undo the swap of :meth:`before_val_epoch`.
-
-        Args:
-            runner (Runner): The runner of the training process.
-            metrics (dict[str, float], optional): Results. Defaults to None.
-        """
-        swap_text_with_average(runner)
-
-    def before_test(self, runner) -> None:
-        """Check that the text is for the classes of the test set.
-
-        Args:
-            runner (Runner): The runner of the testing process.
-        """
-        check_classes(runner, runner.test_dataloader)
-
-    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Write the learned text into the checkpoint.
-
-        Args:
-            runner (Runner): The runner of the training process.
-            checkpoint (dict): The checkpoint that is about to be written.
-        """
-        refresh_text(runner)
-        for name, provider in text_providers(unwrap(runner.model)).items():
-            checkpoint['state_dict'][f'{name}.class_embeddings'] = (
-                provider.class_embeddings.detach().cpu().clone())

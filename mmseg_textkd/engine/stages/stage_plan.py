@@ -63,6 +63,28 @@ class StagePlan:
         return cls(switch_iter, factors, group_factors)
 
 
+def check_switch_at(switch_at: Optional[Union[int, float]]) -> None:
+    """Check what can be checked of it without a run.
+
+    Args:
+        switch_at (int | float, optional): Iteration or fraction of the run.
+
+    Raises:
+        TypeError: If it is neither a number nor None.
+        ValueError: If it lies out of range.
+    """
+    if isinstance(switch_at, bool) or not (switch_at is None or isinstance(
+            switch_at, (int, float))):
+        raise TypeError('`switch_at` must be an iteration (int), a fraction '
+                        f'(float) or None, but got {switch_at!r}')
+    if isinstance(switch_at, float) and not 0 < switch_at < 1:
+        raise ValueError('a fractional `switch_at` must lie in (0, 1), but '
+                         f'got {switch_at}; give an int for an iteration.')
+    if isinstance(switch_at, int) and switch_at < 0:
+        raise ValueError('`switch_at` must not be negative, but got '
+                         f'{switch_at}.')
+
+
 def _switch_iter(runner, switch_at: Union[int, float]) -> int:
     max_iters = runner.max_iters
     if isinstance(switch_at, float):

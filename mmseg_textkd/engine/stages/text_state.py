@@ -66,6 +66,23 @@ def check_classes(runner, dataloader) -> None:
                 '`num_classes` of all heads to that number.')
 
 
+def start_text(runner) -> None:
+    """Let the text learn, also that of averaged models.
+
+    Args:
+        runner (Runner): The runner.
+    """
+    copies = [text_providers(m) for m in averaged_models(runner)]
+    for name, provider in text_providers(unwrap(runner.model)).items():
+        fresh = not getattr(provider, 'started', True)
+        provider.start_learning()
+        for copy in copies:
+            copy[name].start_learning()
+            if fresh:
+                # Averages of prompts begin where the prompts do.
+                copy[name].load_state_dict(provider.state_dict())
+
+
 def refresh_text(runner) -> None:
     """Bring learned embeddings up to date, also those of averaged models.
 

@@ -1,6 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from contextlib import ExitStack
-from inspect import isclass
 from typing import Dict, Optional, Sequence, Union
 
 import torch
@@ -10,7 +9,8 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ..calls import calls_of
-from ..layers import BalancedTextClassifier, TextBranch, TextClassifier
+from ..layers import BalancedTextClassifier, TextBranch
+from .branch_type import branch_type
 from .hidden_classes import check_labels, check_teacher
 from .stock_head import (check_stock_head, foldable_norm_cfg,
                          init_without_conv_seg)
@@ -83,10 +83,8 @@ class TextHeadMixin:
         self.role = role
         options = dict(text_branch or {})
         options.setdefault('norm_cfg', foldable_norm_cfg(self.norm_cfg))
-        branch_type = _classifier_type(options.pop('type', None), role)
-        if role == 'auxiliary' and not _needs_classifier(fusion):
-            branch_type = TextBranch
-        branch = branch_type(
+        kind = branch_type(options.pop('type', None), role, fusion)
+        branch = kind(
             self.conv_seg.in_channels,
             self.num_classes,
             text,
@@ -226,28 +224,6 @@ class TextHeadMixin:
         self._classifier_called = True
 
 
-def _classifier_type(name: Optional[str], role: str) -> type:
-    """The class that `type` of a text branch names."""
-    if name is None:
-        return TextClassifier
-    if role != 'classifier':
-        raise ValueError(
-            f"`text_branch` of the type {name!r} needs role='classifier': in "
-            "the role 'auxiliary' the stock classifier decides.")
-    kind = MODELS.get(name) if isinstance(name, str) else name
-    if not (isclass(kind) and issubclass(kind, TextClassifier)):
-        raise ValueError(f'`type` of `text_branch` must be a TextClassifier, '
-                         f'but got {name!r}.')
-    return kind
-
-
 def _of_image_projection(loss: nn.Module) -> bool:
     """Whether a text loss is about the image projection."""
     return getattr(loss, 'of_image_projection', False)
-
-
-def _needs_classifier(fusion: Optional[dict]) -> bool:
-    """Whether the losses of a fusion compare logits."""
-    kind = (fusion or {}).get('type')
-    kind = MODELS.get(kind) if isinstance(kind, str) else kind
-    return getattr(kind, 'needs_classifier', False)
