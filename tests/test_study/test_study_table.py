@@ -4,7 +4,7 @@ import math
 
 import matplotlib
 import pytest
-from analysis_tools import fails, load_tool
+from analysis_tools import ROOT, fails, load_tool
 
 from mmseg_textkd.study import Ledger
 from mmseg_textkd.study.analysis import Group, interval
@@ -186,6 +186,13 @@ def test_check(page, tmp_path, capsys):
     Ledger(ledger).append(entry('random', 2, 40.))
     assert 'page.md, s_seeds.png, s_classes.png, s_curves.png' in fails(
         TOOL, capsys, *words, '--check')
+
+
+def test_the_published_page_is_what_the_ledgers_say():
+    results = ROOT / 'docs' / 'results'
+    ledgers = [str(path) for path in sorted(results.glob('*.jsonl'))]
+    assert len(ledgers) > 1
+    TOOL.main([*ledgers, '--out', str(results / 'camvid.md'), '--check'])
 
 
 def test_without_test_and_with_fewer_images(tmp_path):
