@@ -104,11 +104,28 @@ class Group:
         deviation = np.std(values, ddof=1) if len(values) > 1 else None
         return float(np.mean(values)), deviation
 
+    def differences(self,
+                    arm: str,
+                    other: str,
+                    label: Optional[int] = None) -> List[float]:
+        """Compare two arms within the seeds that both have.
+
+        Args:
+            arm (str): The arm.
+            other (str): What it is compared with.
+            label (int, optional): Index of a class. Defaults to None: mIoU.
+
+        Returns:
+            list[float]: One for each seed, in percentage points.
+        """
+        ours, theirs = (self.scores(a, label=label) for a in (arm, other))
+        return [ours[s] - theirs[s] for s in ours if s in theirs]
+
     def difference(self,
                    arm: str,
                    other: str,
                    label: Optional[int] = None) -> Optional[Interval]:
-        """Compare two arms within the seeds that both have.
+        """Summarise :meth:`differences`.
 
         Args:
             arm (str): The arm.
@@ -119,8 +136,7 @@ class Group:
             Interval, optional: Of the differences in percentage points; None
             without a common seed.
         """
-        ours, theirs = (self.scores(a, label=label) for a in (arm, other))
-        return interval([ours[s] - theirs[s] for s in ours if s in theirs])
+        return interval(self.differences(arm, other, label))
 
     def last_gain(self, arm: str) -> Optional[float]:
         """Tell how much the val mIoU still rose in the end.

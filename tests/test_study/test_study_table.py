@@ -141,6 +141,63 @@ def test_tables(page):
         assert said in text
 
 
+def test_overview(page, tmp_path, capsys):
+    folder, text = page
+    half = 12.7062047 * math.sqrt(1.125 / 2)
+    row = ('| Streets | net | `text` | 3 | test 43.17 ± 0.76 '
+           '| `stock` 41.00 ± 1.00 | +2.17 [+0.27, +4.06] **gain** '
+           '| `random` 40.75 ± 0.35 '
+           f'| +2.75 [{2.75 - half:+.2f}, {2.75 + half:+.2f}] *open* |')
+    first, rest = text.split('## Streets')
+    assert row in first and row not in rest
+    # Neither baseline nor control has a row of its own.
+    assert len([line for line in first.splitlines() if line[0:1] == '|']) == 3
+    other = tmp_path / 'README.md'
+    words = [
+        str(folder / 's.jsonl'), '--out',
+        str(folder / 'page.md'), '--overview',
+        str(other)
+    ]
+    begin, end = '<!-- results: begin -->', '<!-- results: end -->'
+    for content in ('# Mine\n', f'{end}\n\n{begin}\n\nx',
+                    f'{begin}\n\n' * 2 + end):
+        other.write_text(content)
+        assert f'README.md needs one line "{begin}"' in fails(
+            TOOL, capsys, *words)
+        assert other.read_text() == content
+    other.write_text(f'# Ä\n\n{begin}\n\nold\n\n{end}\n\nText.\n')
+    assert 'README.md not' in fails(TOOL, capsys, *words, '--check')
+    TOOL.main(words)
+    TOOL.main([*words, '--check'])
+    head, table, tail = other.read_text().partition(row)
+    assert table and head.startswith(f'# Ä\n\n{begin}\n\n| study |')
+    assert tail == f'\n\n{end}\n\nText.\n'
+
+
+def test_networks_together(tmp_path):
+    path = write_ledger(tmp_path / 's.jsonl')
+    ledger = Ledger(path)
+    for seed, score in enumerate((30., 31.)):
+        ledger.append(entry('stock', seed, score, network='wide'))
+        ledger.append(entry('text', seed, score - 1, network='wide'))
+        # Fewer images are not mixed in.
+        ledger.append(
+            entry('text', seed, 9., network='wide', train_fraction=.1))
+    TOOL.main([str(path), '--out', str(tmp_path / 'page.md')])
+    rows = [
+        line for line in (tmp_path / 'page.md').read_text().splitlines()
+        if '2 networks together' in line
+    ]
+    # 3, 2, 1.5, -1 and -1: 0.9 ± 2.776 * s / sqrt(5), s² = 13.2 / 4
+    half = 2.7764451 * math.sqrt(13.2 / 4 / 5)
+    control = 12.7062047 * math.sqrt(1.125 / 2)
+    assert rows == [
+        '| Streets | these 2 networks together | `text` | 5 |  | `stock` '
+        f'| +0.90 [{.9 - half:+.2f}, {.9 + half:+.2f}] *open* | `random` '
+        f'| +2.75 [{2.75 - control:+.2f}, {2.75 + control:+.2f}] *open* |'
+    ]
+
+
 def test_the_same_ledger_gives_the_same_files(page, tmp_path):
     folder, _ = page
     ledger = str(folder / 's.jsonl')
@@ -192,7 +249,11 @@ def test_the_published_page_is_what_the_ledgers_say():
     results = ROOT / 'docs' / 'results'
     ledgers = [str(path) for path in sorted(results.glob('*.jsonl'))]
     assert len(ledgers) > 1
-    TOOL.main([*ledgers, '--out', str(results / 'camvid.md'), '--check'])
+    TOOL.main([
+        *ledgers, '--out',
+        str(results / 'camvid.md'), '--overview',
+        str(ROOT / 'README.md'), '--check'
+    ])
 
 
 def test_without_test_and_with_fewer_images(tmp_path):

@@ -2,8 +2,9 @@
 """Make the page of a study from its ledger alone: tables and plots.
 
 Nothing on the page is typed by hand. The same ledgers give the same page.
---check writes nothing and fails where page or plots are not those of the
-ledgers.
+--overview puts the first table of the page into another page too, between the
+lines "<!-- results: begin -->" and "<!-- results: end -->". --check writes
+nothing and fails where page, plots or overview are not those of the ledgers.
 """
 import argparse
 import hashlib
@@ -19,7 +20,7 @@ from PIL import Image
 
 from mmseg_textkd.deploy import write_files
 from mmseg_textkd.study import Ledger, LedgerError
-from mmseg_textkd.study.analysis import Group, Interval, group
+from mmseg_textkd.study.analysis import Group, Interval, group, interval
 
 NOTE = ('<!-- Made by tools/analysis_tools/study_table.py of {ledgers}; not '
         'to be edited. -->')
@@ -29,8 +30,13 @@ given in percentage points as mean [95 % t-interval]; they are not corrected \
 for the number of arms. **gain** and **loss** say that the interval lies on \
 one side of 0, *open* that it does not: nothing is shown. "Last quarter" is \
 what the val mIoU still rose in the last quarter of the training: where it is \
-large, a difference may be one of speed alone. Seconds are those of the \
+large, a difference may be one of speed alone. Rows of networks together take \
+each network and seed as one value; they are for orientation, unless the \
+registration asked for them. Seconds are those of the \
 training, on a machine that may have been busy.'''
+MARKS = ('<!-- results: begin -->\n\n', '\n\n<!-- results: end -->')
+OVERVIEW = ('study', 'network', 'arm', 'runs', 'mIoU', 'baseline',
+            'difference', 'control', 'difference')
 KEY = 'ledger'  # of the text in a PNG that names the ledger's content
 
 
@@ -112,6 +118,43 @@ class Study:
             ]
         parts += [f'![{name}]({name})' for name in plots]
         return '\n\n'.join(part for part in parts if part)
+
+    def overview(self) -> List[List[str]]:
+        """Write a row for every arm that is neither baseline nor control."""
+        rows = []
+        for key, part in self.groups.items():
+            for arm in self._tried(part):
+                rows.append(self._row(self.title(key), arm, [part]))
+        full = [part for (_, share), part in self.groups.items() if share == 1]
+        for arm in dict.fromkeys(
+                a for part in full for a in self._tried(part)):
+            parts = [part for part in full if arm in part.arms]
+            if len(parts) > 1:
+                what = f'these {len(parts)} networks together'
+                rows.append(self._row(what, arm, parts))
+        return rows
+
+    def _tried(self, part: Group) -> List[str]:
+        others = (self.baseline, *self.plan['controls'])
+        return [arm for arm in self.ordered(part) if arm not in others]
+
+    def _row(self, what: str, arm: str, parts: Sequence[Group]) -> List[str]:
+        """Compare an arm with the baseline and the first control."""
+        runs = sum(len(part.arms[arm]) for part in parts)
+        one = parts[0] if len(parts) == 1 else None
+        row = [
+            self.plan['title'], what, f'`{arm}`',
+            str(runs), f'{self.split} {spread(one.spread(arm))}' if one else ''
+        ]
+        for other in (self.baseline, *self.plan['controls'][:1]):
+            known = one is not None and other in one.arms
+            found = [d for part in parts for d in part.differences(arm, other)]
+            row += [
+                f'`{other}`' +
+                (f' {spread(one.spread(other))}' if known else ''),
+                difference(interval(found))
+            ]
+        return row + [''] * (len(OVERVIEW) - len(row))
 
     def circumstances(self) -> str:
         """Say with what and where the runs were made."""
@@ -291,12 +334,40 @@ def render(figure: Figure, digest: str) -> bytes:
     return data.getvalue()
 
 
-def make(paths: Sequence[Path], out: Path) -> Dict[Path, bytes]:
+def insert(page: Path, text: str) -> bytes:
+    """Put text between the marks of a page.
+
+    Args:
+        page (Path): The page, which is not written.
+        text (str): The text.
+
+    Returns:
+        bytes: The new content.
+
+    Raises:
+        ValueError: If there is no page or it does not have the marks.
+    """
+    begin, end = MARKS
+    old = page.read_text(encoding='utf-8') if page.is_file() else ''
+    if old.count(begin) != 1 or end not in old.split(begin)[1]:
+        raise ValueError(
+            f'{page} needs one line "{begin.strip()}", and below '
+            f'it "{end.strip()}", with an empty line inside each.')
+    head, rest = old.split(begin)
+    tail = rest.split(end, 1)[1]
+    return f'{head}{begin}{text}{end}{tail}'.encode()
+
+
+def make(paths: Sequence[Path],
+         out: Path,
+         readme: Optional[Path] = None) -> Dict[Path, bytes]:
     """Make the page and its plots.
 
     Args:
         paths (Sequence[Path]): The ledgers.
         out (Path): The page. Plots lie beside it.
+        readme (Path, optional): Another page, which gets the first table.
+            Defaults to None.
 
     Returns:
         dict[Path, bytes]: Contents by path.
@@ -318,11 +389,15 @@ def make(paths: Sequence[Path], out: Path) -> Dict[Path, bytes]:
             files[out.parent / name] = render(plot(), digest.hexdigest())
         sections.append(study.markdown(list(plots)))
     ledgers = ', '.join(path.name for path in paths)
+    rows = [row for study in studies for row in study.overview()]
+    first = [table(OVERVIEW, rows)] if rows else []
     page = '\n\n'.join([
         NOTE.format(ledgers=ledgers), '# Does text help? Results', READING,
-        *sections
+        *first, *sections
     ])
     files[out] = (page + '\n').encode()
+    if readme is not None:
+        files[readme] = insert(readme, '\n\n'.join(first))
     return files
 
 
@@ -346,11 +421,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument(
         '--out', type=Path, required=True, help='page to write (.md)')
     parser.add_argument(
+        '--overview',
+        type=Path,
+        metavar='PAGE',
+        help='another page (.md) whose marked part gets the first table')
+    parser.add_argument(
         '--check', action='store_true', help='only compare with what is there')
     args = parser.parse_args(argv)
     try:
-        files = make(args.ledgers, args.out)
-    except LedgerError as error:
+        files = make(args.ledgers, args.out, args.overview)
+    except ValueError as error:
         sys.exit(f'study_table: {error}')
     if not args.check:
         args.out.parent.mkdir(parents=True, exist_ok=True)
