@@ -308,7 +308,7 @@ def test_init_as_published():
     (dict(norm='l1'), "must be one of .*'l2'"),
     (dict(init='one'), "must be one of .*'zero'"),
     (dict(feature='decode_head'), 'before it has been computed'),
-    (dict(text=dict(type='ReLU')), 'config of a text provider'),
+    (dict(text=dict(type=torch.nn.Identity)), 'config of a text provider'),
 ])
 def test_what_does_not_fit_is_refused(options, words):
     error = TypeError if 'text' in options else (ValueError, RuntimeError)
