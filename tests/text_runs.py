@@ -7,7 +7,7 @@ import torch
 from mmseg.registry import MODELS
 from tiny import CLASSES, tiny_config
 
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
 
 FIXED = dict(type='ClassEmbeddings', file='text.safetensors', dim=64)
 CONTEXT = dict(

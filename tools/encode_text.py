@@ -8,11 +8,11 @@ from typing import List, Optional, Sequence
 
 from torch import Tensor
 
-from mmseg_textkd.text.build import encode_classes, look_up_phrases
+from mmseg_textkd.clip.text_tower import TextTower, TextTowerError
+from mmseg_textkd.clip.weights import find_weights
 from mmseg_textkd.text.embedding_file import (TextEmbeddings, ce_floor, centre,
                                               closest_pairs, geometry)
-from mmseg_textkd.text.text_tower import TextTower, TextTowerError
-from mmseg_textkd.text.text_weights import find_weights
+from mmseg_textkd.text.encode_classes import encode_classes, look_up_phrases
 from mmseg_textkd.text.vocabulary import Vocabulary
 
 EXAMPLES = """examples:

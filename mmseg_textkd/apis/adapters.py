@@ -13,7 +13,7 @@ from mmseg_textkd.deploy.l2_conv_seg import fuse_l2
 from mmseg_textkd.models import (BalancedTextClassifier, TextClassifier,
                                  TextHeadMixin)
 from mmseg_textkd.models.layers import pixel_text_similarity
-from mmseg_textkd.text import ClassEmbeddings
+from mmseg_textkd.models.text_providers import ClassEmbeddings
 from .label_maps import select_classes
 from .open_classifier import NewClasses, OpenClassifier
 from .word_encoder import WordEncoder

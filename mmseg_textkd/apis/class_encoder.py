@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor
 
-from mmseg_textkd.text import (ContextPromptLearner, TextEmbeddings,
-                               TextProvider, Vocabulary, get_templates)
+from mmseg_textkd.models.text_providers import (ContextPromptLearner,
+                                                TextProvider)
+from mmseg_textkd.text import TextEmbeddings, Vocabulary, get_templates
 from .open_classifier import NewClasses
 from .word_tower import WordTower
 

@@ -6,10 +6,10 @@ from typing import Any, List, Mapping, Optional, Tuple, Union
 import torch
 from torch import Tensor
 
-from mmseg_textkd.text import (ContextPromptLearner, TextEmbeddings, TextTower,
-                               Vocabulary, get_templates)
-from mmseg_textkd.text.build import encode_classes
-from mmseg_textkd.text.text_tower import load_tower
+from mmseg_textkd.clip import TextTower, load_tower
+from mmseg_textkd.models.text_providers import ContextPromptLearner
+from mmseg_textkd.text import TextEmbeddings, Vocabulary, get_templates
+from mmseg_textkd.text.encode_classes import encode_classes
 from .text_cache import cached
 
 # Classes at a time: token ids of all sentences of 10,000 would take 350 MB.

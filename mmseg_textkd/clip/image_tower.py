@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .checksum import checksum
-from .text_loading import load_visual
-from .text_weights import PathLike, TextTowerError
+from mmseg_textkd.text.checksum import checksum
+from .loading import load_visual
+from .weights import PathLike, TextTowerError
 
 
 class ImageTower(nn.Module):

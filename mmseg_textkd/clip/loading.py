@@ -1,12 +1,12 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Opening a tower with open_clip from what :mod:`.text_weights` has found."""
+"""Opening a tower with open_clip from what :mod:`.weights` has found."""
 from pathlib import Path
 from typing import Any, Optional, Tuple
 
 from torch import nn
 
-from .text_weights import (BPE_NAME, LOCAL, PathLike, TextTowerError,
-                           WeightsLocation, find_weights, import_open_clip)
+from .weights import (BPE_NAME, LOCAL, PathLike, TextTowerError,
+                      WeightsLocation, find_weights, import_open_clip)
 
 
 def load_clip(
@@ -16,7 +16,7 @@ def load_clip(
     """Load the text side of a CLIP model and its tokenizer.
 
     Args:
-        model (str): See :class:`.text_tower.TextTower`.
+        model (str): See :class:`TextTower`.
         pretrained (str, optional): Tag or weights file. Defaults to None.
         cache_dir (str or PathLike, optional): Download cache. Defaults to
             None.
@@ -45,7 +45,7 @@ def load_visual(
     """Load the image side of a CLIP model.
 
     Args:
-        model (str): See :class:`.text_tower.TextTower`.
+        model (str): See :class:`TextTower`.
         pretrained (str, optional): Tag or weights file. Defaults to None.
         cache_dir (str or PathLike, optional): Download cache. Defaults to
             None.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .embedding_storage import digest, write_atomically
+from mmseg_textkd.text.embedding_storage import digest, write_atomically
 from .image_tower import ImageTower
 
 KIND = 'mmseg_textkd.region_embeddings.1'

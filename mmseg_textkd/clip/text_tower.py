@@ -6,9 +6,9 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .checksum import checksum
-from .text_loading import load_clip
-from .text_weights import BPE_NAME, PathLike, TextTowerError
+from mmseg_textkd.text.checksum import checksum
+from .loading import load_clip
+from .weights import BPE_NAME, PathLike, TextTowerError
 
 __all__ = ['TextTower', 'TextTowerError', 'load_tower']
 

@@ -11,9 +11,9 @@ from mmengine.logging import print_log
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mmseg_textkd.clip import TextTower, load_tower
 from .embedding_file import TextEmbeddings
 from .templates import get_templates
-from .text_tower import TextTower, load_tower
 from .vocabulary import Vocabulary, VocabularySpec
 
 BUILD_KEYS = ('model', 'pretrained', 'templates', 'vocabulary', 'keep_bank',

@@ -24,7 +24,7 @@ from mmseg_textkd.apis.label_maps import select_classes
 from mmseg_textkd.deploy import L2ConvSeg, fold_state_dict, to_stock_cfg
 from mmseg_textkd.deploy.benchmark import peak_memory
 from mmseg_textkd.text import TextEmbeddings
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
 
 NEW = ('tree', 'road', 'bus stop', 'Straße', '道路')
 

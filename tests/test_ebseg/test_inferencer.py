@@ -17,7 +17,7 @@ from processes import ROOT, load
 from tiny import CLASSES, run, tiny_config
 
 from mmseg_textkd.apis import TextSegInferencer, predict_labels
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
 
 NEW = ('tree', 'sky', 'bus stop', 'Straße', '道路', 'Truck')
 

@@ -10,7 +10,7 @@ from network_tester import samples
 
 from mmseg_textkd.models import (TextClassifier, TextDDRHead, TextFCNHead,
                                  TwoWayBridge)
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
 
 CONTROL = dict(type='ControlEmbeddings', kind='random', dim=16)
 BRIDGE = dict(type='TwoWayBridge', width=8, num_heads=2)

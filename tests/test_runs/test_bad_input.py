@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny import CLASSES, run, tiny_config
 
 from mmseg_textkd.text import TextEmbeddings
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
 
 
 def tampered(path):

@@ -15,11 +15,11 @@ from processes import TOOLS, load, start
 from tiny import CLASSES, SIZE, assert_equal, run, tiny_config
 
 from mmseg_textkd import add_region_embeddings
+from mmseg_textkd.clip.image_tower import ImageTower
 from mmseg_textkd.datasets.encode_regions import ensure_regions
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
 from mmseg_textkd.engine import TeacherHook
-from mmseg_textkd.text.build import ensure_embeddings
-from mmseg_textkd.text.image_tower import ImageTower
+from mmseg_textkd.text.encode_classes import ensure_embeddings
 
 GUIDED = 'decode.loss_text_guided'
 TEXT_LOSSES = [

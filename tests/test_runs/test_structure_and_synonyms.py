@@ -8,8 +8,8 @@ from processes import load
 from tiny import SIZE, assert_equal, run, tiny_config
 
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
-from mmseg_textkd.text import TextProvider
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.models.text_providers import TextProvider
+from mmseg_textkd.text.encode_classes import encode_classes
 
 pytestmark = pytest.mark.stacks
 

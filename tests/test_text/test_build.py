@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from mmengine import Config
 
-from mmseg_textkd.text.build import (build_command, encode_classes,
-                                     ensure_embeddings)
+from mmseg_textkd.clip.text_tower import TextTower
 from mmseg_textkd.text.embedding_file import TextEmbeddings
-from mmseg_textkd.text.text_tower import TextTower
+from mmseg_textkd.text.encode_classes import (build_command, encode_classes,
+                                              ensure_embeddings)
 
 VOCABULARY = {'road': ['road', 'street'], 'sky': 'sky', 'car': ['car']}
 TEMPLATES = ['a photo of a {}.', '{}', 'there is a {} in the scene.']

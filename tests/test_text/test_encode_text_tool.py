@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from tiny_clip import save_model
 
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.clip.text_tower import TextTower
 from mmseg_textkd.text.embedding_file import TextEmbeddings, geometry
-from mmseg_textkd.text.text_tower import TextTower
+from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.text.vocabulary import Vocabulary
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'encode_text.py'

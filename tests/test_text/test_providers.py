@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import nn
 
-from mmseg_textkd.text import TextEmbeddings, TextProvider, TextTower
-from mmseg_textkd.text.build import encode_classes
-from mmseg_textkd.text.text_geometry import centre
+from mmseg_textkd.clip import TextTower
+from mmseg_textkd.models.text_providers import TextProvider
+from mmseg_textkd.text import TextEmbeddings
+from mmseg_textkd.text.embedding_statistics import centre
+from mmseg_textkd.text.encode_classes import encode_classes
 
 NAMES = ('sky', 'car', 'signsymbol', 'road')
 DIM = 16

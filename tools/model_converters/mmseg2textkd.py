@@ -28,7 +28,7 @@ from mmseg_textkd.engine.stages.text_state import check_classes
 from mmseg_textkd.models import TextHeadMixin
 from mmseg_textkd.models.stock_init import (compare_with_stock, head_features,
                                             init_from_stock)
-from mmseg_textkd.text.build import ensure_embeddings
+from mmseg_textkd.text.encode_classes import ensure_embeddings
 
 SEED = 0  # the same images whenever the tool runs
 Names = Optional[Tuple[str, ...]]

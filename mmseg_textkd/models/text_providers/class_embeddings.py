@@ -5,11 +5,11 @@ from typing import Optional, Sequence, Union
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from .build import build_command
-from .embedding_file import TextEmbeddings
-from .text_geometry import centre as centre_rows
+from mmseg_textkd.text.embedding_file import TextEmbeddings
+from mmseg_textkd.text.embedding_statistics import centre as centre_rows
+from mmseg_textkd.text.encode_classes import build_command
+from mmseg_textkd.text.vocabulary import Vocabulary
 from .text_provider import TextProvider
-from .vocabulary import Vocabulary
 
 
 @MODELS.register_module()

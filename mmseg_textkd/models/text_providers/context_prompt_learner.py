@@ -6,9 +6,9 @@ from mmengine.logging import print_log
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from mmseg_textkd.clip.text_tower import TextTower, load_tower
+from mmseg_textkd.text.vocabulary import Vocabulary
 from .prompt_learner import PromptLearner
-from .text_tower import TextTower, load_tower
-from .vocabulary import Vocabulary
 
 
 @MODELS.register_module()
