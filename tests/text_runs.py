@@ -44,7 +44,7 @@ def make(folder, text, head):
     cfg.dump(folder / 'config.py')
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
-    provider = model.decode_head.text.text
+    provider = model.decode_head.text_branch.text
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if name.endswith('running_var'):

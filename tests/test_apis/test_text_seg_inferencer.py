@@ -172,12 +172,13 @@ def test_lsegs_blocks_serve_new_classes(worded, inferencer):
     assert np.array_equal(mine(run.images[0])['predictions'], trained)
     mine.set_classes(list(NEW))
     vectors = encoded(NEW)
-    vectors[1] = head.text.text.class_embeddings[2]
+    vectors[1] = head.text_branch.text.class_embeddings[2]
     feat = torch.randn(1, 16, 5, 6)
     with torch.no_grad():
-        cosine = torch.einsum('ndhw,kd->nkhw', head.text.projection(feat),
-                              vectors)
-        expected = head.text.regularization(head.text.scale() * cosine)
+        cosine = torch.einsum('ndhw,kd->nkhw',
+                              head.text_branch.projection(feat), vectors)
+        expected = head.text_branch.regularization(head.text_branch.scale() *
+                                                   cosine)
         torch.testing.assert_close(
             mine.model.decode_head.conv_seg(feat),
             expected,
@@ -274,9 +275,9 @@ def test_auxiliary_role_classifies_by_its_branch(worded, inferencer):
     head = model.decode_head
     with torch.no_grad():
         feats = model.extract_feat((picture.float() - 128) / 64)
-        pixels = head.text.projection(head.convs(feats[0]))
+        pixels = head.text_branch.projection(head.convs(feats[0]))
         vectors = encoded(NEW)
-        vectors[1] = head.text.text.class_embeddings[2]
+        vectors[1] = head.text_branch.text.class_embeddings[2]
         cosine = torch.einsum('ndhw,kd->nkhw', F.normalize(pixels, dim=1),
                               vectors)
         got = mine.model.decode_head.conv_seg(head.convs(feats[0]))

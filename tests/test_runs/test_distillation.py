@@ -254,7 +254,7 @@ def test_goes_with_all_other_text_knowledge(root):
         assert names <= set(values)
         total = sum(v for k, v in values.items() if 'loss_' in k)
         assert values['loss'] == pytest.approx(total, rel=1e-5)
-    assert runner.model.decode_head.text.text.offset.abs().max() > 0
+    assert runner.model.decode_head.text_branch.text.offset.abs().max() > 0
     stock = MODELS.build(to_stock_cfg(cfg).model)
     model = runner.model.eval()
     stock.load_state_dict(fold_state_dict(model), strict=True)

@@ -552,52 +552,6 @@ def test_bad_context_is_refused_at_the_switch(toy, options, words):
 
 
 # ------------------------------------------------------------ all of them
-def all_kinds(fixed, mixture, toy):
-    return [
-        build(**fixed),
-        build(type='ControlEmbeddings', kind='random', dim=DIM),
-        residual(fixed),
-        build(**mixture),
-        toy(class_specific=True)
-    ]
-
-
-def test_classes_can_be_reordered(fixed, mixture, toy):
-    providers = all_kinds(fixed, mixture, toy)
-    assert len(providers) == 5
-    for provider in providers:
-        if provider.names is None:
-            provider.names = NAMES
-        for param in provider.parameters():
-            param.data.normal_(std=0.5)
-        if provider.learnable():
-            started(provider)
-        provider.refresh()
-        names, before = provider.names, provider.eval()()
-        wanted = [names[2], names[0]]
-        provider.set_classes(wanted)
-        assert provider.names == tuple(wanted) and provider.num_classes == 2
-        assert torch.equal(provider(), before[[2, 0]])
-        if provider.learnable():
-            # What it computes from now on is for the new classes too.
-            torch.testing.assert_close(provider.train()(), before[[2, 0]])
-            assert provider().requires_grad
-        provider.refresh()
-        torch.testing.assert_close(provider.eval()(), before[[2, 0]])
-        with pytest.raises(ValueError, match=r"\['tram'\].*encode_text"):
-            provider.set_classes(['tram', names[0]])
-        assert provider.num_classes == 2
-
-
-def test_context_follows_classes_that_were_reordered_before(toy):
-    """The words belong to the names, not to the rows of the file."""
-    reference = started(toy(init='a photo of a'))().detach()
-    provider = toy(init='a photo of a')
-    provider.set_classes(['car', 'sky'])
-    torch.testing.assert_close(
-        started(provider)(), reference[[2, 0]], atol=1e-5, rtol=0)
-
-
 def test_unequal_text_after_loading(make_embeddings, mixture, toy, tmp_path):
     """A resumed run keeps its text; any other takes that of its config."""
 

@@ -267,19 +267,13 @@ def test_by_itself_it_has_plain_names_in_stage_2(file):
     assert provider(3).dim() == 3
 
 
-def test_classes_are_selected_with_their_phrases(file):
-    names = ['sky', 'road', 'sky']
-    for provider in (build(file), build(file, 'ResidualPromptLearner')):
-        provider.set_classes(names)
-        torch.manual_seed(0)
-        text = provider(200)
-        vectors = averaged(file)
-        for row, k in enumerate((3, 0, 3)):
-            found = distances(text[:, row], vectors[k][:2])
-            assert found.min(dim=1).values.max() < 1e-5
-            assert set(found.argmin(dim=1).tolist()) == {0, 1}
-    # Copies, as of the averaged model, draw too.
-    assert copy.deepcopy(provider)(2).shape == (2, 3, D)
+def test_copies_draw_too(file):
+    """As the averaged model does, which is a copy."""
+    provider = build(file, 'ResidualPromptLearner')
+    torch.manual_seed(0)
+    expected = provider(2)
+    torch.manual_seed(0)
+    assert torch.equal(copy.deepcopy(provider)(2), expected)
 
 
 def test_controls(file):

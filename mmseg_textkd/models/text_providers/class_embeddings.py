@@ -106,8 +106,3 @@ class ClassEmbeddings(TextProvider):
             Tensor: Unit rows with shape (K, D).
         """
         return self._source.to(self.class_embeddings)
-
-    def _select_rows(self, rows: Tensor) -> None:
-        super()._select_rows(rows)
-        if self._source is not None:
-            self._source = self._source[rows]

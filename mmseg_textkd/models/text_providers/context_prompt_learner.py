@@ -97,9 +97,7 @@ class ContextPromptLearner(PromptLearner):
                     f'{list(self.names)}.')
             phrases = [p[0] for p in vocabulary.phrases]
         elif self.record is not None:
-            # By name: `set_classes` may have reordered the classes.
-            of = dict(zip(self.record.names, self.record.phrases))
-            phrases = [of[name][0] for name in self.names]
+            phrases = [words[0] for words in self.record.phrases]
         else:
             raise ValueError(
                 'ContextPromptLearner does not know the class names; give '
@@ -192,15 +190,6 @@ class ContextPromptLearner(PromptLearner):
         index = places[..., None].expand(-1, -1, tokens.shape[-1])
         tokens = tokens.scatter(1, index, context.to(tokens.dtype))
         return self._centred(tower.encode_prompts(tokens, ids))
-
-    def _select_rows(self, rows: Tensor) -> None:
-        super()._select_rows(rows)
-        if self.context.dim() == 3:
-            self.context = nn.Parameter(self.context[rows.to(
-                self.context.device)])
-        for name in ('prompt_ids', 'context_places'):
-            if name in self.__dict__:
-                self.__dict__[name] = self.__dict__[name][rows]
 
 
 def _lengths(tower: TextTower, ids: Tensor) -> List[int]:

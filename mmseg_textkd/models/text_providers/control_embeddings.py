@@ -106,11 +106,6 @@ class ControlEmbeddings(TextProvider):
         """
         return self._source.to(self.class_embeddings)
 
-    def _select_rows(self, rows: Tensor) -> None:
-        super()._select_rows(rows)
-        if self._source is not None:
-            self._source = self._source[rows]
-
 
 def around(rows: Tensor,
            number: int,
