@@ -28,7 +28,7 @@ RUNS = dict(
           dict(
               text_branch=dict(
                   norm='l2', bias=False, regularization=dict(depth=2)))),
-    centred=(dict(FIXED, centre=True), {}),
+    centered=(dict(FIXED, center=True), {}),
     auxiliary=(FIXED, dict(role='auxiliary')))
 
 

@@ -1,30 +1,71 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Vectors for words that a text network was not trained with."""
+"""Class names as vectors in the text space that a network was trained in."""
+import hashlib
+import json
 import logging
 import os
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import (Any, Callable, Dict, List, Mapping, NamedTuple, Optional,
+                    Sequence, Tuple)
 
+import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor
 
+from mmseg_textkd.clip import TextTower, load_tower
+from mmseg_textkd.clip.weights import PathLike
 from mmseg_textkd.models.text_providers import (ContextPromptLearner,
                                                 TextProvider)
 from mmseg_textkd.text import TextEmbeddings, Vocabulary, get_templates
-from .open_classifier import NewClasses
-from .word_tower import WordTower
+from mmseg_textkd.text.encode_classes import encode_classes
 
-# Below it the vectors are hardly those of the same tower: of two towers it is
-# about 0, of one with other templates above 0.8.
-ALIKE = 0.5
+# Classes at a time: the token ids of 10,000 classes in 14 templates are 350
+# MB.
+BLOCK = 256
+# Mean cosine between the trained vectors and those of a tower, below which
+# the tower is hardly theirs: of two towers it is about 0, of one tower with
+# other templates above 0.8.
+MIN_COSINE = 0.5
 
 
-class WordEncoder:
-    """Put words into the space in which a network was trained.
+class EncodedClasses(NamedTuple):
+    """Classes for a network to predict.
+
+    Attributes:
+        names (tuple[str]): K names.
+        phrases (tuple[tuple[str]]): The phrases of each.
+        vectors (Tensor, optional): Their vectors, float32, shape (K, D);
+            None for a network without text.
+        trained (list[int | None]): For each the index of the class that the
+            network was trained with, None for a new one.
+        source (str): Where the vectors come from, in words.
+    """
+    names: Tuple[str, ...]
+    phrases: Tuple[Tuple[str, ...], ...]
+    vectors: Optional[Tensor]
+    trained: List[Optional[int]]
+    source: str
+
+
+def default_cache_dir() -> Path:
+    """Get the folder of the cache of vectors.
+
+    Returns:
+        Path: ``MMSEG_TEXTKD_CACHE``, or a folder of the user's cache.
+    """
+    own = os.environ.get('MMSEG_TEXTKD_CACHE')
+    home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    return Path(own) if own else Path(home) / 'mmseg_textkd' / 'text'
+
+
+class ClassEncoder:
+    """Encoder of class names for a network that was trained with text.
 
     The name of a trained class keeps the vector that was learned for it.
-    Other names are encoded by the tower that made the embeddings file: with
-    the learned context of ``ContextPromptLearner`` where that is one for all
+    Other names are encoded by the tower that made the embeddings file: in the
+    learned context of a ``ContextPromptLearner`` where that is one for all
     classes, else in the templates of the file. What was learned for each
     class (context of its own, offsets, mixtures) does not exist for a new
     one.
@@ -34,7 +75,7 @@ class WordEncoder:
         text (Mapping): Its config.
         names (Sequence[str]): The classes that it was trained with.
         cache_dir (str or PathLike, optional): Folder of the cache of vectors.
-            Defaults to None, see :func:`.text_cache.default_cache_dir`.
+            Defaults to None, see :func:`default_cache_dir`.
         tower (Mapping, optional): ``model``, ``pretrained`` and ``cache_dir``
             of the tower, where the network itself tells them. Defaults to
             None.
@@ -44,26 +85,33 @@ class WordEncoder:
                  provider: TextProvider,
                  text: Mapping[str, Any],
                  names: Sequence[str],
-                 cache_dir: Optional[Union[str, os.PathLike]] = None,
+                 cache_dir: Optional[PathLike] = None,
                  tower: Optional[Mapping[str, Any]] = None) -> None:
-        self.provider = provider
-        self.names, self.known = tuple(names), tower
-        self.learner = text['type'].split('.')[-1]
+        self.provider, self.names = provider, tuple(names)
+        self.cache_dir = cache_dir
+        self.learner = _type_name(text)
         self.embeddings = text.get('embeddings') or text
+        self.build = self.embeddings.get('build') or {}
         self.record: Optional[TextEmbeddings] = getattr(
-            self.provider, 'record', None)
-        build = tower or self.embeddings.get('build') or {}
-        self.tower = WordTower(provider.dim, cache_dir, build.get('cache_dir'))
+            provider, 'record', None)
+        self.weights_dir = (tower or self.build).get('cache_dir')
+        known: Any = self.build
+        if self.record is not None and self.record.model:
+            known = vars(self.record)
+        if isinstance(provider, ContextPromptLearner):
+            known = vars(provider)
+        known = tower or known
+        self.tower = known.get('model'), known.get('pretrained') or None
+        # Held so that the next names need not load it again.
+        self._loaded: Optional[TextTower] = None
 
-    def encode(
-            self,
-            classes: Any,
-            tower: Optional[str] = None,
-            pretrained: Optional[str] = None,
-            templates: Any = None,
-            embeddings: Optional[Union[str,
-                                       os.PathLike]] = None) -> NewClasses:
-        """Find vectors for classes.
+    def encode(self,
+               classes: Any,
+               tower: Optional[str] = None,
+               pretrained: Optional[str] = None,
+               templates: Any = None,
+               embeddings: Optional[PathLike] = None) -> EncodedClasses:
+        """Encode classes.
 
         Args:
             classes: See :meth:`Vocabulary.from_spec`.
@@ -79,7 +127,7 @@ class WordEncoder:
                 None.
 
         Returns:
-            NewClasses: The classes.
+            EncodedClasses: The classes.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -90,139 +138,228 @@ class WordEncoder:
         record = None
         if embeddings is not None:
             record = TextEmbeddings.load(embeddings)
-        vocabulary = Vocabulary.from_spec(classes)
+        words = Vocabulary.from_spec(classes)
         trained = [
-            self._trained(*pair)
-            for pair in zip(vocabulary.names, vocabulary.phrases)
+            self.names.index(name) if name in self.names and phrases ==
+            (name.replace('_', ' '), ) else None
+            for name, phrases in zip(words.names, words.phrases)
         ]
-        new = [k for k, number in enumerate(trained) if number is None]
-        vectors = self.provider.class_embeddings.new_zeros(
-            len(vocabulary), self.provider.dim)
-        for k, number in enumerate(trained):
-            if number is not None:
-                vectors[k] = self.provider.class_embeddings[number]
-        source = 'as trained'
+        own = self.provider.class_embeddings.detach()
+        vectors = own[[index or 0 for index in trained]]
+        source, new = 'as trained', [
+            k for k, index in enumerate(trained) if index is None
+        ]
         if new:
-            words = Vocabulary(
-                tuple(vocabulary.names[k] for k in new),
-                tuple(vocabulary.phrases[k] for k in new))
-            found, source = self._new(words, record, tower, pretrained,
-                                      templates)
+            spec = self.tower
+            if tower is not None:
+                spec = tower, pretrained
+            spec = spec[0], pretrained or spec[1]
+            found, source = self._encode_new(
+                Vocabulary(*(tuple(field[k] for k in new)
+                             for field in (words.names, words.phrases))), spec,
+                templates, record)
             vectors[new] = found.to(vectors)
-            if len(new) < len(vocabulary):
-                source += f'; {len(vocabulary) - len(new)} as trained'
-        return NewClasses(vocabulary.names, vocabulary.phrases, vectors,
-                          trained, source)
+            source = f'{len(new)} new class(es) {source}'
+            if len(new) < len(words):
+                source += f'; {len(words) - len(new)} as trained'
+        return EncodedClasses(words.names, words.phrases, vectors, trained,
+                              source)
 
-    def _trained(self, name: str, phrases: Tuple[str, ...]) -> Optional[int]:
-        """Number of the trained class of this name and no other phrase."""
-        if name in self.names and phrases == (name.replace('_', ' '), ):
-            return self.names.index(name)
-        return None
-
-    def _new(self, words: Vocabulary, record: Optional[TextEmbeddings],
-             tower: Optional[str], pretrained: Optional[str],
-             templates: Any) -> Tuple[Tensor, str]:
-        """Vectors of names that the network has not been trained with."""
-        kind = self.embeddings['type'].split('.')[-1]
-        if kind == 'ControlEmbeddings':
+    def _encode_new(self, words: Vocabulary, spec: Tuple[Optional[str], ...],
+                    templates: Any,
+                    record: Optional[TextEmbeddings]) -> Tuple[Tensor, str]:
+        """Vectors of names that the network was not trained with."""
+        if _type_name(self.embeddings) == 'ControlEmbeddings':
             raise ValueError(
                 'this network was trained with ControlEmbeddings, vectors '
                 'that know nothing of language: only the names of its own '
                 f'classes mean something to it, {list(self.names)}.')
-        spec = self._spec(tower, pretrained)
-        count = f'{len(words)} new class(es)'
         if record is not None:
-            vectors = self.tower.from_file(record, words, spec)
-            return self._centred(vectors), f'{count} from the embeddings file'
-        if spec['model'] is None:
+            vectors = self._from_file(record, words, spec)
+            return self._center(vectors), 'from the embeddings file'
+        if spec[0] is None:
             raise ValueError(
                 'it is not known which text tower made the vectors that this '
                 'network was trained with. Name it (`tower`, `pretrained`; '
                 '--tower, --pretrained), or give a file with vectors of the '
                 'same tower (`embeddings`; --embeddings).')
-        learned = self._unified_context()
-        if learned is not None and templates is None:
-            vectors = self.tower.in_context(learned, self._shift(), words,
-                                            spec)
-            return vectors, f'{count} in the learned context'
+        learned = getattr(self.provider, 'started', False)
+        if (learned and isinstance(self.provider, ContextPromptLearner)
+                and self.provider.context.dim() == 2):
+            if templates is None:
+                return self._in_context(words, spec), 'in the learned context'
+            learned = False
         if templates is None:
-            templates = self._templates()
-        vectors = self.tower.in_templates(words, spec, templates)
-        self._check_space(spec, templates)
-        source = f'{count} in {len(get_templates(templates))} template(s)'
-        if getattr(self.provider, 'started', False) and learned is None:
+            templates = self.build.get('templates') or 'vild'
+            if self.record is not None and self.record.templates:
+                templates = self.record.templates
+        templates = get_templates(templates)
+        vectors = self._center(self._in_templates(words, spec, templates))
+        self._check_tower(spec, templates)
+        source = f'in {len(templates)} template(s)'
+        if learned:
             source += (f', as what {self.learner} has learned belongs to the '
                        'trained classes alone')
-        return self._centred(vectors), source
+        return vectors, source
 
-    def _spec(self, tower: Optional[str],
-              pretrained: Optional[str]) -> Dict[str, Optional[str]]:
-        """Name the tower: the caller's, else the network's, prompts', file's,
-        config's."""
-        build = self.embeddings.get('build') or {}
-        if tower is not None:
-            return dict(model=tower, pretrained=pretrained)
-        known: Any = build.get('model'), build.get('pretrained')
-        if self.record is not None and self.record.model:
-            known = self.record.model, self.record.pretrained or None
-        if isinstance(self.provider, ContextPromptLearner):
-            known = self.provider.model, self.provider.pretrained
-        if self.known is not None:
-            known = self.known['model'], self.known.get('pretrained')
-        return dict(model=known[0], pretrained=pretrained or known[1])
+    def _in_templates(self, words: Vocabulary, spec: Tuple,
+                      templates: List[str]) -> Tensor:
+        """Encode all phrases of each class in templates."""
 
-    def _templates(self) -> Any:
-        """The templates of the trained classes, as far as is known."""
-        if self.record is not None and self.record.templates:
-            return list(self.record.templates)
-        build = self.embeddings.get('build') or {}
-        return build.get('templates') or 'vild'
+        def encode(block: Vocabulary) -> Tensor:
+            return encode_classes(block, self._load(spec), templates).vectors
 
-    def _unified_context(self) -> Optional[ContextPromptLearner]:
-        """The learned prompts, if they are the same for all classes."""
-        provider = self.provider
-        if (isinstance(provider, ContextPromptLearner) and provider.started
-                and provider.context.dim() == 2):
-            return provider
-        return None
+        return self._cached(words, spec, dict(templates=templates), encode)
+
+    def _in_context(self, words: Vocabulary, spec: Tuple) -> Tensor:
+        """Encode the first phrase of each class in the learned context."""
+        shift = self._shift()
+        made_of = hashlib.sha256()
+        for value in (self.provider.context, shift):
+            if value is not None:
+                made_of.update(value.detach().cpu().float().numpy().tobytes())
+
+        def encode(block: Vocabulary) -> Tensor:
+            return self.provider.encode_phrases(
+                self._load(spec), [phrases[0] for phrases in block.phrases])
+
+        return self._cached(
+            words, spec,
+            dict(
+                context=made_of.hexdigest(),
+                position=getattr(self.provider, 'position', 'end')), encode)
+
+    def _from_file(self, record: TextEmbeddings, words: Vocabulary,
+                   spec: Tuple) -> Tensor:
+        """Look up vectors in an embeddings file."""
+        row = {name: k for k, name in enumerate(record.names)}
+        missing = [name for name in words.names if name not in row]
+        if missing:
+            raise ValueError(
+                f'the embeddings file has no vectors for {missing[:10]}'
+                f'{" and more" if len(missing) > 10 else ""}; it has '
+                f'{list(record.names[:10])}'
+                f'{" and more" if len(record) > 10 else ""}.')
+        if record.dim != self.provider.dim:
+            raise ValueError(
+                f'the embeddings file has vectors of width {record.dim}, but '
+                f'this network was trained with width {self.provider.dim}.')
+        known, made_by = (spec[0], spec[1] or ''), (record.model,
+                                                    record.pretrained)
+        if spec[0] and record.model and known != made_by:
+            raise ValueError(
+                f'the vectors in the embeddings file are of the tower '
+                f'{made_by}, but this network was trained with those of '
+                f'{known}. They do not lie in the same space.')
+        return record.vectors[[row[name] for name in words.names]]
+
+    def _load(self, spec: Tuple) -> TextTower:
+        """Load the tower, once, and check its width."""
+        self._loaded = load_tower(*spec, self.weights_dir)
+        if self._loaded.dim != self.provider.dim:
+            raise ValueError(
+                f'the tower {spec[0]!r} gives vectors of width '
+                f'{self._loaded.dim}, but this network was trained with width '
+                f'{self.provider.dim}: it is another tower.')
+        return self._loaded
+
+    def _cached(self, words: Vocabulary, spec: Tuple, made_of: Mapping,
+                encode: Callable[[Vocabulary], Tensor]) -> Tensor:
+        """Get vectors from the cache, or encode them and put them there.
+
+        Entries are embeddings files: written whole or not at all, and
+        verified when they are read. A damaged one is made anew; a folder that
+        cannot be written to costs nothing but the time.
+        """
+        try:
+            library = version('open_clip_torch')
+        except PackageNotFoundError:
+            library = ''
+        key = json.dumps([
+            made_of, spec, words.names, words.phrases, library,
+            _weight_files(spec)
+        ])
+        name = hashlib.sha256(key.encode()).hexdigest()
+        path = Path(self.cache_dir
+                    or default_cache_dir()) / f'{name}.safetensors'
+        if path.is_file():
+            try:
+                return TextEmbeddings.load(path).vectors
+            except (OSError, ValueError) as error:
+                print_log(
+                    f'A damaged entry of the cache is made anew: '
+                    f'{error}', 'current')
+        vectors = torch.cat([
+            encode(
+                Vocabulary(words.names[i:i + BLOCK],
+                           words.phrases[i:i + BLOCK])).cpu()
+            for i in range(0, len(words), BLOCK)
+        ])
+        try:
+            TextEmbeddings(
+                vectors,
+                words.names,
+                words.phrases,
+                model=spec[0],
+                pretrained=spec[1] or '').save(path)
+        except OSError as error:
+            print_log(f'The vectors cannot be kept in the cache: {error}',
+                      'current')
+        return vectors
 
     def _shift(self) -> Optional[Tensor]:
-        """The mean that was taken from the vectors of the trained classes."""
+        """The mean that was subtracted from the trained vectors."""
         shift = getattr(self.provider, 'shift', None)
-        if shift is None and self.embeddings.get('centre'):
+        if shift is None and (self.embeddings.get('center')
+                              or self.embeddings.get('centre')):
             raise ValueError(
-                'this network was trained with centred vectors, and the mean '
-                'that is taken from new ones too is that of its embeddings '
-                f'file {self.embeddings.get("file")!r}, which is missing. '
-                'Put it there.')
+                'this network was trained with centered vectors, and the mean '
+                'that is subtracted from new ones too is that of its '
+                f'embeddings file {self.embeddings.get("file")!r}, which is '
+                'missing. Put it there.')
         return None if shift is None else shift.detach().cpu()
 
-    def _centred(self, vectors: Tensor) -> Tensor:
-        """Treat new vectors as those of the trained classes."""
+    def _center(self, vectors: Tensor) -> Tensor:
+        """Subtract the mean of the trained vectors, if they are centered."""
         shift = self._shift()
-        if shift is None:
-            return vectors
-        return F.normalize(vectors - shift, dim=1)
+        return vectors if shift is None else F.normalize(
+            vectors - shift, dim=1)
 
-    def _check_space(self, spec: Dict, templates: Any) -> None:
-        """Warn if the tower does not give what the network learned with."""
-        phrases: Any = self.names
+    def _check_tower(self, spec: Tuple, templates: List[str]) -> None:
+        """Warn if the tower's vectors are not those of the training."""
+        phrases: Any = self.build.get('vocabulary') or self.names
         if self.record is not None:
             phrases = dict(zip(self.record.names, self.record.phrases))
-        elif (self.embeddings.get('build') or {}).get('vocabulary'):
-            phrases = self.embeddings['build']['vocabulary']
         words = Vocabulary.from_spec(phrases)
         if words.names != self.names:
             return
-        vectors = self._centred(
-            self.tower.in_templates(words, spec, templates))
+        vectors = self._center(self._in_templates(words, spec, templates))
         own = self.provider.class_embeddings.cpu()
-        alike = F.cosine_similarity(vectors, own).mean().item()
-        if not alike >= ALIKE:
+        cosine = F.cosine_similarity(vectors, own).mean().item()
+        if not cosine >= MIN_COSINE:
             print_log(
                 f'The tower {spec} gives for the classes that this network '
                 'was trained with other vectors than those it learned with '
-                f'(mean cosine {alike:.2f}). Unless prompts have moved them '
+                f'(mean cosine {cosine:.2f}). Unless prompts have moved them '
                 'that far, it is another tower, and new names mean nothing.',
                 'current', logging.WARNING)
+
+
+def _type_name(cfg: Mapping[str, Any]) -> str:
+    """Name of the class that a config builds."""
+    kind = cfg['type']
+    return getattr(kind, '__name__', kind).split('.')[-1]
+
+
+def _weight_files(spec: Tuple) -> List[Dict[str, Any]]:
+    """Size and time of local weights: they may change under their name."""
+    model, pretrained = spec[0], spec[1] or ''
+    files: List[Path] = []
+    if model.startswith('local-dir:'):
+        files = sorted(Path(model[len('local-dir:'):]).glob('*'))
+    elif Path(pretrained).is_file():
+        files = [Path(pretrained)]
+    return [
+        dict(name=f.name, size=f.stat().st_size, time=f.stat().st_mtime_ns)
+        for f in files
+    ]

@@ -11,14 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .embedding_statistics import ce_floor, centre, closest_pairs, geometry
 from .embedding_storage import TEXTS, digest, read_file, write_file
 from .vector_import import EmbeddingFileError, read_names, read_vectors
 
-__all__ = [
-    'EmbeddingFileError', 'TextEmbeddings', 'ce_floor', 'centre',
-    'closest_pairs', 'geometry'
-]
+__all__ = ['EmbeddingFileError', 'TextEmbeddings']
 
 PathLike = Union[str, os.PathLike]
 

@@ -250,8 +250,8 @@ def test_unified_context_serves_new_names(worded, inferencer):
     torch.testing.assert_close(mine.vectors[0], encoded(NEW, 'none')[0])
 
 
-def test_centred_vectors_stay_centred(worded, inferencer):
-    run, mine = worded('centred'), inferencer('centred')
+def test_centered_vectors_stay_centered(worded, inferencer):
+    run, mine = worded('centered'), inferencer('centered')
     mine.set_classes(list(NEW))
     shift = TextEmbeddings.load(run.file).vectors.mean(dim=0)
     expected = F.normalize(encoded(NEW) - shift, dim=1)
@@ -259,8 +259,8 @@ def test_centred_vectors_stay_centred(worded, inferencer):
     assert (mine.vectors[0] - encoded(NEW)[0]).abs().max() > .05
     kept = run.file.rename(run.file.with_suffix('.away'))
     try:
-        with pytest.raises(ValueError, match='trained with centred vectors'):
-            inferencer('centred').set_classes(
+        with pytest.raises(ValueError, match='trained with centered vectors'):
+            inferencer('centered').set_classes(
                 list(NEW), tower='toyclip', templates='photo')
     finally:
         kept.rename(run.file)

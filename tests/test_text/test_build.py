@@ -216,7 +216,7 @@ def test_build_command_can_be_run():
 
 WRITER = """
 import json, os, sys, time
-from mmseg_textkd.text import build
+from mmseg_textkd.text import encode_classes as build
 from mmseg_textkd.text.embedding_file import TextEmbeddings
 cfg, go, me = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
 encode = build.encode_classes

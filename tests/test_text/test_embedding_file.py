@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmseg_textkd.text.embedding_file import (EmbeddingFileError,
-                                              TextEmbeddings, ce_floor, centre,
-                                              closest_pairs, geometry)
+from mmseg_textkd.text.embedding_file import EmbeddingFileError, TextEmbeddings
+from mmseg_textkd.text.embedding_statistics import (ce_floor, center,
+                                                    closest_pairs, geometry)
 
 NAMES = ('sky', 'road', 'traffic sign', 'car')
 
@@ -357,14 +357,14 @@ def test_import_of_unknown_suffix(tmp_path):
 def test_centre():
     common = unit(1, 16, seed=3) * 5
     vectors = F.normalize(unit(8, 16) + common, dim=1)
-    centred = centre(vectors)
-    assert torch.allclose(centred.norm(dim=1), torch.ones(8))
+    centered = center(vectors)
+    assert torch.allclose(centered.norm(dim=1), torch.ones(8))
     expected = vectors - vectors.mean(0)
-    assert torch.allclose(centred, expected / expected.norm(dim=1)[:, None])
+    assert torch.allclose(centered, expected / expected.norm(dim=1)[:, None])
     assert geometry(vectors)['mean'] > .9
-    assert abs(geometry(centred)['mean']) < .2
+    assert abs(geometry(centered)['mean']) < .2
     with pytest.raises(ValueError, match='two'):
-        centre(vectors[:1])
+        center(vectors[:1])
 
 
 def test_geometry_of_known_angles():
@@ -416,8 +416,8 @@ def test_ce_floor_orderings():
     vectors = F.normalize(unit(9, 32) + 2 * unit(1, 32, seed=7), dim=1)
     floors = [ce_floor(vectors, scale) for scale in (5, 10, 20, 40)]
     assert all(a > b for a, b in zip(floors, floors[1:]))
-    # Room at the bottom is what centring buys.
-    assert ce_floor(centre(vectors), 10) < .1 * floors[1]
+    # Room at the bottom is what centering buys.
+    assert ce_floor(center(vectors), 10) < .1 * floors[1]
     # No vector does better than the floor, its own text included.
     own = F.cross_entropy(10 * vectors @ vectors.T, torch.arange(9))
     assert floors[1] < float(own)

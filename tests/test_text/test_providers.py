@@ -11,7 +11,7 @@ from torch import nn
 from mmseg_textkd.clip import TextTower
 from mmseg_textkd.models.text_providers import TextProvider
 from mmseg_textkd.text import TextEmbeddings
-from mmseg_textkd.text.embedding_statistics import centre
+from mmseg_textkd.text.embedding_statistics import center
 from mmseg_textkd.text.encode_classes import encode_classes
 
 NAMES = ('sky', 'car', 'signsymbol', 'road')
@@ -55,10 +55,10 @@ def test_vectors_of_the_file(file, fixed):
     assert provider.drift() == 0
 
 
-def test_centring(file, fixed):
+def test_centering(file, fixed):
     vectors = TextEmbeddings.load(file).vectors
-    provider = build(**fixed, centre=True)
-    torch.testing.assert_close(provider(), centre(vectors))
+    provider = build(**fixed, center=True)
+    torch.testing.assert_close(provider(), center(vectors))
     # Not the trivial answer: the rows share a direction before, not after.
     assert F.cosine_similarity(vectors[0], vectors[1], dim=0) > 0.2
     assert provider().mean(0).norm() < vectors.mean(0).norm() / 4
@@ -323,9 +323,9 @@ def test_masked_entries_have_no_weight(mixture):
     torch.testing.assert_close(provider()[3], bank[3, 1])
 
 
-def test_mixture_of_centred_text_starts_where_it_was(mixture):
-    """The switch must not undo the centring."""
-    mixture['embeddings']['centre'] = True
+def test_mixture_of_centered_text_starts_where_it_was(mixture):
+    """The switch must not undo the centering."""
+    mixture['embeddings']['center'] = True
     provider = build(**mixture).train()
     before = provider()
     provider.start_learning()
@@ -496,13 +496,13 @@ def test_random_context_is_small(toy):
     assert abs(context.mean().item()) < 0.002
 
 
-def test_context_of_centred_text_starts_where_it_was(toy, tmp_path):
+def test_context_of_centered_text_starts_where_it_was(toy, tmp_path):
     provider = toy(
         init='a photo of a',
         embeddings=dict(
             type='ClassEmbeddings',
             file=str(tmp_path / 'toy.safetensors'),
-            centre=True)).train()
+            center=True)).train()
     before = provider()
     torch.testing.assert_close(started(provider)(), before, atol=1e-5, rtol=0)
 

@@ -26,12 +26,12 @@ EVEN = [[.5, .5, 0, 0], [.5, .5, 0, 0], [1, 0, 0, 0], [.5, .5, 0, 0]]
 def write(file, num_templates=T, seed=0, noise=.05):
     """A file whose phrases lie around their class, but for 'rubbish'."""
     generator = torch.Generator().manual_seed(seed)
-    centres = F.normalize(torch.randn(4, D, generator=generator), dim=1)
+    centers = F.normalize(torch.randn(4, D, generator=generator), dim=1)
     groups = []
     for k, phrases in enumerate(PHRASES.values()):
         rows = []
         for phrase in phrases:
-            middle = centres[1] if phrase == 'rubbish' else centres[k]
+            middle = centers[1] if phrase == 'rubbish' else centers[k]
             for _ in range(num_templates):
                 other = torch.randn(D, generator=generator)
                 rows.append(F.normalize(middle + noise * other, dim=0))
@@ -180,17 +180,17 @@ def test_weighted_draws(tmp_path):
     assert (found - expected).abs().max() < .035
 
 
-@pytest.mark.parametrize('centre', [False, True])
-def test_mean_and_max(file, centre):
+@pytest.mark.parametrize('center', [False, True])
+def test_mean_and_max(file, center):
     vectors = averaged(file)
-    if centre:
+    if center:
         shift = torch.stack([v[0] for v in vectors]).mean(0)
         vectors = [F.normalize(v - shift, dim=1) for v in vectors]
     used = [v[torch.tensor(u[:len(v)]).bool()] for v, u in zip(vectors, USED)]
-    mean = build(file, mode='mean', centre=centre)(7)
+    mean = build(file, mode='mean', center=center)(7)
     torch.testing.assert_close(
         mean, F.normalize(torch.stack([u.mean(0) for u in used]), dim=1))
-    best = build(file, mode='max', centre=centre)(7)
+    best = build(file, mode='max', center=center)(7)
     assert best.shape == (1, 4, 4, D)
     pixel = torch.randn(50, D)
     scores = torch.einsum('pd,rkd->pkr', pixel, best[0]).amax(2)

@@ -127,11 +127,16 @@ class BalancedTextClassifier(TextClassifier):
             [k not in self.unseen for k in range(self.num_classes)],
             device=self.text.class_embeddings.device)
 
-    def image_conv(self) -> nn.Conv2d:
+    def image_conv(self, text: Optional[Tensor] = None) -> nn.Conv2d:
         """Fold the image projection, the text and CLIP's scale into one.
 
+        Args:
+            text (Tensor, optional): Embeddings of K' other classes, unit
+                rows with shape (K', D). Defaults to None: those of the
+                training.
+
         Returns:
-            nn.Conv2d: C -> K: the logits of CLIP, as far as it is distilled.
+            nn.Conv2d: C -> K or K': CLIP's logits, as far as distilled.
 
         Raises:
             RuntimeError: In training mode.
@@ -139,8 +144,8 @@ class BalancedTextClassifier(TextClassifier):
         if self.training:
             raise RuntimeError('BalancedTextClassifier.image_conv() needs '
                                'evaluation mode; call `.eval()` first.')
-        return self.image_projection.fold(self.clip_scale *
-                                          self.text().double())
+        text = self.text() if text is None else text
+        return self.image_projection.fold(self.clip_scale * text.double())
 
 
 @contextmanager
