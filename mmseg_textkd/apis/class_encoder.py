@@ -6,7 +6,7 @@ import logging
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import (Any, Callable, Dict, List, Mapping, NamedTuple, Optional,
+from typing import (Any, Callable, List, Mapping, NamedTuple, Optional,
                     Sequence, Tuple)
 
 import torch
@@ -28,6 +28,8 @@ BLOCK = 256
 # the tower is hardly theirs: of two towers it is about 0, of one tower with
 # other templates above 0.8.
 MIN_COSINE = 0.5
+
+Tower = Tuple[Optional[str], Optional[str]]  # model, pretrained
 
 
 class EncodedClasses(NamedTuple):
@@ -140,130 +142,113 @@ class ClassEncoder:
             record = TextEmbeddings.load(embeddings)
         words = Vocabulary.from_spec(classes)
         trained = [
-            self.names.index(name) if name in self.names and phrases ==
-            (name.replace('_', ' '), ) else None
+            self.names.index(name) if name in self.names
+            and phrases == (name.replace('_', ' '), ) else None
             for name, phrases in zip(words.names, words.phrases)
         ]
         own = self.provider.class_embeddings.detach()
-        vectors = own[[index or 0 for index in trained]]
-        source, new = 'as trained', [
-            k for k, index in enumerate(trained) if index is None
-        ]
+        vectors, source = own[[k or 0 for k in trained]], 'as trained'
+        new = [k for k, index in enumerate(trained) if index is None]
         if new:
-            spec = self.tower
-            if tower is not None:
-                spec = tower, pretrained
-            spec = spec[0], pretrained or spec[1]
-            found, source = self._encode_new(
-                Vocabulary(*(tuple(field[k] for k in new)
-                             for field in (words.names, words.phrases))), spec,
-                templates, record)
+            known = self.tower if tower is None else (tower, None)
+            found, how = self._encode_new(
+                Vocabulary([words.names[k] for k in new],
+                           [words.phrases[k] for k in new]),
+                (known[0], pretrained or known[1]), templates, record)
             vectors[new] = found.to(vectors)
-            source = f'{len(new)} new class(es) {source}'
+            source = f'{len(new)} new class(es) {how}'
             if len(new) < len(words):
                 source += f'; {len(words) - len(new)} as trained'
         return EncodedClasses(words.names, words.phrases, vectors, trained,
                               source)
 
-    def _encode_new(self, words: Vocabulary, spec: Tuple[Optional[str], ...],
-                    templates: Any,
+    def _encode_new(self, words: Vocabulary, tower: Tower, templates: Any,
                     record: Optional[TextEmbeddings]) -> Tuple[Tensor, str]:
-        """Vectors of names that the network was not trained with."""
+        """Get vectors of new names, and where they come from."""
         if _type_name(self.embeddings) == 'ControlEmbeddings':
             raise ValueError(
                 'this network was trained with ControlEmbeddings, vectors '
                 'that know nothing of language: only the names of its own '
                 f'classes mean something to it, {list(self.names)}.')
         if record is not None:
-            vectors = self._from_file(record, words, spec)
+            vectors = self._from_file(record, words, tower)
             return self._center(vectors), 'from the embeddings file'
-        if spec[0] is None:
+        if tower[0] is None:
             raise ValueError(
                 'it is not known which text tower made the vectors that this '
                 'network was trained with. Name it (`tower`, `pretrained`; '
                 '--tower, --pretrained), or give a file with vectors of the '
                 'same tower (`embeddings`; --embeddings).')
-        learned = getattr(self.provider, 'started', False)
-        if (learned and isinstance(self.provider, ContextPromptLearner)
-                and self.provider.context.dim() == 2):
-            if templates is None:
-                return self._in_context(words, spec), 'in the learned context'
-            learned = False
+        provider = self.provider
+        one_context = isinstance(provider, ContextPromptLearner) and (
+            provider.started and provider.context.dim() == 2)
+        if one_context and templates is None:
+            return self._in_context(words, tower), 'in the learned context'
         if templates is None:
             templates = self.build.get('templates') or 'vild'
             if self.record is not None and self.record.templates:
                 templates = self.record.templates
         templates = get_templates(templates)
-        vectors = self._center(self._in_templates(words, spec, templates))
-        self._check_tower(spec, templates)
+        vectors = self._in_templates(words, tower, templates)
+        self._check_tower(tower, templates)
         source = f'in {len(templates)} template(s)'
-        if learned:
+        if getattr(provider, 'started', False) and not one_context:
             source += (f', as what {self.learner} has learned belongs to the '
                        'trained classes alone')
         return vectors, source
 
-    def _in_templates(self, words: Vocabulary, spec: Tuple,
+    def _in_templates(self, words: Vocabulary, tower: Tower,
                       templates: List[str]) -> Tensor:
         """Encode all phrases of each class in templates."""
+        return self._center(
+            self._cached(
+                words, tower, templates, lambda block: encode_classes(
+                    block, self._load(tower), templates).vectors))
 
-        def encode(block: Vocabulary) -> Tensor:
-            return encode_classes(block, self._load(spec), templates).vectors
-
-        return self._cached(words, spec, dict(templates=templates), encode)
-
-    def _in_context(self, words: Vocabulary, spec: Tuple) -> Tensor:
+    def _in_context(self, words: Vocabulary, tower: Tower) -> Tensor:
         """Encode the first phrase of each class in the learned context."""
         shift = self._shift()
-        made_of = hashlib.sha256()
-        for value in (self.provider.context, shift):
-            if value is not None:
-                made_of.update(value.detach().cpu().float().numpy().tobytes())
-
-        def encode(block: Vocabulary) -> Tensor:
-            return self.provider.encode_phrases(
-                self._load(spec), [phrases[0] for phrases in block.phrases])
-
+        learned = dict(
+            context=self.provider.context.tolist(),
+            shift=shift if shift is None else shift.tolist())
         return self._cached(
-            words, spec,
-            dict(
-                context=made_of.hexdigest(),
-                position=getattr(self.provider, 'position', 'end')), encode)
+            words, tower, learned, lambda block: self.provider.encode_phrases(
+                self._load(tower), [phrases[0] for phrases in block.phrases]))
 
     def _from_file(self, record: TextEmbeddings, words: Vocabulary,
-                   spec: Tuple) -> Tensor:
+                   tower: Tower) -> Tensor:
         """Look up vectors in an embeddings file."""
         row = {name: k for k, name in enumerate(record.names)}
         missing = [name for name in words.names if name not in row]
         if missing:
             raise ValueError(
-                f'the embeddings file has no vectors for {missing[:10]}'
-                f'{" and more" if len(missing) > 10 else ""}; it has '
-                f'{list(record.names[:10])}'
-                f'{" and more" if len(record) > 10 else ""}.')
+                f'the embeddings file has no vectors for {missing[:10]} '
+                f'({len(missing)} in all); it has {list(record.names[:10])} '
+                f'({len(record)} in all).')
         if record.dim != self.provider.dim:
             raise ValueError(
                 f'the embeddings file has vectors of width {record.dim}, but '
                 f'this network was trained with width {self.provider.dim}.')
-        known, made_by = (spec[0], spec[1] or ''), (record.model,
-                                                    record.pretrained)
-        if spec[0] and record.model and known != made_by:
+        known, made_by = (tower[0], tower[1]
+                          or ''), (record.model, record.pretrained)
+        if tower[0] and record.model and known != made_by:
             raise ValueError(
                 f'the vectors in the embeddings file are of the tower '
                 f'{made_by}, but this network was trained with those of '
                 f'{known}. They do not lie in the same space.')
         return record.vectors[[row[name] for name in words.names]]
 
-    def _load(self, spec: Tuple) -> TextTower:
+    def _load(self, tower: Tower) -> TextTower:
         """Load the tower, once, and check its width."""
-        self._loaded = load_tower(*spec, self.weights_dir)
+        self._loaded = load_tower(*tower, self.weights_dir)
         if self._loaded.dim != self.provider.dim:
             raise ValueError(
-                f'the tower {spec[0]!r} gives vectors of width '
+                f'the tower {tower[0]!r} gives vectors of width '
                 f'{self._loaded.dim}, but this network was trained with width '
                 f'{self.provider.dim}: it is another tower.')
         return self._loaded
 
-    def _cached(self, words: Vocabulary, spec: Tuple, made_of: Mapping,
+    def _cached(self, words: Vocabulary, tower: Tower, made_of: Any,
                 encode: Callable[[Vocabulary], Tensor]) -> Tensor:
         """Get vectors from the cache, or encode them and put them there.
 
@@ -271,24 +256,17 @@ class ClassEncoder:
         verified when they are read. A damaged one is made anew; a folder that
         cannot be written to costs nothing but the time.
         """
-        try:
-            library = version('open_clip_torch')
-        except PackageNotFoundError:
-            library = ''
-        key = json.dumps([
-            made_of, spec, words.names, words.phrases, library,
-            _weight_files(spec)
-        ])
-        name = hashlib.sha256(key.encode()).hexdigest()
-        path = Path(self.cache_dir
-                    or default_cache_dir()) / f'{name}.safetensors'
+        key = json.dumps(
+            [made_of, tower, words.names, words.phrases,
+             _versions(tower)])
+        name = f'{hashlib.sha256(key.encode()).hexdigest()}.safetensors'
+        path = Path(self.cache_dir or default_cache_dir(), name)
         if path.is_file():
             try:
                 return TextEmbeddings.load(path).vectors
             except (OSError, ValueError) as error:
-                print_log(
-                    f'A damaged entry of the cache is made anew: '
-                    f'{error}', 'current')
+                print_log(f'A damaged cache entry is made anew: {error}',
+                          'current')
         vectors = torch.cat([
             encode(
                 Vocabulary(words.names[i:i + BLOCK],
@@ -296,12 +274,7 @@ class ClassEncoder:
             for i in range(0, len(words), BLOCK)
         ])
         try:
-            TextEmbeddings(
-                vectors,
-                words.names,
-                words.phrases,
-                model=spec[0],
-                pretrained=spec[1] or '').save(path)
+            TextEmbeddings(vectors, words.names, words.phrases).save(path)
         except OSError as error:
             print_log(f'The vectors cannot be kept in the cache: {error}',
                       'current')
@@ -325,7 +298,7 @@ class ClassEncoder:
         return vectors if shift is None else F.normalize(
             vectors - shift, dim=1)
 
-    def _check_tower(self, spec: Tuple, templates: List[str]) -> None:
+    def _check_tower(self, tower: Tower, templates: List[str]) -> None:
         """Warn if the tower's vectors are not those of the training."""
         phrases: Any = self.build.get('vocabulary') or self.names
         if self.record is not None:
@@ -333,12 +306,12 @@ class ClassEncoder:
         words = Vocabulary.from_spec(phrases)
         if words.names != self.names:
             return
-        vectors = self._center(self._in_templates(words, spec, templates))
-        own = self.provider.class_embeddings.cpu()
-        cosine = F.cosine_similarity(vectors, own).mean().item()
+        cosine = F.cosine_similarity(
+            self._in_templates(words, tower, templates),
+            self.provider.class_embeddings.cpu()).mean().item()
         if not cosine >= MIN_COSINE:
             print_log(
-                f'The tower {spec} gives for the classes that this network '
+                f'The tower {tower} gives for the classes that this network '
                 'was trained with other vectors than those it learned with '
                 f'(mean cosine {cosine:.2f}). Unless prompts have moved them '
                 'that far, it is another tower, and new names mean nothing.',
@@ -351,15 +324,16 @@ def _type_name(cfg: Mapping[str, Any]) -> str:
     return getattr(kind, '__name__', kind).split('.')[-1]
 
 
-def _weight_files(spec: Tuple) -> List[Dict[str, Any]]:
-    """Size and time of local weights: they may change under their name."""
-    model, pretrained = spec[0], spec[1] or ''
-    files: List[Path] = []
-    if model.startswith('local-dir:'):
-        files = sorted(Path(model[len('local-dir:'):]).glob('*'))
-    elif Path(pretrained).is_file():
-        files = [Path(pretrained)]
-    return [
-        dict(name=f.name, size=f.stat().st_size, time=f.stat().st_mtime_ns)
-        for f in files
-    ]
+def _versions(tower: Tower) -> List:
+    """Version of open_clip, size and time of local weights."""
+    try:
+        found: List[Any] = [version('open_clip_torch')]
+    except PackageNotFoundError:
+        found = ['']
+    folder = Path(tower[0].removeprefix('local-dir:'))
+    files = sorted(folder.glob('*')) if str(folder) != tower[0] else []
+    for file in (*files, Path(tower[1] or '')):
+        if file.is_file():
+            stat = file.stat()
+            found.append((file.name, stat.st_size, stat.st_mtime_ns))
+    return found

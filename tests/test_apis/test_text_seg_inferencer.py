@@ -189,7 +189,7 @@ def test_lsegs_blocks_serve_new_classes(worded, inferencer):
     batch = mine.collate_fn([mine.pipeline(run.images[0])])
     data = mine.model.data_preprocessor(batch, False)
     out, = predict_labels(
-        mine.classifier, data['inputs'], data['data_samples'], budget=1)
+        mine.adapter, data['inputs'], data['data_samples'], budget=1)
     assert np.array_equal(out.pred_sem_seg.data[0], labels)
 
 
@@ -384,7 +384,7 @@ def test_ten_thousand_classes_in_bounded_memory(worded, inferencer, tmp_path):
         batch = mine.collate_fn([mine.pipeline(run.images[0])])
         data = mine.model.data_preprocessor(batch, False)
         out, = predict_labels(
-            mine.classifier,
+            mine.adapter,
             data['inputs'],
             data['data_samples'],
             budget=budget)
@@ -409,7 +409,7 @@ def test_ten_thousand_classes_in_bounded_memory(worded, inferencer, tmp_path):
 
 def test_many_new_words_are_encoded_in_parts(inferencer, monkeypatch):
     mine = inferencer('fixed')
-    monkeypatch.setattr('mmseg_textkd.apis.word_tower.BLOCK', 7)
+    monkeypatch.setattr('mmseg_textkd.apis.class_encoder.BLOCK', 7)
     names = [f'thing {i}' for i in range(20)]
     mine.set_classes(names)
     torch.testing.assert_close(mine.vectors, encoded(names))
@@ -427,7 +427,7 @@ def test_sliding_windows_and_parts(worded, inferencer, kind):
     data = mine.model.data_preprocessor(batch, False)
     # Two classes at a time, of which the last has no partner.
     out, = predict_labels(
-        mine.classifier, data['inputs'], data['data_samples'], budget=1)
+        mine.adapter, data['inputs'], data['data_samples'], budget=1)
     assert torch.equal(out.pred_sem_seg.data, expected)
     assert mine.model.out_channels == len(NEW)
 
@@ -453,7 +453,7 @@ def test_folded_weights_serve_their_own_classes(worded, tmp_path):
         assert np.array_equal(mine(run.images[0])['predictions'], expected)
         with pytest.raises(ValueError) as error:
             mine.set_classes(['road', 'tree'])
-        assert "cannot learn of ['tree']" in str(error.value)
+        assert "cannot predict ['tree']" in str(error.value)
         assert 'is folded, or stock' in str(error.value)
         mine.set_classes(['car', 'sky'])
         assert np.array_equal(mine(run.images[0])['predictions'], some)
@@ -482,7 +482,7 @@ def test_other_towers_are_noticed(worded, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='not known which text tower'):
         mine.set_classes(['tree'])
     said = []
-    monkeypatch.setattr('mmseg_textkd.apis.word_encoder.print_log',
+    monkeypatch.setattr('mmseg_textkd.apis.class_encoder.print_log',
                         lambda text, *args: said.append(text))
     mine.set_classes(['tree'], tower='toyclip', templates='photo')
     torch.testing.assert_close(mine.vectors, encoded(['tree']))
@@ -509,7 +509,7 @@ def test_cache(worded, inferencer, cache, monkeypatch):
 
     expected = encoded(NEW)[0]
     with monkeypatch.context() as patch:
-        patch.setattr('mmseg_textkd.apis.word_tower.load_tower', never)
+        patch.setattr('mmseg_textkd.apis.class_encoder.load_tower', never)
         mine = inferencer()
         mine.set_classes(list(NEW))
         torch.testing.assert_close(mine.vectors[0], expected)
