@@ -381,6 +381,17 @@ def load_network(cfg: Config, checkpoint: Path) -> Tuple[nn.Module, Dict]:
         for k, v in saved['state_dict'].items()
         if not k.startswith('auxiliary_head.')
     }
+    faults = [k for k, v in state.items() if not v.isfinite().all()]
+    if faults:
+        raise ValueError(
+            f'{checkpoint} has NaN or infinite weights: {faults[:3]}')
+    faults = [
+        k for k, v in state.items()
+        if k.endswith('.class_embeddings') and not v.any(dim=-1).all()
+    ]
+    if faults:
+        raise ValueError(
+            f'{checkpoint} has class embeddings that are all zero: {faults}')
     if isinstance(cfg.model.decode_head, list):
         raise ValueError('a cascade of decode heads is not supported.')
     kind = MODELS.get(cfg.model.decode_head.type)

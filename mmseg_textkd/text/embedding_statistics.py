@@ -24,10 +24,16 @@ def center(vectors: Tensor) -> Tensor:
         Tensor: Unit rows with shape (K, D).
 
     Raises:
-        ValueError: If there are fewer than two rows.
+        ValueError: If there are fewer than two rows, or rows are zero after
+            centering.
     """
     _require_rows(vectors)
-    return F.normalize(vectors - vectors.mean(dim=0, keepdim=True), dim=1)
+    centered = vectors - vectors.mean(dim=0, keepdim=True)
+    zero = (centered.norm(dim=1) < 1e-6).nonzero().flatten().tolist()
+    if zero:
+        raise ValueError(f'the class embeddings of the rows {zero} are all '
+                         'zero after centering: they equal the mean.')
+    return F.normalize(centered, dim=1)
 
 
 def closest_pairs(vectors: Tensor, num: int) -> List[Tuple[int, int, float]]:

@@ -384,10 +384,7 @@ def test_ten_thousand_classes_in_bounded_memory(worded, inferencer, tmp_path):
         batch = mine.collate_fn([mine.pipeline(run.images[0])])
         data = mine.model.data_preprocessor(batch, False)
         out, = predict_labels(
-            mine.adapter,
-            data['inputs'],
-            data['data_samples'],
-            budget=budget)
+            mine.adapter, data['inputs'], data['data_samples'], budget=budget)
         assert 'seg_logits' not in out
         return out.pred_sem_seg.data
 
@@ -577,6 +574,54 @@ def test_select_classes_with_repeats():
     torch.testing.assert_close(got, conv(feat)[:, [2, 2, 0]])
 
 
+# ------------------------------------------------------------------ input
+def test_arrays_are_images_or_errors(worded, inferencer):
+    mine, image = inferencer(), cv2.imread(worded().images[0])
+    gray = image[..., :1]
+    expected = mine(gray.repeat(3, axis=2))['predictions']
+    for same in (gray, gray[..., 0]):
+        assert np.array_equal(mine(same)['predictions'], expected)
+    for bad in (image / 255, image.astype(np.uint16) * 257,
+                image.astype(np.float32), image[:0], image[None]):
+        with pytest.raises(ValueError, match='must be uint8'):
+            mine(bad)
+
+
+def test_similarity_by_one_name_or_vocabulary(worded, inferencer, tmp_path):
+    mine, image = inferencer(), worded().images[0]
+    expected = mine(image, similarity=['road', 'sky'])['similarity']
+    (tmp_path / 'some.txt').write_text('road\nsky')
+    found = mine(image, similarity=str(tmp_path / 'some.txt'))['similarity']
+    assert np.array_equal(found, expected)
+    one = mine(image, similarity='road')['similarity']
+    np.testing.assert_allclose(one[0], expected[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match='no similarity with .*bicyclist'):
+        mine(image, similarity='camvid')
+
+
+def test_results_never_replace_inputs(worded, inferencer, tmp_path):
+    mine, image = inferencer(), cv2.imread(worded().images[0])
+    for folder in ('vis', 'pred'):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / 'a.png'
+        cv2.imwrite(str(path), image)
+        with pytest.raises(ValueError, match='the folder of the input'):
+            mine([worded().images[1], path], out_dir=str(tmp_path))
+        assert np.array_equal(cv2.imread(str(path)), image)
+    assert len(list(tmp_path.rglob('*.*'))) == 2
+
+
+def test_weights_that_are_no_numbers(worded, tmp_path):
+    run = worded()
+    for value, message in ((float('nan'), 'NaN or infinite'), (0, 'all zero')):
+        saved = load(run.weights)
+        saved['state_dict']['decode_head.conv_seg.text.class_embeddings'][
+            1] = value
+        torch.save(saved, tmp_path / 'w.pth')
+        with pytest.raises(ValueError, match=message):
+            TextSegInferencer(run.config, tmp_path / 'w.pth', device='cpu')
+
+
 # ------------------------------------------------------------------- demo
 def load_demo(name):
     path = osp.join(ROOT, 'demo', name)
@@ -654,6 +699,11 @@ def test_demo_on_a_video(worded, inferencer, demo, tmp_path, capsys):
     (['none.png', '--out', 'x', '--classes', 'road, road'], 'occurs twice'),
     (['none.png', '--out', 'x'], 'No such file'),
     (['.', '--out', 'x'], 'no images in'),
+    (['none.png', '--out', 'x', '--threshold', '0'], 'between 0 and 1'),
+    (['none.png', '--out', 'x', '--tower', 'toyclip'], 'belongs to --classes'),
+    (['none.png', '--out', 'x', '--new-bias', '1'], 'belongs to --classes'),
+    (['none.png', '--out', 'x', '--classes', 'road', '--new-bias', 'nan'
+      ], 'must be finite'),
 ])
 def test_demo_refuses(worded, demo, tmp_path, capsys, monkeypatch, words,
                       message):
@@ -664,6 +714,24 @@ def test_demo_refuses(worded, demo, tmp_path, capsys, monkeypatch, words,
     said = f'{error.value}{capsys.readouterr().err}'
     assert re.search(message, said), said
     assert not list(tmp_path.iterdir())
+
+
+def test_demo_never_writes_over_its_input(worded, demo, tmp_path, capsys):
+    run = worded()
+    (tmp_path / 'vis').mkdir()
+    image, video = tmp_path / 'vis/a.png', tmp_path / 'a.avi'
+    image.write_bytes(b'image')
+    video.write_bytes(b'video')
+    (tmp_path / 'link.avi').symlink_to(video)
+    for words in ((image, '--out', tmp_path), (tmp_path / 'vis', '--out',
+                                               tmp_path),
+                  (video, '--out', video), (video, '--out',
+                                            tmp_path / 'link.avi')):
+        with pytest.raises(SystemExit):
+            demo.main([str(words[0]), run.config, run.weights] +
+                      list(map(str, words[1:])))
+        assert 'would write over the input' in capsys.readouterr().err
+    assert image.read_bytes() == b'image' and video.read_bytes() == b'video'
 
 
 # ------------------------------------------------------------------- page

@@ -339,11 +339,35 @@ def test_import_executes_nothing(tmp_path):
     (torch.zeros(0, 4), 'K×D'),
     (torch.tensor([[1., 0], [0, 0], [1, 0], [0, 1]]), r'rows \[1\]'),
     (unit(4, 6) / 0 * 0, 'NaN'),
+    (unit(4, 6).numpy().astype(complex), 'complex128'),
 ])
 def test_import_of_something_else(tmp_path, content, words):
-    torch.save(content, tmp_path / 'a.pt')
+    if isinstance(content, np.ndarray):
+        file = tmp_path / 'a.npy'
+        np.save(file, content)
+    else:
+        file = tmp_path / 'a.pt'
+        torch.save(content, file)
     with pytest.raises(EmbeddingFileError, match=words):
-        TextEmbeddings.from_vectors(tmp_path / 'a.pt', NAMES)
+        TextEmbeddings.from_vectors(file, NAMES)
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('n.txt', 'Straße'.encode('latin-1'), 'not UTF-8 .*iconv'),
+    ('n.json', '["a"]'.encode('utf-16'), 'not UTF-8 .*iconv'),
+    ('n.json', b'["a", 2]', 'name 1 is no text but 2'),
+    ('n.json', b'{"names": {"a": ["b"]}}', 'list under "names"'),
+    ('n.json', b'["a", "b\\nc"]', "'b.*nc'.* control character"),
+    ('n.json', b'{"names": ["a"], "phrases": {"a": "b"}}', '"phrases"'),
+    ('n.json', b'{"names": ["a"], "phrases": [[["b"]]]}', '"phrases"'),
+    ('n.json', b'{"names": ["a"], "model": 3}', '"model"'),
+])
+def test_bad_names_files(tmp_path, name, content, words):
+    np.save(tmp_path / 'v.npy', unit(1, 6).numpy())
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(EmbeddingFileError, match=words) as info:
+        TextEmbeddings.from_vectors(tmp_path / 'v.npy', tmp_path / name)
+    assert f'Names file {tmp_path / name}' in str(info.value)
 
 
 def test_import_of_unknown_suffix(tmp_path):
@@ -354,7 +378,7 @@ def test_import_of_unknown_suffix(tmp_path):
         TextEmbeddings.from_vectors(tmp_path / 'missing.npy', NAMES)
 
 
-def test_centre():
+def test_center():
     common = unit(1, 16, seed=3) * 5
     vectors = F.normalize(unit(8, 16) + common, dim=1)
     centered = center(vectors)
@@ -365,6 +389,8 @@ def test_centre():
     assert abs(geometry(centered)['mean']) < .2
     with pytest.raises(ValueError, match='two'):
         center(vectors[:1])
+    with pytest.raises(ValueError, match='all zero after centering'):
+        center(vectors[:1].expand(3, -1))
 
 
 def test_geometry_of_known_angles():

@@ -62,6 +62,19 @@ def test_centering(file, fixed):
     # Not the trivial answer: the rows share a direction before, not after.
     assert F.cosine_similarity(vectors[0], vectors[1], dim=0) > 0.2
     assert provider().mean(0).norm() < vectors.mean(0).norm() / 4
+    with pytest.warns(UserWarning, match='call it `center`'):
+        old = build(**fixed, centre=True)
+    assert torch.equal(old(), provider())
+
+
+def test_zero_vectors_are_refused(fixed):
+    """They have no direction, and stay zero when normalized."""
+    provider = build(**fixed)
+    vectors = provider().clone()
+    vectors[1] = 0
+    with pytest.raises(ValueError, match=r'rows \[1\].* zero'):
+        provider.fill(vectors)
+    assert (provider() != 0).any(dim=1).all()
 
 
 def test_missing_file_needs_a_width(tmp_path):

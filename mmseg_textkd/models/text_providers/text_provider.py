@@ -60,7 +60,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
                 to unit length.
 
         Raises:
-            ValueError: If the shape is not (K, D).
+            ValueError: If the shape is not (K, D), or a row is zero.
         """
         expected = (self.num_classes, self.dim)
         if tuple(vectors.shape) != expected:
@@ -69,6 +69,10 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
                 f'the head needs (num_classes, dim) = {expected}. Use '
                 'embeddings made for these classes and this width, or change '
                 "the head's `num_classes` or the embeddings' `dim`.")
+        zero = (vectors == 0).all(dim=1).nonzero().flatten().tolist()
+        if zero:
+            raise ValueError(f'the class embeddings of the rows {zero} are '
+                             'all zero: they have no direction.')
         with torch.no_grad():
             self.class_embeddings.copy_(F.normalize(vectors.float(), dim=1))
         self._filled = True
