@@ -73,18 +73,9 @@ class NetworkAdapter(metaclass=ABCMeta):
         self.vectors: Optional[Tensor] = None
 
     def encode(self, classes: Any, **options: Any) -> EncodedClasses:
-        """Encode classes for the network, which stays as it is.
+        """Encode classes; the network stays as it is.
 
-        Args:
-            classes: See :meth:`Vocabulary.from_spec`.
-            **options: See :meth:`ClassEncoder.encode`.
-
-        Returns:
-            EncodedClasses: The classes.
-
-        Raises:
-            ValueError: If the network cannot predict them, or they are no
-                vocabulary.
+        See :meth:`ClassEncoder.encode`.
         """
         return self.encoder.encode(classes, **options)
 
@@ -121,15 +112,7 @@ class NetworkAdapter(metaclass=ABCMeta):
 
     @contextmanager
     def replaced(self, layer: nn.Module, number: int) -> Iterator[nn.Module]:
-        """Put another layer in, for the time of a ``with`` block.
-
-        Args:
-            layer (nn.Module): The layer.
-            number (int): Number of its maps.
-
-        Yields:
-            nn.Module: The head.
-        """
+        """Put a layer of so many maps in for a while; yields the head."""
         head, model = self.model.decode_head, self.model
         before = getattr(head, self.layer), model.out_channels
         setattr(head, self.layer, layer)
@@ -182,19 +165,16 @@ class TextHeadAdapter(NetworkAdapter):
                                     model.cfg.model.decode_head.text, names,
                                     cache_dir)
         self.vectors = branch.text.class_embeddings.detach().clone()
-        self.scale = torch.tensor(1 / 0.07)
-        self.bias, self.regularization = self.vectors.new_zeros(
-            len(names)), None
-        self.uses_cosine = branch.projection.norm == 'l2'
+        self.bias = self.vectors.new_zeros(len(names))
+        self.regularization = None
         if head.role == 'auxiliary':
             self.uses_cosine = True
-            scales = [
-                m.scale() for m in head.text_losses if hasattr(m, 'scale')
-            ]
-            self.scale = scales[0] if scales else self.scale
+            scales = [m.scale for m in head.text_losses if hasattr(m, 'scale')]
+            self.scale = scales[0]() if scales else torch.tensor(1 / 0.07)
             return
         if branch.keeps_fusion:
             raise ValueError(f'{type(branch.fusion).__name__} {WAYS_OUT}')
+        self.uses_cosine = branch.projection.norm == 'l2'
         self.scale, self.regularization = branch.scale(), branch.regularization
         if branch.logit_bias is not None:
             self.bias = branch.logit_bias.detach().clone()
@@ -208,7 +188,7 @@ class TextHeadAdapter(NetworkAdapter):
 
     def cosine(self, rows: Sequence[int]) -> nn.Module:
         """Compare the projection of a pixel with the vectors."""
-        return PixelTextCosine(self.branch.projection, self.vectors[rows])
+        return _PixelTextCosine(self.branch.projection, self.vectors[rows])
 
     @torch.no_grad()
     def fold(self,
@@ -260,13 +240,8 @@ class TextHeadAdapter(NetworkAdapter):
         return fold_balanced(self.branch, folded, seen, vectors)
 
 
-class PixelTextCosine(nn.Module):
-    """Cosine of every pixel embedding with some class vectors.
-
-    Args:
-        projection (PixelProjection): Projection into the space of text.
-        vectors (Tensor): Unit rows with shape (n, D).
-    """
+class _PixelTextCosine(nn.Module):
+    """Cosine of every pixel embedding with n class vectors (n, D)."""
 
     def __init__(self, projection: PixelProjection, vectors: Tensor) -> None:
         super().__init__()
@@ -318,14 +293,11 @@ class EBSegAdapter(NetworkAdapter):
 
     def cosine(self, rows: Sequence[int]) -> nn.Module:
         """Compare the mean embedding B of a pixel's masks with the vectors."""
-        return MaskTextCosine(self.vectors[rows])
+        return _MaskTextCosine(self.vectors[rows])
 
 
-class MaskTextCosine(nn.Module):
-    """Cosine of mask embeddings, see :meth:`EBSeg.pixel_text_similarity`.
-
-    Args:
-        vectors (Tensor): Unit rows with shape (n, D).
+class _MaskTextCosine(nn.Module):
+    """Cosine of the mean embedding of a pixel's masks with n class vectors.
     """
 
     def __init__(self, vectors: Tensor) -> None:
@@ -366,7 +338,7 @@ class FoldedAdapter(NetworkAdapter):
         self._install(select_classes(self.conv_seg, rows), len(rows))
 
     def cosine(self, rows: Sequence[int]) -> nn.Module:
-        """There is none."""
+        """Not available without text."""
         raise ValueError('this checkpoint is folded, or stock: it has no '
                          'pixel embeddings and no similarities. Take the '
                          'checkpoint of the training.')

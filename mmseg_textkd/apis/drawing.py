@@ -10,11 +10,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 LEGEND_WIDTH, ROW, TEXT_SIZE, NAME_X = 180, 22, 13, 36  # pixels
-GREY = [128, 128, 128]
+GRAY = [128, 128, 128]
 
 
 def palette_for(known: Sequence[Optional[Sequence[int]]]) -> List[List[int]]:
-    """Give every class a color.
+    """Palette with a color for every class.
 
     Args:
         known (Sequence): For each class its color (R, G, B), or None.
@@ -90,9 +90,9 @@ def draw_similarity(similarity: np.ndarray) -> np.ndarray:
         np.ndarray: uint8, RGB, shape (H, W, 3).
     """
     low, high = float(similarity.min()), float(similarity.max())
-    grey = (similarity - low) / max(high - low, 1e-6)
-    grey = (255 * grey).round().astype(np.uint8)
-    return cv2.applyColorMap(grey, cv2.COLORMAP_VIRIDIS)[..., ::-1]
+    gray = (similarity - low) / max(high - low, 1e-6)
+    gray = (255 * gray).round().astype(np.uint8)
+    return cv2.applyColorMap(gray, cv2.COLORMAP_VIRIDIS)[..., ::-1]
 
 
 def write_image(path: str, image: np.ndarray) -> None:

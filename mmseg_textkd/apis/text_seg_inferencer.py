@@ -24,7 +24,7 @@ from mmseg_textkd.deploy import load_strictly, read_checkpoint, to_stock_cfg
 from mmseg_textkd.models import EBSeg, TextHeadMixin
 from mmseg_textkd.text import TextEmbeddings, Vocabulary
 from .adapters import build_adapter
-from .drawing import (GREY, draw_labels, draw_similarity, palette_for,
+from .drawing import (GRAY, draw_labels, draw_similarity, palette_for,
                       write_image)
 from .label_maps import predict_labels
 
@@ -171,13 +171,13 @@ class TextSegInferencer(MMSegInferencer):
         own = self.own_meta['palette']
         colors = [None if k is None else own[k] for k in found.trained]
         if other is not None:
-            colors[-1] = GREY
+            colors[-1] = GRAY
         palette = palette_for(colors)
         if threshold is not None and other is None:
             if 'other' in names:
                 raise ValueError("a class is called 'other' already; give it "
                                  'as `other`.')
-            names, palette = (*names, 'other'), [*palette, GREY]
+            names, palette = (*names, 'other'), [*palette, GRAY]
         self.adapter.set_classes(found, new_bias)
         self.model.dataset_meta = dict(classes=tuple(names), palette=palette)
         self.threshold, self.source = threshold, found.source

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Opening a tower with open_clip from what :mod:`.weights` has found."""
+"""Loading of CLIP models with open_clip, from local weights."""
 from pathlib import Path
 from typing import Any, Optional, Tuple
 
@@ -13,7 +13,7 @@ def load_clip(
         model: str,
         pretrained: Optional[str] = None,
         cache_dir: Optional[PathLike] = None) -> Tuple[nn.Module, Any, str]:
-    """Load the text side of a CLIP model and its tokenizer.
+    """Load the text encoder of a CLIP model and its tokenizer.
 
     Args:
         model (str): See :class:`TextTower`.
@@ -22,7 +22,7 @@ def load_clip(
             None.
 
     Returns:
-        tuple: The open_clip model without its image side (float32, on the
+        tuple: The open_clip model without its image encoder (float32, on the
         CPU), the tokenizer, and the name and version of the library.
 
     Raises:
@@ -42,7 +42,7 @@ def load_visual(
         model: str,
         pretrained: Optional[str] = None,
         cache_dir: Optional[PathLike] = None) -> Tuple[nn.Module, str, float]:
-    """Load the image side of a CLIP model.
+    """Load the image encoder of a CLIP model.
 
     Args:
         model (str): See :class:`TextTower`.

@@ -53,7 +53,7 @@ def has_control(text: str) -> bool:
 
 
 def sniff(path: PathLike) -> str:
-    """Tell from its first bytes what kind of file this is.
+    """Kind of a file, by its first bytes.
 
     Args:
         path (str or PathLike): An existing file.
@@ -133,7 +133,7 @@ def read_vectors(path: PathLike) -> Tensor:
 
 
 def _read_npy(path: Path) -> Tensor:
-    """Read an array that holds numbers."""
+    """Read a NumPy array of numbers."""
     try:
         array = np.load(path, allow_pickle=False)
         if np.iscomplexobj(array):
@@ -148,7 +148,7 @@ def _read_npy(path: Path) -> Tensor:
 
 
 def _read_torch(path: Path) -> Any:
-    """Read what ``weights_only`` lets pass."""
+    """Read a torch file with ``weights_only``."""
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
@@ -161,7 +161,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> Any:
-    """Read a safetensors file that is not ours."""
+    """Read a safetensors file of another origin."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     try:

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Class names of a dataset and the phrases that stand for them."""
+"""Vocabularies: class names and the phrases that describe them."""
 import json
 import warnings
 from dataclasses import dataclass

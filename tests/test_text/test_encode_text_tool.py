@@ -263,7 +263,7 @@ def test_prefetch_of_what_is_there(tool, clip_name, capsys):
     (['x.safetensors'], 'no embeddings file'),
     (['nonsense', '--out', 'x.safetensors', '--model', 'm'], 'nonsense'),
     (['toy_scenes', '--out', 'x.safetensors', '--model', 'local-dir:gone'
-      ], 'Three ways out'),
+      ], 'Three remedies'),
     (['--names', 'a,a', '--out', 'x.safetensors', '--model', 'm'], 'twice'),
     (['--names', 'a,,b', '--out', 'x.safetensors', '--model', 'm'], 'empty'),
     (['--names', 'a,b', '--import', 'gone.npy', '--out', 'x.safetensors'

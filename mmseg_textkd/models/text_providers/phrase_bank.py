@@ -59,7 +59,7 @@ class PhraseBank:
         return full.transpose(0, 1)[None]
 
     def select(self, rows: Tensor) -> 'PhraseBank':
-        """Keep, repeat or reorder the classes.
+        """Bank of some of the classes, in a given order.
 
         Args:
             rows (Tensor): Long tensor, the classes.

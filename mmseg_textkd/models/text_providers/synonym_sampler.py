@@ -82,14 +82,14 @@ class SynonymSampler(ClassEmbeddings):
             self.phrase_bank = self._make_bank(phrase_confidence(self.record))
 
     def _rows(self, record: TextEmbeddings) -> Tensor:
-        """The plain names."""
+        """Vectors of the plain names."""
         try:
             return phrase_vectors(record)[0][:, 0]
         except ValueError as error:
             raise ValueError(f'{self.file}: {error}') from None
 
     def _make_bank(self, scores: Tensor) -> PhraseBank:
-        """Sort out the phrases that may be drawn."""
+        """Bank of the phrases that may be drawn, with their probabilities."""
         vectors, mask = phrase_vectors(self.record)
         if self.shift is not None:
             vectors = F.normalize(vectors - self.shift, dim=2)
@@ -111,7 +111,7 @@ class SynonymSampler(ClassEmbeddings):
 
     def _log(self, ambiguous: Dict[int, Set[str]], used: Tensor,
              clear: Tensor) -> None:
-        """Say what is drawn and what not."""
+        """Log which phrases are used and which are not."""
         record, number = self.record, sum(map(len, self.record.phrases))
         doubtful: List[str] = [
             f'{phrase!r} ({name})' for k, name in enumerate(record.names)
