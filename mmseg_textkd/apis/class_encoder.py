@@ -210,7 +210,8 @@ class ClassEncoder:
         shift = self._shift()
         learned = dict(
             context=self.provider.context.tolist(),
-            shift=shift if shift is None else shift.tolist())
+            shift=shift if shift is None else shift.tolist(),
+            position=getattr(self.provider, 'position', None))
         return self._cached(
             words, tower, learned, lambda block: self.provider.encode_phrases(
                 self._load(tower), [phrases[0] for phrases in block.phrases]))

@@ -19,6 +19,11 @@ def test_roles_put_the_branch_in_its_place():
     head = TextFCNHead(text=CONTROL, role='auxiliary', **ARGS)
     assert isinstance(head.conv_seg, torch.nn.Conv2d)
     assert type(head.text_branch) is TextBranch
+    # The names of parameters are those of the roles.
+    keys = {k.split('.')[0] for k in head.state_dict() if '.text.' in k}
+    assert keys == {'text_branch'}
+    with pytest.warns(DeprecationWarning, match='head.text_branch'):
+        assert head.text is head.text_branch
     assert head.text_losses[0].loss_weight == 0.4
 
 
