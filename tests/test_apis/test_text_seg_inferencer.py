@@ -473,11 +473,11 @@ def test_what_is_no_language_has_no_words(worded, tmp_path):
 def test_fusion_that_is_kept_takes_no_other_classes(worded, tmp_path):
     """Its logits depend on the image, with an L2 norm too."""
     cfg = Config.fromfile(worded().config)
-    cfg.model.decode_head.update(
-        text=dict(type='ControlEmbeddings', kind='random', dim=64),
-        fusion=dict(type='TwoWayBridge', use='inference'))
+    head = cfg.model.decode_head
+    head.text = dict(type='ControlEmbeddings', kind='random', dim=64)
+    head.fusion = dict(type='TwoWayBridge', use='inference')
     for norm in ('bn', 'l2'):
-        cfg.model.decode_head.text_branch = dict(norm=norm)
+        head.text_branch = dict(norm=norm)
         torch.save(MODELS.build(cfg.model).state_dict(), tmp_path / 'w.pth')
         with pytest.raises(ValueError, match='TwoWayBridge .* on the image'):
             TextSegInferencer(
