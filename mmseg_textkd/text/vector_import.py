@@ -4,6 +4,7 @@
 import json
 import os
 import pickle
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any, Dict, Mapping, Sequence, Union
@@ -152,12 +153,14 @@ def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()
+        # torch's own words advise to unpickle it all the same.
+        found = re.search(r'Unsupported[^.]*', str(error))
+        reason = found[0] if found else type(error).__name__
         raise EmbeddingFileError(
             'it holds more than tensors, or is damaged; such files are not '
             'unpickled, for that runs code. Save the bare K×D tensor with '
             'torch.save(tensor, FILE) or np.save where you trust its origin '
-            f'({reason[0] if reason else type(error).__name__})') from error
+            f'({reason})') from error
 
 
 def _read_safetensors(path: Path) -> Any:

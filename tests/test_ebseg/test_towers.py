@@ -240,8 +240,7 @@ def test_sam_weights_from_a_local_file(small_sam, tmp_path, kind):
 
 def test_sam_weights_that_cannot_be_had(small_sam, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
-    monkeypatch.setattr('mmseg_textkd.clip.weights._offline',
-                        lambda: True)
+    monkeypatch.setattr('mmseg_textkd.clip.weights._offline', lambda: True)
     with pytest.raises(OSError, match="(?s)pretrained='FILE'"):
         FrozenSAMViT(cache_dir=str(tmp_path)).init_weights()
     with pytest.raises(FileNotFoundError, match='nowhere.pth'):
