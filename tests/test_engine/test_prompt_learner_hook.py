@@ -12,7 +12,7 @@ from mmseg.registry import HOOKS, MODELS
 from processes import load
 from tiny import CLASSES, assert_equal, run, tiny_config
 
-from mmseg_textkd.engine.stages import StageSchedule
+from mmseg_textkd.engine import PromptLearnerHook
 
 
 @HOOKS.register_module()
@@ -122,24 +122,24 @@ def test_stage_2_from_the_start(tmp_path, residual):
 
 def test_rates_of_stage_2(tmp_path, residual):
     """Base rate x factor x schedule; the run's schedule goes on below."""
+    warmup = dict(type='LinearLR', start_factor=0.5, end=2)
+    decay = dict(type='PolyLR', power=2., eta_min=1e-3, begin=1)
     hook = dict(
-        switch_at=3,
+        switch_at=2,
         learn={
             r'\.text\.': 2.0,
             'backbone': 0.1,
             'log_scale': 1.0
         },
-        schedule=dict(type='cosine', warmup_iters=2))
+        param_scheduler=[warmup, decay])
     cfg = tiny_config(tmp_path, residual, hook)
     _, recorder = record(cfg)
     backbone = next(n for n in recorder.rows[0]['learns'] if 'backbone' in n)
-    schedule = StageSchedule('cosine', 2)
-    for i in range(3, 6):
-        lr = recorder.rows[i]['lr']
-        factor = schedule.factor(i - 3, 3)
-        assert lr[OFFSET] == pytest.approx(0.05 * 2 * factor)
-        assert lr[backbone] == pytest.approx(0.05 * 0.1 * factor)
-        assert lr[SCALE] == pytest.approx(0.05 * factor)
+    for name, rate in ((OFFSET, 0.1), (backbone, 0.005), (SCALE, 0.05)):
+        lrs = [row['lr'][name] for row in recorder.rows[2:]]
+        # Half, full, (1 - 1 / 2)^2 of what is above eta_min, eta_min.
+        assert lrs == pytest.approx(
+            [rate / 2, rate, 1e-3 + (rate - 1e-3) / 4, 1e-3])
     stock = tiny_config(tmp_path, residual, dict())
     _, reference = record(stock)
     for row, other in zip(recorder.rows, reference.rows):
@@ -151,18 +151,21 @@ def test_rates_of_stage_2(tmp_path, residual):
     assert not any(k.startswith('decode_head.convs') for k in changed)
 
 
-def test_schedule_factors():
-    cosine = StageSchedule('cosine')
-    assert cosine.factor(0, 10) == 1 and cosine.factor(
-        5, 10) == pytest.approx(0.5)
-    assert StageSchedule('poly').factor(5, 10) == pytest.approx(0.5**0.9)
-    assert StageSchedule().factor(9, 10) == 1
-    warm = StageSchedule(warmup_iters=4)
-    assert [warm.factor(i, 10) for i in range(5)] == [.25, .5, .75, 1, 1]
-    with pytest.raises(ValueError, match='unknown schedule'):
-        StageSchedule('step')
-    with pytest.raises(ValueError, match='warmup_iters'):
-        StageSchedule(warmup_iters=-1)
+def test_the_old_schedule_is_still_read(tmp_path, residual):
+    """Its values, by hand: cosine from 1 to 0 and a rise over two steps."""
+    with pytest.warns(UserWarning, match='`schedule`.*`param_scheduler`'):
+        cfg = tiny_config(
+            tmp_path, residual,
+            dict(switch_at=2, schedule=dict(type='cosine', warmup_iters=2)))
+        _, recorder = record(cfg)
+    lrs = [row['lr'][SCALE] / 0.05 for row in recorder.rows[2:]]
+    half = 0.5 * (1 + 0.5**0.5)
+    assert lrs == pytest.approx([0.5, half, 0.5, 1 - half])
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="'step'"):
+        PromptLearnerHook(schedule=dict(type='step'))
+    with pytest.warns(UserWarning):
+        poly = PromptLearnerHook(schedule=dict(type='poly')).param_scheduler
+    assert poly == [dict(type='PolyLR', power=0.9, eta_min=0.)]
 
 
 def test_learned_text_is_in_the_checkpoint(tmp_path, residual):
