@@ -5,10 +5,12 @@ import json
 
 import pytest
 import torch
+from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
-from mmseg.registry import HOOKS, MODELS
+from mmseg.registry import HOOKS, METRICS, MODELS
 from processes import load
 from tiny import CLASSES, assert_equal, run, tiny_config
 
@@ -115,9 +117,111 @@ def test_no_stage_2_by_default(tmp_path, residual):
     assert runner.message_hub.get_scalar('train/text_stage').current() == 1
 
 
-def test_stage_2_from_the_start(tmp_path, residual):
-    _, recorder = record(tiny_config(tmp_path, residual, dict(switch_at=0)))
-    assert all(row['learns'] == {OFFSET, SCALE, BIAS} for row in recorder.rows)
+def test_stage_2_as_a_run_of_its_own(tmp_path, residual):
+    """From a checkpoint of stage 1, in which the text was fixed."""
+    stage1 = tiny_config(tmp_path, residual['embeddings'], dict(), max_iters=2)
+    stage1.work_dir = str(tmp_path / 'stage1')
+    run(stage1)
+    path = str(tmp_path / 'stage1' / 'iter_2.pth')
+    for name, load_from in (('warned', None), ('stage2', path)):
+        cfg = tiny_config(
+            tmp_path,
+            residual,
+            dict(switch_at=0),
+            max_iters=2,
+            log_level='WARNING')
+        cfg.work_dir, cfg.load_from = str(tmp_path / name), load_from
+        _, recorder = record(cfg)
+        assert all(row['learns'] == {OFFSET, SCALE, BIAS}
+                   for row in recorder.rows)
+        log, = tmp_path.glob(f'{name}/*/*.log')
+        assert ("without stage 1's weights"
+                in log.read_text()) == (load_from is None)
+    saved = load(path)['state_dict']
+    assert SCALE in saved and OFFSET not in saved
+    for key, value in saved.items():
+        assert torch.equal(recorder.rows[0]['before'][key], value), key
+
+
+STDC = dict(
+    type='STDCContextPathNet',
+    backbone_cfg=dict(
+        type='STDCNet',
+        stdc_type='STDCNet1',
+        in_channels=3,
+        channels=(8, 8, 16, 16, 16),
+        bottleneck_type='cat',
+        num_convs=4,
+        norm_cfg=dict(type='BN'),
+        act_cfg=dict(type='ReLU'),
+        with_final_conv=False),
+    last_in_channels=(16, 16),
+    out_channels=8,
+    ffm_cfg=dict(in_channels=24, out_channels=8, scale_factor=4))
+# As its authors name what learns in stage 2 (docs/en/user_guides/training.md).
+LEARN = dict(
+    fixbackbone={
+        r'^backbone\.backbone\.': 0.,
+        '.': 1.
+    },
+    fixall=[r'\.(context|offset)$'],
+    fixexcepthead=[r'\.(context|offset)$', '^decode_head', '^auxiliary_head'],
+    trainall=['.'])
+
+
+@pytest.mark.parametrize('freeze_norm', [True, False])
+def test_stage_2_as_published(tmp_path, residual, freeze_norm):
+    """What learns, and whose batch norm statistics move."""
+    base = tiny_config(tmp_path, residual, max_iters=2)
+    base.model.backbone = STDC
+    base.model.decode_head.in_index = 3
+    base.model.auxiliary_head = dict(
+        base.model.decode_head, type='FCNHead', in_index=2)
+    base.model.auxiliary_head.pop('text')
+    for name, learn in LEARN.items():
+        if name != 'fixbackbone' and not freeze_norm:
+            continue
+        cfg = copy.deepcopy(base)
+        cfg.custom_hooks = [
+            dict(
+                type='PromptLearnerHook',
+                switch_at=1,
+                learn=learn,
+                freeze_norm=freeze_norm)
+        ]
+        runner, recorder = record(cfg)
+        trunk, neck, heads = (
+            {
+                n
+                for n in recorder.rows[0]['learns']
+                if n.startswith(('backbone.backbone.', 'backbone.', 'decode',
+                                 'auxiliary')[i])
+            } for i in range(3))
+        heads |= {n for n in recorder.rows[0]['learns'] if 'auxiliary' in n}
+        neck -= trunk
+        assert all((trunk, neck, heads))
+        assert recorder.rows[1]['learns'] == {OFFSET} | dict(
+            fixbackbone=neck | heads,
+            fixall=set(),
+            fixexcepthead=heads,
+            trainall=trunk | neck | heads)[name]
+        changed = recorder.changed(1)
+        moving = {
+            part
+            for part in ('backbone.backbone.', 'backbone.arms.',
+                         'decode_head.', 'auxiliary_head.')
+            if any(k.startswith(part) and 'running_mean' in k for k in changed)
+        }
+        assert moving == dict(
+            fixbackbone={'backbone.arms.', 'decode_head.', 'auxiliary_head.'},
+            fixall=set(),
+            fixexcepthead={'decode_head.', 'auxiliary_head.'},
+            trainall={
+                'backbone.backbone.', 'backbone.arms.', 'decode_head.',
+                'auxiliary_head.'
+            })[name] | (set() if freeze_norm else {'backbone.backbone.'})
+        assert (changed & set(dict(runner.model.named_parameters()))
+                <= recorder.rows[1]['learns'])
 
 
 def test_rates_of_stage_2(tmp_path, residual):
@@ -264,6 +368,93 @@ class StopAt(Hook):
             raise KeyboardInterrupt
 
 
+@HOOKS.register_module()
+class StopInValidation(StopAt):
+    """Stop it in the validation before that iteration."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        pass
+
+    def before_val_epoch(self, runner):
+        super().before_train_iter(runner, 0)
+
+
+@METRICS.register_module()
+class ScoreOfIteration(BaseMetric):
+    """A score that depends on the iteration alone."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.scores = scores
+
+    def process(self, data_batch, data_samples):
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        # Of the last iteration or, just resumed, of the next one.
+        done = MessageHub.get_current_instance().get_info('iter')
+        return dict(score=self.scores[(done + 1) // 2 - 1])
+
+
+def best_config(tmp_path, text, scores, **hook):
+    """Validated after 2, 4, 6 and 8 iterations, stage 2 from 4 on."""
+    cfg = tiny_config(
+        tmp_path, text, dict(switch_at=4, load_best=True, **hook), max_iters=8)
+    cfg.train_cfg.val_interval = 2
+    cfg.val_evaluator = dict(type='ScoreOfIteration', scores=scores)
+    cfg.default_hooks.checkpoint.update(save_best='score', rule='greater')
+    cfg.custom_hooks.append(
+        dict(
+            type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.3))
+    return cfg
+
+
+@pytest.mark.parametrize('scores, best, stops', [
+    ([.9, .5, .1, .2], 2, [('StopAt', 3), ('StopAt', 4), ('StopAt', 6)]),
+    ([.5, .9, .1, .2], 4, [('StopInValidation', 4)]),
+])
+def test_stage_2_from_the_best_checkpoint(tmp_path, residual, scores, best,
+                                          stops):
+    """Reloaded at the switch and at no resume; stage 1's best is kept."""
+    cfg = best_config(tmp_path, residual, scores)
+    _, recorder = record(cfg, work_dir=str(tmp_path / 'whole'))
+    start = load(tmp_path / 'whole' / f'best_score_iter_{best}.pth')
+    for key, value in start['state_dict'].items():
+        if not key.endswith('started'):
+            assert torch.equal(recorder.rows[4]['before'][key], value), key
+    assert SCALE in start['state_dict']
+    # In the state of the optimizer is what has learned since.
+    end = load(tmp_path / 'whole' / 'iter_8.pth')
+    assert len(end['optimizer']['state']) == 3
+    # Stage 2 has a best checkpoint of its own.
+    assert sorted(p.name for p in (tmp_path / 'whole').glob('best*')) == sorted(
+        [f'best_score_iter_{best}.pth', 'best_score_iter_8.pth'])
+    for kind, at in stops:
+        killed = cfg.copy()
+        killed.work_dir = str(tmp_path / f'{kind}{at}')
+        first = killed.copy()
+        first.custom_hooks = list(
+            first.custom_hooks) + [dict(type=kind, at=at)]
+        with pytest.raises(KeyboardInterrupt):
+            run(first)
+        run(killed, resume=True)
+        same_state(
+            str(tmp_path / 'whole' / 'iter_8.pth'),
+            f'{killed.work_dir}/iter_8.pth')
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'default_hooks.checkpoint.save_best': None}, 'one best checkpoint.*mIoU'),
+    ({'train_cfg.val_interval': 5}, 'first is at iteration 5.*switch at 4'),
+    ({'val_evaluator.scores': [float('nan')] * 4}, 'no best checkpoint'),
+])
+def test_no_best_checkpoint(tmp_path, residual, changes, message):
+    cfg = best_config(tmp_path, residual, [.1] * 4)
+    cfg.merge_from_dict(changes)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        run(cfg)
+
+
 def test_ema_is_evaluated_and_saved_with_its_own_text(tmp_path, residual):
     """The averaged parameters and the text must fit each other."""
     cfg = tiny_config(tmp_path, residual, dict(switch_at=2))
@@ -341,10 +532,16 @@ def test_a_frozen_parameter_stays_frozen(tmp_path, residual):
     (dict(switch_at=1.5), ValueError, r'must lie in \(0, 1\)'),
     (dict(switch_at='half'), TypeError, 'iteration'),
     (dict(switch_at=True), TypeError, 'iteration'),
+    (dict(switch_at=0, load_best=True), ValueError, 'needs a stage 1'),
     (dict(switch_at=6), ValueError, 'run ends after 6'),
     (dict(switch_at=99), ValueError, 'start at iteration 99.*ends after 6'),
     (dict(switch_at=3, learn=['nothing_like_this']), ValueError,
      "'nothing_like_this'.*matches no parameter.*offset"),
+    (dict(switch_at=3, learn={'.': -1.}), ValueError, 'must not be negative'),
+    (dict(switch_at=3, learn={'.': 0.}), ValueError, 'all factors.*are 0'),
+    (dict(
+        switch_at=3, param_scheduler=dict(type='PolyLR', by_epoch=True)),
+     ValueError, 'counts iterations.*`by_epoch`'),
 ])
 def test_bad_plans(tmp_path, residual, hook, error, message):
     with pytest.raises(error, match=message):
