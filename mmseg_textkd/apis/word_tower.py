@@ -107,7 +107,7 @@ class WordTower:
                     spec['pretrained'],
                     token_dim=learned.token_dim,
                     n_ctx=learned.n_ctx,
-                    position=learned.position,
+                    suffix=learned.suffix,
                     vocabulary=block)
                 learner.context.data.copy_(context)
                 learner.shift = shift
@@ -121,7 +121,7 @@ class WordTower:
         made_of = dict(
             tower=spec,
             context=digest.hexdigest(),
-            position=learned.position,
+            suffix=learned.suffix,
             words=_fields(words))
         return cached(made_of, make, self.cache_dir).vectors
 

@@ -48,7 +48,8 @@ class TextHeadMixin:
         text_losses (Sequence[dict], optional): Losses on pixel and class
             embeddings, called with both, the labels at the resolution of the
             pixel embeddings, ``ignore_index`` and ``batch_data_samples``
-            (which bring what a teacher knows of the images). Defaults to
+            (which bring what a teacher knows of the images), or, in stage 2,
+            on learned and fixed class embeddings. Defaults to
             None: none for 'classifier', or that of the image projection for
             a ``BalancedTextClassifier``; one ``TextAlignmentLoss`` of weight
             0.4 (DenseCLIP's) for 'auxiliary'.
@@ -192,16 +193,22 @@ class TextHeadMixin:
         small, labels = small.squeeze(1).long(), labels.squeeze(1)
         losses: Dict[str, Tensor] = {}
         for module in self.text_losses:
-            full = getattr(module, 'full_resolution', False)
-            pixels = embeddings
-            if _of_image_projection(module):
-                pixels = self.text.image_projection(feat)
-            value = module(
-                pixels,
-                text,
-                labels if full else small,
-                ignore_index=self.ignore_index,
-                batch_data_samples=batch_data_samples)
+            if getattr(module, 'of_text', False):
+                fixed = self._fixed_text()
+                if not self.text.text.learning:
+                    continue
+                value = module(text, fixed)
+            else:
+                full = getattr(module, 'full_resolution', False)
+                pixels = embeddings
+                if _of_image_projection(module):
+                    pixels = self.text.image_projection(feat)
+                value = module(
+                    pixels,
+                    text,
+                    labels if full else small,
+                    ignore_index=self.ignore_index,
+                    batch_data_samples=batch_data_samples)
             name = module.loss_name
             losses[name] = losses[name] + value if name in losses else value
         if self.text.fusion is not None:
@@ -210,6 +217,17 @@ class TextHeadMixin:
                 self.text.fusion.loss(self.text, feat, embeddings, text,
                                       logits, small, self.ignore_index))
         return losses
+
+    def _fixed_text(self) -> Tensor:
+        """Get the class embeddings that the learned ones start from."""
+        fixed = getattr(self.text.text, 'base', None)
+        if fixed is None:
+            raise ValueError(
+                'a loss between learned and fixed text needs prompts that '
+                f'learn, but `text` is a {type(self.text.text).__name__}.')
+        if getattr(self.text, 'unseen', ()):
+            fixed = self.text.seen_text(fixed)
+        return fixed
 
     def _check_calls(self, number: int, extra: bool) -> None:
         name = type(self).__name__
