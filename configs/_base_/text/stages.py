@@ -15,7 +15,9 @@ text_paramwise_x10 = dict(
 find_unused_parameters = True
 custom_hooks = [
     dict(
-        type='PromptLearnerHook', switch_at=0.9, schedule=dict(type='cosine'))
+        type='PromptLearnerHook',
+        switch_at=0.9,
+        param_scheduler=dict(type='CosineAnnealingLR', eta_min=0.))
 ]
 # For the role 'auxiliary', where the text is not deployed: with the network
 # frozen, stage 2 would change nothing that is.
@@ -28,5 +30,22 @@ auxiliary_hooks = [
             'log_scale': 1.0,
             '.': 0.1
         },
-        schedule=dict(type='cosine'))
+        param_scheduler=dict(type='CosineAnnealingLR', eta_min=0.))
+]
+# As published, in one run: stage 2 is as long as stage 1, starts from its best
+# checkpoint (set `save_best`) with a warm-up and a schedule of its own, and
+# leaves out the trunk, as MMSegmentation's STDC names it.
+text_published_hooks = [
+    dict(
+        type='PromptLearnerHook',
+        switch_at=0.5,
+        load_best=True,
+        learn={
+            r'^backbone\.backbone\.': 0.,
+            '.': 1.
+        },
+        param_scheduler=[
+            dict(type='LinearLR', start_factor=1e-5, end=200),
+            dict(type='PolyLR', power=0.9, eta_min=1e-6, begin=200)
+        ])
 ]
