@@ -134,6 +134,9 @@ def test_stage_2_as_a_run_of_its_own(tmp_path, residual):
         _, recorder = record(cfg)
         assert all(row['learns'] == {OFFSET, SCALE, BIAS}
                    for row in recorder.rows)
+        # By the schedule of the run, PolyLR from 0.05 to 1e-4.
+        assert [row['lr'][SCALE]
+                for row in recorder.rows] == pytest.approx([.05, 1e-4])
         log, = tmp_path.glob(f'{name}/*/*.log')
         assert ("without stage 1's weights"
                 in log.read_text()) == (load_from is None)
@@ -241,9 +244,14 @@ def test_rates_of_stage_2(tmp_path, residual):
     backbone = next(n for n in recorder.rows[0]['learns'] if 'backbone' in n)
     for name, rate in ((OFFSET, 0.1), (backbone, 0.005), (SCALE, 0.05)):
         lrs = [row['lr'][name] for row in recorder.rows[2:]]
-        # Half, full, (1 - 1 / 2)^2 of what is above eta_min, eta_min.
-        assert lrs == pytest.approx(
-            [rate / 2, rate, 1e-3 + (rate - 1e-3) / 4, 1e-3])
+        # Half, full, (1 - 1 / 2)^2 of what is above eta_min, eta_min; the
+        # factor is on all of it.
+        base, least = 0.05, 1e-3
+        factor = rate / base
+        assert lrs == pytest.approx([
+            rate / 2, rate, factor * (least + (base - least) / 4),
+            factor * least
+        ])
     stock = tiny_config(tmp_path, residual, dict())
     _, reference = record(stock)
     for row, other in zip(recorder.rows, reference.rows):

@@ -32,20 +32,3 @@ auxiliary_hooks = [
         },
         param_scheduler=dict(type='CosineAnnealingLR', eta_min=0.))
 ]
-# As published, in one run: stage 2 is as long as stage 1, starts from its best
-# checkpoint (set `save_best`) with a warm-up and a schedule of its own, and
-# leaves out the trunk, as MMSegmentation's STDC names it.
-text_published_hooks = [
-    dict(
-        type='PromptLearnerHook',
-        switch_at=0.5,
-        load_best=True,
-        learn={
-            r'^backbone\.backbone\.': 0.,
-            '.': 1.
-        },
-        param_scheduler=[
-            dict(type='LinearLR', start_factor=1e-5, end=200),
-            dict(type='PolyLR', power=0.9, eta_min=1e-6, begin=200)
-        ])
-]

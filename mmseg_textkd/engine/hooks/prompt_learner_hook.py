@@ -54,7 +54,8 @@ class PromptLearnerHook(Hook):
         param_scheduler (dict | Sequence[dict], optional): MMEngine's
             learning rate schedulers of stage 2, which count iterations from
             the switch; ``end`` defaults to the end of the run. Defaults to
-            None: constant rates.
+            None: constant rates, or the schedule of the run if all of it is
+            stage 2.
         load_best (bool): Whether stage 2 starts, as a run of its own would,
             from the best checkpoint of stage 1 with a fresh state of the
             optimizer. Needs ``save_best`` of :class:`CheckpointHook`, which
@@ -236,9 +237,12 @@ class PromptLearnerHook(Hook):
         groups = runner.optim_wrapper.param_groups
         # The schedule of the run goes on from its own rates.
         self._run_lrs = [group['lr'] for group in groups]
-        lrs = self._stage2_lrs(runner.iter - self.switch_iter)
-        for group, lr in zip(groups, lrs):
-            group['lr'] = lr
+        if self.switch_iter or self._schedulers:
+            lrs = self._scheduled_lrs(runner.iter - self.switch_iter)
+        else:
+            lrs = self._run_lrs
+        for group, lr, factor in zip(groups, lrs, self._group_factors):
+            group['lr'] = lr * factor
 
     def after_train_iter(self,
                          runner,
@@ -330,8 +334,8 @@ class PromptLearnerHook(Hook):
         """Settle when stage 2 starts, what learns in it, and how fast."""
         self.switch_iter = self._find_switch(runner)
         self._factors = self._find_factors(model)
-        rates = self._find_rates(runner, model)
-        self._make_schedule(rates, runner.max_iters - self.switch_iter)
+        self._group_factors = self._find_group_factors(runner, model)
+        self._make_schedule(runner)
         if self.switch_iter == 0 and not self._loaded:
             print_log(
                 "Stage 2 without stage 1's weights: the whole run is stage 2, "
@@ -397,8 +401,8 @@ class PromptLearnerHook(Hook):
                              f'`learn` are 0, {self.learn}.')
         return factors
 
-    def _find_rates(self, runner, model: nn.Module) -> List[float]:
-        """Find the base rates of the optimizer's groups in stage 2."""
+    def _find_group_factors(self, runner, model: nn.Module) -> List[float]:
+        """Find the factors of the groups of the optimizer."""
         wrapper, factors = runner.optim_wrapper, self._factors
         if isinstance(wrapper, OptimWrapperDict):
             raise ValueError(
@@ -406,7 +410,7 @@ class PromptLearnerHook(Hook):
                 f'{type(wrapper).__name__} with {list(wrapper.keys())}.')
         names = {id(param): name for name, param in model.named_parameters()}
         known: Set[Optional[str]] = set()
-        rates = []
+        found = []
         for group in wrapper.param_groups:
             members = [names.get(id(param)) for param in group['params']]
             known.update(members)
@@ -418,9 +422,7 @@ class PromptLearnerHook(Hook):
                     'each parameter a group of its own by adding to '
                     '`optim_wrapper`: paramwise_cfg=dict(custom_keys={'
                     "'.text.': dict(decay_mult=0.)}).")
-            # 'initial_lr' is there where the run has a schedule.
-            base = group.setdefault('initial_lr', group['lr'])
-            rates.append(base * (own.pop() if own else 1.0))
+            found.append(own.pop() if own else 1.0)
         lost = [n for n in factors if n not in known & self._trainable]
         if lost:
             raise ValueError(
@@ -428,21 +430,26 @@ class PromptLearnerHook(Hook):
                 'but they are not in the optimizer or were frozen when it was '
                 'built. Do not freeze them yourself (the hook does), or leave '
                 'them out of `learn`.')
-        return rates
+        return found
 
-    def _make_schedule(self, rates: List[float], length: int) -> None:
+    def _make_schedule(self, runner) -> None:
         """Build the schedulers of stage 2 on an optimizer of their own."""
-        # One group for each rate: a run may have hundreds of equal groups.
-        self._rates, self._step = rates, 0
-        self._scheduled = torch.optim.SGD([
-            dict(params=[nn.Parameter(torch.zeros(()))], lr=lr, initial_lr=lr)
-            for lr in sorted(set(rates))
-        ],
-                                          lr=0.)
         if any(cfg.get('by_epoch') for cfg in self.param_scheduler):
             raise ValueError('`param_scheduler` of PromptLearnerHook counts '
                              'iterations from the switch; leave `by_epoch` '
                              'out.')
+        # 'initial_lr' is there already where the run has a schedule.
+        self._base_lrs = [
+            group.setdefault('initial_lr', group['lr'])
+            for group in runner.optim_wrapper.param_groups
+        ]
+        # One group for each rate: a run may have hundreds of equal groups.
+        groups = [
+            dict(params=[nn.Parameter(torch.zeros(()))], lr=lr, initial_lr=lr)
+            for lr in sorted(set(self._base_lrs))
+        ]
+        self._scheduled, self._step = torch.optim.SGD(groups, lr=0.), 0
+        length = runner.max_iters - self.switch_iter
         self._schedulers = [
             PARAM_SCHEDULERS.build(
                 dict(cfg, by_epoch=False, end=cfg.get('end', length)),
@@ -450,22 +457,21 @@ class PromptLearnerHook(Hook):
             for cfg in self.param_scheduler
         ]
 
-    def _stage2_lrs(self, step: int) -> List[float]:
+    def _scheduled_lrs(self, step: int) -> List[float]:
         """Get the rates at an iteration of stage 2, for each group."""
-        # A resumed run steps through what lies behind it, which takes a
-        # second for 100,000 iterations and needs no state in a checkpoint.
+        # A resumed run steps through what lies behind it, which takes seconds
+        # for 100,000 iterations and needs no state in a checkpoint.
         while self._step < step:
             self._scheduled.step()
             for scheduler in self._schedulers:
                 scheduler.step()
             self._step += 1
         now = {g['initial_lr']: g['lr'] for g in self._scheduled.param_groups}
-        return [now[rate] for rate in self._rates]
+        return [now[lr] for lr in self._base_lrs]
 
     def _enter(self, runner, stage: int) -> None:
         """Bring the model into a stage."""
-        model, providers = unwrap(runner.model), text_providers(
-            unwrap(runner.model))
+        model = unwrap(runner.model)
         if stage == 2:
             # A checkpoint of a later iteration has been through the switch.
             if self.load_best and runner.iter <= self.switch_iter:
@@ -475,7 +481,7 @@ class PromptLearnerHook(Hook):
             self._warn_if_idle()
             learns = set(self._factors)
         else:
-            for provider in providers.values():
+            for provider in text_providers(model).values():
                 provider.stop_learning()
             learns = self._trainable - set(prompt_parameters(model))
         # Only now that the optimizer has been built: MMEngine leaves what is
