@@ -17,5 +17,6 @@ model = dict(
             class_specific=True,
             suffix='')))
 optim_wrapper = dict(
-    paramwise_cfg=dict(custom_keys={'.text.': dict(lr_mult=2., decay_mult=0.)}))
+    paramwise_cfg=dict(
+        custom_keys={'.text.': dict(lr_mult=2., decay_mult=0.)}))
 custom_hooks = _base_.text_stage2_hooks

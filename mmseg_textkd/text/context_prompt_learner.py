@@ -54,20 +54,19 @@ class ContextPromptLearner(PromptLearner):
         position (str, optional): Deprecated.
     """
 
-    def __init__(
-            self,
-            embeddings: dict,
-            num_classes: int,
-            model: str,
-            pretrained: Optional[str] = None,
-            token_dim: int = 512,
-            n_ctx: Optional[int] = None,
-            context_length: Optional[int] = None,
-            class_specific: bool = False,
-            suffix: str = '.',
-            init: Optional[str] = None,
-            vocabulary: Optional[Union[str, dict, Sequence[str]]] = None,
-            position: Optional[str] = None) -> None:
+    def __init__(self,
+                 embeddings: dict,
+                 num_classes: int,
+                 model: str,
+                 pretrained: Optional[str] = None,
+                 token_dim: int = 512,
+                 n_ctx: Optional[int] = None,
+                 context_length: Optional[int] = None,
+                 class_specific: bool = False,
+                 suffix: str = '.',
+                 init: Optional[str] = None,
+                 vocabulary: Optional[Union[str, dict, Sequence[str]]] = None,
+                 position: Optional[str] = None) -> None:
         super().__init__(embeddings, num_classes)
         if position is not None:
             if position != 'end':

@@ -138,8 +138,8 @@ def test_stage_2_as_a_run_of_its_own(tmp_path, residual):
         assert [row['lr'][SCALE]
                 for row in recorder.rows] == pytest.approx([.05, 1e-4])
         log, = tmp_path.glob(f'{name}/*/*.log')
-        assert ("without stage 1's weights"
-                in log.read_text()) == (load_from is None)
+        assert ("without stage 1's weights" in log.read_text()) == (
+            load_from is None)
     saved = load(path)['state_dict']
     assert SCALE in saved and OFFSET not in saved
     for key, value in saved.items():
@@ -193,13 +193,12 @@ def test_stage_2_as_published(tmp_path, residual, freeze_norm):
                 freeze_norm=freeze_norm)
         ]
         runner, recorder = record(cfg)
-        trunk, neck, heads = (
-            {
-                n
-                for n in recorder.rows[0]['learns']
-                if n.startswith(('backbone.backbone.', 'backbone.', 'decode',
-                                 'auxiliary')[i])
-            } for i in range(3))
+        trunk, neck, heads = ({
+            n
+            for n in recorder.rows[0]['learns']
+            if n.startswith(('backbone.backbone.', 'backbone.', 'decode',
+                             'auxiliary')[i])
+        } for i in range(3))
         heads |= {n for n in recorder.rows[0]['learns'] if 'auxiliary' in n}
         neck -= trunk
         assert all((trunk, neck, heads))
@@ -213,7 +212,8 @@ def test_stage_2_as_published(tmp_path, residual, freeze_norm):
             part
             for part in ('backbone.backbone.', 'backbone.arms.',
                          'decode_head.', 'auxiliary_head.')
-            if any(k.startswith(part) and 'running_mean' in k for k in changed)
+            if any(
+                k.startswith(part) and 'running_mean' in k for k in changed)
         }
         assert moving == dict(
             fixbackbone={'backbone.arms.', 'decode_head.', 'auxiliary_head.'},
@@ -222,7 +222,8 @@ def test_stage_2_as_published(tmp_path, residual, freeze_norm):
             trainall={
                 'backbone.backbone.', 'backbone.arms.', 'decode_head.',
                 'auxiliary_head.'
-            })[name] | (set() if freeze_norm else {'backbone.backbone.'})
+            })[name] | (
+                set() if freeze_norm else {'backbone.backbone.'})
         assert (changed & set(dict(runner.model.named_parameters()))
                 <= recorder.rows[1]['learns'])
 
@@ -435,8 +436,9 @@ def test_stage_2_from_the_best_checkpoint(tmp_path, residual, scores, best,
     end = load(tmp_path / 'whole' / 'iter_8.pth')
     assert len(end['optimizer']['state']) == 3
     # Stage 2 has a best checkpoint of its own.
-    assert sorted(p.name for p in (tmp_path / 'whole').glob('best*')) == sorted(
-        [f'best_score_iter_{best}.pth', 'best_score_iter_8.pth'])
+    assert sorted(p.name
+                  for p in (tmp_path / 'whole').glob('best*')) == sorted(
+                      [f'best_score_iter_{best}.pth', 'best_score_iter_8.pth'])
     for kind, at in stops:
         killed = cfg.copy()
         killed.work_dir = str(tmp_path / f'{kind}{at}')
@@ -452,9 +454,15 @@ def test_stage_2_from_the_best_checkpoint(tmp_path, residual, scores, best,
 
 
 @pytest.mark.parametrize('changes, message', [
-    ({'default_hooks.checkpoint.save_best': None}, 'one best checkpoint.*mIoU'),
-    ({'train_cfg.val_interval': 5}, 'first is at iteration 5.*switch at 4'),
-    ({'val_evaluator.scores': [float('nan')] * 4}, 'no best checkpoint'),
+    ({
+        'default_hooks.checkpoint.save_best': None
+    }, 'one best checkpoint.*mIoU'),
+    ({
+        'train_cfg.val_interval': 5
+    }, 'first is at iteration 5.*switch at 4'),
+    ({
+        'val_evaluator.scores': [float('nan')] * 4
+    }, 'no best checkpoint'),
 ])
 def test_no_best_checkpoint(tmp_path, residual, changes, message):
     cfg = best_config(tmp_path, residual, [.1] * 4)
@@ -547,8 +555,7 @@ def test_a_frozen_parameter_stays_frozen(tmp_path, residual):
      "'nothing_like_this'.*matches no parameter.*offset"),
     (dict(switch_at=3, learn={'.': -1.}), ValueError, 'must not be negative'),
     (dict(switch_at=3, learn={'.': 0.}), ValueError, 'all factors.*are 0'),
-    (dict(
-        switch_at=3, param_scheduler=dict(type='PolyLR', by_epoch=True)),
+    (dict(switch_at=3, param_scheduler=dict(type='PolyLR', by_epoch=True)),
      ValueError, 'counts iterations.*`by_epoch`'),
 ])
 def test_bad_plans(tmp_path, residual, hook, error, message):

@@ -17,12 +17,10 @@ from mmseg.registry import HOOKS, PARAM_SCHEDULERS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmseg_textkd.models.text_parameters import (check_classes,
-                                                 prompt_parameters,
-                                                 text_parameters,
-                                                 text_providers,
-                                                 text_statistics,
-                                                 tower_checksums, unwrap)
+from ...models.text_parameters import (check_classes, prompt_parameters,
+                                       text_parameters, text_providers,
+                                       text_statistics, tower_checksums,
+                                       unwrap)
 
 
 @HOOKS.register_module()
@@ -99,16 +97,17 @@ class PromptLearnerHook(Hook):
                             'fraction (float) or None, but got '
                             f'{switch_at!r}')
         if isinstance(switch_at, float) and not 0 < switch_at < 1:
-            raise ValueError('a fractional `switch_at` must lie in (0, 1), but '
-                             f'got {switch_at}; give an int for an iteration.')
+            raise ValueError(
+                'a fractional `switch_at` must lie in (0, 1), but '
+                f'got {switch_at}; give an int for an iteration.')
         if isinstance(switch_at, int) and switch_at < 0:
             raise ValueError('`switch_at` must not be negative, but got '
                              f'{switch_at}.')
         if load_best and not switch_at:
             raise ValueError(
-                'load_best=True needs a stage 1 and a stage 2 in this run, but '
-                f'got switch_at={switch_at}. To start from the best checkpoint '
-                'of another run, give that as `load_from`.')
+                'load_best=True needs a stage 1 and a stage 2 in this run, '
+                f'but got switch_at={switch_at}. To start from the best '
+                'checkpoint of another run, give that as `load_from`.')
         if learn is not None and not isinstance(learn, dict):
             learn = {pattern: 1.0 for pattern in learn}
         if any(factor < 0 for factor in (learn or {}).values()):
@@ -372,15 +371,15 @@ class PromptLearnerHook(Hook):
 
     def _find_factors(self, model: nn.Module) -> Dict[str, float]:
         """Find what learns in stage 2, and the factors on its rates."""
-        # What is frozen from the start stays so, but for the text: of that the
-        # caller hears. STDC's boundary head, for one, has a constant parameter.
+        # What is frozen from the start stays so, but for the text: of that
+        # the caller hears. STDC's boundary head has a constant parameter.
         names = [name for name, _ in model.named_parameters()]
         text = list(text_parameters(model))
         if self.learn is None:
             if not text:
                 raise ValueError(
-                    'nothing would learn in stage 2: the text is fixed and has '
-                    'no learnable scale or bias. Use a prompt learner, e.g. '
+                    'nothing would learn in stage 2: the text is fixed and '
+                    'has no learnable scale or bias. Use prompts, e.g. '
                     "text=dict(type='ResidualPromptLearner', ...), or set "
                     'switch_at=None.')
             return {name: 1.0 for name in text}
@@ -389,8 +388,9 @@ class PromptLearnerHook(Hook):
             matches = [name for name in names if re.search(pattern, name)]
             if not matches:
                 raise ValueError(
-                    f'the pattern {pattern!r} in `learn` matches no parameter. '
-                    f'Text parameters of this model are {sorted(text)}; '
+                    f'the pattern {pattern!r} in `learn` matches no '
+                    f'parameter. Text parameters of this model are '
+                    f'{sorted(text)}; '
                     f'network parameters look like {names[:3]}.')
             own = [n for n in matches if n in self._trainable or n in text]
             for name in own or matches:
@@ -493,8 +493,8 @@ class PromptLearnerHook(Hook):
                 param.grad = None
         self._frozen_norms = [
             module for module in model.modules()
-            if self.freeze_norm and isinstance(module, _BatchNorm)
-            and not any(p.requires_grad for p in module.parameters())
+            if self.freeze_norm and isinstance(module, _BatchNorm) and not any(
+                p.requires_grad for p in module.parameters())
         ]
         self.stage = stage
         follows = ''
@@ -575,7 +575,8 @@ class PromptLearnerHook(Hook):
             hub.update_scalar(f'train/{name}', value)
 
 
-def _schedulers_of(type: str = 'constant', warmup_iters: int = 0) -> List[dict]:
+def _schedulers_of(type: str = 'constant',
+                   warmup_iters: int = 0) -> List[dict]:
     """Translate the deprecated ``schedule``."""
     known = dict(
         constant=[],

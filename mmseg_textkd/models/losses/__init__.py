@@ -14,6 +14,5 @@ __all__ = [
     'ChannelWiseDistillationLoss', 'ImageEmbeddingDistillationLoss',
     'LogitDistillationLoss', 'SemanticStructureLoss', 'TextAlignmentLoss',
     'TextGuidedDistillationLoss', 'TextSimilarityDistillationLoss',
-    'TextToTextContrastiveLoss',
-    'mask_structure_loss', 'structure_loss'
+    'TextToTextContrastiveLoss', 'mask_structure_loss', 'structure_loss'
 ]
