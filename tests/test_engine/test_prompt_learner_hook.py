@@ -1,10 +1,14 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """The hook in real, tiny runs."""
+import ast
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
@@ -146,6 +150,7 @@ def test_stage_2_as_a_run_of_its_own(tmp_path, residual):
         assert torch.equal(recorder.rows[0]['before'][key], value), key
 
 
+ROOT = Path(__file__).parents[2]
 STDC = dict(
     type='STDCContextPathNet',
     backbone_cfg=dict(
@@ -161,71 +166,72 @@ STDC = dict(
     last_in_channels=(16, 16),
     out_channels=8,
     ffm_cfg=dict(in_channels=24, out_channels=8, scale_factor=4))
-# As its authors name what learns in stage 2 (docs/en/user_guides/training.md).
-LEARN = dict(
-    fixbackbone={
-        r'^backbone\.backbone\.': 0.,
-        '.': 1.
-    },
-    fixall=[r'\.(context|offset)$'],
-    fixexcepthead=[r'\.(context|offset)$', '^decode_head', '^auxiliary_head'],
-    trainall=['.'])
 
 
-@pytest.mark.parametrize('freeze_norm', [True, False])
-def test_stage_2_as_published(tmp_path, residual, freeze_norm):
+def documented_variants():
+    """Read `learn` of the published variants out of the guide."""
+    page = ROOT / 'docs/en/user_guides/training.md'
+    rows = re.findall(r'^\| `(\w+)`[^|]*\| [^|]+ \| `([\[{].+[\]}])` \|$',
+                      page.read_text(), re.M)
+    return {name: ast.literal_eval(learn) for name, learn in rows}
+
+
+def test_stage_2_as_published(tmp_path):
     """What learns, and whose batch norm statistics move."""
-    base = tiny_config(tmp_path, residual, max_iters=2)
+    text = dict(
+        type='ContextPromptLearner',
+        embeddings=dict(type='ControlEmbeddings', kind='random', dim=64),
+        model='toyclip',
+        token_dim=64,
+        context_length=9,
+        class_specific=True,
+        suffix='',
+        vocabulary=list(CLASSES))
+    base = tiny_config(tmp_path, max_iters=2)
+    base.model.update(
+        type='TextKD',
+        score_map=dict(in_channels=16, projection=True, text=text),
+        auxiliary_head=dict(base.model.decode_head, in_index=2))
     base.model.backbone = STDC
     base.model.decode_head.in_index = 3
-    base.model.auxiliary_head = dict(
-        base.model.decode_head, type='FCNHead', in_index=2)
-    base.model.auxiliary_head.pop('text')
-    for name, learn in LEARN.items():
-        if name != 'fixbackbone' and not freeze_norm:
-            continue
+    variants = documented_variants()
+    fragment = Config.fromfile(ROOT /
+                               'configs/_base_/text/published_stage2.py')
+    for hook in (fragment.text_stage2_hooks, fragment.text_two_stage_hooks):
+        assert hook[0].learn == variants['fixbackbone']
+        assert HOOKS.build(hook[0]).learn == hook[0].learn
+
+    def place(name):
+        """Tell trunk, neck, heads and prompts apart."""
+        for part, start in (('trunk', 'backbone.backbone.'),
+                            ('prompts', 'score_map.text'),
+                            ('neck', ('backbone.', 'score_map.'))):
+            if name.startswith(start):
+                return part
+        return 'heads'
+
+    cases = [('fixbackbone', True, {'neck', 'heads'}),
+             ('fixbackbone', False, {'neck', 'heads'}),
+             ('fixall', True, set()), ('fixexcepthead', True, {'heads'}),
+             ('trainall', True, {'trunk', 'neck', 'heads'})]
+    assert {name for name, *_ in cases} == set(variants)
+    for name, freeze_norm, parts in cases:
         cfg = copy.deepcopy(base)
         cfg.custom_hooks = [
             dict(
                 type='PromptLearnerHook',
                 switch_at=1,
-                learn=learn,
+                learn=variants[name],
                 freeze_norm=freeze_norm)
         ]
         runner, recorder = record(cfg)
-        trunk, neck, heads = ({
-            n
-            for n in recorder.rows[0]['learns']
-            if n.startswith(('backbone.backbone.', 'backbone.', 'decode',
-                             'auxiliary')[i])
-        } for i in range(3))
-        heads |= {n for n in recorder.rows[0]['learns'] if 'auxiliary' in n}
-        neck -= trunk
-        assert all((trunk, neck, heads))
-        assert recorder.rows[1]['learns'] == {OFFSET} | dict(
-            fixbackbone=neck | heads,
-            fixall=set(),
-            fixexcepthead=heads,
-            trainall=trunk | neck | heads)[name]
-        changed = recorder.changed(1)
-        moving = {
-            part
-            for part in ('backbone.backbone.', 'backbone.arms.',
-                         'decode_head.', 'auxiliary_head.')
-            if any(
-                k.startswith(part) and 'running_mean' in k for k in changed)
-        }
-        assert moving == dict(
-            fixbackbone={'backbone.arms.', 'decode_head.', 'auxiliary_head.'},
-            fixall=set(),
-            fixexcepthead={'decode_head.', 'auxiliary_head.'},
-            trainall={
-                'backbone.backbone.', 'backbone.arms.', 'decode_head.',
-                'auxiliary_head.'
-            })[name] | (
-                set() if freeze_norm else {'backbone.backbone.'})
-        assert (changed & set(dict(runner.model.named_parameters()))
-                <= recorder.rows[1]['learns'])
+        params = {n for n, _ in runner.model.named_parameters()}
+        learns, changed = recorder.rows[1]['learns'], recorder.changed(1)
+        assert learns == {n for n in params if place(n) in {'prompts', *parts}}
+        assert changed & params <= learns
+        assert {place(n) for n in changed & params} == {'prompts', *parts}
+        moving = {place(n) for n in changed if 'running_mean' in n}
+        assert moving == parts | (set() if freeze_norm else {'trunk'})
 
 
 def test_rates_of_stage_2(tmp_path, residual):
