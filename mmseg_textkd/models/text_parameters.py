@@ -6,9 +6,9 @@ from mmengine.model import is_model_wrapper
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmseg_textkd.text import TextProvider
-from mmseg_textkd.text.text_geometry import geometry
+from mmseg_textkd.text.embedding_statistics import geometry
 from .layers import LogitScale, TextClassifier
+from .text_providers import TextProvider
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -8,8 +8,7 @@ import torch
 from mmengine.config import Config
 from mmseg.registry import MODELS
 
-from mmseg_textkd.text import TextTower
-from mmseg_textkd.text.text_tower import load_tower
+from mmseg_textkd.clip.text_tower import TextTower, load_tower
 
 CONFIGS = sorted(
     (Path(__file__).parents[2] / 'configs').glob('textkd/*-stage2_*.py'))

@@ -7,9 +7,9 @@ from mmengine.logging import print_log
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from mmseg_textkd.clip.text_tower import TextTower, load_tower
+from mmseg_textkd.text.vocabulary import Vocabulary
 from .prompt_learner import PromptLearner
-from .text_tower import TextTower, load_tower
-from .vocabulary import Vocabulary
 
 
 @MODELS.register_module()
@@ -115,9 +115,7 @@ class ContextPromptLearner(PromptLearner):
                     f'{list(self.names)}.')
             phrases = [p[0] for p in vocabulary.phrases]
         elif self.record is not None:
-            # By name: `set_classes` may have reordered the classes.
-            of = dict(zip(self.record.names, self.record.phrases))
-            phrases = [of[name][0] for name in self.names]
+            phrases = [words[0] for words in self.record.phrases]
         else:
             raise ValueError(
                 'ContextPromptLearner does not know the class names; give '
@@ -144,15 +142,18 @@ class ContextPromptLearner(PromptLearner):
                 f'embeddings have width {self.dim}. Use embeddings made with '
                 f'this tower and token_dim={tower.token_dim}.')
         self.__dict__['tower'] = tower.to(self.context.device)
-        self._lay_out(tower)
+        self.__dict__['prompt_ids'] = self._lay_out(tower, self.phrases(),
+                                                    self.context_length)
         if self.init is not None and not self.started:
             self._init_from_words(tower)
 
-    def _lay_out(self, tower: TextTower) -> None:
-        """Make room for the context between SOS and the class names."""
-        phrases = self.phrases()
+    def _lay_out(self,
+                 tower: TextTower,
+                 phrases: Sequence[str],
+                 room: Optional[int] = None) -> Tensor:
+        """Get the token ids of the prompts, with room for the context."""
         ids = tower.tokenize([phrase + self.suffix for phrase in phrases])
-        room = min(self.context_length or ids.shape[1], ids.shape[1])
+        room = min(room or ids.shape[1], ids.shape[1])
         for phrase, length in zip(phrases, _lengths(tower, ids)):
             if length + self.n_ctx > room:
                 raise ValueError(
@@ -163,8 +164,8 @@ class ContextPromptLearner(PromptLearner):
         # The ids tell the tower where EOS is; those of the context, 0, are
         # replaced by the vectors.
         context = ids.new_zeros(len(ids), self.n_ctx)
-        self.__dict__['prompt_ids'] = torch.cat(
-            [ids[:, :1], context, ids[:, 1:]], dim=1)[:, :ids.shape[1]]
+        return torch.cat([ids[:, :1], context, ids[:, 1:]],
+                         dim=1)[:, :ids.shape[1]]
 
     @torch.no_grad()
     def _init_from_words(self, tower: TextTower) -> None:
@@ -186,22 +187,34 @@ class ContextPromptLearner(PromptLearner):
         Returns:
             Tensor: Unit rows, float32, with shape (K, D).
         """
+        return self._encode(self.tower, self.prompt_ids)
+
+    @torch.no_grad()
+    def encode_phrases(self, tower: TextTower,
+                       phrases: Sequence[str]) -> Tensor:
+        """Encode phrases of other classes in the learned context.
+
+        Args:
+            tower (TextTower): The tower of the training.
+            phrases (Sequence[str]): One phrase for each of K' classes.
+
+        Returns:
+            Tensor: Unit rows, float32, with shape (K', D).
+
+        Raises:
+            ValueError: If a prompt is longer than the tower's context.
+        """
+        return self._encode(tower, self._lay_out(tower, phrases))
+
+    def _encode(self, tower: TextTower, ids: Tensor) -> Tensor:
+        """Put the context into the prompts and encode them."""
         device = self.context.device
-        tower = self.__dict__['tower'].to(device)
-        ids = self.__dict__['prompt_ids'].to(device)
+        tower, ids = tower.to(device), ids.to(device)
         tokens = tower.embed_tokens(ids)
         context = self.context.expand(len(ids), -1, -1).to(tokens.dtype)
         tokens = torch.cat(
             [tokens[:, :1], context, tokens[:, 1 + self.n_ctx:]], dim=1)
         return self._centred(tower.encode_prompts(tokens, ids))
-
-    def _select_rows(self, rows: Tensor) -> None:
-        super()._select_rows(rows)
-        if self.context.dim() == 3:
-            self.context = nn.Parameter(self.context[rows.to(
-                self.context.device)])
-        if 'prompt_ids' in self.__dict__:
-            self.__dict__['prompt_ids'] = self.prompt_ids[rows]
 
 
 def _lengths(tower: TextTower, ids: Tensor) -> List[int]:
