@@ -231,12 +231,12 @@ class TextHeadMixin:
 
     def _fixed_text(self) -> Tensor:
         """Get the class embeddings that the learned ones start from."""
-        fixed = getattr(self.text_branch.text, 'base', None)
+        provider = self.text_branch.text
+        fixed = getattr(provider, 'base', None)
         if fixed is None:
             raise ValueError(
                 'a loss between learned and fixed text needs prompts that '
-                f'learn, but `text` is a {type(self.text_branch.text).__name__}.'
-            )
+                f'learn, but `text` is a {type(provider).__name__}.')
         if getattr(self.text_branch, 'unseen', ()):
             fixed = self.text_branch.seen_text(fixed)
         return fixed
