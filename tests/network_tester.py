@@ -78,9 +78,9 @@ def load_model(path):
     return model
 
 
-def stock_twin(path):
+def stock_twin(path, prefix='textkd_'):
     """The config of the same name without the text."""
-    name = path.name[len('textkd_'):]
+    name = path.name[len(prefix):]
     # The text encoder, and what else it is about.
     name = re.sub('_(vit-b16|toyclip|random)(-[a-z]+)?_', '_', name)
     twin = CONFIGS / 'stock' / name
