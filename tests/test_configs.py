@@ -34,6 +34,7 @@ DATA = {
     'ade20k': ('ADE20KDataset', 'ade20k'),
     'bdd100k': ('BDD100KDataset', 'bdd100k'),
     'camvid': ('CamVidDataset', 'camvid'),
+    'camvid-trainval': ('CamVidDataset', 'camvid'),
     'cityscapes': ('CityscapesDataset', 'cityscapes'),
     'coco-20i': ('COCOStuffDataset', 'coco_stuff'),
     'coco-stuff164k': ('COCOStuffDataset', 'coco_stuff'),
@@ -42,6 +43,7 @@ DATA = {
     'toy-scenes': ('ToyScenesDataset', 'toy_scenes'),
     'voc12aug': ('PascalVOCDataset', 'voc12'),
 }
+CLIP = {'rn50': 'RN50', 'toyclip': 'toyclip', 'vit-b16': 'ViT-B-16'}
 # Networks that there are configs of on every data set.
 FOUR = {
     'bisenetv2_fcn', 'stdc1_in1k-pre', 'ddrnet_23-slim_in1k-pre', 'pidnet-s'
@@ -65,10 +67,11 @@ class Method(NamedTuple):
 
 
 HEAD, TRAIN = 'model/decode_head', 'train_dataloader/dataset'
+HEAD_TEXT = f'{HEAD}/text'
 TEACHER = {'model/type', 'model/teacher', 'custom_hooks'}
 UNSEEN = {TRAIN, 'val_evaluator', 'test_evaluator'}
 TEXT = {
-    f'{HEAD}/type', f'{HEAD}/text',
+    f'{HEAD}/type', HEAD_TEXT,
     'optim_wrapper/paramwise_cfg/custom_keys/.text.',
     'optim_wrapper/paramwise_cfg/custom_keys/log_scale', 'custom_hooks',
     'auxiliary_hooks', 'find_unused_parameters'
@@ -76,6 +79,18 @@ TEXT = {
 METHODS = {
     'text':
     Method('textkd', 'stock', 53, TEXT),
+    'score-map':
+    Method('textkd', 'stock', 10, {'model/type', 'model/score_map', *TEXT} -
+           {f'{HEAD}/type', HEAD_TEXT}),
+    # Stage 1 of the authors': the text is fixed.
+    'rn50-score-map':
+    Method('textkd', 'stock', 7,
+           {'model/type', 'model/score_map', 'custom_hooks'}),
+    'rn50-score-map-decoder':
+    Method('textkd', 'textkd', 1, {'model/score_map/convs'}),
+    'rn50-cosine':
+    Method('textkd', 'stock', 1,
+           {f'{HEAD}/type', HEAD_TEXT, f'{HEAD}/text_branch', 'custom_hooks'}),
     'aux':
     Method('textkd', 'textkd', 1, {f'{HEAD}/role', 'custom_hooks'}),
     'ssc':
@@ -97,16 +112,15 @@ METHODS = {
     'cwd':
     Method('distillation', 'stock', 3, {'model/distill_losses', *TEACHER}),
     'balance-zs':
-    Method(
-        'balance', 'textkd', 4, {
-            f'{HEAD}/text', f'{HEAD}/text_branch', f'{HEAD}/text_losses',
-            *TEACHER, *UNSEEN
-        }),
+    Method('balance', 'textkd', 4, {
+        HEAD_TEXT, f'{HEAD}/text_branch', f'{HEAD}/text_losses', *TEACHER,
+        *UNSEEN
+    }),
     'lseg':
     Method(
         'lseg', 'stock', 3, {
-            f'{HEAD}/type', f'{HEAD}/text', f'{HEAD}/text_branch',
-            'custom_hooks', 'auxiliary_hooks', 'find_unused_parameters'
+            f'{HEAD}/type', HEAD_TEXT, f'{HEAD}/text_branch', 'custom_hooks',
+            'auxiliary_hooks', 'find_unused_parameters'
         }),
     # Their twin is MMSegmentation's, on ADE20K.
     'lseg-dpt':
@@ -116,6 +130,8 @@ METHODS = {
     'fold':
     Method('lseg', 'lseg', 8, {f'{HEAD}/text_branch/unseen', *UNSEEN}),
 }
+# What stays a part of the network.
+KEPT = ('bridge-kept', 'score-map', 'rn50-score-map', 'rn50-score-map-decoder')
 # EBSeg's have tests of their own.
 PATHS = sorted(
     path for path in CONFIGS.rglob('*.py')
@@ -135,10 +151,10 @@ def method_of(path):
     folder, network = path.parent.name, parts(path)['network']
     tags = [
         tag for tag, method in METHODS.items()
-        if method.folder == folder and network.endswith(f'-{tag}')
+        if method.folder == folder and re.search(f'[-_]{tag}$', network)
     ]
     if tags:
-        return tags[0]
+        return max(tags, key=len)
     if folder == 'lseg':
         dpt = network.startswith('lseg_dpt')
         return 'fold' if '-fold' in path.name else 'lseg' + '-dpt' * dpt
@@ -148,7 +164,7 @@ def method_of(path):
 def twin_of(path):
     """The config that a method is compared with."""
     tag, name = method_of(path), path.name
-    if tag == 'text':
+    if METHODS[tag][:2] == ('textkd', 'stock'):
         return stock_twin(path)
     if tag == 'lseg':
         return stock_twin(path, 'lseg_')
@@ -158,7 +174,7 @@ def twin_of(path):
         name = re.sub(r'-fold\d', '', name).replace('pascal-5i', 'voc12aug')
         name = name.replace('coco-20i', 'coco-stuff164k')
     else:
-        name = name.replace(f'-{tag}_', '_')
+        name = name.replace(f'-{tag.split("-score-map-")[-1]}_', '_')
     return CONFIGS / METHODS[tag].twin / name
 
 
@@ -176,7 +192,8 @@ def differences(ours, twin, key=''):
         return set() if ours == twin else {key}
     return {
         found
-        for k in {*ours, *twin} for found in differences(
+        for k in {*ours, *twin}
+        for found in differences(
             ours.get(k), twin.get(k), f'{key}/{k}' if key else str(k))
     }
 
@@ -193,45 +210,58 @@ def kinds(pipeline):
 
 def text_of(cfg):
     """The config of the class embeddings, if there is one."""
-    text = cfg.model.decode_head.get('text')
+    text = cfg.model.get('score_map', cfg.model.decode_head).get('text')
     return text and text.get('embeddings', text)
 
 
 # ----------------------------------------------------------- all of them
 def test_every_config_is_of_a_method():
-    assert {tag: len(paths)
-            for tag, paths in BY_METHOD.items()
-            } == {tag: method.number
-                  for tag, method in METHODS.items()}
+    assert {
+        tag: len(paths)
+        for tag, paths in BY_METHOD.items()
+    } == {
+        tag: method.number
+        for tag, method in METHODS.items()
+    }
     assert len(PATHS) == len(STOCK) + sum(map(len, BY_METHOD.values()))
     folders = {p.name for p in CONFIGS.iterdir() if p.is_dir()}
-    assert folders == {'_base_', 'ebseg', 'stock', 'studies'} | {
-        m.folder
-        for m in METHODS.values()
-    }, 'a folder is untested'
+    assert folders == {'_base_', 'ebseg', 'stock', 'studies'
+                       } | {m.folder
+                            for m in METHODS.values()}, 'a folder is untested'
 
 
 def test_all_combinations_are_there():
     """CamVid and Cityscapes for all networks, the others for four."""
-    stock = {(parts(p)['network'], parts(p)['dataset']) for p in STOCK}
+
+    def combinations(paths):
+        return {(parts(p)['network'], parts(p)['dataset']) for p in paths}
+
     toys = {(n, 'toy-scenes') for n in ('bisenetv2_fcn', 'ddrnet_23-slim')}
-    networks = {network for network, _ in stock - toys}
-    assert len(networks) == 15 and len(stock) == len(STOCK) == 52
-    assert stock == {(n, d)
-                     for n in networks for d in ('camvid', 'cityscapes')} | {
-                         (n, d)
-                         for n in FOUR
-                         for d in set(DATA) - {
-                             'toy-scenes', 'pascal-5i', 'coco-20i'
-                         }
-                     } | toys
-    # Each has its text twin; one, on random vectors, has another.
-    twins = [twin_of(p) for p in BY_METHOD['text'] if '_random_' not in p.name]
-    assert sorted(twins) == STOCK
+    stock = {twin_of(p) for p in BY_METHOD['text'] if '_random_' not in p.name}
+    networks = {network for network, _ in combinations(stock) - toys}
+    others = set(DATA) - {
+        'camvid-trainval', 'toy-scenes', 'pascal-5i', 'coco-20i'
+    }
+    assert len(networks) == 15 and len(stock) == 52
+    assert combinations(stock) == toys | {(n, d)
+                                          for n in networks
+                                          for d in ('camvid', 'cityscapes')
+                                          } | {(n, d)
+                                               for n in FOUR
+                                               for d in others}
+    # No other network without text is there but for the published score map.
+    scored = {
+        twin_of(p)
+        for tag in ('score-map', 'rn50-score-map')
+        for p in BY_METHOD[tag]
+    }
+    longer = {p for p in STOCK if p not in stock | scored}
+    assert combinations(longer) <= combinations(scored)
     # A method is there on CamVid for two networks, and on the toy.
-    for tag in set(METHODS) - {'text', 'aux', 'lseg-dpt', 'fold'}:
-        found = [parts(p)['dataset'] for p in BY_METHOD[tag]]
-        assert found.count('camvid') == 2 and 'toy-scenes' in found, tag
+    for tag, method in METHODS.items():
+        if method.folder not in ('textkd', 'lseg') or tag in ('lseg', 'zs'):
+            found = [parts(p)['dataset'] for p in BY_METHOD[tag]]
+            assert found.count('camvid') == 2 and 'toy-scenes' in found, tag
 
 
 def test_names_say_what_they_are():
@@ -276,15 +306,16 @@ def test_classes_are_the_same_everywhere():
                 weights = loss.get('class_weight') or classes
                 assert len(weights) == len(classes), path
         text = text_of(cfg)
-        assert bool(text) == (cfg.model.decode_head.type[:4] == 'Text'), path
+        named = path.name.startswith(('textkd_', 'lseg_'))
+        assert bool(text) == named, path
         if not text or text.type == 'ControlEmbeddings':
             continue
         assert text.classes == DATA[parts(path)['dataset']][1], path
         for spec in (text.classes, text.build.vocabulary):
             assert Vocabulary.from_spec(spec).names == classes, path
-        # `lseg_dpt_vit-b16_vit-b16`: the backbone and the text encoder.
-        model = 'toyclip' if '_toyclip' in path.name else 'ViT-B-16'
-        assert text.build.model == model, path
+        # The last: `dpt_vit-b16_vit-b16` are a backbone and a text encoder.
+        model = re.findall('_(vit-b16|rn50|toyclip)', path.name)
+        assert text.build.model == CLIP[model[-1]], path
         assert text.file.endswith('.safetensors')
         assert not osp.isabs(text.file), path
 
@@ -305,8 +336,9 @@ def test_twins_differ_in_the_method_only(tag):
     """Backbone, other heads, data, schedule, runtime: all else is equal."""
     allowed = METHODS[tag].changes
     for path in BY_METHOD[tag]:
-        cfg, twin = (Config.fromfile(p) if isinstance(p, str) else
-                     load_config(p) for p in (path, twin_of(path)))
+        cfg, twin = (
+            Config.fromfile(p) if isinstance(p, str) else load_config(p)
+            for p in (path, twin_of(path)))
         CHECKS[tag](cfg, twin, path)
         if tag == 'lseg-dpt':
             continue
@@ -316,8 +348,8 @@ def test_twins_differ_in_the_method_only(tag):
             if not key.startswith('text_')
         }
         assert found == allowed, path
-        # Nothing of it is left where it is deployed.
-        if METHODS[tag].folder != 'lseg' and tag != 'bridge-kept':
+        # Nothing of it is left where it is deployed, unless it is kept.
+        if METHODS[tag].folder != 'lseg' and tag not in KEPT:
             stock = to_stock_cfg(cfg).to_dict()
             assert stock == to_stock_cfg(twin).to_dict(), path
             assert 'textkd' not in str(stock), path
@@ -344,6 +376,11 @@ def rates_on_cityscapes(network):
 def check_text(cfg, twin, path):
     head, plain = (c.model.decode_head for c in (cfg, twin))
     assert head.type == f'Text{plain.type}', path
+    check_learned(cfg, twin, path)
+
+
+def check_learned(cfg, twin, path):
+    """The text learns, at the rates of the network, in a second stage."""
     keys = cfg.optim_wrapper.paramwise_cfg.custom_keys
     # The optimizer of each network is tested on Cityscapes.
     if 'toy' not in path.name:
@@ -356,6 +393,17 @@ def check_text(cfg, twin, path):
     assert cfg.find_unused_parameters is True
     kind = 'Control' if '_random_' in path.name else 'Class'
     assert text_of(cfg).type == f'{kind}Embeddings', path
+
+
+def check_score_map(cfg, twin, path):
+    assert cfg.model.type == 'TextKD' and twin.model.type == 'EncoderDecoder'
+    check_learned(cfg, twin, path)
+
+
+def check_fixed(cfg, twin, path):
+    assert cfg.custom_hooks == [dict(type='PromptLearnerHook')], path
+    assert text_of(cfg).type == 'ClassEmbeddings', path
+    assert cfg.model.type in ('TextKD', twin.model.type), path
 
 
 def check_auxiliary(cfg, twin, path):
@@ -481,6 +529,10 @@ def check_lseg(cfg, twin, path):
 
 CHECKS = {
     'text': check_text,
+    'score-map': check_score_map,
+    'rn50-score-map': check_fixed,
+    'rn50-score-map-decoder': check_fixed,
+    'rn50-cosine': check_fixed,
     'aux': check_auxiliary,
     'ssc': check_structure,
     'syn': check_synonyms,

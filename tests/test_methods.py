@@ -52,10 +52,10 @@ def build_in(folder, monkeypatch, name):
     return cfg, MODELS.build(offline(copy.deepcopy(cfg.model)))
 
 
-@pytest.mark.parametrize(
-    'name',
-    [f'bisenetv2_fcn_toyclip-balance-zs_{TOY}',
-     f'ddrnet_23-slim_in1k-pre_vit-b16-balance-zs_{CAMVID}'])
+@pytest.mark.parametrize('name', [
+    f'bisenetv2_fcn_toyclip-balance-zs_{TOY}',
+    f'ddrnet_23-slim_in1k-pre_vit-b16-balance-zs_{CAMVID}'
+])
 def test_balance_is_built_without_files(monkeypatch, tmp_path, name):
     _, model = build_in(tmp_path, monkeypatch, f'balance/textkd_{name}')
     assert type(model.decode_head.conv_seg) is BalancedTextClassifier
