@@ -33,7 +33,7 @@ CAMVID = '1xb8-10k_camvid-360x480.py'
 def test_both_stages_of_a_fusion(tmp_path, name, kind, kept):
     path = CONFIGS / f'fusion/textkd_bisenetv2_fcn_toyclip-{name}_{TOY}'
     runner, watch = two_iterations(path, tmp_path, (64, 128))
-    built = runner.model.decode_head.text.fusion
+    built = runner.model.decode_head.text_branch.fusion
     assert type(built) is kind and built.kept == kept
     first, second = watch.changed
     params = dict(runner.model.named_parameters())
@@ -63,7 +63,7 @@ def test_balance_is_built_without_files(monkeypatch, tmp_path, name):
     assert type(loss) is ImageEmbeddingDistillationLoss
     teacher = model.teacher
     assert type(teacher) is FrozenCLIPTeacher
-    assert teacher.tower.out_dims == model.decode_head.text.text.dim
+    assert teacher.tower.out_dims == model.decode_head.text_branch.text.dim
     if 'toyclip' in name:
         # The sizes and the scale are ToyCLIP's.
         scale = teacher.tower.network.clip_scale
@@ -80,12 +80,12 @@ def test_lseg_is_built_without_files(monkeypatch, tmp_path, name):
     cfg, model = build_in(tmp_path, monkeypatch, f'lseg/lseg_{name}')
     head = model.decode_head
     with pytest.raises(RuntimeError, match='tools/encode_text.py'):
-        head.text.text()
-    assert head.text.unseen == tuple(
+        head.text_branch.text()
+    assert head.text_branch.unseen == tuple(
         cfg.model.decode_head.text_branch.get('unseen', ()))
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
     learned = {id(p) for g in optimizer.param_groups for p in g['params']}
-    assert len(list(head.text.regularization.parameters())) == 2
+    assert len(list(head.text_branch.regularization.parameters())) == 2
     assert {id(p) for p in head.parameters()} <= learned
 
 

@@ -9,10 +9,16 @@ import torch
 import torch.nn.functional as F
 from each_case import each_case
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import PARAM_SCHEDULERS
 from mmengine.structures import PixelData
+from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
+from mmseg_textkd.deploy import fold, to_stock_cfg
+from mmseg_textkd.deploy.export import to_onnx
+from mmseg_textkd.deploy.exportable import ExportableSegmentor
 from mmseg_textkd.models import TextAlignmentLoss
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -263,10 +269,9 @@ def test_a_linear_score_map_folds_into_stock():
     # The root mean square of the lengths, and its running average.
     assert model.score_map.length.item() != 1
     model.eval()
-    cfg = stdc()
-    del cfg['score_map']
-    stock = MODELS.build(dict(cfg, type='EncoderDecoder')).eval()
-    stock.load_state_dict(model.fold(), strict=True)
+    cfg = Config(dict(model=stdc(norm='rms', projection=True, width=16)))
+    stock = fold(model, cfg)
+    assert type(stock) is EncoderDecoder
     with torch.no_grad():
         expected = model(image, mode='tensor')
         torch.testing.assert_close(
@@ -277,6 +282,19 @@ def test_a_linear_score_map_folds_into_stock():
         MODELS.build(stdc()).eval().fold()
     with pytest.raises(ValueError, match='decode_head.convs.0.conv'):
         MODELS.build(stdc(norm='rms', **DECODER)).eval().fold()
+    with pytest.raises(ValueError, match='model: a score map'):
+        to_stock_cfg(Config(dict(model=stdc())))
+
+
+def test_a_graph_without_the_plugin():
+    torch.manual_seed(0)
+    cfg = dict(stdc(), data_preprocessor=dict(type='SegDataPreProcessor'))
+    network = ExportableSegmentor(randomize(MODELS.build(cfg)).eval())
+    image = network.example((64, 96))
+    with torch.no_grad():
+        expected = network.reference(image)
+    logits, _ = to_onnx(network, (64, 96), dynamic=False, meta='').run(image)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_copy_has_its_own_score_map():
@@ -326,3 +344,34 @@ def test_an_unknown_backbone_needs_the_names():
         MODELS.build(cfg)
     with pytest.raises(ValueError, match='temperature'):
         MODELS.build(dict(stdc(), alignment_head=dict(temperature=0.)))
+
+
+def poly_with_warmup(base, step, total, warmup, eta_min=1e-6):
+    """MMCV 1.x: a linear warm-up in front of what the policy gives."""
+    rate = (base - eta_min) * (1 - step / total)**0.9 + eta_min
+    if step < warmup:
+        rate *= 1 - (1 - step / warmup) * (1 - 1e-5)
+    return rate
+
+
+def test_the_published_schedule():
+    """The learning rates of the authors' runs, of trunk and all else."""
+    path = 'textkd_stdc1_in1k-pre_rn50-score-map_1xb16-10k_camvid-720x960.py'
+    cfg = Config.fromfile(CONFIGS / 'textkd' / path)
+    wrapper = build_optim_wrapper(MODELS.build(stdc()), cfg.optim_wrapper)
+    schedulers = [
+        PARAM_SCHEDULERS.build(
+            dict(scheduler), default_args=dict(optimizer=wrapper))
+        for scheduler in cfg.param_scheduler
+    ]
+    bases = sorted({g['initial_lr'] for g in wrapper.param_groups})
+    assert bases == pytest.approx([0.01, 0.1])
+    for step in range(10000):
+        if step in (0, 1, 50, 199, 200, 201, 5000, 9000):
+            rates = sorted({g['lr'] for g in wrapper.param_groups})
+            expected = [
+                poly_with_warmup(base, step, 10000, 200) for base in bases
+            ]
+            assert rates == pytest.approx(expected, rel=2e-3, abs=2e-6), step
+        for scheduler in schedulers:
+            scheduler.step()

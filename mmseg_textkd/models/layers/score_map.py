@@ -7,11 +7,17 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_textkd.text import TextProvider
+from ..text_providers import TextProvider
 from .similarity import pixel_text_similarity
 
 NORMS = ('l2', 'rms')
 INITS = ('zero', 'kaiming')
+KEPT_AS_IT_IS = (
+    "a score map with norm='l2' divides each pixel by its own length and does "
+    'not fold into a convolution. Deploy it as it is: the text is a constant, '
+    'CLIP is not needed (with the plugin, or as a graph without it: '
+    "tools/deployment/export_onnx.py); or train with score_map=dict(norm='rms'"
+    '), which folds where convolutions read the feature itself.')
 
 
 class ScoreMap(BaseModule):
@@ -192,11 +198,7 @@ class ScoreMap(BaseModule):
             ValueError: With ``norm='l2'``, which is not linear.
         """
         if self.norm != 'rms':
-            raise ValueError(
-                "a score map with norm='l2' divides each pixel by its own "
-                'length and does not fold into a convolution. Deploy it as '
-                'it is (its text is a constant), or train with '
-                "score_map=dict(norm='rms').")
+            raise ValueError(KEPT_AS_IT_IS)
         linear = self.text().double() / self.length.double()
         if self.projection is not None:
             linear = linear @ self.projection.weight.double().flatten(1)

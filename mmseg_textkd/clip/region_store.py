@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from mmengine.logging import print_log
 
-from .embedding_storage import write_atomically
+from mmseg_textkd.text.embedding_storage import write_atomically
 from .image_tower import ImageTower
 from .region_embeddings import RegionEmbeddings, encode_regions, region_key
-from .text_weights import PathLike, hash_weights
+from .weights import PathLike, hash_weights
 
 
 class RegionStore:

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .embedding_storage import digest, write_atomically
+from mmseg_textkd.text.embedding_storage import digest, write_atomically
 from .image_tower import ImageTower
 
 KIND = 'mmseg_textkd.region_embeddings.1'
 
 
 class RegionEmbeddings(NamedTuple):
-    """What an image tower makes of the classes in one image.
+    """Image embeddings of the regions of the classes of one image.
 
     Attributes:
         labels (Tensor): Classes that are present, ascending, int64, shape
@@ -94,7 +94,7 @@ def encode_regions(tower: ImageTower,
     """Encode the region of each class of an image.
 
     A region is the bounding box of all pixels of the class, with the pixels
-    of other classes greyed, brought to the size of the tower. The source is
+    of other classes grayed, brought to the size of the tower. The source is
     `Global Knowledge Calibration <https://arxiv.org/abs/2303.09181>`_, there
     with the regions of instances.
 
