@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmseg.registry import MODELS
 from torch import nn
 
@@ -91,7 +92,7 @@ def test_missing_file_needs_a_width(tmp_path):
         provider()
 
 
-@pytest.mark.parametrize('options, words', [
+@each_case('options, words', [
     (dict(dim=8), ['width 16', 'dim=8']),
     (dict(num_classes=5), ['4 classes', 'num_classes=5', 'signsymbol']),
     (dict(classes='camvid'), ['camvid', 'bicyclist']),
@@ -183,7 +184,7 @@ def test_shuffled_control_without_its_file(tmp_path, fixed):
     assert torch.equal(bare(), whole())
 
 
-@pytest.mark.parametrize('options, message', [
+@each_case('options, message', [
     (dict(kind='noise'), "'noise'.*'random', 'shuffled', 'onehot'"),
     (dict(kind='shuffled'), "belongs to kind='shuffled'"),
     (dict(kind='random', embeddings={}), "belongs to kind='shuffled'"),
@@ -508,7 +509,7 @@ def test_bad_context_is_refused_when_built(toy, options, words):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize('options, words', [
+@each_case('options, words', [
     (dict(token_dim=32), ['width 64', 'token_dim=32', 'token_dim=64']),
     (dict(init='a photo of'), ["'a photo of' has 3 tokens", 'n_ctx=3']),
     (dict(n_ctx=28), ['traffic light pole', '28 context', 'room for 32']),
