@@ -248,7 +248,7 @@ def test_learners_draw_in_stage_1_and_learn_in_stage_2(file, learner):
     drawn = provider(500)
     torch.manual_seed(0)
     assert torch.equal(drawn, build(file)(500))
-    assert provider.drift() == pytest.approx(
+    assert provider.distance_from_start() == pytest.approx(
         0, abs=1e-6) or learner['type'] == 'MixturePromptLearner'
     provider.start_learning()
     text = provider(5)
