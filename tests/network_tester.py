@@ -285,7 +285,7 @@ class BaseNetworkTester:
         """The text config on Cityscapes."""
         path, = (
             CONFIGS /
-            'textkd').glob(f'textkd_{cls.network}_vit-b16_*_cityscapes-*.py')
+            'text_classifier').glob(f'textkd_{cls.network}_vit-b16_*_cityscapes-*.py')
         return path
 
     @pytest.fixture(scope='class')

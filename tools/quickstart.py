@@ -29,7 +29,7 @@ matplotlib.use('Agg')
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path('data/toy_scenes')
 STOCK = 'configs/stock/bisenetv2_fcn_1xb8-200i_toy-scenes-128x256.py'
-TEXT = ('configs/textkd/'
+TEXT = ('configs/text_classifier/'
         'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py')
 ARMS = dict(stock=STOCK, textkd=TEXT)
 CLASSES = ToyScenesDataset.METAINFO['classes']
@@ -266,9 +266,9 @@ def main() -> None:
           f'{report["seconds"]} s\n')
     print(
         NEXT.format(
-            cityscapes='configs/textkd/textkd_bisenetv2_fcn_vit-b16_4xb4-160k_'
+            cityscapes='configs/text_classifier/textkd_bisenetv2_fcn_vit-b16_4xb4-160k_'
             'cityscapes-1024x1024.py',
-            camvid='configs/textkd/textkd_bisenetv2_fcn_vit-b16_1xb8-10k_'
+            camvid='configs/text_classifier/textkd_bisenetv2_fcn_vit-b16_1xb8-10k_'
             'camvid-360x480.py'))
 
 

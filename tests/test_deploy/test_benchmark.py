@@ -17,7 +17,7 @@ from mmseg_textkd.deploy.benchmark import (interleave, paired_ratio,
 from mmseg_textkd.deploy.benchmark_backends import BACKENDS, Skipped
 
 TOY = Path(__file__).resolve().parents[2].joinpath(
-    'configs/textkd/'
+    'configs/text_classifier/'
     'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py')
 
 

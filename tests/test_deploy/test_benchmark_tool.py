@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from mmseg_textkd.deploy.benchmark_backends import BACKENDS
 
 TOY = ROOT.joinpath(
-    'configs/textkd/'
+    'configs/text_classifier/'
     'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py')
 STOCK_TOY = ROOT.joinpath(
     'configs/stock/bisenetv2_fcn_1xb8-200i_toy-scenes-128x256.py')

@@ -20,7 +20,7 @@ from mmseg_textkd.deploy import (fold, fold_state_dict, mean_lengths,
 from mmseg_textkd.models.text_parameters import text_providers
 
 SIZE = (64, 96)
-SEGNEXT = CONFIGS / ('textkd/textkd_segnext_mscan-t_vit-b16_1xb8-10k_'
+SEGNEXT = CONFIGS / ('text_classifier/textkd_segnext_mscan-t_vit-b16_1xb8-10k_'
                      'camvid-360x480.py')
 
 
@@ -386,7 +386,7 @@ def test_third_stage_of_the_guide(trained, tmp_path, monkeypatch):
     guide = CONFIGS.parent / 'docs/en/user_guides/deploy.md'
     code, = re.findall(r'```python\n(_base_.*?)```', guide.read_text(), re.S)
     base, = re.findall(r"_base_ = '(.*?)'", code)
-    text = CONFIGS / 'textkd' / base.replace(
+    text = CONFIGS / 'text_classifier' / base.replace(
         'stock/', 'textkd/textkd_').split('/')[-1].replace(
             '_1xb8', '_vit-b16_1xb8')
     (tmp_path / 'stage3.py').write_text(

@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 def text_configs() -> Dict[str, Path]:
     """Find the text configs on Cityscapes, by name of the network."""
-    folder = ROOT / 'configs' / 'textkd'
+    folder = ROOT / 'configs' / 'text_classifier'
     matches = [(NAME.fullmatch(p.name), p) for p in sorted(folder.iterdir())]
     return {match[1]: path for match, path in matches if match}
 
@@ -227,7 +227,7 @@ def page(rows: Sequence[Row]) -> str:
     attachment = [
         (
             # From docs/en.
-            f'[{row.name}](../../configs/textkd/{row.config})',
+            f'[{row.name}](../../configs/text_classifier/{row.config})',
             f'`{row.heads[0]}` → `{row.heads[1]}`',
             f'{row.channels} → {row.dim}',
             str(row.stride),
