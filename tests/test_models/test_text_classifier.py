@@ -153,7 +153,7 @@ def test_scale_is_clamped_and_can_come_back():
     assert scale.log_scale.grad.item() == pytest.approx(100., rel=1e-5)
 
 
-@pytest.mark.parametrize('init', [0., -1., 101.])
+@each_case('init', [0., -1., 101.])
 def test_bad_scale(init):
     with pytest.raises(ValueError, match='must start in'):
         LogitScale(init=init)
