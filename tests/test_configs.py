@@ -98,7 +98,8 @@ METHODS = {
     'rn50-score-map-decoder-stage2':
     Method(
         'textkd', 'textkd', 1, {
-            'model/score_map/text', 'custom_hooks', 'find_unused_parameters',
+            'model/score_map/text', 'model/score_map/convs', 'custom_hooks',
+            'find_unused_parameters',
             'optim_wrapper/paramwise_cfg/custom_keys/.text.'
         }),
     'rn50-cosine':
@@ -431,8 +432,10 @@ def check_published_stage2(cfg, twin, path):
     assert (hook.switch_at, hook.freeze_norm) == (0, False), path
     assert hook.learn == {r'^backbone\.backbone\.': 0., '.': 1.}, path
     text = cfg.model.score_map.text
-    assert text_of(cfg) == text_of(twin), path
-    assert (text.context_length, text.class_specific) == (16, True), path
+    assert text.type == 'ContextPromptLearner' and text.class_specific, path
+    assert text.embeddings == twin.model.score_map.text, path
+    assert text.model == text.embeddings.build.model, path
+    assert (text.context_length, text.suffix) == (16, ''), path
     assert '-decoder' not in path.name or cfg.model.score_map.convs == [
         'decode_head.convs.0.conv'
     ]
