@@ -88,6 +88,13 @@ METHODS = {
            {'model/type', 'model/score_map', 'custom_hooks'}),
     'rn50-score-map-decoder':
     Method('textkd', 'textkd', 1, {'model/score_map/convs'}),
+    'rn50-score-map-stage2':
+    Method(
+        'textkd', 'textkd', 2, {
+            'model/score_map/text', 'optim_wrapper', 'custom_hooks',
+            'find_unused_parameters', 'text_stage2_hooks',
+            'text_two_stage_hooks'
+        }),
     'rn50-cosine':
     Method('textkd', 'stock', 1,
            {f'{HEAD}/type', HEAD_TEXT, f'{HEAD}/text_branch', 'custom_hooks'}),
@@ -131,7 +138,8 @@ METHODS = {
     Method('lseg', 'lseg', 8, {f'{HEAD}/text_branch/unseen', *UNSEEN}),
 }
 # What stays a part of the network.
-KEPT = ('bridge-kept', 'score-map', 'rn50-score-map', 'rn50-score-map-decoder')
+KEPT = ('bridge-kept', 'score-map', 'rn50-score-map', 'rn50-score-map-decoder',
+        'rn50-score-map-stage2')
 # EBSeg's have tests of their own.
 PATHS = sorted(
     path for path in CONFIGS.rglob('*.py')
@@ -406,6 +414,12 @@ def check_fixed(cfg, twin, path):
     assert cfg.model.type in ('TextKD', twin.model.type), path
 
 
+def check_stage2(cfg, twin, path):
+    assert cfg.custom_hooks == cfg.text_stage2_hooks, path
+    assert cfg.model.score_map.text.type == 'ContextPromptLearner', path
+    assert text_of(cfg) == text_of(twin), path
+
+
 def check_auxiliary(cfg, twin, path):
     assert cfg.model.decode_head.role == 'auxiliary'
     assert cfg.custom_hooks == twin.auxiliary_hooks
@@ -532,6 +546,7 @@ CHECKS = {
     'score-map': check_score_map,
     'rn50-score-map': check_fixed,
     'rn50-score-map-decoder': check_fixed,
+    'rn50-score-map-stage2': check_stage2,
     'rn50-cosine': check_fixed,
     'aux': check_auxiliary,
     'ssc': check_structure,
