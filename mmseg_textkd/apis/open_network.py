@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Dict, Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
 from mmseg.registry import MODELS
 from torch import nn
 
-from mmseg_textkd.deploy import load_strictly, read_checkpoint, to_stock_cfg
+from mmseg_textkd.deploy import to_stock_cfg
 from mmseg_textkd.models import EBSeg, TextHeadMixin
+from mmseg_textkd.utils.checkpoint import build_segmentor, read_checkpoint
 from .ebseg_classifier import EBSegClassifier
 from .folded_classifier import FoldedClassifier
 from .open_classifier import OpenClassifier
@@ -35,22 +35,16 @@ def load_network(cfg: Config, checkpoint: Path) -> Tuple[nn.Module, Dict]:
         ValueError: If it is damaged or of another network.
     """
     saved = read_checkpoint(checkpoint)
-    state = {
-        k: v
-        for k, v in saved['state_dict'].items()
-        if not k.startswith('auxiliary_head.')
-    }
+    state = saved['state_dict']
     if isinstance(cfg.model.decode_head, list):
         raise ValueError('a cascade of decode heads is not supported.')
     kind = MODELS.get(cfg.model.decode_head.type)
     has_text = any(k.endswith('.class_embeddings') for k in state)
     if not has_text and isclass(kind) and issubclass(kind, TextHeadMixin):
         cfg.model = to_stock_cfg(cfg, strip_auxiliary=True).model
-    cfg.model.pop('auxiliary_head', None)
     # Other classes of a config of EBSeg; here they come by their names.
     cfg.model.decode_head.pop('test_text', None)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    load_strictly(model, state, checkpoint)
+    model = build_segmentor(cfg.model, state, checkpoint)
     model.cfg = cfg
     return model, saved['meta']
 

@@ -15,7 +15,7 @@ import mmseg
 import torch
 
 import mmseg_textkd
-from .checkpoint import write_files
+from ..utils.io import write_files
 
 TIME_HEADER = ('median [quartiles], ms', 'minimum, ms',
                'ratio [95 % interval]')

@@ -8,7 +8,7 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from .checkpoint import load_strictly, read_checkpoint
+from ..utils.checkpoint import load_strictly, read_checkpoint
 from .confusion_iou_metric import SUMMARY, ConfusionIoUMetric
 
 PAIRS = 10  # how many confusable pairs are listed

@@ -6,13 +6,12 @@ from typing import Dict, Optional, Tuple
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
-from torch import Tensor, nn
+from torch import nn
 
 from ..models import TextHeadMixin
-from .checkpoint import load_strictly, read_checkpoint
+from ..utils.checkpoint import build_segmentor, non_finite, read_checkpoint
 
 FOLD = 'fold it first: tools/model_converters/textkd2mmseg.py'
 
@@ -55,30 +54,18 @@ def load_stock(
     if has_text and not kept:
         raise ValueError(f'{config} is the config of a text network; {FOLD}.')
     saved = read_checkpoint(checkpoint)
-    state = {
-        key: value
-        for key, value in saved['state_dict'].items()
-        if not key.startswith('auxiliary_head.')
-    }
+    state = saved['state_dict']
     if not kept and any(k.endswith('.class_embeddings') for k in state):
         raise ValueError(
             f'{checkpoint} is the checkpoint of a text network; {FOLD}.')
-    broken = [key for key, value in state.items() if not _is_finite(value)]
-    if broken:
-        raise ValueError(f'{checkpoint} has NaN or infinite weights: '
-                         f'{broken[:3]}')
-    cfg.model.pop('auxiliary_head', None)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
-    load_strictly(model, state, checkpoint)
+    model = build_segmentor(cfg.model, state, checkpoint)
+    odd = non_finite(model.state_dict())
+    if odd:
+        raise ValueError(f'{checkpoint}: {odd}.')
     # Windows would be another computation than that of the graph.
     model.test_cfg = ConfigDict(mode='whole')
     meta = _dataset_meta(cfg, saved['meta'], model.decode_head.num_classes)
     return cfg, _fix_bases(model), meta
-
-
-def _is_finite(value: Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinite values."""
-    return not value.is_floating_point() or bool(value.isfinite().all())
 
 
 def _fix_bases(model: nn.Module) -> nn.Module:

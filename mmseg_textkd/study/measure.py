@@ -15,9 +15,10 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from mmengine.config import Config
 
-from mmseg_textkd.deploy import write_files
 from mmseg_textkd.deploy.compare import evaluate
 from mmseg_textkd.deploy.confusion_iou_metric import SUMMARY
+from mmseg_textkd.utils.checkpoint import find_checkpoint
+from mmseg_textkd.utils.io import write_files
 from mmseg_textkd.version import __version__
 
 RESULT = 'result.json'
@@ -41,10 +42,9 @@ def make_run(folder: Path, splits: Sequence[str], train_tool: Path) -> None:
     config = str(folder / 'config.py')
     cfg = Config.fromfile(config)
     checkpoint = folder / f'iter_{cfg.train_cfg.max_iters}.pth'
-    # MMEngine writes it after the checkpoint that it names.
-    last = folder / 'last_checkpoint'
-    resume = ['--resume'] if last.exists() else []
-    if not resume or Path(last.read_text().strip()).name != checkpoint.name:
+    found = find_checkpoint(folder)
+    resume = [] if found is None else ['--resume']
+    if found is None or found.name != checkpoint.name:
         sys.argv = [
             str(train_tool), config, '--work-dir',
             str(folder), *resume

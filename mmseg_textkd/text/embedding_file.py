@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .embedding_storage import TEXTS, digest, read_file, write_file
+from ..utils.io import digest, write_hashed
+from .embedding_storage import KIND, TEXTS, read_file
 from .text_geometry import ce_floor, centre, closest_pairs, geometry
 from .vector_import import EmbeddingFileError, read_names, read_vectors
 
@@ -159,7 +160,7 @@ class TextEmbeddings:
         Args:
             path (str or PathLike): The file. Folders are made.
         """
-        write_file(path, self._tensors(), self._texts())
+        write_hashed(path, KIND, self._tensors(), self._texts())
 
     @classmethod
     def load(cls, path: PathLike) -> 'TextEmbeddings':

@@ -6,8 +6,8 @@ from typing import Iterable, Tuple
 import torch
 from torch import Tensor
 
+from ..utils.io import DamagedFileError, read_hashed, write_hashed
 from .embedding_file import EmbeddingFileError, TextEmbeddings
-from .embedding_storage import digest, write_atomically
 from .phrase_bank import phrase_vectors
 from .region_embeddings import RegionEmbeddings
 from .text_weights import PathLike
@@ -109,14 +109,12 @@ def save_confidence(file: PathLike, record: TextEmbeddings, scores: Tensor,
     Returns:
         Path: The file; readers never see half of it.
     """
-    from safetensors.torch import save
     tensors = dict(
         confidence=scores.float().cpu().contiguous(),
         regions=regions.cpu().contiguous())
-    texts = dict(kind=KIND, embeddings=record.sha256, source=source)
-    meta = dict(texts, sha256=digest(texts, tensors))
     path = confidence_file(file)
-    write_atomically(path, save(tensors, metadata=meta))
+    write_hashed(path, KIND, tensors,
+                 dict(embeddings=record.sha256, source=source))
     return path
 
 
@@ -134,24 +132,16 @@ def load_confidence(file: PathLike, record: TextEmbeddings) -> Tensor:
         FileNotFoundError: If they are not there.
         EmbeddingFileError: If they are damaged, or of other embeddings.
     """
-    from safetensors import SafetensorError, safe_open
     path = confidence_file(file)
     remedy = f'Make it with `python tools/score_synonyms.py CONFIG {file}`.'
     if not path.is_file():
         raise FileNotFoundError(f'there are no confidences {path}. {remedy}')
     try:
-        with safe_open(path, framework='pt') as content:
-            meta = content.metadata() or {}
-            tensors = {n: content.get_tensor(n) for n in content.keys()}
-    except SafetensorError as error:
+        tensors, texts = read_hashed(path, KIND)
+    except DamagedFileError as error:
         raise EmbeddingFileError(
-            f'Confidences {path}: the file is damaged ({error}). {remedy}'
-        ) from error
-    found = meta.pop('sha256', None)
-    if meta.get('kind') != KIND or found != digest(meta, tensors):
-        raise EmbeddingFileError(f'Confidences {path}: the file is damaged or '
-                                 f'of another kind. {remedy}')
-    if meta['embeddings'] != record.sha256:
+            f'Confidences {path}: {error} {remedy}') from error
+    if texts['embeddings'] != record.sha256:
         raise EmbeddingFileError(
             f'Confidences {path}: they belong to other embeddings than those '
             f'that are in {file} now. {remedy}')

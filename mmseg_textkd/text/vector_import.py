@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.checkpoint import load_file
+
 PathLike = Union[str, os.PathLike]
 
 
@@ -114,22 +116,21 @@ def _read_npy(path: Path) -> Tensor:
 def _read_torch(path: Path) -> Any:
     """Read what ``weights_only`` lets pass."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()
+        return load_file(path)
+    except (OSError, ValueError) as error:
         raise EmbeddingFileError(
             'it holds more than tensors, or is damaged; such files are not '
             'unpickled, for that runs code. Save the bare K×D tensor with '
             'torch.save(tensor, FILE) or np.save where you trust its origin '
-            f'({reason[0] if reason else type(error).__name__})') from error
+            f'({error})') from error
 
 
 def _read_safetensors(path: Path) -> Any:
     """Read a safetensors file that is not ours."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
     try:
-        return load_file(path)
+        return load(path.read_bytes())
     except SafetensorError as error:
         raise EmbeddingFileError(
             f'it is no safetensors file, or cut short ({error})') from error

@@ -18,9 +18,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from mmengine.config import DictAction
 
-from mmseg_textkd.deploy import write_files
 from mmseg_textkd.deploy.compare import compare, evaluate
 from mmseg_textkd.deploy.confusion_iou_metric import SUMMARY
+from mmseg_textkd.utils.io import write_files
 
 NOTE = ('One pair of checkpoints says nothing about seeds: another seed of '
         'the same config may move a class by as much. Repeat it with several.')

@@ -18,9 +18,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mmseg_textkd.deploy import write_files
 from mmseg_textkd.study import Ledger, LedgerError
 from mmseg_textkd.study.analysis import Group, Interval, group, interval
+from mmseg_textkd.utils.io import write_files
 
 NOTE = ('<!-- Made by tools/analysis_tools/study_table.py of {ledgers}; not '
         'to be edited. -->')

@@ -9,7 +9,6 @@ A checkpoint with no text, folded already or stock, is checked and written as
 it is.
 """
 import argparse
-import io
 import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
@@ -24,10 +23,12 @@ from mmengine.registry import MODELS, init_default_scope
 from mmseg.registry import DATASETS
 
 import mmseg_textkd
-from mmseg_textkd.deploy import (fold_state_dict, load_strictly, mean_lengths,
-                                 read_checkpoint, to_stock_cfg, verify,
-                                 write_files)
+from mmseg_textkd.deploy import (fold_state_dict, mean_lengths, to_stock_cfg,
+                                 verify)
 from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
+from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
+                                           read_checkpoint)
+from mmseg_textkd.utils.io import write_files
 
 # What MMEngine's runner and this tool note of a training.
 TRAINING = ('epoch', 'iter', 'seed', 'experiment_name', 'time', 'trained_with',
@@ -184,10 +185,9 @@ def convert(args: argparse.Namespace) -> None:
         mmengine_version=mmengine.__version__,
         mmseg_version=mmseg.__version__,
         torch_version=str(torch.__version__))
-    data = io.BytesIO()
-    torch.save(dict(state_dict=state, meta=meta), data)
+    data = checkpoint_bytes(dict(state_dict=state, meta=meta))
     out = args.out.with_suffix('.py')
-    write_files({out: text.encode(), args.out: data.getvalue()})
+    write_files({out: text.encode(), args.out: data})
     print(report)
     if lengths:
         print('THE FOLD IS APPROXIMATE, with mean lengths '
