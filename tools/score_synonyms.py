@@ -7,6 +7,7 @@ written beside the embeddings file, for dict(type='SynonymSampler',
 confidence='image').
 """
 import argparse
+import copy
 import sys
 from typing import Any, Iterator, Optional, Sequence
 
@@ -22,19 +23,16 @@ from mmseg_textkd.text.phrase_confidence import (image_confidence,
 from mmseg_textkd.text.region_embeddings import (RegionEmbeddings,
                                                  encode_regions)
 from mmseg_textkd.text.text_weights import TextTowerError
+from mmseg_textkd.utils.config import dicts, type_name
 
 
 def only_load(cfg: Any) -> Any:
     """Cut pipelines behind LoadAnnotations: pictures as they are."""
-    if isinstance(cfg, dict):
-        cfg = {key: only_load(value) for key, value in cfg.items()}
-        kinds = [t.get('type') for t in cfg.get('pipeline') or []]
+    cfg = copy.deepcopy(cfg)
+    for part in dicts(cfg):
+        kinds = [type_name(t) for t in part.get('pipeline') or []]
         if 'LoadAnnotations' in kinds:
-            end = kinds.index('LoadAnnotations') + 1
-            cfg['pipeline'] = cfg['pipeline'][:end]
-        return cfg
-    if isinstance(cfg, (list, tuple)):
-        return [only_load(value) for value in cfg]
+            del part['pipeline'][kinds.index('LoadAnnotations') + 1:]
     return cfg
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..models import TextHeadMixin
 from ..utils.checkpoint import build_segmentor, non_finite, read_checkpoint
+from ..utils.config import first_dataset
 
 FOLD = 'fold it first: tools/model_converters/textkd2mmseg.py'
 
@@ -65,7 +66,9 @@ def load_stock(
         raise ValueError(f'{checkpoint}: {odd}.')
     # Windows would be another computation than that of the graph.
     model.test_cfg = ConfigDict(mode='whole')
-    meta = _dataset_meta(cfg, saved['meta'], model.decode_head.num_classes)
+    meta = _complete_meta(
+        dataset_meta(cfg, saved['meta'].get('dataset_meta')),
+        model.decode_head.num_classes)
     return cfg, _fix_bases(model), meta
 
 
@@ -84,19 +87,32 @@ def _fix_bases(model: nn.Module) -> nn.Module:
     return model
 
 
-def _dataset_meta(cfg: Config, saved: Dict, num_classes: int) -> Dict:
-    """Classes and palette, of the checkpoint or else of the test set."""
-    meta = saved.get('dataset_meta')
-    if not meta:
-        dataset = cfg.get('test_dataloader', {}).get('dataset', {})
-        while 'dataset' in dataset or 'datasets' in dataset:
-            dataset = dataset.get('dataset') or dataset['datasets'][0]
+def dataset_meta(cfg: Config, saved: Optional[Dict]) -> Dict:
+    """Get classes and palette: the checkpoint's, else those of the test set.
+
+    Args:
+        cfg (Config): The config.
+        saved (dict, optional): ``meta['dataset_meta']`` of the checkpoint.
+
+    Returns:
+        dict: ``classes`` and, if it is known, ``palette``.
+
+    Raises:
+        ValueError: If neither names the classes.
+    """
+    if not saved:
+        dataset = first_dataset(cfg)
         if not dataset:
             raise ValueError('neither the checkpoint nor a test_dataloader of '
                              'the config names the classes.')
         kind = DATASETS.get(dataset['type'])
         # As the dataset does itself, but its files need not be there.
-        meta = kind._load_metainfo(dataset.get('metainfo'))
+        saved = kind._load_metainfo(dataset.get('metainfo'))
+    return {k: saved[k] for k in ('classes', 'palette') if k in saved}
+
+
+def _complete_meta(meta: Dict, num_classes: int) -> Dict:
+    """Check the number of classes, and draw colors if there are none."""
     classes = list(meta.get('classes') or [])
     if len(classes) != num_classes:
         raise ValueError(f'the network has {num_classes} classes, but the '

@@ -25,6 +25,7 @@ from mmseg.registry import DATASETS
 import mmseg_textkd
 from mmseg_textkd.deploy import (fold_state_dict, mean_lengths, to_stock_cfg,
                                  verify)
+from mmseg_textkd.deploy.load_stock import dataset_meta
 from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
 from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
                                            read_checkpoint)
@@ -80,27 +81,6 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return args
 
 
-def dataset_config(cfg: Config) -> Dict:
-    """Get the config of the test set, the first of several."""
-    dataset = cfg.get('test_dataloader', {}).get('dataset', {})
-    while 'dataset' in dataset or 'datasets' in dataset:
-        dataset = dataset.get('dataset') or dataset['datasets'][0]
-    return dataset
-
-
-def dataset_meta(cfg: Config, saved: Optional[Dict]) -> Dict:
-    """Get classes and palette: the checkpoint's, else the config's."""
-    if not saved:
-        dataset = dataset_config(cfg)
-        if not dataset:
-            raise ValueError('neither the checkpoint nor a test_dataloader of '
-                             'the config names the classes.')
-        # As the dataset does itself, but its files need not be there.
-        kind = DATASETS.get(dataset['type'])
-        saved = kind._load_metainfo(dataset.get('metainfo'))
-    return {k: saved[k] for k in ('classes', 'palette') if k in saved}
-
-
 def training_meta(saved: Dict) -> Dict:
     """Get what a checkpoint tells of the run that it comes from."""
     meta = {k: saved[k] for k in TRAINING if k in saved}
@@ -117,7 +97,7 @@ def training_meta(saved: Dict) -> Dict:
 
 def test_images(cfg: Config, number: int) -> List[Dict]:
     """Read images of the test set, one a batch, spread over all of it."""
-    dataset = cfg.get('test_dataloader', {}).get('dataset')
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset')
     try:
         if dataset is None:
             raise ValueError('the config has no test_dataloader')
