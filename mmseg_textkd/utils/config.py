@@ -2,14 +2,17 @@
 """Walks through nested configs."""
 from typing import Any, Dict, Iterator, List, Mapping, Union
 
+from mmengine.config import Config
+
 Container = Union[Dict, List, tuple]
 
 
 def walk(node: Any) -> Iterator[Container]:
     """Yield all dicts, lists and tuples of a nested config.
 
-    What is yielded may be changed before the walk goes on; to insert or
-    remove parts, take the list of all first.
+    What is yielded may be changed before the walk goes on, but of a whole
+    ``Config`` it is a copy; to insert or remove parts, take the list of all
+    first.
 
     Args:
         node (Any): A part of a config.
@@ -17,6 +20,8 @@ def walk(node: Any) -> Iterator[Container]:
     Yields:
         dict or list or tuple: Each, before what is in it.
     """
+    if isinstance(node, Config):
+        node = node.to_dict()
     if isinstance(node, (Mapping, list, tuple)):
         yield node
         values = node.values() if isinstance(node, Mapping) else node
