@@ -314,7 +314,7 @@ class BaseNetworkTester:
     def settle(self, model):
         """Give batch norms statistics and text non-neutral values."""
         with torch.no_grad():
-            for param in model.decode_head.text.parameters():
+            for param in model.decode_head.text_branch.parameters():
                 param.add_(torch.randn_like(param) * 0.1)
             for provider in text_providers(model).values():
                 provider.refresh()

@@ -94,7 +94,7 @@ def test_model_is_built_without_files(monkeypatch, tmp_path, path):
     assert type(loss) is ImageEmbeddingDistillationLoss
     teacher = model.teacher
     assert type(teacher) is FrozenCLIPTeacher
-    assert teacher.tower.out_dims == model.decode_head.text.text.dim
+    assert teacher.tower.out_dims == model.decode_head.text_branch.text.dim
     if 'toyclip' in path.name:
         # The sizes and the scale are ToyCLIP's.
         scale = teacher.tower.network.clip_scale

@@ -10,7 +10,8 @@ from mmengine.optim import build_optim_wrapper
 from mmseg.registry import DATASETS, HOOKS, MODELS
 from network_tester import CONFIGS, each_head, load_config, stock_twin
 
-from mmseg_textkd.text import TextProvider, Vocabulary
+from mmseg_textkd.models.text_providers import TextProvider
+from mmseg_textkd.text import Vocabulary
 
 pytestmark = pytest.mark.stacks
 

@@ -51,7 +51,7 @@ def test_config_is_its_twin_and_a_fusion(path):
     assert {k: v for k, v in ours.items() if k in plain} == plain
     head = MODELS.build(load_model(path).decode_head)
     kind, kept = KINDS[TAG.search(path.name)[1]]
-    built = head.text.fusion
+    built = head.text_branch.fusion
     assert type(built) is kind and built.kept == kept
     # It is no network of its own: every default is that of the class.
     assert set(fusion) <= {'type', 'use'}

@@ -190,10 +190,10 @@ def test_models_are_built_without_files(monkeypatch, tmp_path, name):
     model = MODELS.build(offline(copy.deepcopy(cfg.model)))
     head = model.decode_head
     with pytest.raises(RuntimeError, match='tools/encode_text.py'):
-        head.text.text()
-    assert head.text.unseen == tuple(
+        head.text_branch.text()
+    assert head.text_branch.unseen == tuple(
         cfg.model.decode_head.text_branch.get('unseen', ()))
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
     learned = {id(p) for g in optimizer.param_groups for p in g['params']}
-    assert len(list(head.text.regularization.parameters())) == 2
+    assert len(list(head.text_branch.regularization.parameters())) == 2
     assert {id(p) for p in head.parameters()} <= learned

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ..models.ebseg.frozen_clip_vit import FrozenCLIPViT
-from ..text.build import FILE_PROVIDERS
+from ..text.encode_classes import FILE_PROVIDERS
 from ..utils.config import dicts, type_name
 
 Device = Union[str, torch.device]

@@ -4,8 +4,8 @@ from typing import Dict
 
 from torch import nn
 
-from mmseg_textkd.text import TextProvider
 from .layers import LogitScale, TextClassifier
+from .text_providers import TextProvider
 
 
 def text_providers(model: nn.Module) -> Dict[str, TextProvider]:

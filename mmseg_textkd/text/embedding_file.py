@@ -13,13 +13,9 @@ from torch import Tensor
 
 from ..utils.io import digest, write_hashed
 from .embedding_storage import KIND, TEXTS, read_file
-from .text_geometry import ce_floor, centre, closest_pairs, geometry
 from .vector_import import EmbeddingFileError, read_names, read_vectors
 
-__all__ = [
-    'EmbeddingFileError', 'TextEmbeddings', 'ce_floor', 'centre',
-    'closest_pairs', 'geometry'
-]
+__all__ = ['EmbeddingFileError', 'TextEmbeddings']
 
 PathLike = Union[str, os.PathLike]
 

@@ -128,10 +128,7 @@ def read_hashed(path: PathLike,
         raise DamagedFileError(
             f'It is a safetensors file with the tensors {sorted(tensors)} '
             f'that says kind={found!r} where {kind!r} is needed.')
-    # Confidences were once hashed with their kind.
-    if sha256 not in (digest(texts,
-                             tensors), digest(dict(texts, kind=kind),
-                                              tensors)):
+    if sha256 != digest(texts, tensors):
         raise DamagedFileError(
             f'It is damaged: its content, the tensors {sorted(tensors)}, does '
             'not fit its SHA-256. Somebody or something has changed it since '

@@ -481,14 +481,14 @@ def test_text_on_auxiliary_heads(tmp_path, residual):
             ] == [everything - prompts] * 3 + [prompts | own] * 3
     assert prompts | own <= recorder.changed(4)
     heads = [runner.model.decode_head, runner.model.auxiliary_head[0]]
-    offsets = [head.text.text.offset for head in heads]
+    offsets = [head.text_branch.text.offset for head in heads]
     assert not torch.equal(*offsets)
     hub = runner.message_hub
     for i, head in enumerate(heads):
         scale = hub.get_scalar(f'train/text_scale{i or ""}').current()
-        assert scale == head.text.scale().item() != 1
+        assert scale == head.text_branch.scale().item() != 1
         drift = hub.get_scalar(f'train/text_drift{i or ""}').current()
-        assert drift == pytest.approx(head.text.text.drift()) != 0
+        assert drift == pytest.approx(head.text_branch.text.drift()) != 0
     # The checkpoint has the text of both; without the auxiliary heads, which
     # do not run at inference, it predicts the same.
     path = tmp_path / 'work' / 'iter_6.pth'

@@ -270,7 +270,7 @@ def test_any_head_of_a_cascade_can_have_text():
     sum(v for k, v in found.items() if 'loss' in k).backward()
     assert {'decode_0.loss_ce', 'decode_1.loss_ce'} <= set(found)
     for head in model.decode_head:
-        assert head.text.projection.conv.weight.grad.abs().max() > 0
+        assert head.text_branch.projection.conv.weight.grad.abs().max() > 0
     assert model.eval()._forward(torch.randn(1, 3, 64, 64)).shape[1] == K
 
 
@@ -286,7 +286,7 @@ GN = dict(type='GN', num_groups=4)
 @pytest.mark.parametrize('role', ['classifier', 'auxiliary'])
 def test_norm_is_the_heads_own_where_it_folds(role, norm_cfg, kind, eps):
     head = TextFCNHead(text=CONTROL, role=role, norm_cfg=norm_cfg, **ONE)
-    bn = head.text.projection.bn
+    bn = head.text_branch.projection.bn
     assert type(bn) is kind and bn.eps == eps
 
 
@@ -294,7 +294,7 @@ def test_a_norm_that_does_not_fold_is_refused_where_it_is_asked_for():
     hamburger = dict(TWO, ham_channels=8, ham_kwargs=dict(MD_R=4), norm_cfg=GN)
     head = TextLightHamHead(text=CONTROL, **hamburger)
     assert isinstance(head.squeeze.norm, nn.GroupNorm)
-    assert type(head.text.projection.bn) is nn.BatchNorm2d
+    assert type(head.text_branch.projection.bn) is nn.BatchNorm2d
     with pytest.raises(ValueError, match='needs BN or SyncBN.*GN'):
         TextLightHamHead(
             text=CONTROL, text_branch=dict(norm_cfg=GN), **hamburger)

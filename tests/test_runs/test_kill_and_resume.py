@@ -9,8 +9,8 @@ import torch
 from processes import STOCK_TRAIN, load, side_by_side, start
 from tiny import CLASSES, assert_equal, tiny_config
 
-from mmseg_textkd.text import TextTower
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.clip import TextTower
+from mmseg_textkd.text.encode_classes import encode_classes
 
 pytestmark = pytest.mark.stacks
 

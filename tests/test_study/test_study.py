@@ -437,7 +437,7 @@ def test_arms_differ_in_what_they_say(make_embeddings):
     assert head.loss_decode.loss_weight == .4
 
     def vectors(arm):
-        return models[arm].decode_head.text.text()
+        return models[arm].decode_head.text_branch.text()
 
     clip = vectors('text-cls')
     assert torch.equal(vectors('text-aux'), clip)
@@ -456,7 +456,7 @@ def test_arms_differ_in_what_they_say(make_embeddings):
         assert size[f'{role}-cls-bridge'] > size[f'{role}-cls']
     assert torch.equal(vectors('text-cls-ssc'), clip)
     scales = {
-        arm: models[arm].decode_head.text.scale
+        arm: models[arm].decode_head.text_branch.scale
         for arm in models if arm.endswith(('cls', 'scale', '4', '2st'))
     }
     assert not scales['text-cls-fixed-scale'].learnable

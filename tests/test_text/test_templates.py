@@ -63,10 +63,11 @@ def test_bad_specs(spec, error, message):
     ('t.json', '[]', 'is empty'),
     ('t.json', '["a {}"', 'delimiter'),
     ('t.json', '{"a": "{}"}', 'expected a list of texts, found dict'),
+    ('t.txt', 'a {} Straße'.encode('latin-1'), 'not UTF-8 .*iconv'),
 ])
 def test_bad_files_are_named(tmp_path, name, content, message):
     file = tmp_path / name
-    file.write_text(content)
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ValueError, match=message) as error:
         get_templates(file)
     assert f'Template file {file}' in str(error.value)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from tiny_clip import EOS, TEXT_CFG, VARIANTS, save_model
 
-from mmseg_textkd.text.text_tower import TextTower, TextTowerError, load_tower
-from mmseg_textkd.text.text_weights import _tag_file, find_weights
+from mmseg_textkd.clip.text_tower import TextTower, TextTowerError, load_tower
+from mmseg_textkd.clip.weights import _tag_file, find_weights
 
 SENTENCES = ('road', 'a photo of a car.', 'the sky over a wide street at dusk',
              'sky', 'a very long sentence about a road with one car')
@@ -364,7 +364,7 @@ def test_without_open_clip(tmp_path):
     (tmp_path / 'open_clip.py').write_text('raise ImportError("no open_clip")')
     code = ('import sys, mmseg_textkd\n'
             'assert "open_clip" not in sys.modules\n'
-            'from mmseg_textkd.text.text_tower import *\n'
+            'from mmseg_textkd.clip.text_tower import *\n'
             'try:\n    TextTower("toyclip")\n'
             'except TextTowerError as e:\n    print(e)\n')
     env = dict(

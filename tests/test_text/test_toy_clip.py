@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / 'mmseg_textkd' / 'text' / 'toy_clip'
+FOLDER = ROOT / 'mmseg_textkd' / 'clip' / 'toy_clip'
 TOOL = ROOT / 'tools' / 'toy_clip'
 CLASSES = ('sky', 'building', 'road', 'sidewalk', 'pole', 'car', 'truck',
            'person')

@@ -316,6 +316,8 @@ def test_is_constant_and_wraps_a_lone_phrase():
     (dict(car=['van', ' ']), ValueError, "Class 'car' has an empty phrase"),
     (dict(car=['van', 3]), ValueError, "'car' has an empty .* no text: 3"),
     (dict(car=['van', 'Van']), ValueError, "'car' has a phrase twice"),
+    (['car', 'bus\nstop'], ValueError, r"'bus\\nstop'.* control character"),
+    (dict(car='van\x00'), ValueError, r"'van\\x00'.* control character"),
     (dict(car=3), ValueError, "'car': expected a phrase or a list .* 3"),
     ('citiscapes', ValueError,
      r"Unknown vocabulary 'citiscapes': .*'cityscapes'.* \.json or \.txt"),
@@ -338,10 +340,14 @@ def test_bad_specs(spec, error, message):
     ('a.json', '{"car": {"van": 1}}', "'car': expected a phrase"),
     ('a.json', '{"car": null, "van"}', 'Expecting'),
     ('a.json', '3', 'expected a dict .* found int'),
+    ('a.json', '[1, 2]', 'Class 0 .* no text: 1'),
+    ('a.txt', 'Straße'.encode('latin-1'), 'not UTF-8 .*iconv'),
+    ('a.json', '["car"]'.encode('utf-16'), 'not UTF-8 .*iconv'),
+    ('a.txt', 'car'.encode('utf-16-le'), 'control character'),
 ])
 def test_bad_files_are_named(tmp_path, name, content, message):
     file = tmp_path / name
-    file.write_text(content)
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ValueError, match=message) as error:
         Vocabulary.from_spec(file)
     assert f'Vocabulary file {file}' in str(error.value)

@@ -20,11 +20,12 @@ from mmseg_textkd.analysis.benchmark import interleave, stopwatch, summarize
 from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, add_options,
                                                     parse_options, time_cells,
                                                     write_results)
-from mmseg_textkd.text import TextTower, Vocabulary
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.clip import TextTower
+from mmseg_textkd.clip.weights import (CONFIG_NAME, TextTowerError,
+                                       import_open_clip)
+from mmseg_textkd.text import Vocabulary
+from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.text.templates import get_templates
-from mmseg_textkd.text.text_weights import (CONFIG_NAME, TextTowerError,
-                                            import_open_clip)
 from mmseg_textkd.utils.report import describe, environment, table
 
 OURS, THEIRS = 'mmseg_textkd', 'open_clip'

@@ -27,7 +27,7 @@ from mmseg_textkd.engine.stages.text_state import check_classes
 from mmseg_textkd.models import TextHeadMixin
 from mmseg_textkd.models.stock_init import (compare_with_stock, head_features,
                                             init_from_stock)
-from mmseg_textkd.text.build import ensure_embeddings
+from mmseg_textkd.text.encode_classes import ensure_embeddings
 from mmseg_textkd.utils.checkpoint import checkpoint_bytes
 from mmseg_textkd.utils.io import write_files
 
@@ -100,7 +100,7 @@ def stock_classifier(path: str, state: Dict[str, Tensor], names: Names,
             f'num_classes={head.num_classes}. Its classifier cannot be taken '
             'over; plain `load_from` takes over the backbone and the other '
             'layers and leaves the text classifier random.')
-    channels = head.text.projection.conv.in_channels
+    channels = head.text_branch.projection.conv.in_channels
     if weight[0].numel() != channels:
         raise ValueError(
             f'{key} of {path} has {weight[0].numel()} input channels, but '
@@ -166,9 +166,10 @@ def fit(model: nn.Module, name: str, stock: Tuple[Tensor, Tensor],
     residual = init_from_stock(
         head.conv_seg, *stock,
         head_features(learner, twin, take(train, number), True))
-    print(f'{name}: {head.num_classes} classes, text of width '
-          f'{head.text.text.dim}; relative residual of the least squares '
-          f'{residual:.2g}')
+    print(
+        f'{name}: {head.num_classes} classes, text of width '
+        f'{head.text_branch.text.dim}; relative residual of the least squares '
+        f'{residual:.2g}')
     if residual > 1e-3:
         print('  The text cannot express the stock classifier: more classes '
               'than its width, or classes with equal vectors.')

@@ -7,7 +7,7 @@ from mmengine.model import is_model_wrapper
 from torch import nn
 
 from mmseg_textkd.models.text_parameters import text_providers, text_scales
-from mmseg_textkd.text.text_geometry import geometry
+from mmseg_textkd.text.embedding_statistics import geometry
 
 
 def unwrap(model: nn.Module) -> nn.Module:

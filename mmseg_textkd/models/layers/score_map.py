@@ -7,7 +7,7 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_textkd.text import TextProvider
+from ..text_providers import TextProvider
 from .similarity import pixel_text_similarity
 
 NORMS = ('l2', 'rms')

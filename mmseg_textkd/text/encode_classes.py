@@ -10,10 +10,10 @@ from mmengine.logging import print_log
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mmseg_textkd.clip import TextTower, load_tower
 from ..utils.config import dicts, type_name
 from .embedding_file import TextEmbeddings
 from .templates import get_templates
-from .text_tower import TextTower, load_tower
 from .vocabulary import Vocabulary, VocabularySpec
 
 BUILD_KEYS = ('model', 'pretrained', 'templates', 'vocabulary', 'keep_bank',
@@ -32,7 +32,7 @@ def encode_classes(vocabulary: VocabularySpec,
                    progress: bool = False) -> TextEmbeddings:
     """Encode the classes of a vocabulary.
 
-    A class vector is the renormalised mean of the unit vectors of all its
+    A class vector is the renormalized mean of the unit vectors of all its
     phrases in all templates, as ``open_clip.build_zero_shot_classifier``
     makes it.
 
@@ -82,7 +82,7 @@ def encode_classes(vocabulary: VocabularySpec,
 def look_up_phrases(vocabulary: VocabularySpec,
                     found: TextEmbeddings,
                     keep_bank: bool = False) -> TextEmbeddings:
-    """Make class embeddings of the vectors of single phrases.
+    """Class embeddings from the vectors of single phrases.
 
     For vectors that were made elsewhere, where no tower is at hand. Phrases
     that have no vector are left out.
@@ -131,7 +131,7 @@ def look_up_phrases(vocabulary: VocabularySpec,
 def _assemble(names: Sequence[str], phrases: Sequence[Sequence[str]],
               groups: Sequence[Tensor], keep_bank: bool,
               **origin: Any) -> TextEmbeddings:
-    """Average the vectors of each class; keep them where that is wanted."""
+    """Average the vectors of each class, with or without a bank of them."""
     bank = mask = None
     if keep_bank:
         bank = pad_sequence(groups, batch_first=True)
@@ -148,7 +148,7 @@ def _assemble(names: Sequence[str], phrases: Sequence[Sequence[str]],
 
 
 def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
-    """Make the missing embeddings files that a config says how to make.
+    """Encode the missing embeddings files of a config.
 
     Of several processes that want the same file one makes it, and the others
     wait and use it. A file that is there is verified and never overwritten.
@@ -194,10 +194,10 @@ def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
 
 
 def build_command(file: str, build: Optional[Mapping] = None) -> str:
-    """Say in one sentence how to make an embeddings file.
+    """Command that makes an embeddings file, as a sentence.
 
     Args:
-        file (str): The file.
+        file (str): The embeddings file.
         build (Mapping, optional): The ``build`` of the config. Defaults to
             None.
 
@@ -229,7 +229,7 @@ def build_command(file: str, build: Optional[Mapping] = None) -> str:
 
 
 def _check_build(file: str, build: Mapping) -> None:
-    """Refuse a `build` that cannot work before anything is loaded."""
+    """Check the keys of a `build`, before anything is loaded."""
     unknown = sorted(set(build) - set(BUILD_KEYS))
     missing = [key for key in ('model', 'vocabulary') if not build.get(key)]
     if unknown or missing:
@@ -239,14 +239,14 @@ def _check_build(file: str, build: Mapping) -> None:
 
 
 def _make(path: Path, build: Mapping, progress: bool) -> bool:
-    """Make a file unless another process does.
+    """Encode an embeddings file, unless another process does.
 
     Returns:
         bool: Whether this process has made it.
     """
     from filelock import FileLock, Timeout
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Of a killed holder the system releases the lock, so none can be stale.
+    # The OS releases the lock of a killed process, so none can be stale.
     lock = FileLock(path.parent / f'.{path.name}.lock')
     try:
         lock.acquire(timeout=0)
@@ -306,6 +306,6 @@ def _check_fit(file: str, build: Mapping) -> None:
 
 
 def _short(value: Any) -> str:
-    """A value on part of a line."""
+    """Shortened representation of a value."""
     text = repr(value)
     return text if len(text) <= 80 else f'{text[:76]} ...'

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Finding (and, where there is a network, fetching) the weights of a tower.
+"""Local weights of CLIP models, downloaded where there is a network.
 
 Weights are always opened from local files. open_clip on its own asks the hub
 first, which costs half a minute of retries per file on a machine without a
@@ -31,11 +31,11 @@ PathLike = Union[str, os.PathLike]
 
 
 class TextTowerError(RuntimeError):
-    """A text tower cannot be had or cannot do what was asked."""
+    """A tower is not available, or not of the needed kind."""
 
 
 class WeightsLocation(NamedTuple):
-    """Where ``open_clip.create_model`` finds a tower on this machine.
+    """Local weights of a tower, as ``open_clip.create_model`` takes them.
 
     Attributes:
         name (str): Architecture name or ``local-dir:`` name.
@@ -84,7 +84,7 @@ def import_open_clip() -> ModuleType:
 
 def missing_weights(model: str, pretrained: Optional[str], looked: str,
                     reason: str) -> TextTowerError:
-    """The one error for weights that cannot be had, with the ways out."""
+    """Error for weights that are not available, with what to do."""
     name = model + (f' --pretrained {pretrained}' if pretrained else '')
     if model.startswith(LOCAL) or model == 'toyclip':
         name = 'ViT-B-16 --pretrained openai'
@@ -92,7 +92,7 @@ def missing_weights(model: str, pretrained: Optional[str], looked: str,
         f'The weights of the text tower {model!r} (pretrained={pretrained!r}) '
         f'cannot be had: {reason}\n'
         f'Looked in: {looked}\n'
-        'Three ways out:\n'
+        'Three remedies:\n'
         '  1. On a machine with a network run `python tools/encode_text.py '
         f'--prefetch --model {name} --cache-dir DIR`, copy DIR here and give '
         "cache_dir='DIR'.\n"
@@ -345,7 +345,7 @@ def _download(model: str, pretrained: Optional[str],
 
 
 def _offline() -> bool:
-    """Whether the user has forbidden downloads from the hub."""
+    """Whether downloads from the hub are disabled."""
     try:
         from huggingface_hub import constants
     except ImportError:
@@ -354,7 +354,7 @@ def _offline() -> bool:
 
 
 def _require_server(url: str, timeout: float = 5.) -> None:
-    """Raise OSError within seconds if a server (or its proxy) is away.
+    """Raise OSError within seconds if a server (or its proxy) is down.
 
     The hub's client would retry for about a minute.
     """

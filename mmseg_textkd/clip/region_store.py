@@ -12,7 +12,7 @@ from mmengine.logging import print_log
 from ..utils.io import write_files
 from .image_tower import ImageTower
 from .region_embeddings import RegionEmbeddings, encode_regions, region_key
-from .text_weights import PathLike, hash_weights
+from .weights import PathLike, hash_weights
 
 
 class RegionStore:

@@ -3,20 +3,19 @@ from typing import Optional, Sequence, Tuple
 from weakref import WeakValueDictionary
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .checksum import checksum
-from .text_loading import load_clip
-from .text_weights import BPE_NAME, PathLike, TextTowerError
+from .frozen_clip import FrozenCLIP
+from .loading import load_clip
+from .weights import BPE_NAME, PathLike, TextTowerError
 
 __all__ = ['TextTower', 'TextTowerError', 'load_tower']
 
 _towers: 'WeakValueDictionary[Tuple, TextTower]' = WeakValueDictionary()
 
 
-class TextTower(nn.Module):
-    """The frozen text side of a CLIP model, through open_clip.
+class TextTower(FrozenCLIP):
+    """Frozen text encoder of a CLIP model, through open_clip.
 
     The image side is dropped after loading. The weights take no gradient, the
     module stays in evaluation mode whatever :meth:`train` is told, and all
@@ -26,7 +25,7 @@ class TextTower(nn.Module):
     Where that is exact, sequences are cut to the longest prompt of the batch
     instead of being padded to the full context: under a causal mask, the end
     token, which is the one that is pooled, does not see what follows it. Other
-    towers are recognised and run at full length.
+    towers are recognized and run at full length.
 
     Args:
         model (str): ``'toyclip'`` (the tiny model in this package), an
@@ -53,21 +52,15 @@ class TextTower(nn.Module):
                  model: str,
                  pretrained: Optional[str] = None,
                  cache_dir: Optional[PathLike] = None) -> None:
-        super().__init__()
-        self.model, self.pretrained = model, pretrained
+        super().__init__(model, pretrained)
         self.clip, self.tokenizer, self.library = load_clip(
             model, pretrained, cache_dir)
-        if model == 'toyclip':
-            print_log(
-                'The text tower is ToyCLIP, a tiny model trained on generated '
-                'street scenes for tests and the quickstart. It is not CLIP '
-                'and knows next to nothing.', 'current')
+        self.clip.eval()
         self._inspect()
-        self.requires_grad_(False)
-        self.eval()
+        self.dim = self._freeze(self.encode_text(['a'], cut=False))
 
     def _inspect(self) -> None:
-        """Find out what kind of tower this is."""
+        """Read context length, pooling and mask of the tower."""
         text = self._text
         # The tokenizer knows it better: Hugging Face's text models only tell
         # how many positions they have.
@@ -104,12 +97,6 @@ class TextTower(nn.Module):
                     f'{self.model!r} knows {embedding.num_embeddings} tokens, '
                     f'but its tokenizer has {words}. A local-dir with a '
                     f'vocabulary of its own must hold it as {BPE_NAME}.')
-        sample = self.encode_text(['a'], cut=False)
-        if not sample.isfinite().all():
-            raise TextTowerError(
-                f'The weights of {self.model!r} are damaged: its vectors are '
-                'not finite.')
-        self.dim = sample.shape[1]
 
     @property
     def _text(self) -> nn.Module:
@@ -121,10 +108,6 @@ class TextTower(nn.Module):
     def device(self) -> torch.device:
         """torch.device: Where the weights are."""
         return self.clip.logit_scale.device
-
-    def train(self, mode: bool = True) -> 'TextTower':
-        """Stay in evaluation mode: a frozen tower has no other."""
-        return super().train(False)
 
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
         """Turn sentences into token ids.
@@ -181,7 +164,7 @@ class TextTower(nn.Module):
                 False.
 
         Returns:
-            Tensor: Float32, not normalised, with shape (N, D), on the tower's
+            Tensor: Float32, not normalized, with shape (N, D), on the tower's
             device.
 
         Raises:
@@ -251,7 +234,7 @@ class TextTower(nn.Module):
                 end token is.
 
         Returns:
-            Tensor: Float32, not normalised, with shape (N, D).
+            Tensor: Float32, not normalized, with shape (N, D).
 
         Raises:
             TextTowerError: If this kind of tower takes no soft prompts.
@@ -297,22 +280,13 @@ class TextTower(nn.Module):
         return x @ projection
 
     def _require_soft(self) -> None:
-        """Refuse work in token space where it is not understood."""
+        """Require a tower that takes soft prompts."""
         if not self._soft:
             raise TextTowerError(
                 f'{self.model!r} ({type(self._text).__name__}) takes no soft '
                 'prompts: only text transformers of open_clip without class '
                 'token and padding mask do. Use the `residual` or `mixture` '
                 'prompts, which need no tower.')
-
-    def checksum(self) -> str:
-        """Hash all weights, to prove that training has not touched them.
-
-        Returns:
-            str: SHA-256 over names, types, shapes and bytes of all parameters
-            and buffers.
-        """
-        return checksum(self)
 
     def extra_repr(self) -> str:
         """Describe the tower in one line of ``repr``."""
@@ -323,9 +297,9 @@ class TextTower(nn.Module):
 def load_tower(model: str,
                pretrained: Optional[str] = None,
                cache_dir: Optional[PathLike] = None) -> TextTower:
-    """Get a tower that all who ask for the same one share.
+    """Get a tower, shared by all callers with the same arguments.
 
-    It lives as long as somebody holds it.
+    It is kept for as long as there is a reference to it.
 
     Args:
         model (str): See :class:`TextTower`.

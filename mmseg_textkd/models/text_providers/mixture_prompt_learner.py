@@ -54,13 +54,6 @@ class MixturePromptLearner(PromptLearner):
         mixed = torch.einsum('kr,krd->kd', logits.softmax(dim=1), self.bank)
         return self._centred(mixed)
 
-    def _select_rows(self, rows: Tensor) -> None:
-        super()._select_rows(rows)
-        self.weights = nn.Parameter(self.weights[rows.to(self.weights.device)])
-        if self.bank is not None:
-            self.bank = self.bank[rows.to(self.bank.device)]
-            self.bank_mask = self.bank_mask[rows.to(self.bank.device)]
-
     def _load_from_state_dict(self, state_dict, prefix, *args,
                               **kwargs) -> None:
         # Without the file the width of the bank is known to the checkpoint

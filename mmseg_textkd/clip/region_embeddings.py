@@ -16,7 +16,7 @@ KIND = 'mmseg_textkd.region_embeddings.1'
 
 
 class RegionEmbeddings(NamedTuple):
-    """What an image tower makes of the classes in one image.
+    """Image embeddings of the regions of the classes of one image.
 
     Attributes:
         labels (Tensor): Classes that are present, ascending, int64, shape
@@ -86,7 +86,7 @@ def encode_regions(tower: ImageTower,
     """Encode the region of each class of an image.
 
     A region is the bounding box of all pixels of the class, with the pixels
-    of other classes greyed, brought to the size of the tower. The source is
+    of other classes grayed, brought to the size of the tower. The source is
     `Global Knowledge Calibration <https://arxiv.org/abs/2303.09181>`_, there
     with the regions of instances.
 

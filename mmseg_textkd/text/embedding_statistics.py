@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""How class embeddings lie to each other, and what that costs."""
+"""Statistics of the similarities between class embeddings."""
 
 from typing import Dict, List, Tuple, Union
 
@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Geometry = Dict[str, Union[float, Tuple[int, int]]]
+Statistics = Dict[str, Union[float, Tuple[int, int]]]
 
 
-def centre(vectors: Tensor) -> Tensor:
-    """Subtract the mean over the classes and renormalise.
+def center(vectors: Tensor) -> Tensor:
+    """Subtract the mean over the classes and renormalize.
 
     The text vectors of CLIP share one large direction (off-diagonal cosines
     of 0.7 to 0.95 for the names of street scenes), which no classifier over
@@ -24,10 +24,16 @@ def centre(vectors: Tensor) -> Tensor:
         Tensor: Unit rows with shape (K, D).
 
     Raises:
-        ValueError: If there are fewer than two rows.
+        ValueError: If there are fewer than two rows, or rows are zero after
+            centering.
     """
     _require_rows(vectors)
-    return F.normalize(vectors - vectors.mean(dim=0, keepdim=True), dim=1)
+    centered = vectors - vectors.mean(dim=0, keepdim=True)
+    zero = (centered.norm(dim=1) < 1e-6).nonzero().flatten().tolist()
+    if zero:
+        raise ValueError(f'the class embeddings of the rows {zero} are all '
+                         'zero after centering: they equal the mean.')
+    return F.normalize(centered, dim=1)
 
 
 def closest_pairs(vectors: Tensor, num: int) -> List[Tuple[int, int, float]]:
@@ -39,7 +45,7 @@ def closest_pairs(vectors: Tensor, num: int) -> List[Tuple[int, int, float]]:
 
     Returns:
         list[tuple[int, int, float]]: Row numbers i < j and their cosine, the
-        closest pair first.
+        most similar pair first.
     """
     _require_rows(vectors)
     rows = F.normalize(vectors.detach().double(), dim=1)
@@ -51,8 +57,8 @@ def closest_pairs(vectors: Tensor, num: int) -> List[Tuple[int, int, float]]:
         zip(i[order].tolist(), j[order].tolist(), cosine[order].tolist()))
 
 
-def geometry(vectors: Tensor) -> Geometry:
-    """Measure the off-diagonal cosines of class embeddings.
+def geometry(vectors: Tensor) -> Statistics:
+    """Summarize the off-diagonal cosines of class embeddings.
 
     Args:
         vectors (Tensor): Rows with shape (K, D), K at least 2.
@@ -75,14 +81,14 @@ def ce_floor(vectors: Tensor, scale: float, steps: int = 200) -> float:
     r"""Lowest cross entropy that cosine logits against these vectors allow.
 
     With logits :math:`s \cos(e, t_k)` a pixel of class k can do no better
-    than the unit vector :math:`e` that minimises its cross entropy, found by
+    than the unit vector :math:`e` that minimizes its cross entropy, found by
     projected gradient descent on the sphere in float64. A floor well above
-    zero means that the scale is too low for how alike the classes are. For K
+    zero means that the scale is too low for such similar classes. For K
     orthonormal vectors it is :math:`\log(1 + (K-1)
     e^{-s\sqrt{K/(K-1)}})`.
 
     Args:
-        vectors (Tensor): Rows with shape (K, D); normalised here.
+        vectors (Tensor): Rows with shape (K, D); normalized here.
         scale (float): Logit scale s.
         steps (int): Descent steps. Defaults to 200.
 
@@ -118,7 +124,7 @@ def ce_floor(vectors: Tensor, scale: float, steps: int = 200) -> float:
 
 
 def _require_rows(vectors: Tensor) -> None:
-    """Refuse what has no pair of rows."""
+    """Require a matrix of at least two rows."""
     if vectors.dim() != 2 or len(vectors) < 2:
         raise ValueError('At least two class embeddings (K×D) are needed, but '
                          f'got a tensor of shape {tuple(vectors.shape)}.')

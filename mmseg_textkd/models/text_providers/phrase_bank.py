@@ -1,18 +1,15 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from dataclasses import dataclass
-from typing import Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .embedding_file import TextEmbeddings
-
 
 # Compared by identity: tensors have no truth value.
 @dataclass(eq=False)
 class PhraseBank:
-    """Several phrases of each class, of which training takes some.
+    """Vectors of several phrases of each class, for training.
 
     Args:
         vectors (Tensor): Unit vectors of the phrases, float32, with shape
@@ -29,7 +26,7 @@ class PhraseBank:
     mode: str = 'draw'
 
     def take(self, num_images: int, device: torch.device) -> Tensor:
-        """Take the text of an iteration.
+        """Get the text of one training iteration.
 
         Draws are made on the CPU by torch's global generator: of a given
         seed they are the same on any device.
@@ -62,7 +59,7 @@ class PhraseBank:
         return full.transpose(0, 1)[None]
 
     def select(self, rows: Tensor) -> 'PhraseBank':
-        """Keep, repeat or reorder the classes.
+        """Bank of some of the classes, in a given order.
 
         Args:
             rows (Tensor): Long tensor, the classes.
@@ -72,35 +69,3 @@ class PhraseBank:
         """
         return PhraseBank(self.vectors[rows.to(self.vectors.device)],
                           self.probability[rows.cpu()], self.mode)
-
-
-def phrase_vectors(record: TextEmbeddings) -> Tuple[Tensor, Tensor]:
-    """Average the templates of each phrase of a bank.
-
-    Args:
-        record (TextEmbeddings): Embeddings with a bank.
-
-    Returns:
-        tuple[Tensor, Tensor]: Unit vectors, float32, with shape (K, R, D),
-        zero where a class has fewer than R phrases; and where it has one,
-        bool with shape (K, R).
-
-    Raises:
-        ValueError: If there is no bank, or not a vector for each phrase in
-            each template.
-    """
-    if record.bank is None:
-        raise ValueError(
-            'the embeddings file has no bank of phrases; make it with `python '
-            'tools/encode_text.py ... --keep-bank` (in `build`: '
-            'keep_bank=True).')
-    num = max(len(record.templates), 1)
-    found = record.bank_mask.sum(dim=1).tolist()
-    for name, phrases, vectors in zip(record.names, record.phrases, found):
-        if vectors != num * len(phrases):
-            raise ValueError(
-                f'the bank has {vectors} vectors of {name!r}, but there are '
-                f'{len(phrases)} phrases and {num} templates.')
-    groups = record.bank.unflatten(1, (-1, num))
-    mask = record.bank_mask.unflatten(1, (-1, num))[..., 0]
-    return F.normalize(groups.mean(dim=2), dim=2), mask

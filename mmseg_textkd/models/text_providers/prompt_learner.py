@@ -124,7 +124,3 @@ class PromptLearner(TextProvider):
         cosine = F.cosine_similarity(
             self.compute().double(), self.base.double(), dim=1)
         return (1 - cosine).mean().clamp(min=0).item()
-
-    def _select_rows(self, rows: Tensor) -> None:
-        super()._select_rows(rows)
-        self.base = self.base[rows.to(self.base.device)]

@@ -43,7 +43,3 @@ class ResidualPromptLearner(PromptLearner):
             Tensor: Unit rows, float32, with shape (K, D).
         """
         return F.normalize(self.base + self.scale * self.offset, dim=1)
-
-    def _select_rows(self, rows: Tensor) -> None:
-        super()._select_rows(rows)
-        self.offset = nn.Parameter(self.offset[rows.to(self.offset.device)])

@@ -14,7 +14,7 @@ KINDS = ('random', 'shuffled', 'onehot')
 
 @MODELS.register_module()
 class ControlEmbeddings(TextProvider):
-    """Embeddings that know nothing of the class names.
+    """Control embeddings: vectors without the meaning of the class names.
 
     A gain that these reach too does not come from language. They take the
     place of ``ClassEmbeddings`` in a config, with everything else unchanged.
@@ -106,17 +106,12 @@ class ControlEmbeddings(TextProvider):
         """
         return self._source.to(self.class_embeddings)
 
-    def _select_rows(self, rows: Tensor) -> None:
-        super()._select_rows(rows)
-        if self._source is not None:
-            self._source = self._source[rows]
-
 
 def around(rows: Tensor,
            number: int,
            generator: torch.Generator,
            cosine: float = 0.9) -> Tensor:
-    """Draw unit vectors around others.
+    """Sample unit vectors at a given cosine to others.
 
     Args:
         rows (Tensor): Unit rows with shape (K, D).
@@ -137,7 +132,7 @@ def around(rows: Tensor,
 
 
 def derangement(num: int, generator: torch.Generator) -> Tensor:
-    """Draw a permutation that leaves no element in its place.
+    """Sample a permutation without a fixed point.
 
     Args:
         num (int): Number of elements, at least 2.

@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import logging
+import warnings
 from typing import Dict, List, Set
 
 import torch
@@ -8,17 +9,18 @@ from mmengine.logging import print_log
 from mmseg.registry import MODELS
 from torch import Tensor
 
+from mmseg_textkd.text import TextEmbeddings
+from mmseg_textkd.text.phrases import (ambiguous_phrases, phrase_confidence,
+                                       phrase_vectors)
 from .class_embeddings import ClassEmbeddings
-from .embedding_file import TextEmbeddings
-from .phrase_bank import PhraseBank, phrase_vectors
-from .phrase_confidence import load_confidence, text_confidence
+from .phrase_bank import PhraseBank
 
 MODES = ('uniform', 'weighted', 'mean', 'max')
 
 
 @MODELS.register_module()
 class SynonymSampler(ClassEmbeddings):
-    """Other words for a class in training, its plain name at inference.
+    """Class embeddings that sample synonyms of the class names in training.
 
     In training each image sees each class by a phrase that is drawn anew, so
     that the network does not learn a word but what the words have in common.
@@ -41,15 +43,10 @@ class SynonymSampler(ClassEmbeddings):
             confidence. 'mean': their mean, for all images. 'max': all of
             them, of which the most similar one counts at each pixel.
             Defaults to 'uniform'.
-        confidence (str): How sure it is that a phrase stands for the class.
-            'text': the probability, for CLIP's classifier over the plain
-            names, that the phrase is of its class. 'image': the mean
-            probability of the phrase, among those of its class, for regions
-            of the class in training images
-            (``tools/score_synonyms.py``). Defaults to 'text'.
-        threshold (float): Least confidence. A class without a phrase above it
-            keeps its plain name. Defaults to 0.1, as in the source.
-        **kwargs: ``dim``, ``centre``, ``classes`` and ``build``, see
+        threshold (float): Least confidence of a phrase, see
+            :func:`.phrases.phrase_confidence`. A class without a phrase above
+            it keeps its plain name. Defaults to 0.1, as in the source.
+        **kwargs: ``dim``, ``center``, ``classes`` and ``build``, see
             :class:`ClassEmbeddings`.
 
     Raises:
@@ -61,47 +58,42 @@ class SynonymSampler(ClassEmbeddings):
                  file: str,
                  num_classes: int,
                  mode: str = 'uniform',
-                 confidence: str = 'text',
                  threshold: float = 0.1,
                  **kwargs) -> None:
         if mode not in MODES:
             raise ValueError(f'`mode` must be one of {MODES}, but got '
                              f'{mode!r}.')
-        if confidence not in ('text', 'image'):
-            raise ValueError("`confidence` must be 'text' or 'image', but got "
-                             f'{confidence!r}.')
+        confidence = kwargs.pop('confidence', None)
+        if confidence is not None:
+            if confidence != 'text':
+                raise ValueError(
+                    f'`confidence`={confidence!r} is not known any more: the '
+                    'confidence of a phrase is that of its text. Leave the '
+                    'key out.')
+            warnings.warn('`confidence` is deprecated: leave it out, there is '
+                          'only that of the text.')
         if not 0 <= threshold < 1:
             raise ValueError(
                 f'`threshold` must lie in [0, 1), but got {threshold}.')
         super().__init__(file, num_classes, **kwargs)
         self.mode, self.threshold = mode, threshold
         self._bank_hint = self._missing_hint
-        if self.record is None:
-            return
-        if confidence == 'text':
-            scores = text_confidence(self.record)
-        else:
-            try:
-                scores = load_confidence(file, self.record)
-            except FileNotFoundError as error:
-                # Only training needs it.
-                self._bank_hint = str(error)
-                return
-        self.phrase_bank = self._make_bank(scores)
+        if self.record is not None:
+            self.phrase_bank = self._make_bank(phrase_confidence(self.record))
 
     def _rows(self, record: TextEmbeddings) -> Tensor:
-        """The plain names."""
+        """Vectors of the plain names."""
         try:
             return phrase_vectors(record)[0][:, 0]
         except ValueError as error:
             raise ValueError(f'{self.file}: {error}') from None
 
     def _make_bank(self, scores: Tensor) -> PhraseBank:
-        """Sort out the phrases that may be drawn."""
+        """Bank of the phrases that may be drawn, with their probabilities."""
         vectors, mask = phrase_vectors(self.record)
         if self.shift is not None:
             vectors = F.normalize(vectors - self.shift, dim=2)
-        ambiguous = collisions(self.record)
+        ambiguous = ambiguous_phrases(self.record)
         clear = torch.zeros_like(mask)
         for k, phrases in enumerate(self.record.phrases):
             for r, phrase in enumerate(phrases):
@@ -119,7 +111,7 @@ class SynonymSampler(ClassEmbeddings):
 
     def _log(self, ambiguous: Dict[int, Set[str]], used: Tensor,
              clear: Tensor) -> None:
-        """Say what is drawn and what not."""
+        """Log which phrases are used and which are not."""
         record, number = self.record, sum(map(len, self.record.phrases))
         doubtful: List[str] = [
             f'{phrase!r} ({name})' for k, name in enumerate(record.names)
@@ -140,31 +132,3 @@ class SynonymSampler(ClassEmbeddings):
         """Enter stage 2, in which scale and bias learn with what is deployed.
         """
         self.learning = self.can_compute
-
-
-def collisions(record: TextEmbeddings) -> Dict[int, Set[str]]:
-    """Find phrases that stand for another class as well.
-
-    The plain name of a class, its first phrase, belongs to it alone.
-
-    Args:
-        record (TextEmbeddings): Names and phrases.
-
-    Returns:
-        dict[int, set[str]]: By class, the phrases that it must not use.
-    """
-    owners: Dict[str, Set[int]] = {}
-    for k, (name, phrases) in enumerate(zip(record.names, record.phrases)):
-        for words in (name, *phrases):
-            owners.setdefault(_plain(words), set()).add(k)
-    found: Dict[int, Set[str]] = {}
-    for k, phrases in enumerate(record.phrases):
-        shared = {p for p in phrases[1:] if len(owners[_plain(p)]) > 1}
-        if shared:
-            found[k] = shared
-    return found
-
-
-def _plain(words: str) -> str:
-    """Words without case and markup."""
-    return words.strip().lower().replace('_', ' ')

@@ -1,14 +1,14 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import List, Optional, Sequence, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from mmseg_textkd.clip.text_tower import TextTower, load_tower
+from mmseg_textkd.text.vocabulary import Vocabulary
 from .prompt_learner import PromptLearner
-from .text_tower import TextTower, load_tower
-from .vocabulary import Vocabulary
 
 
 @MODELS.register_module()
@@ -97,9 +97,7 @@ class ContextPromptLearner(PromptLearner):
                     f'{list(self.names)}.')
             phrases = [p[0] for p in vocabulary.phrases]
         elif self.record is not None:
-            # By name: `set_classes` may have reordered the classes.
-            of = dict(zip(self.record.names, self.record.phrases))
-            phrases = [of[name][0] for name in self.names]
+            phrases = [words[0] for words in self.record.phrases]
         else:
             raise ValueError(
                 'ContextPromptLearner does not know the class names; give '
@@ -126,13 +124,14 @@ class ContextPromptLearner(PromptLearner):
                 f'embeddings have width {self.dim}. Use embeddings made with '
                 f'this tower and token_dim={tower.token_dim}.')
         self.__dict__['tower'] = tower.to(self.context.device)
-        self._lay_out(tower)
+        self.__dict__['prompts'] = self._lay_out(tower, self.phrases())
         if self.init is not None and not self.started:
             self._init_from_words(tower)
 
-    def _lay_out(self, tower: TextTower) -> None:
-        """Find the token ids of the prompts and the places of the context."""
-        phrases = self.phrases()
+    def _lay_out(self, tower: TextTower,
+                 phrases: Sequence[str]) -> Tuple[Tensor, Tensor]:
+        """Get the token ids of the prompts and the positions of the context.
+        """
         name_lengths = _lengths(tower, tower.tokenize(phrases))
         ids = tower.tokenize([phrase + '.' for phrase in phrases])
         lengths = _lengths(tower, ids)
@@ -160,8 +159,7 @@ class ContextPromptLearner(PromptLearner):
             row[:length + self.n_ctx][kept] = ids[k, :length]
             rows.append(row)
             places.append(place)
-        self.__dict__['prompt_ids'] = torch.stack(rows)
-        self.__dict__['context_places'] = torch.stack(places)
+        return torch.stack(rows), torch.stack(places)
 
     @torch.no_grad()
     def _init_from_words(self, tower: TextTower) -> None:
@@ -183,24 +181,35 @@ class ContextPromptLearner(PromptLearner):
         Returns:
             Tensor: Unit rows, float32, with shape (K, D).
         """
+        return self._encode(self.__dict__['tower'], *self.__dict__['prompts'])
+
+    @torch.no_grad()
+    def encode_phrases(self, tower: TextTower,
+                       phrases: Sequence[str]) -> Tensor:
+        """Encode phrases of other classes in the learned context.
+
+        Args:
+            tower (TextTower): The tower of the training.
+            phrases (Sequence[str]): One phrase for each of K' classes.
+
+        Returns:
+            Tensor: Unit rows, float32, with shape (K', D).
+
+        Raises:
+            ValueError: If a prompt is longer than the tower's context.
+        """
+        return self._encode(tower, *self._lay_out(tower, phrases))
+
+    def _encode(self, tower: TextTower, ids: Tensor, places: Tensor) -> Tensor:
+        """Put the context into the prompts and encode them."""
         device = self.context.device
-        tower = self.__dict__['tower'].to(device)
-        ids = self.__dict__['prompt_ids'].to(device)
-        places = self.__dict__['context_places'].to(device)
+        tower, ids, places = tower.to(device), ids.to(device), places.to(
+            device)
         tokens = tower.embed_tokens(ids)
         context = self.context.expand(len(ids), -1, -1)
         index = places[..., None].expand(-1, -1, tokens.shape[-1])
         tokens = tokens.scatter(1, index, context.to(tokens.dtype))
         return self._centred(tower.encode_prompts(tokens, ids))
-
-    def _select_rows(self, rows: Tensor) -> None:
-        super()._select_rows(rows)
-        if self.context.dim() == 3:
-            self.context = nn.Parameter(self.context[rows.to(
-                self.context.device)])
-        for name in ('prompt_ids', 'context_places'):
-            if name in self.__dict__:
-                self.__dict__[name] = self.__dict__[name][rows]
 
 
 def _lengths(tower: TextTower, ids: Tensor) -> List[int]:

@@ -3,21 +3,19 @@ from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from mmengine.logging import print_log
-from torch import Tensor, nn
+from torch import Tensor
 
-from .checksum import checksum
-from .text_loading import load_visual
-from .text_weights import PathLike, TextTowerError
+from .frozen_clip import FrozenCLIP
+from .loading import load_visual
+from .weights import PathLike, TextTowerError
 
 
-class ImageTower(nn.Module):
-    """The frozen image side of a CLIP model, through open_clip.
+class ImageTower(FrozenCLIP):
+    """Frozen image encoder of a CLIP model, through open_clip.
 
-    One vector for a picture, in the space of the text embeddings of the same
+    One vector for an image, in the space of the text embeddings of the same
     model. It is a teacher: no deployed network and no training step needs it.
-    The weights take no gradient, the module stays in evaluation mode whatever
-    :meth:`train` is told, and all arithmetic is in float32.
+    All arithmetic is in float32.
 
     Args:
         model (str): See :class:`TextTower`.
@@ -27,10 +25,10 @@ class ImageTower(nn.Module):
 
     Raises:
         TextTowerError: If open_clip or the weights are missing or damaged, or
-            the model gives no single vector for a picture.
+            the model gives no single vector for an image.
 
     Attributes:
-        size (tuple[int, int]): Height and width of the pictures.
+        size (tuple[int, int]): Height and width of the images.
         dim (int): Width D of the image embeddings.
     """
 
@@ -38,15 +36,10 @@ class ImageTower(nn.Module):
                  model: str,
                  pretrained: Optional[str] = None,
                  cache_dir: Optional[PathLike] = None) -> None:
-        super().__init__()
-        self.model, self.pretrained = model, pretrained
+        super().__init__(model, pretrained)
         self.visual, self.library, _ = load_visual(model, pretrained,
                                                    cache_dir)
-        if model == 'toyclip':
-            print_log(
-                'The image tower is ToyCLIP, a tiny model trained on '
-                'generated street scenes for tests and the quickstart. It is '
-                'not CLIP and knows next to nothing.', 'current')
+        self.visual.eval()
         prepared = self.visual.preprocess_cfg
         size = prepared['size']
         self.size: Tuple[int, int] = ((size, size) if isinstance(size, int)
@@ -54,35 +47,25 @@ class ImageTower(nn.Module):
         for name in ('mean', 'std'):
             value = 255 * torch.tensor(prepared[name]).view(3, 1, 1)
             self.register_buffer(name, value)
-        self.requires_grad_(False)
-        self.eval()
-        sample = self.encode_image(torch.zeros(1, 3, *self.size))
-        if not sample.isfinite().all():
-            raise TextTowerError(
-                f'The weights of {self.model!r} are damaged: its vectors are '
-                'not finite.')
-        self.dim = sample.shape[1]
+        self.dim = self._freeze(
+            self.encode_image(torch.zeros(1, 3, *self.size)))
 
     @property
     def device(self) -> torch.device:
         """torch.device: Where the weights are."""
         return self.mean.device
 
-    def train(self, mode: bool = True) -> 'ImageTower':
-        """Stay in evaluation mode: a frozen tower has no other."""
-        return super().train(False)
-
-    def resize(self, picture: Tensor) -> Tensor:
-        """Bring a picture to the size of the tower, whatever its aspect.
+    def resize(self, image: Tensor) -> Tensor:
+        """Resize an image to the size of the tower, whatever its aspect.
 
         Args:
-            picture (Tensor): Values in [0, 255], with shape (3, H, W).
+            image (Tensor): Values in [0, 255], with shape (3, H, W).
 
         Returns:
             Tensor: Float32, values in [0, 255], with shape (3, ``*size``).
         """
         resized = F.interpolate(
-            picture[None].float(),
+            image[None].float(),
             size=self.size,
             mode='bicubic',
             align_corners=False,
@@ -90,23 +73,23 @@ class ImageTower(nn.Module):
         return resized[0].clamp(0, 255)
 
     @torch.no_grad()
-    def encode_image(self, pictures: Tensor, batch_size: int = 64) -> Tensor:
-        """Encode pictures.
+    def encode_image(self, images: Tensor, batch_size: int = 64) -> Tensor:
+        """Encode images.
 
         Args:
-            pictures (Tensor): RGB, values in [0, 255], with shape (N, 3,
+            images (Tensor): RGB, values in [0, 255], with shape (N, 3,
                 ``*size``), on any device.
             batch_size (int): Pictures at a time. Defaults to 64.
 
         Returns:
-            Tensor: Float32, not normalised, with shape (N, D), on the tower's
+            Tensor: Float32, not normalized, with shape (N, D), on the tower's
             device.
 
         Raises:
-            TextTowerError: If the model gives more than a vector a picture.
+            TextTowerError: If the model gives more than a vector an image.
         """
         parts = []
-        for part in pictures.split(batch_size):
+        for part in images.split(batch_size):
             part = (part.to(self.device).float() - self.mean) / self.std
             with torch.autocast(self.device.type, enabled=False):
                 vectors = self.visual(part)
@@ -115,18 +98,10 @@ class ImageTower(nn.Module):
             if vectors.dim() != 2:
                 raise TextTowerError(
                     f'{self.model!r} gives a tensor of shape '
-                    f'{tuple(vectors.shape)} for {len(part)} pictures; an '
+                    f'{tuple(vectors.shape)} for {len(part)} images; an '
                     'image tower must pool them to one vector each.')
             parts.append(vectors.float())
         return torch.cat(parts)
-
-    def checksum(self) -> str:
-        """Hash all weights, to prove that nothing has touched them.
-
-        Returns:
-            str: See :func:`.checksum.checksum`.
-        """
-        return checksum(self)
 
     def extra_repr(self) -> str:
         """Describe the tower in one line of ``repr``."""

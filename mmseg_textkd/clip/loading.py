@@ -1,28 +1,28 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Opening a tower with open_clip from what :mod:`.text_weights` has found."""
+"""Loading of CLIP models with open_clip, from local weights."""
 from pathlib import Path
 from typing import Any, Optional, Tuple
 
 from torch import nn
 
-from .text_weights import (BPE_NAME, LOCAL, PathLike, TextTowerError,
-                           WeightsLocation, find_weights, import_open_clip)
+from .weights import (BPE_NAME, LOCAL, PathLike, TextTowerError,
+                      WeightsLocation, find_weights, import_open_clip)
 
 
 def load_clip(
         model: str,
         pretrained: Optional[str] = None,
         cache_dir: Optional[PathLike] = None) -> Tuple[nn.Module, Any, str]:
-    """Load the text side of a CLIP model and its tokenizer.
+    """Load the text encoder of a CLIP model and its tokenizer.
 
     Args:
-        model (str): See :class:`.text_tower.TextTower`.
+        model (str): See :class:`TextTower`.
         pretrained (str, optional): Tag or weights file. Defaults to None.
         cache_dir (str or PathLike, optional): Download cache. Defaults to
             None.
 
     Returns:
-        tuple: The open_clip model without its image side (float32, on the
+        tuple: The open_clip model without its image encoder (float32, on the
         CPU), the tokenizer, and the name and version of the library.
 
     Raises:
@@ -42,10 +42,10 @@ def load_visual(
         model: str,
         pretrained: Optional[str] = None,
         cache_dir: Optional[PathLike] = None) -> Tuple[nn.Module, str, float]:
-    """Load the image side of a CLIP model.
+    """Load the image encoder of a CLIP model.
 
     Args:
-        model (str): See :class:`.text_tower.TextTower`.
+        model (str): See :class:`TextTower`.
         pretrained (str, optional): Tag or weights file. Defaults to None.
         cache_dir (str or PathLike, optional): Download cache. Defaults to
             None.

@@ -1,20 +1,21 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import os
+import warnings
 from typing import Optional, Sequence, Union
 
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from .build import build_command
-from .embedding_file import TextEmbeddings
-from .text_geometry import centre as centre_rows
+from mmseg_textkd.text.embedding_file import TextEmbeddings
+from mmseg_textkd.text.embedding_statistics import center as center_rows
+from mmseg_textkd.text.encode_classes import build_command
+from mmseg_textkd.text.vocabulary import Vocabulary
 from .text_provider import TextProvider
-from .vocabulary import Vocabulary
 
 
 @MODELS.register_module()
 class ClassEmbeddings(TextProvider):
-    """Fixed class embeddings from a file, as stage 1 and inference use them.
+    """Fixed class embeddings from a file.
 
     The file is made by ``tools/encode_text.py``, or once by
     ``tools/train.py`` where ``build`` says how. Building this module needs
@@ -27,8 +28,8 @@ class ClassEmbeddings(TextProvider):
         num_classes (int): Number of classes K. The head passes its own.
         dim (int, optional): Width D of the embeddings; needed only where the
             file may be missing. Defaults to None.
-        centre (bool): Whether to subtract the mean over the classes and
-            renormalise. Raw CLIP text shares one large direction; see
+        center (bool): Whether to subtract the mean over the classes and
+            renormalize. Raw CLIP text shares one large direction; see
             ``docs/en/user_guides/text.md``. Defaults to False.
         classes (str | Sequence[str], optional): A vocabulary key (such as
             'cityscapes') or the class names, which the file must have in
@@ -37,6 +38,7 @@ class ClassEmbeddings(TextProvider):
         build (dict, optional): How to make a missing file: ``model``,
             ``pretrained``, ``templates``, ``vocabulary``, ``keep_bank``. Only
             ``tools/train.py`` acts on it. Defaults to None.
+        centre (bool, optional): Deprecated name of ``center``.
 
     Raises:
         FileNotFoundError: If the file is missing and ``dim`` is not given.
@@ -48,9 +50,13 @@ class ClassEmbeddings(TextProvider):
                  file: str,
                  num_classes: int,
                  dim: Optional[int] = None,
-                 centre: bool = False,
+                 center: bool = False,
                  classes: Optional[Union[str, Sequence[str]]] = None,
-                 build: Optional[dict] = None) -> None:
+                 build: Optional[dict] = None,
+                 centre: Optional[bool] = None) -> None:
+        if centre is not None:
+            warnings.warn('`centre` is deprecated: call it `center`.')
+            center = centre
         record = None
         hint = (f'the file {file!r} does not exist (working directory '
                 f'{os.getcwd()}). {build_command(file, build)}')
@@ -81,13 +87,13 @@ class ClassEmbeddings(TextProvider):
         self._missing_hint = hint
         # Kept apart from the buffer, which a checkpoint may overwrite.
         self._source: Optional[Tensor] = None
-        # Learners that start from this text are centred by the same vector.
+        # Learners that start from this text are centered by the same vector.
         self.shift: Optional[Tensor] = None
         if record is not None:
             self._source = self._rows(record)
-            if centre:
+            if center:
                 self.shift = self._source.mean(dim=0)
-                self._source = centre_rows(self._source)
+                self._source = center_rows(self._source)
             self.fill(self._source)
 
     def _rows(self, record: TextEmbeddings) -> Tensor:
@@ -106,8 +112,3 @@ class ClassEmbeddings(TextProvider):
             Tensor: Unit rows with shape (K, D).
         """
         return self._source.to(self.class_embeddings)
-
-    def _select_rows(self, rows: Tensor) -> None:
-        super()._select_rows(rows)
-        if self._source is not None:
-            self._source = self._source[rows]

@@ -1,6 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from abc import ABCMeta, abstractmethod
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
                 to unit length.
 
         Raises:
-            ValueError: If the shape is not (K, D).
+            ValueError: If the shape is not (K, D), or a row is zero.
         """
         expected = (self.num_classes, self.dim)
         if tuple(vectors.shape) != expected:
@@ -69,6 +69,10 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
                 f'the head needs (num_classes, dim) = {expected}. Use '
                 'embeddings made for these classes and this width, or change '
                 "the head's `num_classes` or the embeddings' `dim`.")
+        zero = (vectors == 0).all(dim=1).nonzero().flatten().tolist()
+        if zero:
+            raise ValueError(f'the class embeddings of the rows {zero} are '
+                             'all zero: they have no direction.')
         with torch.no_grad():
             self.class_embeddings.copy_(F.normalize(vectors.float(), dim=1))
         self._filled = True
@@ -197,33 +201,6 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         return ('The class embeddings in the loaded checkpoint differed from '
                 f'those of the config (max |difference| {difference:.2e}); '
                 "the config's are used.")
-
-    def set_classes(self, names: Sequence[str]) -> None:
-        """Keep, repeat or reorder the classes.
-
-        Args:
-            names (Sequence[str]): New class names, each a known one.
-
-        Raises:
-            ValueError: If names are unknown, and which.
-        """
-        unknown: List[str] = [n for n in names if n not in (self.names or ())]
-        if unknown:
-            raise ValueError(
-                f'no embeddings for the classes {unknown}; known are '
-                f'{list(self.names or ())}. Encode them with '
-                '`python tools/encode_text.py` and give that file.')
-        rows = [self.names.index(name) for name in names]
-        self.num_classes = len(rows)
-        self.names = tuple(names)
-        self._select_rows(torch.tensor(rows))
-
-    def _select_rows(self, rows: Tensor) -> None:
-        """Reorder everything that has one row a class."""
-        self.class_embeddings = self.class_embeddings[rows.to(
-            self.class_embeddings.device)]
-        if self.phrase_bank is not None:
-            self.phrase_bank = self.phrase_bank.select(rows)
 
     def _load_from_state_dict(self, state_dict, prefix, *args,
                               **kwargs) -> None:
