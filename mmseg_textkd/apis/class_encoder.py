@@ -211,7 +211,7 @@ class ClassEncoder:
         learned = dict(
             context=self.provider.context.tolist(),
             shift=shift if shift is None else shift.tolist(),
-            position=getattr(self.provider, 'position', None))
+            suffix=getattr(self.provider, 'suffix', None))
         return self._cached(
             words, tower, learned, lambda block: self.provider.encode_phrases(
                 self._load(tower), [phrases[0] for phrases in block.phrases]))

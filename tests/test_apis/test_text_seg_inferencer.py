@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.apis import inference_model, init_model
@@ -340,7 +341,7 @@ def test_everything_else(worded, inferencer):
 
 
 # ------------------------------------------------------------- bad words
-@pytest.mark.parametrize('classes, message', [
+@each_case('classes, message', [
     ([], 'names no class'),
     (['road', 'tree', 'road'], "'road' occurs twice"),
     (['road', ' '], 'empty'),
@@ -704,7 +705,7 @@ def test_demo_on_a_video(worded, inferencer, demo, tmp_path, capsys):
     assert not captures[1].read()[0]
 
 
-@pytest.mark.parametrize('words, message', [
+@each_case('words, message', [
     (['a.png', '--webcam', '--out', 'x'], 'one of them'),
     (['a.png'], 'give --out'),
     (['a.avi', '--out', 'x.gif'], 'a video is written as'),

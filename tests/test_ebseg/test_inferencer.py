@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.apis import inference_model
@@ -224,7 +225,7 @@ def test_many_classes_in_parts(files, inferencer, by_hand, mode):
     assert mine.model.out_channels == 21
 
 
-@pytest.mark.parametrize('how, message', [
+@each_case('how, message', [
     (dict(classes=[]), 'names no class'),
     (dict(classes=['sky', 'tree', 'sky']), "'sky' occurs twice"),
     (dict(classes=['sky', ' ']), 'empty'),

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from each_case import each_case
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from network_tester import samples
@@ -229,7 +230,7 @@ def test_a_teacher_of_classes_stays_refused(text):
                 head.loss([torch.randn(2, 8, 4, 6)], data, {})
 
 
-@pytest.mark.parametrize('options, match', [
+@each_case('options, match', [
     (dict(role='auxiliary', text_branch=BRANCH), "needs role='classifier'"),
     (dict(text_branch=dict(type='TextBranch')), 'must be a TextClassifier'),
     (dict(text_branch=dict(BRANCH, balance=dict(alpha=-.1))), 'exponents'),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from network_tester import samples
 from torch import nn
 
@@ -284,7 +285,7 @@ def test_dropout_is_for_training_only():
     assert torch.equal(fusion(feat, text), fusion(feat, text))
 
 
-@pytest.mark.parametrize('kwargs, message', [
+@each_case('kwargs, message', [
     (dict(use='testing'), "use.*must be one of.*'testing'"),
     (dict(num_heads=3), 'num_heads=3'),
     (dict(stride=0), 'stride=0'),

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.structures import PixelData
 from mmseg.models.decode_heads import DPTHead
 from mmseg.registry import MODELS
@@ -248,7 +249,7 @@ def test_a_teacher_of_all_classes_is_refused(text):
         head.loss([torch.randn(2, 8, 4, 6)], data, {})
 
 
-@pytest.mark.parametrize('options, match', [
+@each_case('options, match', [
     (dict(unseen=[6]), '0 to 5, and not all, but got'),
     (dict(unseen=[-1]), '0 to 5, and not all'),
     (dict(unseen=range(6)), 'and not all'),

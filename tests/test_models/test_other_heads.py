@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from each_case import each_case
 from mmengine.config import ConfigDict
 from mmengine.structures import PixelData
 from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
@@ -180,7 +181,7 @@ def test_classifier_learns_and_folds(name):
         logits(name, stock.eval()), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', TAKE)
+@each_case('name', TAKE)
 def test_auxiliary_role_leaves_the_stock_head_alone(name):
     stock, head = build(name), build(name, text=CONTROL, role='auxiliary')
     head.load_state_dict(stock.state_dict(), strict=False)
@@ -192,7 +193,7 @@ def test_auxiliary_role_leaves_the_stock_head_alone(name):
         logits(name, head.eval()), logits(name, stock.eval()))
 
 
-@pytest.mark.parametrize('name', REFUSED)
+@each_case('name', REFUSED)
 def test_others_are_refused(name):
     with pytest.raises(TypeError, match=f'Text{name} cannot take text.*conv_'):
         text_class(name)(text=CONTROL, **copy.deepcopy(REFUSED[name]))
@@ -277,13 +278,13 @@ def test_any_head_of_a_cascade_can_have_text():
 GN = dict(type='GN', num_groups=4)
 
 
-@pytest.mark.parametrize('norm_cfg, kind, eps', [
+@each_case('norm_cfg, kind, eps', [
     (GN, nn.BatchNorm2d, 1e-5),
     (dict(type='SyncBN', eps=1e-3), SyncBatchNorm, 1e-3),
     (dict(type='BN', eps=1e-3), nn.BatchNorm2d, 1e-3),
     (None, nn.BatchNorm2d, 1e-5),
 ])
-@pytest.mark.parametrize('role', ['classifier', 'auxiliary'])
+@each_case('role', ['classifier', 'auxiliary'])
 def test_norm_is_the_heads_own_where_it_folds(role, norm_cfg, kind, eps):
     head = TextFCNHead(text=CONTROL, role=role, norm_cfg=norm_cfg, **ONE)
     bn = head.text_branch.projection.bn

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
@@ -318,7 +319,7 @@ def test_init_as_published():
     assert weight.std().item() == pytest.approx((2 / 72)**0.5, rel=0.2)
 
 
-@pytest.mark.parametrize('options, words', [
+@each_case('options, words', [
     (dict(width=16), 'width 16, but the feature has 32 channels'),
     (dict(in_channels=16, width=16), 'has 32 channels, but in_channels=16'),
     (dict(feature='backbone.trunk'), "has no 'trunk'; it has"),

@@ -6,6 +6,7 @@ import zlib
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from network_tester import samples
 
 from mmseg_textkd.models import (TextClassifier, TextDDRHead, TextFCNHead,
@@ -414,7 +415,7 @@ def test_other_norms_and_heads():
     assert 'BatchNorm2d' in kinds and 'GroupNorm' not in kinds
 
 
-@pytest.mark.parametrize('kwargs, message', [
+@each_case('kwargs, message', [
     (dict(use='testing'), "use.*must be one of.*'testing'"),
     (dict(num_heads=3), 'num_heads=3'),
     (dict(stride=4), 'stride=4'),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.runner import Runner
 from processes import ROOT
@@ -53,7 +54,7 @@ def residual(file, **options):
         embeddings=dict(type='ClassEmbeddings', file=file, **options))
 
 
-@pytest.mark.parametrize('damage', DAMAGES, ids=lambda d: d.__name__)
+@each_case('damage', DAMAGES)
 def test_damaged_file(tmp_path, make_embeddings, damage):
     file = make_embeddings(8, names=list(CLASSES))
     damage(file)

@@ -42,7 +42,10 @@ def write_config(folder):
             'logit_bias': 1.,
             'backbone': 0.1
         },
-        schedule=dict(type='cosine', warmup_iters=2),
+        param_scheduler=[
+            dict(type='LinearLR', start_factor=0.5, end=2),
+            dict(type='CosineAnnealingLR', eta_min=0.)
+        ],
         log_interval=1)
     cfg = tiny_config(folder, text, hook, max_iters=ITERS)
     cfg.custom_imports.imports.append('fate_hook')

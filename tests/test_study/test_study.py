@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from analysis_tools import ROOT
+from each_case import each_case
 from mmseg.registry import MODELS
 from network_tester import CONFIGS
 from tiny import CLASSES, tiny_config, write_dataset
@@ -349,7 +350,7 @@ def test_images_of_a_fraction():
     assert subset(3, Run('a', 'x', 0, .01)) != []
 
 
-@pytest.mark.parametrize(
+@each_case(
     'changes, message',
     [(dict(grids=[dict(networks=['net'], arms=['stok'], seeds=[0])]),
       "grid 1 has the unknown arm 'stok'; known are .*'stock'"),

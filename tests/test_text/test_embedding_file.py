@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 
 from mmseg_textkd.text.embedding_file import EmbeddingFileError, TextEmbeddings
 from mmseg_textkd.text.embedding_statistics import (ce_floor, center,
@@ -98,7 +99,7 @@ def rewrite(file, tensors=None, **meta):
     save_file({**old, **(tensors or {})}, file, dict(metadata, **meta))
 
 
-@pytest.mark.parametrize('change', [
+@each_case('change', [
     dict(tensors=dict(vectors=unit(4, 6, seed=9))),
     dict(names=json.dumps(['sky', 'car', 'traffic sign', 'road'])),
     dict(model=json.dumps('ViT-B-16')),
@@ -156,7 +157,7 @@ def test_bad_numbers(tmp_path, value, words):
     assert 'a.safetensors' in str(info.value)
 
 
-@pytest.mark.parametrize('change, words', [
+@each_case('change, words', [
     (dict(vectors=unit(4, 6).double()), 'float64'),
     (dict(vectors=unit(24)), r'shape \(24,\)'),
     (dict(vectors=unit(3, 6)), '3 vectors for 4 names'),
@@ -270,7 +271,7 @@ def write_vectors(folder, suffix, vectors):
     return file
 
 
-@pytest.mark.parametrize('suffix', ['.npy', '.pt', '.pth', '.safetensors'])
+@each_case('suffix', ['.npy', '.pt', '.pth', '.safetensors'])
 def test_import(tmp_path, suffix):
     vectors = unit(4, 6) * torch.tensor([[1.], [7.], [.1], [2.]])
     file = write_vectors(tmp_path, suffix, vectors)
@@ -334,7 +335,7 @@ def test_import_executes_nothing(tmp_path):
     assert bomb.exists()
 
 
-@pytest.mark.parametrize('content, words', [
+@each_case('content, words', [
     (dict(a=unit(4, 6), b=unit(4, 6)), 'one tensor'),
     (dict(a=1), 'one tensor'),
     ([1, 2], 'a list and not a tensor'),
@@ -412,8 +413,8 @@ def test_geometry_of_known_angles():
     assert len(closest_pairs(vectors, 99)) == 6
 
 
-@pytest.mark.parametrize('num, dim', [(2, 2), (4, 4), (4, 16), (19, 64)])
-@pytest.mark.parametrize('scale', [1., 5., 14.29])
+@each_case('num, dim', [(2, 2), (4, 4), (4, 16), (19, 64)])
+@each_case('scale', [1., 5., 14.29])
 def test_ce_floor_of_orthonormal_vectors(num, dim, scale):
     """By symmetry e = a·t_k + b·(rest), which gives a closed form."""
     spread = math.sqrt(num / (num - 1))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from tiny_clip import save_model
 
 from mmseg_textkd.clip.text_tower import TextTower
@@ -247,7 +248,7 @@ def test_prefetch_of_what_is_there(tool, clip_name, capsys):
     assert 'works (D = 24)' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('argv, words', [
+@each_case('argv, words', [
     ([], 'nothing to encode'),
     (['toy_scenes', '--model', 'toyclip'], '--out is needed'),
     (['toy_scenes', '--out', 'x.safetensors'], '--model is needed'),

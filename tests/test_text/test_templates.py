@@ -2,6 +2,7 @@
 import json
 
 import pytest
+from each_case import each_case
 from mmseg.utils import get_predefined_templates
 
 from mmseg_textkd.text.templates import get_templates
@@ -41,7 +42,7 @@ def test_files(tmp_path):
     assert get_templates(listed) == ['{}', 'a {}']
 
 
-@pytest.mark.parametrize('spec,error,message', [
+@each_case('spec,error,message', [
     ([], ValueError, 'The list of templates is empty'),
     (['a photo'], ValueError, "exactly one '{}'.* 'a photo'"),
     (['{} and {}'], ValueError, "exactly one '{}'.* '{} and {}'"),
@@ -57,7 +58,7 @@ def test_bad_specs(spec, error, message):
         get_templates(spec)
 
 
-@pytest.mark.parametrize('name,content,message', [
+@each_case('name,content,message', [
     ('t.txt', '\n\n', 'is empty'),
     ('t.txt', 'a {}\nno place\n', "exactly one '{}'.* 'no place'"),
     ('t.json', '[]', 'is empty'),

@@ -11,7 +11,6 @@ import copy
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Dict, Iterable, Iterator, Optional, Sequence, Tuple
 
 import torch
@@ -23,10 +22,10 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mmseg_textkd.engine.stages.text_state import check_classes
 from mmseg_textkd.models import TextHeadMixin
 from mmseg_textkd.models.stock_init import (compare_with_stock, head_features,
                                             init_from_stock)
+from mmseg_textkd.models.text_parameters import check_classes
 from mmseg_textkd.text.encode_classes import ensure_embeddings
 from mmseg_textkd.utils.checkpoint import checkpoint_bytes
 from mmseg_textkd.utils.io import write_files
@@ -218,7 +217,7 @@ def convert(args: argparse.Namespace) -> None:
     }
     train = Runner.build_dataloader(cfg.train_dataloader, seed=SEED)
     # As at the start of a run, and of the checkpoint in addition.
-    check_classes(SimpleNamespace(model=model), train)
+    check_classes(model, train.dataset)
     check_names(path, names, train.dataset)
     load_state_dict(model, state, strict=False, logger='current')
     model.to(args.device).eval()

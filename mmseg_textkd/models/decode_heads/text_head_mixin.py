@@ -49,7 +49,8 @@ class TextHeadMixin:
         text_losses (Sequence[dict], optional): Losses on pixel and class
             embeddings, called with both, the labels at the resolution of the
             pixel embeddings, ``ignore_index`` and ``batch_data_samples``
-            (which bring what a teacher knows of the images). Defaults to
+            (which bring what a teacher knows of the images), or, in stage 2,
+            on learned and fixed class embeddings. Defaults to
             None: none for 'classifier', or that of the image projection for
             a ``BalancedTextClassifier``; one ``TextAlignmentLoss`` of weight
             0.4 (DenseCLIP's) for 'auxiliary'.
@@ -202,16 +203,22 @@ class TextHeadMixin:
         small, labels = small.squeeze(1).long(), labels.squeeze(1)
         losses: Dict[str, Tensor] = {}
         for module in self.text_losses:
-            full = getattr(module, 'full_resolution', False)
-            pixels = embeddings
-            if _of_image_projection(module):
-                pixels = self.text_branch.image_projection(feat)
-            value = module(
-                pixels,
-                text,
-                labels if full else small,
-                ignore_index=self.ignore_index,
-                batch_data_samples=batch_data_samples)
+            if getattr(module, 'of_text', False):
+                fixed = self._fixed_text()
+                if not self.text_branch.text.learning:
+                    continue
+                value = module(text, fixed)
+            else:
+                full = getattr(module, 'full_resolution', False)
+                pixels = embeddings
+                if _of_image_projection(module):
+                    pixels = self.text_branch.image_projection(feat)
+                value = module(
+                    pixels,
+                    text,
+                    labels if full else small,
+                    ignore_index=self.ignore_index,
+                    batch_data_samples=batch_data_samples)
             name = module.loss_name
             losses[name] = losses[name] + value if name in losses else value
         if self.text_branch.fusion is not None:
@@ -221,6 +228,18 @@ class TextHeadMixin:
                                              embeddings, text, logits, small,
                                              self.ignore_index))
         return losses
+
+    def _fixed_text(self) -> Tensor:
+        """Get the class embeddings that the learned ones start from."""
+        provider = self.text_branch.text
+        fixed = getattr(provider, 'base', None)
+        if fixed is None:
+            raise ValueError(
+                'a loss between learned and fixed text needs prompts that '
+                f'learn, but `text` is a {type(provider).__name__}.')
+        if getattr(self.text_branch, 'unseen', ()):
+            fixed = self.text_branch.seen_text(fixed)
+        return fixed
 
     def _check_calls(self, number: int, extra: bool) -> None:
         name = type(self).__name__

@@ -73,11 +73,15 @@ class TextKD(EncoderDecoder):
             that replace the default ones: temperature 0.07, cross entropy of
             weight 1.0, and the sampler, or the ``OhemCrossEntropy``, of the
             decode head. Defaults to None.
+        text_loss (dict, optional): Loss between learned and fixed text in
+            stage 2, such as ``dict(type='TextToTextContrastiveLoss')``.
+            Defaults to None.
         **kwargs: As of ``EncoderDecoder``.
 
     Raises:
-        ValueError: If a module does not exist, or the backbone's type is
-            unknown and ``feature`` or ``convs`` is missing.
+        ValueError: If a module does not exist, the backbone's type is unknown
+            and ``feature`` or ``convs`` is missing, or ``text_loss`` has no
+            learned text.
 
     Examples:
         >>> model = dict(
@@ -90,6 +94,7 @@ class TextKD(EncoderDecoder):
     def __init__(self,
                  score_map: dict,
                  alignment_head: Optional[dict] = None,
+                 text_loss: Optional[dict] = None,
                  **kwargs) -> None:
         super().__init__(**kwargs)
         options = dict(score_map)
@@ -110,6 +115,13 @@ class TextKD(EncoderDecoder):
                 num_classes=self.num_classes, convs=readers, **options)
             self.alignment_head = MODELS.build(
                 self._alignment_cfg(kwargs['decode_head'], alignment_head))
+        self.text_loss = None
+        if text_loss is not None:
+            self.text_loss = MODELS.build(text_loss)
+            if not hasattr(self.score_map.text, 'base'):
+                raise ValueError(
+                    '`text_loss` needs prompts that learn, but `text` is a '
+                    f'{type(self.score_map.text).__name__}.')
         # Of the forward that is under way: the score map, and as the
         # alignment loss takes it, at the largest size that is read.
         self._scores: Optional[Tensor] = None
@@ -206,7 +218,13 @@ class TextKD(EncoderDecoder):
             dict[str, Tensor]: Losses by name, the alignment loss under
             'align.'.
         """
-        losses = super().loss(inputs, data_samples)
+        text = self.score_map.text
+        with calls_of(text) as calls:
+            losses = super().loss(inputs, data_samples)
+        if self.text_loss is not None and text.learning:
+            # Not encoded a second time.
+            losses[self.text_loss.loss_name] = self.text_loss(
+                calls[0][1], text.base)
         alignment = self.alignment_head.loss([self._largest], data_samples,
                                              self.train_cfg)
         losses.update(add_prefix(alignment, 'align'))

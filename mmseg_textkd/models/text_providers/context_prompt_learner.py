@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import List, Optional, Sequence, Tuple, Union
+import warnings
+from typing import List, Optional, Sequence, Union
 
 import torch
 from mmengine.logging import print_log
@@ -21,7 +22,10 @@ class ContextPromptLearner(PromptLearner):
     no part of the module tree, and so is in no optimizer and no checkpoint.
 
     Source: `Learning to Prompt for Vision-Language Models
-    <https://arxiv.org/abs/2109.01134>`_, section 3.2.
+    <https://arxiv.org/abs/2109.01134>`_, section 3.2. With
+    ``context_length=16, class_specific=True, suffix=''`` the prompts are
+    those of `Lin, Chen and Wu
+    <https://doi.org/10.1109/APSIPAASC58517.2023.10317179>`_.
 
     Args:
         embeddings (dict): Config of the fixed provider for stage 1, made with
@@ -33,40 +37,54 @@ class ContextPromptLearner(PromptLearner):
         token_dim (int): Width d of the tower's tokens, needed here because
             the optimizer is built before the tower is loaded. Defaults to
             512.
-        n_ctx (int): Number of context vectors M. Defaults to 16.
+        n_ctx (int, optional): Number of context vectors M. Defaults to None:
+            16, or what ``context_length`` leaves.
+        context_length (int, optional): Greatest number of tokens of a whole
+            prompt. Without ``n_ctx`` five of them are for SOS, the class name
+            and EOS, as Lin, Chen and Wu have it, and the rest are context
+            vectors. Defaults to None: that of the tower.
         class_specific (bool): Whether each class has vectors of its own.
             Defaults to False.
-        position (str): Where the class name stands, 'end' or 'middle'.
-            Defaults to 'end'.
+        suffix (str): What follows the class name. Defaults to '.'.
         init (str, optional): Words to start the context from, of as many
             tokens as ``n_ctx``. Defaults to None: N(0, 0.02²).
         vocabulary (str | dict | Sequence[str], optional): Where the names to
             encode come from; the first phrase of each class is taken.
             Defaults to None: the phrases in the embeddings file.
+        position (str, optional): Deprecated.
     """
 
-    def __init__(
-            self,
-            embeddings: dict,
-            num_classes: int,
-            model: str,
-            pretrained: Optional[str] = None,
-            token_dim: int = 512,
-            n_ctx: int = 16,
-            class_specific: bool = False,
-            position: str = 'end',
-            init: Optional[str] = None,
-            vocabulary: Optional[Union[str, dict,
-                                       Sequence[str]]] = None) -> None:
+    def __init__(self,
+                 embeddings: dict,
+                 num_classes: int,
+                 model: str,
+                 pretrained: Optional[str] = None,
+                 token_dim: int = 512,
+                 n_ctx: Optional[int] = None,
+                 context_length: Optional[int] = None,
+                 class_specific: bool = False,
+                 suffix: str = '.',
+                 init: Optional[str] = None,
+                 vocabulary: Optional[Union[str, dict, Sequence[str]]] = None,
+                 position: Optional[str] = None) -> None:
         super().__init__(embeddings, num_classes)
-        if position not in ('end', 'middle'):
-            raise ValueError("`position` must be 'end' or 'middle', but got "
-                             f'{position!r}.')
+        if position is not None:
+            if position != 'end':
+                raise ValueError(
+                    f'`position`={position!r} is not known any more: the '
+                    'class name stands at the end. Leave the key out.')
+            warnings.warn('`position` is deprecated: leave it out, the class '
+                          'name stands at the end.')
+        if n_ctx is None:
+            n_ctx = 16 if context_length is None else context_length - 5
         if n_ctx < 1:
-            raise ValueError(f'`n_ctx` must be at least 1, but got {n_ctx}.')
+            raise ValueError(
+                f'`n_ctx` must be at least 1, but got {n_ctx}'
+                f'{f" of {context_length} tokens" if context_length else ""}.')
         self.model, self.pretrained = model, pretrained
         self.token_dim, self.n_ctx = token_dim, n_ctx
-        self.position, self.init = position, init
+        self.context_length = context_length
+        self.suffix, self.init = suffix, init
         self.vocabulary = vocabulary
         shape = (num_classes, n_ctx,
                  token_dim) if class_specific else (n_ctx, token_dim)
@@ -124,42 +142,30 @@ class ContextPromptLearner(PromptLearner):
                 f'embeddings have width {self.dim}. Use embeddings made with '
                 f'this tower and token_dim={tower.token_dim}.')
         self.__dict__['tower'] = tower.to(self.context.device)
-        self.__dict__['prompts'] = self._lay_out(tower, self.phrases())
+        self.__dict__['prompt_ids'] = self._lay_out(tower, self.phrases(),
+                                                    self.context_length)
         if self.init is not None and not self.started:
             self._init_from_words(tower)
 
-    def _lay_out(self, tower: TextTower,
-                 phrases: Sequence[str]) -> Tuple[Tensor, Tensor]:
-        """Get the token ids of the prompts and the positions of the context.
-        """
-        name_lengths = _lengths(tower, tower.tokenize(phrases))
-        ids = tower.tokenize([phrase + '.' for phrase in phrases])
-        lengths = _lengths(tower, ids)
-        room = ids.shape[1]
-        rows, places = [], []
-        for k, phrase in enumerate(phrases):
-            length = lengths[k]
+    def _lay_out(self,
+                 tower: TextTower,
+                 phrases: Sequence[str],
+                 room: Optional[int] = None) -> Tensor:
+        """Get the token ids of the prompts, with room for the context."""
+        ids = tower.tokenize([phrase + self.suffix for phrase in phrases])
+        room = min(room or ids.shape[1], ids.shape[1])
+        for phrase, length in zip(phrases, _lengths(tower, ids)):
             if length + self.n_ctx > room:
                 raise ValueError(
                     f'the prompt of class {phrase!r} has {length} tokens and '
-                    f'{self.n_ctx} context vectors, but the tower takes '
-                    f'{room}. Give a shorter phrase or a smaller `n_ctx`.')
-            # The name's tokens lie between SOS and EOS.
-            num_name = name_lengths[k] - 2
-            before = self.n_ctx
-            if self.position == 'middle':
-                before = self.n_ctx // 2
-            place = torch.cat([
-                torch.arange(1, 1 + before),
-                torch.arange(1 + before + num_name, 1 + self.n_ctx + num_name)
-            ])
-            row = ids.new_zeros(room)
-            kept = torch.ones(length + self.n_ctx, dtype=torch.bool)
-            kept[place] = False
-            row[:length + self.n_ctx][kept] = ids[k, :length]
-            rows.append(row)
-            places.append(place)
-        return torch.stack(rows), torch.stack(places)
+                    f'{self.n_ctx} context vectors, but there is room for '
+                    f'{room}. Give a shorter phrase, a smaller `n_ctx`, or a '
+                    'greater `context_length`, if the tower allows it.')
+        # The ids tell the tower where EOS is; those of the context, 0, are
+        # replaced by the vectors.
+        context = ids.new_zeros(len(ids), self.n_ctx)
+        return torch.cat([ids[:, :1], context, ids[:, 1:]],
+                         dim=1)[:, :ids.shape[1]]
 
     @torch.no_grad()
     def _init_from_words(self, tower: TextTower) -> None:
@@ -181,7 +187,7 @@ class ContextPromptLearner(PromptLearner):
         Returns:
             Tensor: Unit rows, float32, with shape (K, D).
         """
-        return self._encode(self.__dict__['tower'], *self.__dict__['prompts'])
+        return self._encode(self.tower, self.prompt_ids)
 
     @torch.no_grad()
     def encode_phrases(self, tower: TextTower,
@@ -198,17 +204,16 @@ class ContextPromptLearner(PromptLearner):
         Raises:
             ValueError: If a prompt is longer than the tower's context.
         """
-        return self._encode(tower, *self._lay_out(tower, phrases))
+        return self._encode(tower, self._lay_out(tower, phrases))
 
-    def _encode(self, tower: TextTower, ids: Tensor, places: Tensor) -> Tensor:
+    def _encode(self, tower: TextTower, ids: Tensor) -> Tensor:
         """Put the context into the prompts and encode them."""
         device = self.context.device
-        tower, ids, places = tower.to(device), ids.to(device), places.to(
-            device)
+        tower, ids = tower.to(device), ids.to(device)
         tokens = tower.embed_tokens(ids)
-        context = self.context.expand(len(ids), -1, -1)
-        index = places[..., None].expand(-1, -1, tokens.shape[-1])
-        tokens = tokens.scatter(1, index, context.to(tokens.dtype))
+        context = self.context.expand(len(ids), -1, -1).to(tokens.dtype)
+        tokens = torch.cat(
+            [tokens[:, :1], context, tokens[:, 1 + self.n_ctx:]], dim=1)
         return self._centred(tower.encode_prompts(tokens, ids))
 
 
