@@ -42,6 +42,8 @@ PLAIN_ENGINE = _installed('mmengine') == '0.10.7'
 BROKEN = {
     'mmcv.ops': UPSTREAM and find_spec('mmcv._ext') is None,
     'safe globals': torch.__version__ >= torch.torch_version.Version('2.6'),
+    # Everywhere: at least what is loaded from a URL.
+    'code in checkpoints': True,
     'distribution name': not UPSTREAM,
     'pkg_resources': PLAIN_ENGINE and find_spec('pkg_resources') is None,
     'mmseg assertion': False,

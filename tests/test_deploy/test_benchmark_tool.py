@@ -8,7 +8,7 @@ from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from mmseg_textkd.deploy.benchmark_backends import BACKENDS
+from mmseg_textkd.analysis.benchmark_backends import BACKENDS
 
 TOY = ROOT.joinpath(
     'configs/text_classifier/'
