@@ -19,8 +19,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(
-        type='Resize', scale=(2560, 640), keep_ratio=True, backend='pillow'),
+    dict(type='Resize', scale=(2560, 640), keep_ratio=True, backend='pillow'),
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs')
 ]

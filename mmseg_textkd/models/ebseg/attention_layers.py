@@ -94,8 +94,8 @@ class DeformableAttention(nn.Module):
         steps = torch.arange(1, num_points + 1)
         start = (ray[:, None] * steps[:, None])[:, None]
         with torch.no_grad():
-            self.offsets.bias.view(*self.shape, 2).copy_(
-                start.expand(*self.shape, 2))
+            self.offsets.bias.view(*self.shape,
+                                   2).copy_(start.expand(*self.shape, 2))
 
     def forward(self, x: Tensor, position: Tensor,
                 sizes: Sequence[Tuple[int, int]]) -> Tensor:
@@ -114,19 +114,20 @@ class DeformableAttention(nn.Module):
         query = x + position
         # (levels, N·heads, L, points, 2) and (levels, N·heads, 1, L, points)
         offsets = self.offsets(query).unflatten(
-            2, (heads, levels, points, 2)).permute(3, 0, 2, 1, 4, 5).flatten(
-                1, 2)
+            2, (heads, levels, points, 2)).permute(3, 0, 2, 1, 4,
+                                                   5).flatten(1, 2)
         weights = self.weights(query).unflatten(
             2, (heads, levels * points)).softmax(dim=3).unflatten(
-                3, (levels, points)).permute(3, 0, 2, 1, 4).flatten(
-                    1, 2)[:, :, None]
+                3, (levels, points)).permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :,
+                                                                          None]
         centers = torch.cat([_centers(size, x) for size in sizes])
         values = self.value(x).split([h * w for h, w in sizes], dim=1)
         total = 0.
         for size, value, offset, weight in zip(sizes, values, offsets,
                                                weights):
-            value = value.unflatten(2, (heads, -1)).permute(
-                0, 2, 3, 1).flatten(0, 1).unflatten(2, size)
+            value = value.unflatten(2,
+                                    (heads, -1)).permute(0, 2, 3, 1).flatten(
+                                        0, 1).unflatten(2, size)
             place = centers[:, None] + offset / offset.new_tensor(size[::-1])
             found = F.grid_sample(value, 2 * place - 1, align_corners=False)
             total = total + (found * weight).sum(dim=3)

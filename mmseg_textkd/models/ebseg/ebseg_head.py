@@ -214,8 +214,7 @@ class EBSegHead(BaseModule):
         labels = torch.cat([s.gt_sem_seg.data for s in batch_data_samples])
         height, width = (
             p - i for p, i in zip(padded_size(inputs.image), inputs.image))
-        labels = F.pad(
-            labels, (0, width, 0, height), value=self.ignore_index)
+        labels = F.pad(labels, (0, width, 0, height), value=self.ignore_index)
         return self.criterion(
             layers,
             supervised[-1],

@@ -33,8 +33,9 @@ class EBSegLoss(nn.Module):
 
     On every decoder layer: cross entropies of the classes by embeddings A and
     B, binary cross entropy and dice of the matched masks. On the last layer
-    also the semantic structure consistency of embedding A. Masks are compared at the size of the predictions, at all
-    pixels that are not ignored. Everything is in float32 or wider.
+    also the semantic structure consistency of embedding A. Masks are compared
+    at the size of the predictions, at all pixels that are not ignored.
+    Everything is in float32 or wider.
 
     Source: `EBSeg <https://arxiv.org/abs/2406.09829>`_ and its configs;
     `Mask2Former <https://arxiv.org/abs/2112.01527>`_ for matching and masks.

@@ -126,14 +126,11 @@ class FrozenSAMViT(FrozenTower):
         elif not Path(file).expanduser().is_file():
             raise FileNotFoundError(
                 f'There is no SAM weights file {Path(file).absolute()}.')
-        network = timm.create_model(
-            self.model, num_classes=0, norm_layer=NORM)
+        network = timm.create_model(self.model, num_classes=0, norm_layer=NORM)
         network.neck = nn.Identity()
         try:
             timm.models.load_checkpoint(
-                network,
-                str(Path(file).expanduser()),
-                filter_fn=_without_neck)
+                network, str(Path(file).expanduser()), filter_fn=_without_neck)
         except Exception as error:
             raise OSError(f'The weights file {file} is damaged or not of '
                           f'{self.model!r}: {error}') from error

@@ -23,10 +23,11 @@ class FrozenTower(BaseModule, metaclass=ABCMeta):
     """A pre-trained image encoder, of which only the position is trained.
 
     Its positional embedding is a parameter here, which starts from the
-    network's own. The network is no part of the module tree: it is in no optimizer, no
-    checkpoint and no broadcast of distributed training, and an averaged model
-    shares it. It is loaded by :meth:`init_weights`, or on first use in
-    inference, so that building needs neither its library nor its weights.
+    network's own. The network is no part of the module tree: it is in no
+    optimizer, no checkpoint and no broadcast of distributed training, and an
+    averaged model shares it. It is loaded by :meth:`init_weights`, or on first
+    use in inference, so that building needs neither its library nor its
+    weights.
 
     Args:
         mean (Sequence[float]): Mean of each channel that the network was

@@ -139,9 +139,9 @@ class MaskEmbedder(BaseModule):
             MaskEmbeddings: The masks and their embeddings.
         """
         attention, = self.attention([decoded], pixels, clip)
-        return MaskEmbeddings(decoded.masks, self.supervised(decoded, pixels),
-                              attention, self.frozen(decoded.masks,
-                                                     clip), image, size)
+        return MaskEmbeddings(decoded.masks,
+                              self.supervised(decoded, pixels), attention,
+                              self.frozen(decoded.masks, clip), image, size)
 
 
 def pool_by_masks(features: Tensor, masks: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ class MaskScores(nn.Module):
     r"""Scores of classes at each pixel, from those of the masks.
 
     :math:`\sum_q p_{qk} \sigma(m_q)`, the last step of the head, with mask
-    logits that have been resized before. It has no parameters and is a module so that another can be put in its place, as in
-    that of ``conv_seg`` in other heads.
+    logits that have been resized before. It has no parameters and is a module
+    so that another can be put in its place, as in that of ``conv_seg`` in
+    other heads.
 
     Args:
         rows (Tensor, optional): Long tensor of the numbers of n classes, if
