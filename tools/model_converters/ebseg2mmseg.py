@@ -212,6 +212,9 @@ def split(state: State, first_block: int) -> Tuple[Dict[str, State], List]:
                 raise ValueError(f'{key} is there under another name with '
                                  'other values.')
             parts[part][name] = value
+    nothing = parts['model'].get('decode_head.no_object')
+    if nothing is not None:
+        parts['model']['decode_head.no_object'] = nothing.flatten()
     if unknown:
         raise ValueError('keys that EBSeg does not have: ' + _some(unknown))
     return parts, dropped
@@ -288,9 +291,6 @@ def convert(args: argparse.Namespace) -> None:
     wanted = expected(cfg)
     check_variant(args.checkpoint, state, wanted['clip'], args.model)
     parts, dropped = split(state, cfg.model.decode_head.attention_from)
-    no_object = parts['model'].get('decode_head.no_object')
-    if no_object is not None:
-        parts['model']['decode_head.no_object'] = no_object.flatten()
     for part, keys in wanted.items():
         compare(part, parts[part], keys)
     if args.text:

@@ -54,8 +54,8 @@ class FrozenCLIPViT(FrozenTower):
         grid_size: int = 14,
         out_dims: int = 512,
         scale: float = 0.5,
-        mean: Sequence[float] = (122.771, 116.746, 104.094),
-        std: Sequence[float] = (68.501, 66.632, 70.323)
+        mean: Sequence[float] = (122.7709383, 116.7460125, 104.09373615),
+        std: Sequence[float] = (68.5005327, 66.6321579, 70.32316305)
     ) -> None:
         super().__init__(mean, std, (1 + grid_size**2, embed_dims))
         if scale <= 0:
