@@ -151,7 +151,7 @@ def test_onehot_control():
     assert torch.equal(wide(), torch.eye(4, 7))
 
 
-@pytest.mark.parametrize('num', [2, 3, 19])
+@each_case('num', [2, 3, 19])
 def test_shuffled_control_leaves_no_class_its_own(make_embeddings, num):
     source = dict(type='ClassEmbeddings', file=make_embeddings(num, DIM))
     vectors = build(**source, num_classes=num)()
@@ -266,7 +266,7 @@ def test_residual_checkpoint_holds_no_base(fixed):
     assert copy.started and torch.equal(copy(), provider.eval()())
 
 
-@pytest.mark.parametrize('scale', [0, -1, float('nan')])
+@each_case('scale', [0, -1, float('nan')])
 def test_residual_needs_a_scale(fixed, scale):
     with pytest.raises(ValueError, match='`scale` must be positive'):
         residual(fixed, scale=scale)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmseg.registry import MODELS
 from torch.nn.utils.rnn import pad_sequence
 
@@ -301,7 +302,7 @@ def test_controls(file):
 
 
 # ------------------------------------------------------------- bad input
-@pytest.mark.parametrize('options, words', [
+@each_case('options, words', [
     (dict(mode='best'), 'uniform'),
     (dict(confidence='image'), 'not known any more'),
     (dict(threshold=1.), r'\[0, 1\)'),
