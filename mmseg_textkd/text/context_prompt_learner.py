@@ -132,47 +132,20 @@ class ContextPromptLearner(PromptLearner):
 
     def _lay_out(self, tower: TextTower) -> None:
         """Find the token ids of the prompts and the places of the context."""
-        phrases = self.phrases()
-        name_lengths = _lengths(tower, tower.tokenize(phrases))
-        ids = tower.tokenize([phrase + '.' for phrase in phrases])
-        lengths = _lengths(tower, ids)
-        room = ids.shape[1]
-        rows, places = [], []
-        for k, phrase in enumerate(phrases):
-            length = lengths[k]
-            if length + self.n_ctx > room:
-                raise ValueError(
-                    f'the prompt of class {phrase!r} has {length} tokens and '
-                    f'{self.n_ctx} context vectors, but the tower takes '
-                    f'{room}. Give a shorter phrase or a smaller `n_ctx`.')
-            # The name's tokens lie between SOS and EOS.
-            num_name = name_lengths[k] - 2
-            before = self.n_ctx
-            if self.position == 'middle':
-                before = self.n_ctx // 2
-            place = torch.cat([
-                torch.arange(1, 1 + before),
-                torch.arange(1 + before + num_name, 1 + self.n_ctx + num_name)
-            ])
-            row = ids.new_zeros(room)
-            kept = torch.ones(length + self.n_ctx, dtype=torch.bool)
-            kept[place] = False
-            row[:length + self.n_ctx][kept] = ids[k, :length]
-            rows.append(row)
-            places.append(place)
-        self.__dict__['prompt_ids'] = torch.stack(rows)
-        self.__dict__['context_places'] = torch.stack(places)
+        before = self.n_ctx if self.position == 'end' else self.n_ctx // 2
+        (self.__dict__['prompt_ids'],
+         self.__dict__['context_places']) = tower.lay_out_prompts(
+             self.phrases(), self.n_ctx, before)
 
     @torch.no_grad()
     def _init_from_words(self, tower: TextTower) -> None:
-        ids = tower.tokenize([self.init])
-        num = _lengths(tower, ids)[0] - 2
+        ids, start, (num, ) = tower.find_words([self.init])
         if num != self.n_ctx:
             raise ValueError(
                 f'init={self.init!r} has {num} tokens, so set n_ctx={num} '
                 f'(it is {self.n_ctx}).')
         words = tower.embed_tokens(ids)
-        self.context.copy_(words[0, 1:1 + num].expand_as(self.context))
+        self.context.copy_(words[0, start:start + num].expand_as(self.context))
         print_log(
             f'Prompt context starts from the words {self.init!r}.',
             logger='current')
@@ -201,8 +174,3 @@ class ContextPromptLearner(PromptLearner):
         for name in ('prompt_ids', 'context_places'):
             if name in self.__dict__:
                 self.__dict__[name] = self.__dict__[name][rows]
-
-
-def _lengths(tower: TextTower, ids: Tensor) -> List[int]:
-    """Count the tokens of each prompt, SOS and EOS included."""
-    return (tower.end_positions(ids) + 1).tolist()

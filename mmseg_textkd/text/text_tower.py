@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -229,6 +229,114 @@ class TextTower(nn.Module):
         self._require_soft()
         pool, eos = self._pool
         return ((ids == eos).int() if pool == 'eos' else ids).argmax(dim=1)
+
+    def find_words(self,
+                   sentences: Sequence[str]) -> Tuple[Tensor, int, List[int]]:
+        """Tell the words of sentences from what the tokenizer puts around.
+
+        Start, end and padding tokens differ: CLIP has all three, SigLIP no
+        start token and its end token for padding, CLIPA no end token. They
+        are what the empty sentence consists of, so that no tokenizer needs to
+        be known.
+
+        Args:
+            sentences (Sequence[str]): N sentences.
+
+        Returns:
+            tuple[Tensor, int, list[int]]: Token ids with shape (N, L), the
+            place of the first word, and the number of tokens that the words
+            of each sentence have.
+
+        Raises:
+            TextTowerError: If this kind of tower takes no soft prompts, or
+                its tokenizer frames sentences in another way.
+            ValueError: If a sentence is longer than the context.
+        """
+        self._require_soft()
+        ids, frame = self.tokenize(sentences), self._frame()
+        room = len(frame)
+        starts = (ids == frame).int().cumprod(dim=1).sum(dim=1)
+        start = int(starts.min())
+        counts = []
+        for row, sentence in zip(ids, sentences):
+            count = next((n for n in range(1, room - start)
+                          if torch.equal(row[start + n:], frame[start:room -
+                                                                n])), None)
+            if count is None:
+                raise TextTowerError(
+                    f'{self.model!r} takes no soft prompts: its tokenizer '
+                    f'({type(self.tokenizer).__name__}) makes of {sentence!r} '
+                    f'the tokens {row[:16].tolist()}, which is not what it '
+                    'puts around an empty sentence with words in between. '
+                    'Use the `residual` or `mixture` prompts, which need no '
+                    'tower.')
+            counts.append(count)
+        return ids, start, counts
+
+    def lay_out_prompts(self, phrases: Sequence[str], num_context: int,
+                        before: int) -> Tuple[Tensor, Tensor]:
+        """Leave room for context vectors in the prompts of phrases.
+
+        A prompt is start token, ``before`` places, the phrase, the other
+        places, a full stop and end token, as far as the tokenizer has them.
+
+        Args:
+            phrases (Sequence[str]): K phrases.
+            num_context (int): Number of places M in each prompt.
+            before (int): How many of them stand in front of the phrase.
+
+        Returns:
+            tuple[Tensor, Tensor]: Token ids with shape (K, L), and the places
+            of the context in them with shape (K, M).
+
+        Raises:
+            TextTowerError: As of :meth:`find_words`.
+            ValueError: If a prompt is longer than the context, or the full
+                stop changes the tokens of a phrase that it stands apart from.
+        """
+        names, start, name_lengths = self.find_words(phrases)
+        ids, _, lengths = self.find_words([p + '.' for p in phrases])
+        frame = self._frame()
+        room = len(frame)
+        # At least one place is the end token's, also where that is padding.
+        end = max(1, int((frame[start:] != frame[-1]).sum()))
+        # A token that is not pooled.
+        filler = int(self._pool[0] == 'eos' and self._pool[1] == 0)
+        rows, places = [], []
+        for k, phrase in enumerate(phrases):
+            length, middle = lengths[k], start + before + name_lengths[k]
+            if start + length + end + num_context > room:
+                raise ValueError(
+                    f'the prompt of class {phrase!r} has '
+                    f'{start + length + end} tokens and {num_context} context '
+                    f'vectors, but the tower takes {room}. Give a shorter '
+                    'phrase or a smaller `n_ctx`.')
+            words = slice(start, start + name_lengths[k])
+            if before < num_context and not torch.equal(
+                    ids[k, words], names[k, words]):
+                raise ValueError(
+                    f'the tokenizer of {self.model!r} joins the phrase '
+                    f'{phrase!r} with the full stop behind it, so that no '
+                    "context fits in between; use position='end'.")
+            place = torch.cat([
+                torch.arange(start, start + before),
+                torch.arange(middle, middle + num_context - before)
+            ])
+            tail = start + num_context + length
+            row = torch.cat(
+                [frame[:start],
+                 frame.new_full((tail - start, ), filler), frame[start:]])
+            kept = torch.ones(tail, dtype=torch.bool)
+            kept[:start] = False
+            kept[place] = False
+            row[:tail][kept] = ids[k, start:start + length]
+            rows.append(row[:room])
+            places.append(place)
+        return torch.stack(rows), torch.stack(places)
+
+    def _frame(self) -> Tensor:
+        """Token ids of the empty sentence, shape (L, )."""
+        return self.tokenize([''])[0]
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Look up token embeddings, without positions.
