@@ -1,13 +1,14 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from .decode_heads import (TextDDRHead, TextDepthwiseSeparableFCNHead,
-                           TextDPTHead, TextFCNHead, TextHeadMixin,
-                           TextLightHamHead, TextPIDHead, TextSegformerHead)
+from .decode_heads import (LSegDPTHead, LSegEpisodeHead, TextDDRHead,
+                           TextDepthwiseSeparableFCNHead, TextDPTHead,
+                           TextFCNHead, TextHeadMixin, TextLightHamHead,
+                           TextPIDHead, TextSegformerHead)
 from .ebseg import (CLIPSAMNeck, EBSeg, EBSegHead, EBSegLoss, FrozenCLIPViT,
                     FrozenSAMViT, MaskDecoder)
 from .fusion import ContextAwareText, TwoWayBridge
-from .layers import (BalancedTextClassifier, LogitScale, PixelProjection,
-                     SpatialRegularization, TextBranch, TextClassifier,
-                     TextFusion)
+from .layers import (BalancedTextClassifier, LogitScale, LSegTextClassifier,
+                     PixelProjection, SpatialRegularization, TextBranch,
+                     TextClassifier, TextFusion)
 from .losses import (ChannelWiseDistillationLoss,
                      ImageEmbeddingDistillationLoss, LogitDistillationLoss,
                      SemanticStructureLoss, TextAlignmentLoss,
@@ -20,7 +21,8 @@ __all__ = [
     'BalancedTextClassifier', 'CLIPSAMNeck', 'ChannelWiseDistillationLoss',
     'ContextAwareText', 'DistilledEncoderDecoder', 'EBSeg', 'EBSegHead',
     'EBSegLoss', 'FrozenCLIPTeacher', 'FrozenCLIPViT', 'FrozenSAMViT',
-    'FrozenTeacher', 'ImageEmbeddingDistillationLoss', 'LogitDistillationLoss',
+    'FrozenTeacher', 'ImageEmbeddingDistillationLoss', 'LSegDPTHead',
+    'LSegEpisodeHead', 'LSegTextClassifier', 'LogitDistillationLoss',
     'LogitScale', 'MaskDecoder', 'PixelProjection', 'SemanticStructureLoss',
     'SpatialRegularization', 'TextAlignmentLoss', 'TextBranch',
     'TextClassifier', 'TextDDRHead', 'TextDPTHead',

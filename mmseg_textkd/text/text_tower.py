@@ -259,9 +259,9 @@ class TextTower(nn.Module):
         start = int(starts.min())
         counts = []
         for row, sentence in zip(ids, sentences):
-            count = next((n for n in range(1, room - start)
-                          if torch.equal(row[start + n:], frame[start:room -
-                                                                n])), None)
+            count = next(
+                (n for n in range(1, room - start)
+                 if torch.equal(row[start + n:], frame[start:room - n])), None)
             if count is None:
                 raise TextTowerError(
                     f'{self.model!r} takes no soft prompts: its tokenizer '
@@ -323,9 +323,10 @@ class TextTower(nn.Module):
                 torch.arange(middle, middle + num_context - before)
             ])
             tail = start + num_context + length
-            row = torch.cat(
-                [frame[:start],
-                 frame.new_full((tail - start, ), filler), frame[start:]])
+            row = torch.cat([
+                frame[:start],
+                frame.new_full((tail - start, ), filler), frame[start:]
+            ])
             kept = torch.ones(tail, dtype=torch.bool)
             kept[:start] = False
             kept[place] = False

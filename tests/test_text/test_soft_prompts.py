@@ -149,9 +149,8 @@ def test_long_prompts_leave_room_for_the_end(tmp_path, monkeypatch, learner):
 
 
 def test_other_frames_are_refused(tmp_path, monkeypatch, learner):
-    tower = make_tower(
-        tmp_path / 'clip', monkeypatch,
-        dict(context_length=77, hf_tokenizer_name='SigLIP'))
+    tower = make_tower(tmp_path / 'clip', monkeypatch,
+                       dict(context_length=77, hf_tokenizer_name='SigLIP'))
     inner = tower.tokenizer
 
     def clips(texts, context_length=None):

@@ -1,4 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+from .lseg_dpt_head import LSegDPTHead
+from .lseg_episode_head import LSegEpisodeHead
 from .text_ddr_head import TextDDRHead
 from .text_depthwise_separable_fcn_head import TextDepthwiseSeparableFCNHead
 from .text_dpt_head import TextDPTHead
@@ -9,7 +11,7 @@ from .text_pid_head import TextPIDHead
 from .text_segformer_head import TextSegformerHead
 
 __all__ = [
-    'TextDDRHead', 'TextDepthwiseSeparableFCNHead', 'TextDPTHead',
-    'TextFCNHead', 'TextHeadMixin', 'TextLightHamHead', 'TextPIDHead',
-    'TextSegformerHead'
+    'LSegDPTHead', 'LSegEpisodeHead', 'TextDDRHead',
+    'TextDepthwiseSeparableFCNHead', 'TextDPTHead', 'TextFCNHead',
+    'TextHeadMixin', 'TextLightHamHead', 'TextPIDHead', 'TextSegformerHead'
 ]
