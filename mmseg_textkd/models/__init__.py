@@ -1,13 +1,13 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from .decode_heads import (LSegDPTHead, LSegEpisodeHead, TextDDRHead,
-                           TextDepthwiseSeparableFCNHead, TextDPTHead,
+from .decode_heads import (LSegDPTHead, LSegEpisodeHead, ScoreMapHead,
+                           TextDDRHead, TextDepthwiseSeparableFCNHead, TextDPTHead,
                            TextFCNHead, TextHeadMixin, TextLightHamHead,
                            TextPIDHead, TextSegformerHead)
 from .ebseg import (CLIPSAMNeck, EBSeg, EBSegHead, EBSegLoss, FrozenCLIPViT,
                     FrozenSAMViT, MaskDecoder)
 from .fusion import ContextAwareText, TwoWayBridge
 from .layers import (BalancedTextClassifier, LogitScale, LSegTextClassifier,
-                     PixelProjection, SpatialRegularization, TextBranch,
+                     PixelProjection, ScoreMap, SpatialRegularization, TextBranch,
                      TextClassifier, TextFusion)
 from .losses import (ChannelWiseDistillationLoss,
                      ImageEmbeddingDistillationLoss, LogitDistillationLoss,
@@ -15,7 +15,7 @@ from .losses import (ChannelWiseDistillationLoss,
                      TextGuidedDistillationLoss,
                      TextSimilarityDistillationLoss)
 from .segmentors import (DistilledEncoderDecoder, FrozenCLIPTeacher,
-                         FrozenTeacher)
+                         FrozenTeacher, TextKD)
 
 __all__ = [
     'BalancedTextClassifier', 'CLIPSAMNeck', 'ChannelWiseDistillationLoss',
@@ -23,11 +23,11 @@ __all__ = [
     'EBSegLoss', 'FrozenCLIPTeacher', 'FrozenCLIPViT', 'FrozenSAMViT',
     'FrozenTeacher', 'ImageEmbeddingDistillationLoss', 'LSegDPTHead',
     'LSegEpisodeHead', 'LSegTextClassifier', 'LogitDistillationLoss',
-    'LogitScale', 'MaskDecoder', 'PixelProjection', 'SemanticStructureLoss',
-    'SpatialRegularization', 'TextAlignmentLoss', 'TextBranch',
-    'TextClassifier', 'TextDDRHead', 'TextDPTHead',
+    'LogitScale', 'MaskDecoder', 'PixelProjection', 'ScoreMap', 'ScoreMapHead',
+    'SemanticStructureLoss', 'SpatialRegularization', 'TextAlignmentLoss',
+    'TextBranch', 'TextClassifier', 'TextDDRHead', 'TextDPTHead',
     'TextDepthwiseSeparableFCNHead', 'TextFCNHead', 'TextFusion',
-    'TextGuidedDistillationLoss', 'TextHeadMixin', 'TextLightHamHead',
-    'TextPIDHead', 'TextSegformerHead', 'TextSimilarityDistillationLoss',
-    'TwoWayBridge'
+    'TextGuidedDistillationLoss', 'TextKD', 'TextHeadMixin',
+    'TextLightHamHead', 'TextPIDHead', 'TextSegformerHead',
+    'TextSimilarityDistillationLoss', 'TwoWayBridge'
 ]

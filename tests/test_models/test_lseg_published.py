@@ -130,7 +130,7 @@ def written_out(model, image):
                      state[name + 'project.conv.bias'])
     name = 'conv_seg.projection.conv.'
     pixels = F.conv2d(x, state[name + 'weight'], state[name + 'bias'])
-    text = model.decode_head.text.text()
+    text = model.decode_head.text_branch.text()
     logits = torch.einsum('kd,ndhw->nkhw', text,
                           pixels / pixels.norm(dim=1, keepdim=True)) / .07
     return double(logits)
@@ -158,8 +158,8 @@ def test_network_is_the_published_one(text, name):
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
     assert all(
         torch.equal(p, q)
-        for p, q in zip(model.decode_head.text.text.compute(),
-                        model.decode_head.text.text()))
+        for p, q in zip(model.decode_head.text_branch.text.compute(),
+                        model.decode_head.text_branch.text()))
 
 
 def test_products_are_rounded_as_released(text):
@@ -212,10 +212,10 @@ def test_episodes_learn_with_their_own_classes(text):
     logits = []
     with torch.no_grad():
         feats = twin.extract_feat(image)
-    every = head.text
+    every = head.text_branch
     for hook in (every.register_forward_pre_hook(
             lambda _, args: logits.append(args[0])), ):
-        head.text.episode = torch.tensor([1, 2])
+        head.text_branch.episode = torch.tensor([1, 2])
         head(feats)
         hook.remove()
     pixels = F.normalize(every.projection.conv(logits[0]), dim=1)
@@ -226,8 +226,8 @@ def test_episodes_learn_with_their_own_classes(text):
             products, size=(64, 64), mode='bilinear', align_corners=True),
         torch.stack([s.gt_sem_seg.data[0] for s in samples]))
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    assert model.decode_head.text.episode is None
-    grad = model.decode_head.text.projection.conv.weight.grad
+    assert model.decode_head.text_branch.episode is None
+    grad = model.decode_head.text_branch.projection.conv.weight.grad
     assert grad.abs().max() > 0
 
 
@@ -239,7 +239,7 @@ def test_faults_are_named(text):
         model.inference(image, [meta])
     with pytest.raises(ValueError, match=r'3 classes, but .* \[3\]'):
         model.inference(image, [dict(meta, class_id=3)])
-    assert model.decode_head.text.episode is None
+    assert model.decode_head.text_branch.episode is None
     options = dict(
         text=text,
         channels=8,

@@ -4,7 +4,6 @@
 ``lseg_keys.json`` has the names and shapes of their checkpoints (facts): as
 isl-org/lang-seg @bb00b21 builds them, ``{0-3}`` for each number of a range.
 """
-import copy
 import json
 import os.path as osp
 import pickle
@@ -14,15 +13,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-import torch.nn.functional as F
-from mmengine.config import Config
 from mmseg.registry import MODELS
 from network_tester import CONFIGS, load_config
 from processes import TOOLS
 
-from mmseg_textkd.text import Vocabulary
-from mmseg_textkd.text.build import encode_classes
-from mmseg_textkd.text.text_tower import TextTower
+from mmseg_textkd.clip import TextTower
+from mmseg_textkd.text.encode_classes import encode_classes
 
 TOOL = osp.join(TOOLS, 'model_converters', 'lseg2mmseg.py')
 KEYS = json.loads((Path(__file__).parent / 'lseg_keys.json').read_text())
@@ -186,7 +182,7 @@ def test_a_checkpoint_becomes_a_network(convert, small_clip, tmp_path,
     # The words, in the CLIP of the checkpoint, which encodes others too.
     tower = TextTower(small_clip, str(tmp_path / 'clip.safetensors'))
     vectors = encode_classes(WORDS, tower, 'none').vectors
-    torch.testing.assert_close(model.decode_head.text.text(), vectors)
+    torch.testing.assert_close(model.decode_head.text_branch.text(), vectors)
     theirs = content['state_dict']
     head1 = theirs['net.scratch.head1.weight']
     assert torch.equal(state['decode_head.conv_seg.projection.conv.weight'],

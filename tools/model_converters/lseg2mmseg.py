@@ -23,11 +23,11 @@ from mmseg.registry import MODELS
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from mmseg_textkd.clip import TextTower
+from mmseg_textkd.clip.weights import import_open_clip
 from mmseg_textkd.deploy import load_strictly, read_checkpoint, write_files
 from mmseg_textkd.models import LSegDPTHead
-from mmseg_textkd.text.build import encode_classes
-from mmseg_textkd.text.text_tower import TextTower
-from mmseg_textkd.text.text_weights import import_open_clip
+from mmseg_textkd.text.encode_classes import encode_classes
 
 NET, CLIP = 'net.', 'clip_pretrained.'
 # OpenAI's, with its QuickGELU.
@@ -187,7 +187,7 @@ def convert_weights(theirs: Dict[str, Tensor],
     ours: Dict[str, Tensor] = {}
     dropped, unknown = [], []
     block = 'scratch.head_block.depthwise.depthwise.'
-    blocks = head.text.regularization
+    blocks = head.text_branch.regularization
     depth = 0 if blocks is None else blocks.depth
     if (f'{block}weight' in theirs) != bool(depth):
         raise ValueError(
@@ -286,7 +286,7 @@ def convert(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         vectors, names, clip = encode_words(theirs, cfg.model.decode_head.text,
                                             folder)
-    model.decode_head.text.text.fill(vectors)
+    model.decode_head.text_branch.text.fill(vectors)
     meta = dict(
         dataset_meta=dict(classes=tuple(names)),
         lseg_checkpoint=args.checkpoint.name)

@@ -86,12 +86,12 @@ class LSegEpisodeHead(LSegDPTHead):
                 'LSegEpisodeHead needs the `class_id` of each image: have it '
                 "packed, PackSegInputs(meta_keys=(..., 'class_id'))."
             ) from None
-        rows = self.text.text.num_classes
+        rows = self.text_branch.text.num_classes
         if not all(0 <= k < rows - 1 for k in classes):
             raise ValueError(f'the text has the others and {rows - 1} classes,'
                              f' but the images ask for {classes}.')
-        self.text.episode = torch.tensor(classes)
+        self.text_branch.episode = torch.tensor(classes)
         try:
             yield
         finally:
-            self.text.episode = None
+            self.text_branch.episode = None
