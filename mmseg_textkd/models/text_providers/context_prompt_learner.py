@@ -201,8 +201,7 @@ class ContextPromptLearner(PromptLearner):
         tokens = tower.embed_tokens(ids)
         context = self.context.expand(len(ids), -1, -1).to(tokens.dtype)
         start = self.__dict__['start']
-        tokens = torch.cat([
-            tokens[:, :start], context, tokens[:, start + self.n_ctx:]
-        ],
-                           dim=1)
+        tokens = torch.cat(
+            [tokens[:, :start], context, tokens[:, start + self.n_ctx:]],
+            dim=1)
         return self._centred(tower.encode_prompts(tokens, ids))
