@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from mmseg_textkd.clip import TextTower
 from mmseg_textkd.clip.weights import TextTowerError
-from mmseg_textkd.models.text_providers import context_prompt_learner
-from mmseg_textkd.models.text_providers import ContextPromptLearner
+from mmseg_textkd.models.text_providers import (ContextPromptLearner,
+                                                context_prompt_learner)
 
 PHRASES = {'road': 'road', 'light': 'traffic light', 'wall': 'brick wall'}
 # Start tokens, end token, padding: what Hugging Face's tokenizers put around
