@@ -40,7 +40,7 @@ def test_published_network_and_words(path):
     classes = DATASETS.get(data.type).METAINFO['classes']
     assert tuple(build.vocabulary) == classes
     assert head.text_branch == dict(type='LSegTextClassifier')
-    assert head.channels == 256 and head.align_corners
+    assert head.channels == 256
     mean, std = (cfg.model.data_preprocessor[k] for k in ('mean', 'std'))
     if '_r101_' in path.name:
         assert (backbone.depth, backbone.style) == (101, 'pytorch')

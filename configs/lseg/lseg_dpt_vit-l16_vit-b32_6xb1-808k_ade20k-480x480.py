@@ -34,7 +34,6 @@ test_dataloader = val_dataloader
 # Theirs is 0.004 for a batch of 16, here by the pictures of one process; what
 # is new learns ten times as fast.
 optim_wrapper = dict(
-    _delete_=True,
     type='OptimWrapper',
     optimizer=dict(type='SGD', lr=0.004 / 16, momentum=0.9, weight_decay=1e-4),
     paramwise_cfg=dict(custom_keys={'decode_head': dict(lr_mult=10.)}))

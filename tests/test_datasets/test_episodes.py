@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Episodes of few-shot work: which ones, and their labels."""
+import copy
 import pickle
 from collections import Counter
 
@@ -181,8 +182,8 @@ def test_pipeline_reads_pictures_as_torchvision_does(tmp_path):
     Image.fromarray(rng.integers(5, 8, (60, 90),
                                  np.uint8)).save(tmp_path / 'ann/a.png')
     (tmp_path / 'fold1.txt').write_text('a__06\n')
-    cfg = load_config(
-        CONFIGS / 'lseg/lseg_dpt_r101_vit-b32_pascal-5i-episodes-480x480.py')
+    path = 'lseg/lseg_dpt_r101_vit-b32_pascal-5i-episodes-480x480.py'
+    cfg = copy.deepcopy(load_config(CONFIGS / path))
     cfg.test_dataloader.dataset.update(
         fold=1,
         data_root=str(tmp_path),

@@ -4,6 +4,7 @@
 ``lseg_keys.json`` has the names and shapes of their checkpoints (facts): as
 isl-org/lang-seg @bb00b21 builds them, ``{0-3}`` for each number of a range.
 """
+import copy
 import json
 import os.path as osp
 import pickle
@@ -75,7 +76,7 @@ def checkpoint(network, **changes):
 
 
 def config(network):
-    cfg = load_config(CONFIGS / 'lseg' / NAMES[network])
+    cfg = copy.deepcopy(load_config(CONFIGS / 'lseg' / NAMES[network]))
     backbone, head = cfg.model.backbone, cfg.model.decode_head
     for key in ('in_channels', 'post_process_channels'):
         head[key] = [shrink(size) for size in head[key]]
@@ -139,6 +140,7 @@ def test_every_weight_of_the_real_size_has_its_place(load_tool, monkeypatch,
     """Names and shapes of the config's network, none missing, none over."""
     tool = load_tool('model_converters/lseg2mmseg.py')
     cfg = load_config(CONFIGS / 'lseg' / NAMES[network]).model
+    cfg = copy.deepcopy(cfg)
     cfg.backbone.pop('init_cfg', None)
     # MMSegmentation's ViT looks at numbers of it.
     monkeypatch.setattr(torch, 'linspace',
