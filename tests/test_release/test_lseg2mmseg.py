@@ -48,7 +48,7 @@ def keys(network):
 
 def shrink(size):
     """A sixteenth of what is a width."""
-    kept = (77, 577, 49408)  # words of a sentence, places, words known
+    kept = (77, 145, 577, 49408)  # words of a sentence, places, words known
     return size if size < 64 or size in kept else size // 16
 
 
@@ -91,7 +91,7 @@ def config(network):
         head.text.num_classes = len(WORDS)
     else:
         head.num_classes = len(WORDS)
-        head.text.classes = WORDS
+    head.text.classes = WORDS
     head.text.build.vocabulary = WORDS
     return cfg
 
@@ -270,7 +270,7 @@ def harmful():
 def test_what_is_refused(convert, capsys):
     cases = [
         (checkpoint('vit-l16'), 'backbone.layers.12'),
-        (checkpoint('rn101'), 'backbone.layer1'),
+        (checkpoint('rn101'), 'backbone.conv1.weight'),
         (without(checkpoint('vit-b32'), 'net.scratch.head1.bias'),
          '1 missing: decode_head.conv_seg.projection.conv.bias'),
         (checkpoint('vit-b32', **{'net.extra.weight': torch.ones(1)}),

@@ -28,6 +28,7 @@ from mmseg_textkd.clip.weights import import_open_clip
 from mmseg_textkd.deploy import load_strictly, read_checkpoint, write_files
 from mmseg_textkd.models import LSegDPTHead
 from mmseg_textkd.text.encode_classes import encode_classes
+from mmseg_textkd.text.vocabulary import Vocabulary
 
 NET, CLIP = 'net.', 'clip_pretrained.'
 # OpenAI's, with its QuickGELU.
@@ -262,6 +263,11 @@ def encode_words(theirs: Dict[str, Tensor], text: dict,
         warnings.simplefilter('ignore')  # their words of two classes are alike
         record = encode_classes(build['vocabulary'], tower,
                                 build.get('templates') or 'vild')
+    if text.get('classes'):
+        # A config that MMEngine has dumped has its dicts sorted.
+        record.check_names(
+            Vocabulary.from_spec(text['classes']).names,
+            'the classes of the config')
     return record.vectors, list(record.names), data
 
 

@@ -10,6 +10,8 @@ text_provider = dict(
     embeddings=dict(
         type='ClassEmbeddings',
         file='data/text_embeddings/lseg_coco-20i_vit-b32-openai.safetensors',
+        classes=__import__(
+            'mmseg_textkd').datasets.COCO20iEpisodes.METAINFO['classes'],
         num_classes=81,
         dim=512,
         build=dict(
