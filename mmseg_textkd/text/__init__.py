@@ -3,6 +3,7 @@ from .class_embeddings import ClassEmbeddings
 from .context_prompt_learner import ContextPromptLearner
 from .control_embeddings import ControlEmbeddings
 from .embedding_file import TextEmbeddings
+from .learned_embeddings import LearnedEmbeddings
 from .mixture_prompt_learner import MixturePromptLearner
 from .prompt_learner import PromptLearner
 from .residual_prompt_learner import ResidualPromptLearner
@@ -14,7 +15,7 @@ from .vocabulary import Vocabulary
 
 __all__ = [
     'ClassEmbeddings', 'ContextPromptLearner', 'ControlEmbeddings',
-    'MixturePromptLearner', 'PromptLearner', 'ResidualPromptLearner',
-    'SynonymSampler', 'TextEmbeddings', 'TextProvider', 'TextTower',
-    'Vocabulary', 'get_templates'
+    'LearnedEmbeddings', 'MixturePromptLearner', 'PromptLearner',
+    'ResidualPromptLearner', 'SynonymSampler', 'TextEmbeddings',
+    'TextProvider', 'TextTower', 'Vocabulary', 'get_templates'
 ]
