@@ -113,7 +113,9 @@ class Study:
         for key, part in self.groups.items():
             parts += [
                 f'### {self.title(key)}',
-                self.main_table(part), '#### By class',
+                self.main_table(part),
+                self.tests(part),
+                self.speeds(part), '#### By class',
                 self.class_table(part)
             ]
         parts += [f'![{name}]({name})' for name in plots]
@@ -207,6 +209,43 @@ class Study:
                                for s in splits), *(f'- `{other}`'
                                                    for other in references),
              'best val', 'last quarter', 'seconds', 'MiB'), rows)
+
+    def tests(self, part: Group) -> str:
+        """Write the table of the registered hypotheses, if there are any."""
+        found = part.test(
+            self.plan['hypotheses']) if self.plan.get('hypotheses') else []
+        if not found:
+            return ''
+        rows = [[
+            f'`{t.better}` > `{t.worse}`',
+            str(t.difference.number),
+            difference(t.difference, read=False), f'{t.p:.4f}',
+            f'{t.corrected:.4f}', f'**{t.reading}**'
+        ] for t in found]
+        return '#### Hypotheses\n\n' + table(
+            ('hypothesis', 'seeds', f'difference in {self.split} mIoU', 'p',
+             'p by Holm', 'at 5 %'), rows)
+
+    def speeds(self, part: Group) -> str:
+        """Write how soon arms are where the baseline ends."""
+        if not self.plan.get('hypotheses'):
+            return ''
+        rows = []
+        for arm in self.ordered(part):
+            speed = part.speed(arm, self.baseline)
+            if speed is None:
+                continue
+            gain = speed.gain
+            text = f'{gain.mean:.2f}'
+            if arm != self.baseline and gain.number > 1:
+                text += f' [{gain.low:.2f}, {gain.high:.2f}]'
+            rows.append([
+                f'`{arm}`', f'{speed.iterations:.0f}',
+                f'{speed.reached} of {gain.number}', text
+            ])
+        return '' if not rows else '#### Speed\n\n' + table(
+            ('arm', f'iterations to the last val mIoU of `{self.baseline}`',
+             'reached', 'speed-up'), rows)
 
     def class_table(self, part: Group) -> str:
         """Write the table of the classes of a network."""
