@@ -10,7 +10,7 @@ from analysis_tools import ROOT, fails, load_tool
 from scipy import stats
 
 from mmseg_textkd.study import Ledger
-from mmseg_textkd.study.analysis import (Group, holm, interval, iterations_to)
+from mmseg_textkd.study.analysis import Group, holm, interval, iterations_to
 
 TOOL = load_tool('study_table')
 # Test mIoU by arm and seed. Differences of text: 3, 2, 1.5.
