@@ -2,12 +2,14 @@
 from .camvid import CamVidDataset
 from .check_labels import CheckLabels
 from .hide_classes import HideClasses
+from .labelmefacade import LabelMeFacadeDataset
 from .load_16bit_annotations import Load16BitAnnotations
 from .load_region_embeddings import LoadRegionEmbeddings
 from .pack_region_inputs import PackRegionInputs
 from .toy_scenes import ToyScenesDataset
 
 __all__ = [
-    'CamVidDataset', 'CheckLabels', 'HideClasses', 'Load16BitAnnotations',
-    'LoadRegionEmbeddings', 'PackRegionInputs', 'ToyScenesDataset'
+    'CamVidDataset', 'CheckLabels', 'HideClasses', 'LabelMeFacadeDataset',
+    'Load16BitAnnotations', 'LoadRegionEmbeddings', 'PackRegionInputs',
+    'ToyScenesDataset'
 ]

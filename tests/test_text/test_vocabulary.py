@@ -13,6 +13,7 @@ from mmseg.datasets import (ADE20KDataset, BDD100KDataset, CityscapesDataset,
 
 from mmseg_textkd import stock_config
 from mmseg_textkd.datasets.camvid import CamVidDataset
+from mmseg_textkd.datasets.labelmefacade import LabelMeFacadeDataset
 from mmseg_textkd.datasets.toy_scenes import ToyScenesDataset
 from mmseg_textkd.text.vocabulary import ALIASES, VOCABULARY_DIR, Vocabulary
 
@@ -30,6 +31,7 @@ DATASETS = {
     'coco_stuff': (COCOStuffDataset.METAINFO, 171),
     'mapillary_v1': (MAPILLARY, 65),
     'toy_scenes': (ToyScenesDataset.METAINFO, 8),
+    'labelmefacade': (LabelMeFacadeDataset.METAINFO, 8),
 }
 # Only evaluated on; MMSegmentation has no dataset of these classes.
 LISTS = {'ade20k_847': 847, 'pascal_context459': 459}
@@ -84,11 +86,11 @@ MEANT = [
 
 def test_every_file_is_tested():
     assert Vocabulary.keys() == sorted(COUNTS)
-    assert len(COUNTS) == 10
+    assert len(COUNTS) == 11
     # An alias has no file of its own, and everything else has one.
     files = sorted(f.name for f in VOCABULARY_DIR.glob('*.json'))
     assert files == sorted(f'{key}.json' for key in {*COUNTS} - {*ALIASES})
-    assert len(files) == 9
+    assert len(files) == 10
 
 
 @pytest.mark.parametrize('key', DATASETS)
@@ -172,7 +174,7 @@ def test_a_class_name_is_never_a_phrase_of_another_class():
         for name, phrases in zip(names, vocabulary.phrases):
             assert not ({*names} - {name}) & set(phrases), (key, name)
             checked += 1
-    assert checked == 19 + 19 + 11 + 150 + 21 + 171 + 65 + 8 + 847 + 459
+    assert checked == 19 + 19 + 11 + 150 + 21 + 171 + 65 + 8 + 8 + 847 + 459
 
 
 SYNONYMS = ('ade20k', 'bdd100k', 'camvid', 'cityscapes', 'toy_scenes', 'voc12')
