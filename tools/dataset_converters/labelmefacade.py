@@ -33,10 +33,8 @@ def to_indices(path: Path) -> np.ndarray:
     """
     colors = np.asarray(Image.open(path).convert('RGB'))
     labels = np.full(colors.shape[:2], 254, np.uint8)
-    for label, color in [
-            *enumerate(LabelMeFacadeDataset.METAINFO['palette']),
-        (255, VARIOUS)
-    ]:
+    labels[(colors == VARIOUS).all(axis=2)] = 255
+    for label, color in enumerate(LabelMeFacadeDataset.METAINFO['palette']):
         labels[(colors == color).all(axis=2)] = label
     if (labels == 254).any():
         raise ValueError(f'{path} has colors of no class, such as '
