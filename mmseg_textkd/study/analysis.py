@@ -203,28 +203,6 @@ class Group:
         """
         return interval(self.differences(arm, other, label))
 
-    def test(self, hypotheses: Sequence[Sequence[str]]) -> List[Tested]:
-        """Test what was registered, on the seeds that have all its arms.
-
-        Args:
-            hypotheses (Sequence[Sequence[str]]): Pairs of arms, the better
-                one first.
-
-        Returns:
-            list[Tested]: One for each; none with fewer than two such seeds.
-        """
-        arms = {arm: self.scores(arm) for pair in hypotheses for arm in pair}
-        seeds = sorted(set.intersection(*map(set, arms.values())))
-        if len(seeds) < 2:
-            return []
-        found = [[arms[a][s] - arms[b][s] for s in seeds]
-                 for a, b in hypotheses]
-        values = [float(stats.ttest_1samp(d, 0).pvalue) for d in found]
-        return [
-            Tested(a, b, interval(d), p, q)
-            for (a, b), d, p, q in zip(hypotheses, found, values, holm(values))
-        ]
-
     def speed(self, arm: str, baseline: str) -> Optional[Speed]:
         """Compare how soon both reach the last val mIoU of the baseline.
 
@@ -274,6 +252,43 @@ class Group:
             if before:
                 gains.append(entry['curve'][-1][1] - before[-1])
         return float(np.mean(gains)) if gains else None
+
+
+def check_hypotheses(
+        parts: Sequence[Group],
+        hypotheses: Sequence[Sequence[str]]) -> List[List[Tested]]:
+    """Test what was registered, corrected over all that was registered.
+
+    In each group, on the seeds that have all arms of the hypotheses that it
+    has runs for. One that cannot be tested yet counts in the correction, with
+    a p-value of 1.
+
+    Args:
+        parts (Sequence[Group]): The groups of a study.
+        hypotheses (Sequence[Sequence[str]]): Pairs of arms, the better one
+            first.
+
+    Returns:
+        list[list[Tested]]: For each group one for each of its hypotheses;
+        none with fewer than two such seeds.
+    """
+    found: List[List[Tested]] = []
+    values, left = [], {tuple(pair) for pair in hypotheses}
+    for part in parts:
+        pairs = [p for p in hypotheses if {*p} <= {*part.arms}]
+        scores = {arm: part.scores(arm) for pair in pairs for arm in pair}
+        seeds = sorted(set.intersection(*map(set, scores.values()))) \
+            if pairs else []
+        found.append([])
+        for better, worse in pairs if len(seeds) > 1 else []:
+            left.discard((better, worse))
+            gains = [scores[better][s] - scores[worse][s] for s in seeds]
+            values.append(float(stats.ttest_1samp(gains, 0).pvalue))
+            found[-1].append(
+                Tested(better, worse, interval(gains), values[-1], 1.))
+    corrected = iter(holm(values + [1.] * len(left)))
+    return [[t._replace(corrected=next(corrected)) for t in tests]
+            for tests in found]
 
 
 def group(entries: Sequence[Entry],

@@ -10,7 +10,8 @@ from analysis_tools import ROOT, fails, load_tool
 from scipy import stats
 
 from mmseg_textkd.study import Ledger
-from mmseg_textkd.study.analysis import Group, holm, interval, iterations_to
+from mmseg_textkd.study.analysis import (Group, check_hypotheses, holm,
+                                         interval, iterations_to)
 
 TOOL = load_tool('study_table')
 # Test mIoU by arm and seed. Differences of text: 3, 2, 1.5.
@@ -212,7 +213,8 @@ def hypotheses_ledger(path):
 
 def test_hypotheses(tmp_path):
     ledger, scores, pairs = hypotheses_ledger(tmp_path / 's.jsonl')
-    found = Group(ledger.entries, 'test').test(pairs)
+    part = Group(ledger.entries, 'test')
+    [found] = check_hypotheses([part], pairs)
     # Seed 3 is left out for all. Paired test, then Holm as a rule of
     # rejection: compare in ascending order with 5 % / (m - rank).
     values = [
@@ -231,10 +233,15 @@ def test_hypotheses(tmp_path):
                 if t.corrected <= level} == rejected
     readings = {t.corrected < .05: t.reading for t in found}
     assert readings == {True: 'shown', False: 'open'}
-    [back] = Group(ledger.entries, 'test').test([['stock', 'text']])
+    [[back]] = check_hypotheses([part], [['stock', 'text']])
     assert back.reading == 'the opposite'
-    assert Group(ledger.entries[:3], 'test').test([['stock', 'stock']])
-    assert not Group(ledger.entries[:1], 'test').test([['stock', 'stock']])
+    assert check_hypotheses([Group(ledger.entries[:1], 'test')], pairs) == [[]]
+    # Over two networks; what cannot be tested yet counts.
+    more = [*pairs[:2], ['text', 'later']]
+    [one], [two] = check_hypotheses([part, part], [pairs[0]])
+    assert one == two and one.corrected == pytest.approx(2 * one.p)
+    assert [t.corrected for t in check_hypotheses([part], more)[0]
+            ] == pytest.approx(holm([*values[:2], 1.])[:2])
     TOOL.main([str(ledger.path), '--out', str(tmp_path / 'page.md')])
     text = (tmp_path / 'page.md').read_text()
     first = found[0]

@@ -20,7 +20,8 @@ from PIL import Image
 
 from mmseg_textkd.deploy import write_files
 from mmseg_textkd.study import Ledger, LedgerError
-from mmseg_textkd.study.analysis import Group, Interval, group, interval
+from mmseg_textkd.study.analysis import (Group, Interval, check_hypotheses,
+                                         group, interval)
 
 NOTE = ('<!-- Made by tools/analysis_tools/study_table.py of {ledgers}; not '
         'to be edited. -->')
@@ -110,11 +111,10 @@ class Study:
         parts.append(
             table(('arm', 'what'),
                   [(f'`{arm}`', what) for arm, what in self.arms.items()]))
-        for key, part in self.groups.items():
+        for (key, part), tests in zip(self.groups.items(), self.tests()):
             parts += [
                 f'### {self.title(key)}',
-                self.main_table(part),
-                self.tests(part),
+                self.main_table(part), tests,
                 self.speeds(part), '#### By class',
                 self.class_table(part)
             ]
@@ -210,21 +210,20 @@ class Study:
                                                    for other in references),
              'best val', 'last quarter', 'seconds', 'MiB'), rows)
 
-    def tests(self, part: Group) -> str:
-        """Write the table of the registered hypotheses, if there are any."""
-        found = part.test(
-            self.plan['hypotheses']) if self.plan.get('hypotheses') else []
-        if not found:
-            return ''
-        rows = [[
-            f'`{t.better}` > `{t.worse}`',
-            str(t.difference.number),
-            difference(t.difference, read=False), f'{t.p:.4f}',
-            f'{t.corrected:.4f}', f'**{t.reading}**'
-        ] for t in found]
-        return '#### Hypotheses\n\n' + table(
-            ('hypothesis', 'seeds', f'difference in {self.split} mIoU', 'p',
-             'p by Holm', 'at 5 %'), rows)
+    def tests(self) -> List[str]:
+        """Write for each network the tests of what was registered."""
+        header = ('hypothesis', 'seeds', f'difference in {self.split} mIoU',
+                  'p', 'p by Holm', 'at 5 %')
+        found = check_hypotheses([*self.groups.values()],
+                                 self.plan.get('hypotheses', []))
+        return [
+            '#### Hypotheses\n\n' + table(header, [[
+                f'`{t.better}` > `{t.worse}`',
+                str(t.difference.number),
+                difference(t.difference, read=False), f'{t.p:.4f}',
+                f'{t.corrected:.4f}', f'**{t.reading}**'
+            ] for t in tests]) if tests else '' for tests in found
+        ]
 
     def speeds(self, part: Group) -> str:
         """Write how soon arms are where the baseline ends."""

@@ -3,7 +3,7 @@ import torch
 from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
 
-from ..stages.text_state import unwrap
+from mmseg_textkd.models.text_parameters import unwrap
 
 
 @HOOKS.register_module()
