@@ -214,10 +214,13 @@ class Study:
         """Write for each network the tests of what was registered."""
         header = ('hypothesis', 'seeds', f'difference in {self.split} mIoU',
                   'p', 'p by Holm', 'at 5 %')
+        title = '#### Hypotheses'
+        if len(self.entries) < len(self.plan['planned']):
+            title += ' (so far, not all runs are done)'
         found = check_hypotheses([*self.groups.values()],
                                  self.plan.get('hypotheses', []))
         return [
-            '#### Hypotheses\n\n' + table(header, [[
+            f'{title}\n\n' + table(header, [[
                 f'`{t.better}` > `{t.worse}`',
                 str(t.difference.number),
                 difference(t.difference, read=False), f'{t.p:.4f}',
