@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load_tool(name):
+def load_tool(name, folder='analysis_tools'):
     """Load a tool as a module."""
-    path = ROOT / 'tools' / 'analysis_tools' / f'{name}.py'
+    path = ROOT / 'tools' / folder / f'{name}.py'
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

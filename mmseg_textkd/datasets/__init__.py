@@ -5,6 +5,7 @@ from .coco_20i_episodes import COCO20iEpisodes
 from .episode_labels import EpisodeLabels
 from .fss1000_episodes import FSS1000Episodes
 from .hide_classes import HideClasses
+from .labelmefacade import LabelMeFacadeDataset
 from .load_16bit_annotations import Load16BitAnnotations
 from .load_region_embeddings import LoadRegionEmbeddings
 from .pack_region_inputs import PackRegionInputs
@@ -13,7 +14,8 @@ from .toy_scenes import ToyScenesDataset
 
 __all__ = [
     'COCO20iEpisodes', 'CamVidDataset', 'CheckLabels', 'EpisodeLabels',
-    'FSS1000Episodes', 'HideClasses', 'Load16BitAnnotations',
-    'LoadRegionEmbeddings', 'PASCAL5iEpisodes', 'PackRegionInputs',
+    'FSS1000Episodes', 'HideClasses', 'LabelMeFacadeDataset',
+    'Load16BitAnnotations', 'LoadRegionEmbeddings', 'PASCAL5iEpisodes',
+    'PackRegionInputs',
     'ToyScenesDataset'
 ]

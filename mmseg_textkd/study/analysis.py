@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""What the ledger says: means, spreads, and differences within seeds."""
+"""What the ledger says: means, spreads, differences within seeds, tests."""
 import math
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -46,6 +46,71 @@ def interval(values: Sequence[float]) -> Optional[Interval]:
         stats.t.ppf(0.975, number - 1) * np.std(values, ddof=1) /
         math.sqrt(number))
     return Interval(mean, mean - half, mean + half, number)
+
+
+class Tested(NamedTuple):
+    """A registered hypothesis: that one arm is better than another."""
+    better: str
+    worse: str
+    difference: Interval
+    p: float  # of the two-sided paired t-test
+    corrected: float  # by Holm's method over all hypotheses of the study
+
+    @property
+    def reading(self) -> str:
+        """str: 'shown', 'the opposite' or 'open', at 5 % after correction."""
+        if not self.corrected < 0.05:
+            return 'open'
+        return 'shown' if self.difference.mean > 0 else 'the opposite'
+
+
+def holm(values: Sequence[float]) -> List[float]:
+    """Correct p-values for their number.
+
+    Source: Holm, `A Simple Sequentially Rejective Multiple Test Procedure
+    <https://www.jstor.org/stable/4615733>`_: the smallest is multiplied by
+    their number m, the next by m - 1, and none is less than one before it.
+
+    Args:
+        values (Sequence[float]): p-values.
+
+    Returns:
+        list[float]: Corrected ones, at most 1, in the same order.
+    """
+    corrected, last = [0.] * len(values), 0.
+    for rank, i in enumerate(np.argsort(values, kind='stable')):
+        last = max(last, min(1., (len(values) - rank) * values[i]))
+        corrected[i] = last
+    return corrected
+
+
+def iterations_to(curve: Sequence[Sequence[float]],
+                  target: float) -> Optional[float]:
+    """Find where a learning curve first reaches a value.
+
+    Args:
+        curve (Sequence[Sequence[float]]): [iteration, value] pairs in their
+            order; a straight line lies between two of them.
+        target (float): The value.
+
+    Returns:
+        float, optional: The iteration, not before the first pair; None if it
+        is not reached.
+    """
+    for i, (step, value) in enumerate(curve):
+        if value >= target:
+            if not i:
+                return float(step)
+            (start, low) = curve[i - 1]
+            return start + (step - start) * (target - low) / (value - low)
+    return None
+
+
+class Speed(NamedTuple):
+    """How soon an arm is where the baseline ends."""
+    iterations: float  # mean over the seeds
+    reached: int  # seeds in which it gets there at all
+    gain: Interval  # geometric mean of the ratios to the baseline's own
 
 
 class Group:
@@ -138,6 +203,37 @@ class Group:
         """
         return interval(self.differences(arm, other, label))
 
+    def speed(self, arm: str, baseline: str) -> Optional[Speed]:
+        """Compare how soon both reach the last val mIoU of the baseline.
+
+        Within a seed. An arm that does not reach it counts as if it had at
+        its end; where the baseline is there before its own end, that counts.
+
+        Args:
+            arm (str): The arm.
+            baseline (str): The baseline.
+
+        Returns:
+            Speed, optional: None without a common seed.
+        """
+        steps, ratios, reached = [], [], 0
+        for seed, entry in self.arms.get(arm, {}).items():
+            other = self.arms.get(baseline, {}).get(seed)
+            if other is None:
+                continue
+            target = other['curve'][-1][1]
+            own = iterations_to(entry['curve'], target)
+            reached += own is not None
+            steps.append(entry['iterations'] if own is None else own)
+            ratios.append(iterations_to(other['curve'], target) / steps[-1])
+        gain = interval(np.log(ratios))
+        if gain is None:
+            return None
+        low, mean, high = np.exp([gain.low, gain.mean, gain.high])
+        return Speed(
+            float(np.mean(steps)), reached,
+            Interval(float(mean), float(low), float(high), gain.number))
+
     def last_gain(self, arm: str) -> Optional[float]:
         """Tell how much the val mIoU still rose in the end.
 
@@ -156,6 +252,43 @@ class Group:
             if before:
                 gains.append(entry['curve'][-1][1] - before[-1])
         return float(np.mean(gains)) if gains else None
+
+
+def check_hypotheses(
+        parts: Sequence[Group],
+        hypotheses: Sequence[Sequence[str]]) -> List[List[Tested]]:
+    """Test what was registered, corrected over all that was registered.
+
+    In each group, on the seeds that have all arms of the hypotheses that it
+    has runs for. One that cannot be tested yet counts in the correction, with
+    a p-value of 1.
+
+    Args:
+        parts (Sequence[Group]): The groups of a study.
+        hypotheses (Sequence[Sequence[str]]): Pairs of arms, the better one
+            first.
+
+    Returns:
+        list[list[Tested]]: For each group one for each of its hypotheses;
+        none with fewer than two such seeds.
+    """
+    found: List[List[Tested]] = []
+    values, left = [], {tuple(pair) for pair in hypotheses}
+    for part in parts:
+        pairs = [p for p in hypotheses if {*p} <= {*part.arms}]
+        scores = {arm: part.scores(arm) for pair in pairs for arm in pair}
+        seeds = sorted(set.intersection(*map(set, scores.values()))) \
+            if pairs else []
+        found.append([])
+        for better, worse in pairs if len(seeds) > 1 else []:
+            left.discard((better, worse))
+            gains = [scores[better][s] - scores[worse][s] for s in seeds]
+            values.append(float(stats.ttest_1samp(gains, 0).pvalue))
+            found[-1].append(
+                Tested(better, worse, interval(gains), values[-1], 1.))
+    corrected = iter(holm(values + [1.] * len(left)))
+    return [[t._replace(corrected=next(corrected)) for t in tests]
+            for tests in found]
 
 
 def group(entries: Sequence[Entry],

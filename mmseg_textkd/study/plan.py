@@ -101,6 +101,8 @@ class Study:
             dict: For :meth:`Ledger.register`.
         """
         used = {run.arm for run in self.runs()}
+        # Older ledgers have none: a study without any is to fit them.
+        hypotheses = self.spec.get('hypotheses')
         return dict(
             study=self.name,
             title=self.spec.get('title', self.name),
@@ -112,7 +114,8 @@ class Study:
                 name: arm.get('what', '')
                 for name, arm in self.spec['arms'].items() if name in used
             },
-            planned=[run.name for run in self.runs()])
+            planned=[run.name for run in self.runs()],
+            **(dict(hypotheses=hypotheses) if hypotheses else {}))
 
     def iterations(self, run: Run) -> int:
         """Get the number of iterations of a run.
@@ -156,6 +159,7 @@ class Study:
                 val_interval=network['val_interval'],
                 seed=run.seed,
                 size=self.spec.get('size'),
+                channels_last=self.spec.get('channels_last', False),
                 auxiliary_head=extra)
         except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
             raise StudyError(f'{self.path}: no config for {run.name}: '

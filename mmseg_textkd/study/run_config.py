@@ -16,7 +16,8 @@ def make_config(path: Path,
                 val_interval: int,
                 seed: int,
                 size: Optional[Sequence[int]] = None,
-                auxiliary_head: Optional[Dict[str, Any]] = None) -> Config:
+                auxiliary_head: Optional[Dict[str, Any]] = None,
+                channels_last: bool = False) -> Config:
     """Make the config of a run from a shipped one.
 
     Args:
@@ -32,6 +33,8 @@ def make_config(path: Path,
             their resolution. Defaults to None: as in the config.
         auxiliary_head (dict, optional): One more auxiliary head. Defaults to
             None.
+        channels_last (bool): Whether to add a :class:`ChannelsLastHook`.
+            Defaults to False.
 
     Returns:
         Config: The config.
@@ -51,6 +54,12 @@ def make_config(path: Path,
                 auxiliary_head,
                 num_classes=cfg.model.decode_head.num_classes,
                 norm_cfg=cfg.model.decode_head.norm_cfg)
+        ]
+    if channels_last:
+        # Last: options name the hooks of the config by their position.
+        cfg.custom_hooks = [
+            *(cfg.get('custom_hooks') or []),
+            dict(type='ChannelsLastHook')
         ]
     if size is not None:
         set_size(cfg, size)

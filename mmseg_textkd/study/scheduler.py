@@ -230,6 +230,7 @@ class Scheduler:
             **self.identity[run],
             iterations=network['iterations'],
             size=self.study.spec.get('size'),
+            channels_last=self.study.spec.get('channels_last', False),
             classes=result['classes'],
             val=result['val'],
             test=result.get('test'),

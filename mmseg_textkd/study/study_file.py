@@ -8,7 +8,8 @@ import yaml
 
 KEYS = {
     '_base_', 'name', 'title', 'registration', 'baseline', 'controls', 'vars',
-    'options', 'size', 'evaluate', 'networks', 'arms', 'grids'
+    'options', 'size', 'evaluate', 'networks', 'arms', 'grids',
+    'channels_last', 'hypotheses'
 }
 NETWORK_KEYS = {'configs', 'iterations', 'val_interval', 'options', 'feature'}
 ARM_KEYS = {'config', 'what', 'options', 'auxiliary_head'}
@@ -90,6 +91,9 @@ def _check(path: Path, spec: Dict[str, Any]) -> None:
     for arm in [spec['baseline'], *spec.get('controls', [])]:
         if arm not in spec['arms']:
             fail(f'unknown arm {arm!r}; known are {list(spec["arms"])}.')
+    for pair in spec.get('hypotheses', []):
+        if len(pair) != 2 or not set(pair) <= set(spec['arms']):
+            fail(f'a hypothesis is [better, worse], two arms, but not {pair}.')
     for number, grid in enumerate(spec['grids'], 1):
         where = f'grid {number}'
         check_keys(where, grid, GRID_KEYS, ('networks', 'arms', 'seeds'))

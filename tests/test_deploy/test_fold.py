@@ -24,10 +24,10 @@ SEGNEXT = CONFIGS / ('text_classifier/textkd_segnext_mscan-t_vit-b16_1xb8-10k_'
                      'camvid-360x480.py')
 
 
-def config(folder, classes=8, dim=16, **head):
+def config(folder, classes=8, dim=16, text=None, **head):
     """A tiny text network, its text on the auxiliary head too."""
-    text = dict(type='ControlEmbeddings', kind='random', dim=dim)
-    cfg = tiny_config(folder, text)
+    text = text or dict(type='ControlEmbeddings', kind='random')
+    cfg = tiny_config(folder, dict(text, dim=dim))
     cfg.model.decode_head.num_classes = classes
     cfg.model.decode_head.update(head)
     cfg.model.auxiliary_head = [
@@ -77,6 +77,7 @@ HEADS = [
     dict(text_branch=dict(norm='none')),
     dict(text_branch=dict(bias=False, scale=dict(init=3.))),
     dict(text_losses=[dict(type='TextAlignmentLoss')]),
+    dict(text=dict(type='LearnedEmbeddings')),
     dict(role='auxiliary'),
 ]
 

@@ -121,6 +121,28 @@ def test_no_stage_2_by_default(tmp_path, residual):
     assert runner.message_hub.get_scalar('train/text_stage').current() == 1
 
 
+def test_learned_embeddings_are_weights_of_the_network(tmp_path):
+    """They learn in stage 1, without decay, and go through a resume."""
+    vectors = 'decode_head.conv_seg.text.vectors'
+    cfg = tiny_config(tmp_path, dict(type='LearnedEmbeddings', dim=16), {})
+    runner, recorder = record(cfg)
+    for i, row in enumerate(recorder.rows):
+        assert vectors in row['learns'] and vectors in recorder.changed(i)
+    [own] = [
+        g for g in runner.optim_wrapper.param_groups if any(
+            p is runner.model.get_parameter(vectors) for p in g['params'])
+    ]
+    assert own['weight_decay'] == 0
+    whole = runner.model.state_dict()
+    saved = load(f'{cfg.work_dir}/iter_6.pth')['state_dict']
+    rows = torch.nn.functional.normalize(whole[vectors], dim=1)
+    torch.testing.assert_close(
+        saved[vectors.replace('vectors', 'class_embeddings')], rows)
+    # From the third iteration on again, with another seed of everything.
+    runner = run(cfg, resume=True, load_from=f'{cfg.work_dir}/iter_3.pth')
+    assert_equal(runner.model.state_dict(), whole)
+
+
 def test_stage_2_as_a_run_of_its_own(tmp_path, residual):
     """From a checkpoint of stage 1, in which the text was fixed."""
     stage1 = tiny_config(tmp_path, residual['embeddings'], dict(), max_iters=2)

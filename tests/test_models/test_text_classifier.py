@@ -76,6 +76,26 @@ def test_fold_is_exact(norm, affine, bias):
     assert torch.equal(got.argmax(1), expected.argmax(1))
 
 
+def test_batch_norm_without_a_projection():
+    """Then the classifier is W norm(f) + b, and folds as that."""
+    text = dict(type='LearnedEmbeddings', dim=7)
+    module = TextClassifier(7, 5, text, project=False).eval()
+    assert not module.projection.conv.weight.requires_grad
+    bn = module.projection.bn
+    for value in (bn.running_mean, bn.running_var, bn.weight, bn.bias,
+                  module.text.vectors, module.logit_bias):
+        value.data.uniform_(.5, 2)
+    feat = torch.randn(2, 7, 3, 4) * 3
+    normed = F.batch_norm(feat, bn.running_mean, bn.running_var, bn.weight,
+                          bn.bias)
+    rows = F.normalize(module.text.vectors, dim=1)
+    expected = F.conv2d(normed, rows[..., None, None], module.logit_bias)
+    torch.testing.assert_close(module(feat), expected)
+    torch.testing.assert_close(module.as_conv()(feat), expected)
+    with pytest.raises(ValueError, match='width of the features, 8, but'):
+        TextClassifier(8, 5, text, project=False)
+
+
 def test_fold_in_double_is_exact_to_rounding():
     module = build().eval().double()
     feat = torch.randn(1, 7, 8, 8).double()

@@ -95,7 +95,8 @@ class Driver:
 def story(configs, tmp_path_factory):
     """What four drivers do, one after the other."""
     root = tmp_path_factory.mktemp('study')
-    write_study(configs, root)
+    write_study(
+        configs, root, channels_last=True, hypotheses=[['random', 'stock']])
     drivers = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT / 'tests')]))
@@ -157,13 +158,15 @@ def test_a_finished_study_is_not_repeated(story):
 def test_the_ledger(story):
     root, _ = story
     ledger = Ledger(root / 'ledger.jsonl')
-    assert len(ledger.registrations('tiny')) == 1
+    [registration] = ledger.registrations('tiny')
+    assert registration['hypotheses'] == [['random', 'stock']]
     assert {e['arm'] for e in ledger.entries} == {'stock', 'random'}
     assert len(ledger.entries) == 2
     hashes = set()
     for entry in ledger.entries:
         hashes.add(entry['config_hash'])
         assert entry['iterations'] == ITERS and entry['inputs'] == {}
+        assert entry['channels_last'] is True
         assert [i for i, _ in entry['curve']] == [2, 4, 6]
         # Evaluated once more, from the checkpoint: val is also test here.
         assert entry['val'] == entry['test']
@@ -361,6 +364,7 @@ def test_images_of_a_fraction():
      (dict(baseline='none'), "unknown arm 'none'"),
      (dict(evaluate=['test']), 'evaluate must be'),
      (dict(arm=1), r"unknown keys \['arm'\]"),
+     (dict(hypotheses=[['random', 'text']]), r"two arms, .*'text'"),
      (dict(grids=[
          dict(
              networks=['net'], arms=['stock'], seeds=[0], train_fractions=[10])
@@ -398,11 +402,15 @@ def test_shipped_studies(path):
         cfg = study.config(run, resolved=False)
         backbone = str(cfg.model.backbone)
         # From scratch, or with weights that the user names.
-        assert 'http' not in backbone and 'Pretrained' not in backbone
+        assert 'http' not in backbone
+        assert 'Pretrained' not in backbone or "'${" in backbone
         size = study.spec.get('size') or cfg.crop_size if 'crop_size' in cfg \
             else cfg.model.data_preprocessor.size
         assert tuple(cfg.model.data_preprocessor.size) == tuple(size)
-        hooks = [h.get('switch_at') for h in cfg.get('custom_hooks') or []]
+        hooks = {h.type: h for h in cfg.get('custom_hooks') or []}
+        assert ('ChannelsLastHook'
+                in hooks) == bool(study.spec.get('channels_last'))
+        hooks = [hooks[k].switch_at for k in hooks if k[0] == 'P']
         two_stages = run.arm.endswith('2st') or path.stem == 'toy'
         assert hooks in ([], [.9] if two_stages else [None])
 

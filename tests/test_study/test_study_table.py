@@ -1,13 +1,17 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """The page of a study against figures worked out by hand."""
 import math
+import re
 
 import matplotlib
+import numpy as np
 import pytest
 from analysis_tools import ROOT, fails, load_tool
+from scipy import stats
 
 from mmseg_textkd.study import Ledger
-from mmseg_textkd.study.analysis import Group, interval
+from mmseg_textkd.study.analysis import (Group, check_hypotheses, holm,
+                                         interval, iterations_to)
 
 TOOL = load_tool('study_table')
 # Test mIoU by arm and seed. Differences of text: 3, 2, 1.5.
@@ -174,6 +178,108 @@ def test_overview(page, tmp_path, capsys):
     assert tail == f'\n\n{end}\n\nText.\n'
 
 
+def test_holm():
+    """By hand: 4 x 0.01, 3 x 0.02, 2 x 0.04, and not below the one before."""
+    assert holm([.04, .01, .041, .02]) == pytest.approx([.08, .04, .08, .06])
+    assert holm([.6, .5]) == [1., 1.] and holm([.03]) == [.03]
+    assert holm([]) == []
+
+
+def test_iterations_to():
+    curve = [[100, 40.], [200, 50.], [300, 48.], [400, 52.]]
+    assert iterations_to(curve, 30.) == 100
+    assert iterations_to(curve, 45.) == 150
+    assert iterations_to(curve, 50.) == 200
+    assert iterations_to(curve, 51.) == 375  # on the way up from 48
+    assert iterations_to(curve, 53.) is None
+
+
+def hypotheses_ledger(path):
+    """Four seeds; in the last `random` is not done."""
+    rng = np.random.default_rng(0)
+    scores = {
+        arm: rng.normal(mean, .5, 4)
+        for arm, mean in (('stock', 50.), ('text', 52.), ('random', 51.5))
+    }
+    pairs = [['text', 'stock'], ['text', 'random'], ['random', 'stock']]
+    ledger = Ledger(path)
+    ledger.register(dict(PLAN, hypotheses=pairs), '2000-01-01')
+    for arm, values in scores.items():
+        for seed, score in enumerate(values):
+            if (arm, seed) != ('random', 3):
+                ledger.append(entry(arm, seed, score))
+    return ledger, scores, pairs
+
+
+def test_hypotheses(tmp_path):
+    ledger, scores, pairs = hypotheses_ledger(tmp_path / 's.jsonl')
+    part = Group(ledger.entries, 'test')
+    [found] = check_hypotheses([part], pairs)
+    # Seed 3 is left out for all. Paired test, then Holm as a rule of
+    # rejection: compare in ascending order with 5 % / (m - rank).
+    values = [
+        stats.ttest_rel(scores[a][:3], scores[b][:3]).pvalue for a, b in pairs
+    ]
+    assert [t.p for t in found] == pytest.approx(values)
+    assert [t.difference.number for t in found] == [3] * 3
+    for level in (.01, .05, .2, .5):
+        rejected, order = set(), np.argsort(values)
+        for rank, i in enumerate(order):
+            if values[i] > level / (3 - rank):
+                break
+            rejected.add(i)
+        assert {i
+                for i, t in enumerate(found)
+                if t.corrected <= level} == rejected
+    readings = {t.corrected < .05: t.reading for t in found}
+    assert readings == {True: 'shown', False: 'open'}
+    [[back]] = check_hypotheses([part], [['stock', 'text']])
+    assert back.reading == 'the opposite'
+    assert check_hypotheses([Group(ledger.entries[:1], 'test')], pairs) == [[]]
+    # Over two networks; what cannot be tested yet counts.
+    more = [*pairs[:2], ['text', 'later']]
+    [one], [two] = check_hypotheses([part, part], [pairs[0]])
+    assert one == two and one.corrected == pytest.approx(2 * one.p)
+    assert [t.corrected for t in check_hypotheses([part], more)[0]
+            ] == pytest.approx(holm([*values[:2], 1.])[:2])
+    TOOL.main([str(ledger.path), '--out', str(tmp_path / 'page.md')])
+    text = (tmp_path / 'page.md').read_text()
+    first = found[0]
+    assert (f'| `text` > `stock` | 3 | {first.difference.mean:+.2f} '
+            f'[{first.difference.low:+.2f}, {first.difference.high:+.2f}] | '
+            f'{first.p:.4f} | {first.corrected:.4f} | **{first.reading}** |'
+            ) in text
+    assert '| `stock` | 8 | 4 of 4 | 1.00 |' in text
+
+
+def test_speed():
+    """Against ratios worked out one by one."""
+    entries = [
+        entry('stock', 0, 50.),  # ends with 49 at 8
+        entry('stock', 1, 40.),  # ends with 39 at 8
+        entry('text', 0, 51.),  # 49 at 6
+        entry('text', 1, 30.),  # never
+        entry('random', 0, 54.),  # 48 at 2, 48.5 at 4, 52 at 6
+    ]
+    part = Group(entries, 'test')
+    speed = part.speed('text', 'stock')
+    assert speed.iterations == 7. and speed.reached == 1
+    logs = [math.log(8 / 6), 0.]
+    half = 12.7062047 * np.std(logs, ddof=1) / math.sqrt(2)
+    assert speed.gain == pytest.approx(
+        (math.sqrt(8 / 6), math.exp(np.mean(logs) - half),
+         math.exp(np.mean(logs) + half), 2))
+    there = 4 + 2 * .5 / 3.5
+    speed = part.speed('random', 'stock')
+    assert speed.iterations == pytest.approx(there) and speed.reached == 1
+    assert speed.gain.mean == pytest.approx(8 / there)
+    # A baseline that dips at its end was there before.
+    dip = entry('stock', 0, 50., curve=[[4, 49.], [8, 48.]])
+    speed = Group([dip, entries[2]], 'test').speed('text', 'stock')
+    assert speed.gain.mean == pytest.approx(4 / (4 + 2 * 2.5 / 3.5))
+    assert part.speed('text', 'none') is None
+
+
 def test_networks_together(tmp_path):
     path = write_ledger(tmp_path / 's.jsonl')
     ledger = Ledger(path)
@@ -245,15 +351,20 @@ def test_check(page, tmp_path, capsys):
         TOOL, capsys, *words, '--check')
 
 
-def test_the_published_page_is_what_the_ledgers_say():
+def test_the_published_pages_are_what_the_ledgers_say():
     results = ROOT / 'docs' / 'results'
-    ledgers = [str(path) for path in sorted(results.glob('*.jsonl'))]
-    assert len(ledgers) > 1
-    TOOL.main([
-        *ledgers, '--out',
-        str(results / 'camvid.md'), '--overview',
-        str(ROOT / 'README.md'), '--check'
-    ])
+    left = {path.name for path in results.glob('*.jsonl')}
+    for page in results.glob('*.md'):
+        with open(page, encoding='utf-8') as file:
+            names = re.findall(r'[\w-]+\.jsonl', file.readline())
+        if not names:
+            continue
+        words = [*(str(results / n) for n in names), '--out', str(page)]
+        if page.name == 'camvid.md':
+            words += ['--overview', str(ROOT / 'README.md')]
+        TOOL.main([*words, '--check'])
+        left -= {*names}
+    assert not left
 
 
 def test_without_test_and_with_fewer_images(tmp_path):

@@ -285,6 +285,40 @@ def test_learners_on_control_text():
     torch.testing.assert_close(provider(), torch.eye(4))
 
 
+# ----------------------------------------------------- LearnedEmbeddings
+def test_learned_vectors():
+    """They start as the random control and are weights, in either mode."""
+    learned = dict(type='LearnedEmbeddings', dim=32, seed=3)
+    control = build(type='ControlEmbeddings', kind='random', dim=32, seed=3)
+    provider = build(**learned)
+    torch.testing.assert_close(provider(), control())
+    assert keys(provider) == ['class_embeddings', 'vectors']
+    assert provider.drift() < 1e-12 and not provider.learnable()
+    provider.stop_learning()
+    # Their gradient is that of normalize: length does not count.
+    provider.vectors.data.mul_(2.)
+    direction = torch.randn(len(NAMES), 32)
+    (provider() * direction).sum().backward()
+    along = (direction * control()).sum(1, keepdim=True) * control()
+    torch.testing.assert_close(provider.vectors.grad, (direction - along) / 2)
+    # What they have become is what evaluation and a checkpoint get.
+    vectors = torch.randn(len(NAMES), 32)
+    provider.vectors.data.copy_(vectors)
+    rows = vectors / vectors.square().sum(1, keepdim=True).sqrt()
+    torch.testing.assert_close(provider.eval()(), rows)
+    drift = 1 - (rows * control()).sum(1).mean().item()
+    assert provider.drift() == pytest.approx(drift, abs=1e-6)
+    provider.refresh()
+    copy = build(**learned)
+    copy.load_state_dict(provider.state_dict())
+    torch.testing.assert_close(copy.class_embeddings, rows)
+    assert torch.equal(copy(), provider()) and not copy.reconcile(True)
+    with pytest.raises(TypeError, match='got LearnedEmbeddings'):
+        residual(learned)
+    with pytest.raises(ValueError, match='4 orthogonal rows.*dim=3'):
+        build(type='LearnedEmbeddings', dim=3)
+
+
 # -------------------------------------------------- MixturePromptLearner
 def write_bank(path, vectors, mask):
     """Write an embeddings file with a ragged bank."""

@@ -14,6 +14,7 @@ from mmseg.datasets import (ADE20KDataset, BDD100KDataset, CityscapesDataset,
 
 from mmseg_textkd import stock_config
 from mmseg_textkd.datasets.camvid import CamVidDataset
+from mmseg_textkd.datasets.labelmefacade import LabelMeFacadeDataset
 from mmseg_textkd.datasets.toy_scenes import ToyScenesDataset
 from mmseg_textkd.text.vocabulary import ALIASES, VOCABULARY_DIR, Vocabulary
 
@@ -31,6 +32,7 @@ DATASETS = {
     'coco_stuff': (COCOStuffDataset.METAINFO, 171),
     'mapillary_v1': (MAPILLARY, 65),
     'toy_scenes': (ToyScenesDataset.METAINFO, 8),
+    'labelmefacade': (LabelMeFacadeDataset.METAINFO, 8),
 }
 # Only evaluated on; MMSegmentation has no dataset of these classes.
 LISTS = {'ade20k_847': 847, 'fss1000': 1000, 'pascal_context459': 459}
@@ -179,7 +181,7 @@ def test_a_class_name_is_never_a_phrase_of_another_class():
         for name, phrases in zip(names, vocabulary.phrases):
             assert not ({*names} - {name}) & set(phrases), (key, name)
             checked += 1
-    assert checked == 19 + 19 + 11 + 150 + 21 + 171 + 65 + 8 + 847 + 459 + 1000
+    assert checked == 19 + 19 + 11 + 150 + 21 + 171 + 65 + 8 + 8 + 847 + 459 + 1000
 
 
 SYNONYMS = ('ade20k', 'bdd100k', 'camvid', 'cityscapes', 'toy_scenes', 'voc12')

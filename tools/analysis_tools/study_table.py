@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mmseg_textkd.study import Ledger, LedgerError
-from mmseg_textkd.study.analysis import Group, Interval, group, interval
+from mmseg_textkd.study.analysis import (Group, Interval, check_hypotheses,
+                                         group, interval)
 from mmseg_textkd.utils.io import write_files
 from mmseg_textkd.utils.report import table
 
@@ -105,10 +106,11 @@ class Study:
         parts.append(
             table(('arm', 'what'),
                   [(f'`{arm}`', what) for arm, what in self.arms.items()]))
-        for key, part in self.groups.items():
+        for (key, part), tests in zip(self.groups.items(), self.tests()):
             parts += [
                 f'### {self.title(key)}',
-                self.main_table(part), '#### By class',
+                self.main_table(part), tests,
+                self.speeds(part), '#### By class',
                 self.class_table(part)
             ]
         parts += [f'![{name}]({name})' for name in plots]
@@ -202,6 +204,45 @@ class Study:
                                for s in splits), *(f'- `{other}`'
                                                    for other in references),
              'best val', 'last quarter', 'seconds', 'MiB'), rows)
+
+    def tests(self) -> List[str]:
+        """Write for each network the tests of what was registered."""
+        header = ('hypothesis', 'seeds', f'difference in {self.split} mIoU',
+                  'p', 'p by Holm', 'at 5 %')
+        title = '#### Hypotheses'
+        if len(self.entries) < len(self.plan['planned']):
+            title += ' (so far, not all runs are done)'
+        found = check_hypotheses([*self.groups.values()],
+                                 self.plan.get('hypotheses', []))
+        return [
+            f'{title}\n\n' + table(header, [[
+                f'`{t.better}` > `{t.worse}`',
+                str(t.difference.number),
+                difference(t.difference, read=False), f'{t.p:.4f}',
+                f'{t.corrected:.4f}', f'**{t.reading}**'
+            ] for t in tests]) if tests else '' for tests in found
+        ]
+
+    def speeds(self, part: Group) -> str:
+        """Write how soon arms are where the baseline ends."""
+        if not self.plan.get('hypotheses'):
+            return ''
+        rows = []
+        for arm in self.ordered(part):
+            speed = part.speed(arm, self.baseline)
+            if speed is None:
+                continue
+            gain = speed.gain
+            text = f'{gain.mean:.2f}'
+            if arm != self.baseline and gain.number > 1:
+                text += f' [{gain.low:.2f}, {gain.high:.2f}]'
+            rows.append([
+                f'`{arm}`', f'{speed.iterations:.0f}',
+                f'{speed.reached} of {gain.number}', text
+            ])
+        return '' if not rows else '#### Speed\n\n' + table(
+            ('arm', f'iterations to the last val mIoU of `{self.baseline}`',
+             'reached', 'speed-up'), rows)
 
     def class_table(self, part: Group) -> str:
         """Write the table of the classes of a network."""

@@ -41,11 +41,12 @@ class TextHeadMixin:
         role (str): 'classifier' or 'auxiliary'. Defaults to 'classifier'.
         text_branch (dict, optional): Further arguments of
             :class:`TextClassifier` (``norm``, ``norm_cfg``, ``scale``,
-            ``bias``, ``regularization``, ``unseen``) or of another classifier
-            that is its ``type``, such as :class:`BalancedTextClassifier`; in
-            the role 'auxiliary' of :class:`TextBranch` (``norm``,
-            ``norm_cfg``). ``norm_cfg`` defaults to the head's own where that
-            is a batch norm, else to BN. Defaults to None.
+            ``bias``, ``regularization``, ``unseen``, ``project``) or of
+            another classifier that is its ``type``, such as
+            :class:`BalancedTextClassifier`; in the role 'auxiliary' of
+            :class:`TextBranch` (``norm``, ``norm_cfg``, ``project``).
+            ``norm_cfg`` defaults to the head's own where that is a batch
+            norm, else to BN. Defaults to None.
         text_losses (Sequence[dict], optional): Losses on pixel and class
             embeddings, called with both, the labels at the resolution of the
             pixel embeddings, ``ignore_index`` and ``batch_data_samples``

@@ -24,16 +24,20 @@ class PixelProjection(BaseModule):
         norm (str): 'bn', 'l2' (as in LSeg) or 'none'. Defaults to 'bn'.
         norm_cfg (dict, optional): Config of the batch norm, as the host head
             has it. Only BN and SyncBN fold. Defaults to None: BN.
+        learned (bool): Whether the convolution is learned. Else it is the
+            identity and only the norm is left. Defaults to True.
 
     Raises:
-        ValueError: If the norm is unknown.
+        ValueError: If the norm is unknown, or an identity would have to
+            change the number of channels.
     """
 
     def __init__(self,
                  in_channels: int,
                  dim: int,
                  norm: str = 'bn',
-                 norm_cfg: Optional[dict] = None) -> None:
+                 norm_cfg: Optional[dict] = None,
+                 learned: bool = True) -> None:
         super().__init__()
         if norm not in NORMS:
             raise ValueError(
@@ -41,6 +45,15 @@ class PixelProjection(BaseModule):
         self.norm = norm
         # A bias before a batch norm has no effect.
         self.conv = nn.Conv2d(in_channels, dim, 1, bias=norm != 'bn')
+        if not learned:
+            if dim != in_channels:
+                raise ValueError(
+                    'without a projection the class embeddings must have the '
+                    f'width of the features, {in_channels}, but have {dim}.')
+            nn.init.dirac_(self.conv.weight)
+            if self.conv.bias is not None:
+                nn.init.zeros_(self.conv.bias)
+            self.conv.requires_grad_(False)
         self.bn = None
         if norm == 'bn':
             self.bn = build_norm_layer(norm_cfg or dict(type='BN'), dim)[1]

@@ -21,6 +21,9 @@ class TextBranch(BaseModule):
             None: BN.
         fusion (dict, optional): Config of a :class:`TextFusion`, in which
             image and text meet. Defaults to None.
+        project (bool): Whether features are projected before the norm; if
+            not, they must have the width of the class embeddings. Defaults
+            to True.
     """
 
     def __init__(self,
@@ -29,7 +32,8 @@ class TextBranch(BaseModule):
                  text: dict,
                  norm: str = 'bn',
                  norm_cfg: Optional[dict] = None,
-                 fusion: Optional[dict] = None) -> None:
+                 fusion: Optional[dict] = None,
+                 project: bool = True) -> None:
         super().__init__()
         self.text = MODELS.build(
             text, default_args=dict(num_classes=num_classes))
@@ -39,7 +43,7 @@ class TextBranch(BaseModule):
                 f"dict(type='ClassEmbeddings', file=...), but {text} builds "
                 f'a {type(self.text).__name__}.')
         self.projection = PixelProjection(in_channels, self.text.dim, norm,
-                                          norm_cfg)
+                                          norm_cfg, project)
         self.fusion = None
         if fusion is not None:
             self.fusion = MODELS.build(

@@ -56,6 +56,9 @@ class TextClassifier(TextBranch):
         unseen (Sequence[int], optional): Indices of the classes without
             labels in training (``HideClasses``), for zero-shot protocols.
             Defaults to None: none.
+        project (bool): Whether features are projected before the norm; if
+            not, they must have the width of the class embeddings. Defaults
+            to True.
 
     Raises:
         ValueError: If ``unseen`` does not fit, or comes with a bias, which
@@ -73,9 +76,10 @@ class TextClassifier(TextBranch):
                  bias: bool = True,
                  fusion: Optional[dict] = None,
                  regularization: Optional[dict] = None,
-                 unseen: Optional[Sequence[int]] = None) -> None:
+                 unseen: Optional[Sequence[int]] = None,
+                 project: bool = True) -> None:
         super().__init__(in_channels, num_classes, text, norm, norm_cfg,
-                         fusion)
+                         fusion, project)
         if scale is None:
             scale = dict(init=1. if norm == 'bn' else 1 / 0.07)
         self.scale = LogitScale(**scale)

@@ -2,6 +2,7 @@
 from .class_embeddings import ClassEmbeddings
 from .context_prompt_learner import ContextPromptLearner
 from .control_embeddings import ControlEmbeddings
+from .learned_embeddings import LearnedEmbeddings
 from .mixture_prompt_learner import MixturePromptLearner
 from .prompt_learner import PromptLearner
 from .residual_prompt_learner import ResidualPromptLearner
@@ -10,6 +11,6 @@ from .text_provider import TextProvider
 
 __all__ = [
     'ClassEmbeddings', 'ContextPromptLearner', 'ControlEmbeddings',
-    'MixturePromptLearner', 'PromptLearner', 'ResidualPromptLearner',
-    'SynonymSampler', 'TextProvider'
+    'LearnedEmbeddings', 'MixturePromptLearner', 'PromptLearner',
+    'ResidualPromptLearner', 'SynonymSampler', 'TextProvider'
 ]

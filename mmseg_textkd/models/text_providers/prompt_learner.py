@@ -26,7 +26,8 @@ class PromptLearner(TextProvider):
     def __init__(self, embeddings: dict, num_classes: int) -> None:
         fixed = MODELS.build(
             embeddings, default_args=dict(num_classes=num_classes))
-        if not isinstance(fixed, TextProvider) or fixed.learnable():
+        if (not isinstance(fixed, TextProvider) or fixed.learnable()
+                or fixed.learning):
             raise TypeError(
                 '`embeddings` must be the config of a fixed provider '
                 '(ClassEmbeddings or ControlEmbeddings), but got '
