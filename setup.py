@@ -126,8 +126,8 @@ if __name__ == '__main__':
         python_requires='>=3.10',
         packages=find_packages(include=[PACKAGE, f'{PACKAGE}.*']),
         package_data={
-            f'{PACKAGE}.text':
-            ['vocabularies/*', 'vocabularies/synonyms/*', 'toy_clip/*'],
+            f'{PACKAGE}.clip': ['toy_clip/*'],
+            f'{PACKAGE}.text': ['vocabularies/*', 'vocabularies/synonyms/*'],
         },
         cmdclass=dict(build_py=BuildPyWithMim),
         # mmengine, mmcv and mmsegmentation are left out: they exist under

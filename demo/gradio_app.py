@@ -31,7 +31,7 @@ class Segmented(NamedTuple):
         picture (np.ndarray): uint8, RGB, shape (H, W, 3).
         labels (np.ndarray): Class numbers, shape (H, W).
         classes (Sequence[str]): Names of the classes.
-        palette (Sequence[Sequence[int]]): Their colours, RGB.
+        palette (Sequence[Sequence[int]]): Their colors, RGB.
     """
     picture: np.ndarray
     labels: np.ndarray

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Segment pictures or a video, into classes of your own words if you like.
+"""Segment images or a video, into the trained classes or into your own.
 
 The input is an image, a folder of images, a video file or, with --webcam, a
 camera. With --classes the classifier is folded anew for these names; nothing
@@ -88,7 +88,28 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         if os.path.splitext(args.out)[1] not in CODECS:
             parser.error(f'a video is written as {" or ".join(CODECS)}, but '
                          f'--out is {args.out}')
+    if overwrites(args):
+        parser.error(f'--out would write over the input {args.input}')
+    if not (args.classes or args.embeddings or args.other):
+        for name in ('tower', 'pretrained', 'templates', 'new_bias'):
+            if getattr(args, name):
+                parser.error(f'--{name.replace("_", "-")} is for new classes: '
+                             'it belongs to --classes or --embeddings')
     return args
+
+
+def overwrites(args: argparse.Namespace) -> bool:
+    """Whether results would be written to the place of the input."""
+    if not args.out or args.webcam is not None:
+        return False
+    source, targets = args.input, [args.out]
+    if args.still:
+        targets = [os.path.join(args.out, name) for name in ('vis', 'pred')]
+        if not os.path.isdir(source):
+            source = os.path.dirname(os.path.abspath(source))
+    return os.path.exists(source) and any(
+        os.path.exists(path) and os.path.samefile(source, path)
+        for path in targets)
 
 
 def split(words: str) -> Any:
@@ -155,7 +176,8 @@ def run(args: argparse.Namespace) -> None:
     inferencer = TextSegInferencer(
         args.config, args.checkpoint, device=args.device, font=args.font)
     inferencer.show_progress = False
-    if args.classes or args.embeddings or args.other or args.threshold:
+    if (args.classes or args.embeddings or args.other
+            or args.threshold is not None):
         inferencer.set_classes(
             split(args.classes) if args.classes else None,
             other=args.other,

@@ -50,6 +50,9 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         parser.error('give --out, --show or both')
     if not 0 <= args.opacity <= 1:
         parser.error(f'--opacity must be in [0, 1], but got {args.opacity}')
+    if args.input and args.out and os.path.exists(args.out) and os.path.exists(
+            args.input) and os.path.samefile(args.input, args.out):
+        parser.error(f'--out would write over the input {args.input}')
     return args
 
 
@@ -69,7 +72,7 @@ class Network:
         meta = json.loads(meta['mmseg_textkd'])
         self.classes, self.spec = meta['classes'], meta['preprocess']
         # OpenCV's order is BGR.
-        self.colours = np.array(meta['palette'], np.uint8)[:, ::-1]
+        self.colors = np.array(meta['palette'], np.uint8)[:, ::-1]
         shape = self.session.get_inputs()[0].shape
         height, width = shape[2:] if self.spec else shape[1:3]
         # Names instead of numbers: any size.
@@ -106,14 +109,14 @@ class Network:
     def draw(self, picture: np.ndarray, opacity: float) -> np.ndarray:
         """Blend a picture with its classes; a legend stands to the right."""
         labels = self(picture)
-        shown = (1 - opacity) * picture + opacity * self.colours[labels]
+        shown = (1 - opacity) * picture + opacity * self.colors[labels]
         legend = np.full((len(picture), LEGEND_WIDTH, 3), 255, np.uint8)
         counts = np.bincount(labels.ravel(), minlength=len(self.classes))
         # Those that are seen, the largest first, as many as there is room.
         order = [k for k in np.argsort(-counts, kind='stable') if counts[k]]
         for row, k in enumerate(order[:len(picture) // ROW]):
             y = row * ROW
-            legend[y + 4:y + 18, 6:30] = self.colours[k]
+            legend[y + 4:y + 18, 6:30] = self.colors[k]
             cv2.putText(legend, self.classes[k], (36, y + 16),
                         cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1,
                         cv2.LINE_AA)

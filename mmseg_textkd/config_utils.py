@@ -5,7 +5,7 @@ Called from configs as ``__import__('mmseg_textkd').stock_network(...)``,
 since MMEngine allows no other import there.
 """
 import copy
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from mmengine.config import Config
 from mmseg.registry import DATASETS
@@ -14,8 +14,10 @@ from .compat import stock_config
 from .text import Vocabulary
 
 
-def stock_network(path: str, num_classes: int,
-                  size: Tuple[int, int]) -> Tuple[Dict, Dict]:
+def stock_network(path: str,
+                  num_classes: int,
+                  size: Tuple[int, int],
+                  min_kept: Optional[int] = None) -> Tuple[Dict, Dict]:
     """Take network and optimizer of a stock config over to other data.
 
     The decode head gets ``num_classes``, and so does every head that had as
@@ -27,6 +29,8 @@ def stock_network(path: str, num_classes: int,
         num_classes (int): Number of classes K of the dataset.
         size (tuple[int, int]): Height and width, in pixels, of the crops
             that the data preprocessor pads to in training.
+        min_kept (int, optional): Pixels of an image that OHEM samplers keep
+            at least. Defaults to None: as in the config.
 
     Returns:
         tuple[dict, dict]: ``model`` and ``optim_wrapper`` for a config.
@@ -43,6 +47,8 @@ def stock_network(path: str, num_classes: int,
     heads = _flat([model['decode_head'], model.get('auxiliary_head') or []])
     stock_classes = heads[0]['num_classes']
     for head in heads:
+        if min_kept is not None and head.get('sampler'):
+            head['sampler']['min_kept'] = min_kept
         if head['num_classes'] == stock_classes != num_classes:
             head['num_classes'] = num_classes
             for loss in _flat(head.get('loss_decode', [])):

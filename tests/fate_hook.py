@@ -14,7 +14,7 @@ from mmseg.registry import HOOKS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmseg_textkd.engine.stages.text_state import tower_checksums, unwrap
+from mmseg_textkd.models.text_parameters import tower_checksums, unwrap
 
 # Files that this process has written; one that it renamed has its new name.
 WRITTEN = set()

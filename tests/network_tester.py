@@ -4,15 +4,17 @@ import copy
 import functools
 import math
 import re
+import socket
+import sys
 from pathlib import Path
 
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
 from mmengine.structures import PixelData
 from mmseg.registry import DATASETS, HOOKS, MODELS
 from mmseg.structures import SegDataSample
@@ -20,6 +22,9 @@ from tiny import run
 from torch.utils.data import Dataset
 
 from mmseg_textkd.deploy import fold_state_dict
+from mmseg_textkd.deploy.export import to_onnx
+from mmseg_textkd.deploy.export_check import check
+from mmseg_textkd.deploy.exportable import ExportableSegmentor
 from mmseg_textkd.models.text_parameters import (prompt_parameters,
                                                  text_parameters,
                                                  text_providers)
@@ -78,11 +83,11 @@ def load_model(path):
     return model
 
 
-def stock_twin(path):
+def stock_twin(path, prefix='textkd_'):
     """The config of the same name without the text."""
-    name = path.name[len('textkd_'):]
+    name = path.name[len(prefix):]
     # The text encoder, and what else it is about.
-    name = re.sub('_(vit-b16|toyclip|random)(-[a-z]+)?_', '_', name)
+    name = re.sub('_(vit-b16|rn50|toyclip|random)(-[a-z-]+)?_', '_', name)
     twin = CONFIGS / 'stock' / name
     assert twin.exists(), f'{path.name} has no stock twin'
     return twin
@@ -210,7 +215,7 @@ class WatchHook(Hook):
         self.losses.append(float(outputs['loss']))
 
 
-def two_iterations(path, work_dir, size):
+def two_iterations(path, work_dir, size, role='classifier'):
     """Train the network of a config in earnest: an iteration of each stage.
 
     Model, optimizer, hooks and stages are those of the config; only data and
@@ -218,6 +223,10 @@ def two_iterations(path, work_dir, size):
     """
     cfg = copy.deepcopy(load_config(path))
     cfg.model = load_model(path)
+    if role == 'auxiliary':
+        # What the guide says to change in a config.
+        cfg.model.decode_head.role = role
+        cfg.custom_hooks = cfg.auxiliary_hooks
     cfg.model.data_preprocessor.size = size
     cfg.train_dataloader = dict(
         batch_size=2,
@@ -246,37 +255,42 @@ def two_iterations(path, work_dir, size):
     return runner, watch
 
 
+def rates(cfg):
+    """A model's learning rates and weight decays by parameter; the model."""
+    model = MODELS.build(cfg.model)
+    groups = build_optim_wrapper(model, cfg.optim_wrapper).param_groups
+    members = {id(p): g for g in groups for p in g['params']}
+    return model, {
+        n: (members[id(p)]['lr'], members[id(p)]['weight_decay'])
+        for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
 class BaseNetworkTester:
     """What must hold for text on one network, in both roles.
 
-    A subclass names the network as the configs do, the text head, and how
-    many text configs there are of it.
+    A subclass names the network as the configs do, and the text head.
     """
     network = ''
     head = ''
-    num_configs = 3
     size = (64, 128)
     # Pooling to 1, 2, 3 and 6 bins exports where they divide the features.
     onnx_size = size
+    export = staticmethod(to_onnx)
     # Stock parameters that are never learned, with text or without.
     idle = set()
 
     @classmethod
-    def configs(cls):
-        """All text configs of the network."""
-        # The toy's start from nothing.
-        scratch = cls.network.replace('_in1k-pre', '')
-        names = f'textkd_{cls.network}_*.py', f'textkd_{scratch}_toyclip_*.py'
-        return sorted({p for n in names for p in (CONFIGS / 'textkd').glob(n)})
-
-    @classmethod
     def main_config(cls):
         """The text config on Cityscapes."""
-        path, = (p for p in cls.configs() if 'cityscapes' in p.name)
+        path, = (
+            CONFIGS /
+            'textkd').glob(f'textkd_{cls.network}_vit-b16_*_cityscapes-*.py')
         return path
 
     @pytest.fixture(scope='class')
-    def built(self):
+    @classmethod
+    def built(cls):
         """Models that are built once for the class, and given as copies."""
         return {}
 
@@ -299,6 +313,26 @@ class BaseNetworkTester:
 
         return build
 
+    @pytest.fixture
+    def bare(self, monkeypatch, tmp_path):
+        """No embeddings files, no network, no open_clip."""
+
+        class Blocker:
+
+            def find_spec(self, name, path=None, target=None):
+                if name.split('.')[0] in ('open_clip', 'huggingface_hub'):
+                    raise AssertionError(f'{name} was imported')
+
+        def refuse(*args, **kwargs):
+            raise AssertionError('the network was used')
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(socket, 'socket', refuse)
+        for name in list(sys.modules):
+            if name.split('.')[0] in ('open_clip', 'huggingface_hub'):
+                monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(sys, 'meta_path', [Blocker(), *sys.meta_path])
+
     def losses(self, model):
         """Losses on the same picture, with the same random numbers."""
         torch.manual_seed(1)
@@ -306,15 +340,15 @@ class BaseNetworkTester:
         labels = samples(self.size, model.decode_head.num_classes)
         return model.loss(inputs, labels)
 
-    def without_gradient(self, model):
+    def without_gradient(self, model, losses):
         """Names of the parameters that the losses do not reach."""
-        sum(v for k, v in self.losses(model).items() if 'loss' in k).backward()
+        sum(v for k, v in losses.items() if 'loss' in k).backward()
         return {n for n, p in model.named_parameters() if p.grad is None}
 
     def settle(self, model):
         """Give batch norms statistics and text non-neutral values."""
         with torch.no_grad():
-            for param in model.decode_head.text.parameters():
+            for param in model.decode_head.text_branch.parameters():
                 param.add_(torch.randn_like(param) * 0.1)
             for provider in text_providers(model).values():
                 provider.refresh()
@@ -332,22 +366,36 @@ class BaseNetworkTester:
             torch.manual_seed(3)
             return model.eval().encode_decode(inputs, [dict(img_shape=size)])
 
-    # ------------------------------------------------------ every config
-    def test_the_configs_are_there(self):
-        """The number is stated: a test of no config would say nothing."""
-        paths = self.configs()
-        assert len(paths) == self.num_configs
-        heads = {load_model(path).decode_head.type for path in paths}
-        assert heads == {self.head}
-
-    def test_every_config_goes_through_both_stages(self, tmp_path):
-        for path in self.configs():
-            if path != self.main_config():
-                self.check_stages(path, tmp_path)
+    # ------------------------------------------------- config and training
+    @pytest.mark.stacks
+    def test_config_is_built_alone_and_optimized_as_its_twin(self, bare):
+        """Rate and decay; prompts and scales are not decayed."""
+        path = self.main_config()
+        cfg, twin = load_config(path), load_config(stock_twin(path))
+        assert cfg.model.decode_head.type == self.head
+        (model, ours), (plain, stock) = rates(cfg), rates(twin)
+        assert not text_providers(plain)
+        provider, = text_providers(model).values()
+        # What comes from a file says how to make it.
+        assert not provider.filled
+        with pytest.raises(RuntimeError, match='tools/encode_text.py'):
+            provider()
+        text = {n for n in ours if '.text.' in n or n.endswith('log_scale')}
+        assert text and {ours[n][1] for n in text} == {0}
+        branch = {n for n in ours if n not in stock}
+        assert text <= branch
+        # The branch learns at the rate of the stock classifier.
+        assert {ours[n][0]
+                for n in branch} == {stock['decode_head.conv_seg.bias'][0]}
+        shared = [n for n in stock if n in ours]
+        assert [ours[n] for n in shared] == [stock[n] for n in shared]
+        assert set(stock) - set(shared) == {
+            'decode_head.conv_seg.weight', 'decode_head.conv_seg.bias'
+        }
 
     @pytest.mark.stacks
-    def test_the_main_config_goes_through_both_stages(self, tmp_path):
-        model = self.check_stages(self.main_config(), tmp_path)
+    def test_main_config_goes_through_both_stages(self, tmp_path):
+        model = self.check_stages(tmp_path, 'classifier')
         # Evaluation, at the size of training and at another.
         classes = model.decode_head.num_classes
         for size in (self.size, (72, 120)):
@@ -363,20 +411,23 @@ class BaseNetworkTester:
         assert torch.equal(
             self.logits(copied, self.size), self.logits(model, self.size))
 
-    def check_stages(self, path, folder):
+    def test_auxiliary_role_goes_through_both_stages(self, tmp_path):
+        self.check_stages(tmp_path, 'auxiliary')
+
+    def check_stages(self, folder, role):
         """What should learn in a stage moves, and nothing else."""
         # Strides of 8 divide it and those of 16 do not, as for CamVid.
-        size = (72, 120) if 'camvid' in path.name else self.size
-        runner, watch = two_iterations(path, folder / path.stem, size)
+        size = (72, 120) if role == 'auxiliary' else self.size
+        runner, watch = two_iterations(self.main_config(), folder, size, role)
         model = runner.model
         params = set(dict(model.named_parameters()))
         prompts = set(prompt_parameters(model))
         assert prompts and all('.text.' in name for name in prompts)
         first, second = (changed & params for changed in watch.changed)
-        assert first ^ (params - prompts - self.idle) == set(), path.name
+        assert first ^ (params - prompts - self.idle) == set()
         # Batch norms too have learned.
         assert watch.changed[0] - params
-        if model.decode_head.role == 'auxiliary':
+        if role == 'auxiliary':
             assert second == params - self.idle
         else:
             assert second == set(text_parameters(model))
@@ -388,9 +439,30 @@ class BaseNetworkTester:
         return model
 
     # ---------------------------------------- both roles, next to stock
-    @pytest.mark.parametrize('role', ROLES)
-    def test_stock_names_are_kept(self, build, role):
-        stock, text = build().state_dict(), build(role).state_dict()
+    def test_stock_names_losses_and_gradients(self, build):
+        """Every parameter gets one, without which DDP complains; prompts rest.
+        """
+        stock = build()
+        expected = self.losses(stock)
+        assert self.without_gradient(stock, expected) == self.idle
+        assert expected.keys() == self.losses(build('classifier')).keys()
+        for role in ROLES:
+            model = build(role, text_losses=[dict(type='TextAlignmentLoss')])
+            self.check_names(model, stock.state_dict(), role)
+            before = {n: set(vars(m)) for n, m in model.named_modules()}
+            losses = self.losses(model)
+            assert losses['decode.loss_text_align'] > 0
+            idle = self.without_gradient(model, losses)
+            assert idle == self.idle | set(prompt_parameters(model))
+            # Nothing is left on the modules.
+            after = {n: set(vars(m)) for n, m in model.named_modules()}
+            assert before == after
+            assert not any(m._forward_hooks or m._forward_pre_hooks
+                           for m in model.decode_head.modules())
+
+    def check_names(self, model, stock, role):
+        """All outside the text branch have the names of the stock model."""
+        text = model.state_dict()
         branch = 'conv_seg' if role == 'classifier' else 'text_branch'
         prefix = f'decode_head.{branch}.'
         losses = 'decode_head.text_losses.'
@@ -403,26 +475,13 @@ class BaseNetworkTester:
         assert (set(text) - extra) <= set(stock)
         assert extra
         # Nothing of a stock checkpoint slips into the text branch.
-        loaded = build(role).load_state_dict(stock, strict=False)
+        loaded = copy.deepcopy(model).load_state_dict(stock, strict=False)
         assert set(loaded.unexpected_keys) == missing
         # torch itself is lenient about this counter of batch norms.
         assert set(loaded.missing_keys) == {
             k
             for k in extra if not k.endswith('num_batches_tracked')
         }
-
-    @pytest.mark.parametrize('role', ROLES)
-    def test_every_parameter_gets_a_gradient(self, build, role):
-        """In stage 1, without which DDP complains; prompts rest there."""
-        model = build(role, text_losses=[dict(type='TextAlignmentLoss')])
-        assert self.losses(model)['decode.loss_text_align'] > 0
-        prompts = set(prompt_parameters(model))
-        assert self.without_gradient(model) == self.idle | prompts
-        assert self.without_gradient(build()) == self.idle
-
-    def test_classifier_alone_has_only_the_stock_losses(self, build):
-        stock, text = build(), build('classifier')
-        assert self.losses(stock).keys() == self.losses(text).keys()
 
     def test_auxiliary_role_leaves_the_stock_part_alone(self, build):
         """Same weights, same losses, same prediction as the stock model."""
@@ -436,13 +495,25 @@ class BaseNetworkTester:
             torch.testing.assert_close(got[name], value)
         torch.testing.assert_close(
             self.logits(text, self.size), self.logits(stock, self.size))
+        # It folds by being left out.
+        torch.manual_seed(2)
+        self.check_fold(self.settle(text), stock.eval())
 
-    @pytest.mark.parametrize('role', ROLES)
-    def test_folded_weights_load_into_the_stock_model(self, build, role):
-        model = self.settle(build(role))
-        state = fold_state_dict(model)
-        stock = build().eval()
-        stock.load_state_dict(state, strict=True)
+    # ---------------------------------------------------------- deployment
+    def test_classifier_folds_and_exports(self, build):
+        model, stock = self.settle(build('classifier')), build().eval()
+        self.check_fold(model, stock)
+        self.check_states(model.decode_head, model)
+        self.fix_random_numbers(stock)
+        network = ExportableSegmentor(stock)
+        exported = self.export(network, self.onnx_size, False, '{}')
+        # It raises if they differ, with the difference.
+        check('folded', network, exported, [network.example(self.onnx_size)])
+
+    def check_fold(self, model, stock):
+        """Fold into the stock model, which then predicts the same."""
+        count = sum(p.numel() for p in stock.parameters())
+        stock.load_state_dict(fold_state_dict(model), strict=True)
         for size in (self.size, (96, 160)):
             expected = self.logits(model, size)
             got = self.logits(stock, size)
@@ -450,14 +521,10 @@ class BaseNetworkTester:
             assert (got - expected).abs().max() < bound
             same = got.argmax(1) == expected.argmax(1)
             assert same.float().mean() > 0.9999
-        count = sum(p.numel() for p in stock.parameters())
-        assert count == sum(p.numel() for p in build().parameters())
+        assert count == sum(p.numel() for p in stock.parameters())
 
-    def test_classifier_folds_in_every_state(self, build):
+    def check_states(self, head, model):
         """On the features of the network: only the classifier folds."""
-        model = build('classifier')
-        model.eval()
-        head = model.decode_head
         taken = []
         handle = head.conv_seg.register_forward_pre_hook(
             lambda module, args: taken.append(args[0]))
@@ -475,31 +542,6 @@ class BaseNetworkTester:
             bound = 1e-5 * max(1., expected.abs().max().item())
             assert (got - expected).abs().max() < bound, state
             assert expected.std() > 0, state
-
-    def test_nothing_is_left_on_the_modules(self, build):
-        model = build(
-            'classifier', text_losses=[dict(type='TextAlignmentLoss')])
-        before = {n: set(vars(m)) for n, m in model.named_modules()}
-        self.losses(model)
-        after = {n: set(vars(m)) for n, m in model.named_modules()}
-        assert before == after
-        assert not any(m._forward_hooks or m._forward_pre_hooks
-                       for m in model.decode_head.modules())
-
-    @pytest.mark.parametrize('role', ROLES)
-    def test_evaluation_exports_to_onnx(self, build, role, tmp_path):
-        model = self.settle(build(role))
-        self.fix_random_numbers(model)
-        inputs = torch.randn(1, 3, *self.onnx_size)
-        path = str(tmp_path / 'model.onnx')
-        torch.onnx.export(model, inputs, path, dynamo=False)
-        session = onnxruntime.InferenceSession(path)
-        got, = session.run(None,
-                           {session.get_inputs()[0].name: inputs.numpy()})
-        with torch.no_grad():
-            expected = model(inputs)
-        bound = 1e-4 * max(1., expected.abs().max().item())
-        assert (torch.from_numpy(got) - expected).abs().max() < bound
 
     def fix_random_numbers(self, model):
         """Take the chance out of evaluation, where a network has it."""

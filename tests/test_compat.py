@@ -17,6 +17,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.logging import HistoryBuffer
 from mmseg.models import losses
 
@@ -353,9 +354,9 @@ def naive_cross_entropy(scores, labels, class_weight, avg_non_ignore):
     return total / norm
 
 
-@pytest.mark.parametrize('avg_non_ignore', [False, True])
-@pytest.mark.parametrize('weighted', [False, True])
-@pytest.mark.parametrize('ignored', [0, 5])
+@each_case('avg_non_ignore', [False, True])
+@each_case('weighted', [False, True])
+@each_case('ignored', [0, 5])
 def test_weighted_cross_entropy_equals_its_definition(avg_non_ignore, weighted,
                                                       ignored):
     generator = torch.Generator().manual_seed(0)
@@ -445,7 +446,7 @@ def test_newer_mmcv_is_not_refused(tmp_path):
     assert status == 0 and f'cured {refuses} 2.9.0' in output, output
 
 
-@pytest.mark.parametrize('absent', ['mmengine', 'mmcv', 'mmseg', 'torch'])
+@each_case('absent', ['mmengine', 'mmcv', 'mmseg', 'torch'])
 def test_missing_library_is_one_line_that_says_what_to_install(
         tmp_path, absent):
     status, output = python(

@@ -1,54 +1,201 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Every config that is shipped: named, loaded, built, and a fair twin."""
+"""Every config that is shipped: its name, its classes, its fair twin.
+
+What is built, optimized and trained does not depend on the data set; that is
+tested once per network (``test_networks.py``) and method
+(``test_methods.py``).
+"""
+import copy
+import functools
 import os.path as osp
 import re
-import socket
-import sys
+from pathlib import Path
+from typing import NamedTuple, Set
 
 import pytest
-from mmengine.optim import build_optim_wrapper
-from mmseg.registry import DATASETS, HOOKS, MODELS
+import torch
+from mmengine.config import Config
+from mmseg.datasets import COCOStuffDataset, PascalVOCDataset
+from mmseg.registry import DATASETS, HOOKS, METRICS, TRANSFORMS
 from network_tester import CONFIGS, each_head, load_config, stock_twin
 
-from mmseg_textkd.text import TextProvider, Vocabulary
+from mmseg_textkd import stock_config
+from mmseg_textkd.deploy import to_stock_cfg
+from mmseg_textkd.text import Vocabulary
 
 pytestmark = pytest.mark.stacks
 
-# Folder of a method on top of text, and what its configs' names say.
-METHODS = {'structure': 'ssc', 'diversification': 'syn'}
-FOLDERS = ('textkd', *METHODS)
-TEXTKD = sorted(
-    p for folder in FOLDERS for p in (CONFIGS / folder).glob('*.py'))
-STOCK = sorted((CONFIGS / 'stock').glob('*.py'))
-NAME = (r'(?P<network>[a-z0-9-]+(_[a-z0-9-]+)*)'
-        r'_(?P<gpus>\d+)xb(?P<batch>\d+)-(?P<number>\d+)(?P<unit>k|i)'
-        r'_(?P<dataset>[a-z0-9-]+)-(?P<height>\d+)x(?P<width>\d+)\.py')
-DATASET_TYPES = {
-    'ade20k': 'ADE20KDataset',
-    'bdd100k': 'BDD100KDataset',
-    'camvid': 'CamVidDataset',
-    'cityscapes': 'CityscapesDataset',
-    'coco-stuff164k': 'COCOStuffDataset',
-    'mapillary-v1': 'MapillaryDataset_v1',
-    'toy-scenes': 'ToyScenesDataset',
-    'voc12aug': 'PascalVOCDataset',
+NAME = re.compile(
+    r'(?P<network>[a-z0-9-]+(_[a-z0-9-]+)*)'
+    r'_(?P<gpus>\d+)xb(?P<batch>\d+)-(?P<number>\d+)(?P<unit>k|i)'
+    r'_(?P<dataset>[a-z0-9-]+?)(-fold\d)?-(?P<height>\d+)x(?P<width>\d+)')
+# Data set in a name: its class, and the vocabulary.
+DATA = {
+    'ade20k': ('ADE20KDataset', 'ade20k'),
+    'bdd100k': ('BDD100KDataset', 'bdd100k'),
+    'camvid': ('CamVidDataset', 'camvid'),
+    'camvid-trainval': ('CamVidDataset', 'camvid'),
+    'cityscapes': ('CityscapesDataset', 'cityscapes'),
+    'coco-20i': ('COCOStuffDataset', 'coco_stuff'),
+    'coco-stuff164k': ('COCOStuffDataset', 'coco_stuff'),
+    'mapillary-v1': ('MapillaryDataset_v1', 'mapillary_v1'),
+    'pascal-5i': ('PascalVOCDataset', 'voc12'),
+    'toy-scenes': ('ToyScenesDataset', 'toy_scenes'),
+    'voc12aug': ('PascalVOCDataset', 'voc12'),
 }
+CLIP = {'rn50': 'RN50', 'toyclip': 'toyclip', 'vit-b16': 'ViT-B-16'}
+# Networks that there are configs of on every data set.
 FOUR = {
     'bisenetv2_fcn', 'stdc1_in1k-pre', 'ddrnet_23-slim_in1k-pre', 'pidnet-s'
 }
-# These have tests of their own.
-OTHERS = {'balance', 'distillation', 'ebseg', 'fusion', 'lseg', 'studies'}
-# What the text twin may add to a head.
-OPTIONS = {'text', 'role', 'text_branch', 'text_losses'}
 
 
-def names(paths):
-    return [path.name for path in paths]
+class Method(NamedTuple):
+    """What a config is called, and all that it may change of its twin.
+
+    Attributes:
+        folder: Folder of the configs.
+        twin: Folder of their twins.
+        number: How many there are.
+        changes: Keys that differ, the only ones, each in every config. Those
+            of fragments, which begin with ``text_``, do not count.
+    """
+    folder: str
+    twin: str
+    number: int
+    changes: Set[str]
+
+
+HEAD, TRAIN = 'model/decode_head', 'train_dataloader/dataset'
+HEAD_TEXT = f'{HEAD}/text'
+TEACHER = {'model/type', 'model/teacher', 'custom_hooks'}
+UNSEEN = {TRAIN, 'val_evaluator', 'test_evaluator'}
+TEXT = {
+    f'{HEAD}/type', HEAD_TEXT,
+    'optim_wrapper/paramwise_cfg/custom_keys/.text.',
+    'optim_wrapper/paramwise_cfg/custom_keys/log_scale', 'custom_hooks',
+    'auxiliary_hooks', 'find_unused_parameters'
+}
+METHODS = {
+    'text':
+    Method('textkd', 'stock', 53, TEXT),
+    'score-map':
+    Method('textkd', 'stock', 10, {'model/type', 'model/score_map', *TEXT} -
+           {f'{HEAD}/type', HEAD_TEXT}),
+    # Stage 1 of the authors': the text is fixed.
+    'rn50-score-map':
+    Method('textkd', 'stock', 7,
+           {'model/type', 'model/score_map', 'custom_hooks'}),
+    'rn50-score-map-decoder':
+    Method('textkd', 'textkd', 1, {'model/score_map/convs'}),
+    'rn50-cosine':
+    Method('textkd', 'stock', 1,
+           {f'{HEAD}/type', HEAD_TEXT, f'{HEAD}/text_branch', 'custom_hooks'}),
+    'aux':
+    Method('textkd', 'textkd', 1, {f'{HEAD}/role', 'custom_hooks'}),
+    'ssc':
+    Method('structure', 'textkd', 3, {f'{HEAD}/text_losses'}),
+    'syn':
+    Method('diversification', 'textkd', 3, {f'{HEAD}/text/embeddings'}),
+    'bridge':
+    Method('fusion', 'textkd', 3, {f'{HEAD}/fusion'}),
+    'bridge-kept':
+    Method('fusion', 'textkd', 3, {f'{HEAD}/fusion'}),
+    'context':
+    Method('fusion', 'textkd', 3, {f'{HEAD}/fusion'}),
+    'tgkd':
+    Method('distillation', 'textkd', 3, {f'{HEAD}/text_losses', TRAIN}),
+    'segkd':
+    Method('distillation', 'textkd', 3, {f'{HEAD}/text_losses', *TEACHER}),
+    'kd':
+    Method('distillation', 'stock', 3, {'model/distill_losses', *TEACHER}),
+    'cwd':
+    Method('distillation', 'stock', 3, {'model/distill_losses', *TEACHER}),
+    'balance-zs':
+    Method('balance', 'textkd', 4, {
+        HEAD_TEXT, f'{HEAD}/text_branch', f'{HEAD}/text_losses', *TEACHER,
+        *UNSEEN
+    }),
+    'lseg':
+    Method(
+        'lseg', 'stock', 3, {
+            f'{HEAD}/type', HEAD_TEXT, f'{HEAD}/text_branch', 'custom_hooks',
+            'auxiliary_hooks', 'find_unused_parameters'
+        }),
+    # Their twin is MMSegmentation's, on ADE20K.
+    'lseg-dpt':
+    Method('lseg', '', 3, set()),
+    'zs':
+    Method('lseg', 'lseg', 3, {f'{HEAD}/text_branch/unseen', *UNSEEN}),
+    'fold':
+    Method('lseg', 'lseg', 8, {f'{HEAD}/text_branch/unseen', *UNSEEN}),
+}
+# What stays a part of the network.
+KEPT = ('bridge-kept', 'score-map', 'rn50-score-map', 'rn50-score-map-decoder')
+# EBSeg's have tests of their own.
+PATHS = sorted(
+    path for path in CONFIGS.rglob('*.py')
+    if path.relative_to(CONFIGS).parts[0] not in ('_base_', 'ebseg'))
+STOCK = [path for path in PATHS if path.parent.name == 'stock']
 
 
 def parts(path):
     """The parts of a config's name."""
-    return re.fullmatch(NAME, path.name).groupdict()
+    match = NAME.fullmatch(path.stem)
+    assert match, f'{path.name} is no name of a config'
+    return match.groupdict()
+
+
+def method_of(path):
+    """What a config that is not stock trains with."""
+    folder, network = path.parent.name, parts(path)['network']
+    tags = [
+        tag for tag, method in METHODS.items()
+        if method.folder == folder and re.search(f'[-_]{tag}$', network)
+    ]
+    if tags:
+        return max(tags, key=len)
+    if folder == 'lseg':
+        dpt = network.startswith('lseg_dpt')
+        return 'fold' if '-fold' in path.name else 'lseg' + '-dpt' * dpt
+    return 'text'
+
+
+def twin_of(path):
+    """The config that a method is compared with."""
+    tag, name = method_of(path), path.name
+    if METHODS[tag][:2] == ('textkd', 'stock'):
+        return stock_twin(path)
+    if tag == 'lseg':
+        return stock_twin(path, 'lseg_')
+    if tag == 'lseg-dpt':
+        return stock_config('dpt/dpt_vit-b16_8xb2-160k_ade20k-512x512.py')
+    if tag == 'fold':
+        name = re.sub(r'-fold\d', '', name).replace('pascal-5i', 'voc12aug')
+        name = name.replace('coco-20i', 'coco-stuff164k')
+    else:
+        name = name.replace(f'-{tag.split("-score-map-")[-1]}_', '_')
+    return CONFIGS / METHODS[tag].twin / name
+
+
+BY_METHOD = {
+    tag: [p for p in PATHS if p not in STOCK and method_of(p) == tag]
+    for tag in METHODS
+}
+
+
+def differences(ours, twin, key=''):
+    """Keys at which two configs differ; a section that is missing is empty."""
+    if isinstance(ours, dict) or isinstance(twin, dict):
+        ours, twin = ({} if c is None else c for c in (ours, twin))
+    if not (isinstance(ours, dict) and isinstance(twin, dict)):
+        return set() if ours == twin else {key}
+    return {
+        found
+        for k in {*ours, *twin}
+        for found in differences(
+            ours.get(k), twin.get(k), f'{key}/{k}' if key else str(k))
+    }
 
 
 def datasets(cfg, split):
@@ -57,221 +204,373 @@ def datasets(cfg, split):
     return dataset.get('datasets', [dataset])
 
 
-def test_every_file_is_tested():
-    below = {p.relative_to(CONFIGS) for p in CONFIGS.rglob('*.py')}
-    for folders, found in ((FOLDERS, TEXTKD), (('stock', ), STOCK)):
-        here = [p for p in below if p.parts[0] in folders]
-        assert len(found) == len(here) > 0
-    folders = {p.parts[0] for p in below}
-    assert folders - OTHERS == {'_base_', 'stock',
-                                *FOLDERS}, 'a folder is untested'
+def kinds(pipeline):
+    return [transform['type'] for transform in pipeline]
+
+
+def text_of(cfg):
+    """The config of the class embeddings, if there is one."""
+    text = cfg.model.get('score_map', cfg.model.decode_head).get('text')
+    return text and text.get('embeddings', text)
+
+
+# ----------------------------------------------------------- all of them
+def test_every_config_is_of_a_method():
+    assert {
+        tag: len(paths)
+        for tag, paths in BY_METHOD.items()
+    } == {
+        tag: method.number
+        for tag, method in METHODS.items()
+    }
+    assert len(PATHS) == len(STOCK) + sum(map(len, BY_METHOD.values()))
+    folders = {p.name for p in CONFIGS.iterdir() if p.is_dir()}
+    assert folders == {'_base_', 'ebseg', 'stock', 'studies'
+                       } | {m.folder
+                            for m in METHODS.values()}, 'a folder is untested'
 
 
 def test_all_combinations_are_there():
     """CamVid and Cityscapes for all networks, the others for four."""
-    stock = {(parts(p)['network'], parts(p)['dataset']) for p in STOCK}
+
+    def combinations(paths):
+        return {(parts(p)['network'], parts(p)['dataset']) for p in paths}
+
     toys = {(n, 'toy-scenes') for n in ('bisenetv2_fcn', 'ddrnet_23-slim')}
-    networks = {network for network, _ in stock - toys}
-    assert len(networks) == 15 and len(stock) == len(STOCK) == 52
-    wanted = {(n, d) for n in networks for d in ('camvid', 'cityscapes')}
-    wanted |= {(n, d)
-               for n in FOUR
-               for d in set(DATASET_TYPES) - {'toy-scenes'}}
-    assert stock == wanted | toys
-    plain = [p for p in TEXTKD if p.parent.name == 'textkd']
-    text = [parts(p)['network'] for p in plain]
-    assert len(text) == 68
-    for name, number in (('_vit-b16', 50), ('_vit-b16-aux', 15),
-                         ('_toyclip', 2), ('_random', 1)):
-        assert sum(n.endswith(name) for n in text) == number
-    # Each stock config has its twin, on CamVid in both roles.
-    twins = sorted(stock_twin(p) for p in plain if '_random_' not in p.name)
-    camvid = [p for p in STOCK if parts(p)['dataset'] == 'camvid']
-    assert twins == sorted(STOCK + camvid)
-
-
-@pytest.mark.parametrize('folder', METHODS)
-def test_a_method_is_one_line_more(folder):
-    """On two networks and data sets; the rest is as with text alone."""
-    found = sorted((CONFIGS / folder).glob('*.py'))
-    twins = {parts(stock_twin(p))['network'] for p in found}
-    assert len(found) == 4 and len(twins) == 3
-    for path in found:
-        name = path.name.replace(f'-{METHODS[folder]}_', '_')
-        ours, text = (
-            load_config(p).to_dict()
-            for p in (path, CONFIGS / 'textkd' / name))
-        head, plain = (c['model'].pop('decode_head') for c in (ours, text))
-        ours = {k: v for k, v in ours.items() if not k.startswith('text_')}
-        assert ours == {k: v for k, v in text.items() if k in ours}
-        if folder == 'structure':
-            loss, = head.pop('text_losses')
-            assert loss['type'] == 'SemanticStructureLoss'
-        else:
-            assert head['text'].pop('embeddings')['type'] == 'SynonymSampler'
-            assert plain['text'].pop('embeddings')['type'] == 'ClassEmbeddings'
-        assert head == plain
-
-
-@pytest.fixture
-def bare(monkeypatch, tmp_path):
-    """No embeddings files, no network, no open_clip."""
-
-    class Blocker:
-
-        def find_spec(self, name, path=None, target=None):
-            if name.split('.')[0] in ('open_clip', 'huggingface_hub'):
-                raise AssertionError(f'{name} was imported')
-
-    def refuse(*args, **kwargs):
-        raise AssertionError('the network was used')
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(socket, 'socket', refuse)
-    for name in list(sys.modules):
-        if name.split('.')[0] in ('open_clip', 'huggingface_hub'):
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, 'meta_path', [Blocker(), *sys.meta_path])
-
-
-@pytest.mark.parametrize('path', TEXTKD + STOCK, ids=names(TEXTKD + STOCK))
-def test_name_says_what_it_is(path):
-    name = parts(path)
-    assert (path in TEXTKD) == path.name.startswith('textkd_')
-    cfg = load_config(path)
-    assert cfg.train_dataloader.batch_size == int(name['batch'])
-    assert int(name['gpus']) > 0
-    iters = int(name['number']) * (1000 if name['unit'] == 'k' else 1)
-    assert cfg.train_cfg.max_iters == iters
-    ends = [s.end for s in cfg.param_scheduler]
-    assert max(ends) == iters
-    size = int(name['height']), int(name['width'])
-    assert tuple(cfg.model.data_preprocessor.size) == size
-    for dataset in datasets(cfg, 'train'):
-        assert dataset.type == DATASET_TYPES[name['dataset']]
-        crops = [
-            t.crop_size for t in dataset.pipeline if t.type == 'RandomCrop'
-        ]
-        assert [tuple(c) for c in crops] == [size] * len(crops)
-        assert crops or name['dataset'] == 'toy-scenes'
-    assert ('role' in cfg.model.decode_head) == ('-aux_' in path.name)
-
-
-@pytest.mark.parametrize('path', TEXTKD + STOCK, ids=names(TEXTKD + STOCK))
-def test_model_is_built_from_the_config_alone(bare, path):
-    cfg = load_config(path)
-    assert cfg.custom_imports.imports == ['mmseg_textkd']
-    model = MODELS.build(cfg.model)
-    providers = [m for m in model.modules() if isinstance(m, TextProvider)]
-    assert len(providers) == (path in TEXTKD)
-    for provider in providers:
-        # What comes from a file says how to make it; controls are there.
-        kind = cfg.model.decode_head.text.embeddings.type
-        assert provider.filled == (kind == 'ControlEmbeddings')
-        if not provider.filled:
-            with pytest.raises(RuntimeError, match='tools/encode_text.py'):
-                provider()
-
-
-@pytest.mark.parametrize('path', TEXTKD, ids=names(TEXTKD))
-def test_twins_differ_in_the_text_only(path):
-    ours, stock = (load_config(p).to_dict() for p in (path, stock_twin(path)))
-    head, plain = (c['model'].pop('decode_head') for c in (ours, stock))
-    assert head.pop('type') == 'Text' + plain.pop('type')
-    assert 'text' in head
-    assert {k: v for k, v in head.items() if k not in OPTIONS} == plain
-    added = {k for k in ours if k not in stock}
-    changed = {k for k in stock if ours.get(k) != stock[k]}
-    # Backbone, auxiliary heads, data, schedule, runtime: all of it.
-    assert changed == {'optim_wrapper'}
-    text = ours['optim_wrapper']['paramwise_cfg']['custom_keys']
-    assert text.pop('.text.') and text.pop('log_scale')
-    stock['optim_wrapper'].setdefault('paramwise_cfg', dict(custom_keys={}))
-    assert ours['optim_wrapper'] == stock['optim_wrapper']
-    assert {k
-            for k in added if not k.startswith('text_')
-            } == {'auxiliary_hooks', 'custom_hooks', 'find_unused_parameters'}
-
-
-@pytest.mark.parametrize('path', TEXTKD, ids=names(TEXTKD))
-def test_the_stages_are_in_the_config(bare, path):
-    cfg = load_config(path)
-    hooks = [h for h in cfg.custom_hooks if h.type == 'PromptLearnerHook']
-    assert len(hooks) == 1 and 0 < hooks[0].switch_at < 1
-    assert HOOKS.build(hooks[0]).switch_at == hooks[0].switch_at
-    assert cfg.find_unused_parameters is True
-
-
-@pytest.mark.parametrize('path', TEXTKD, ids=names(TEXTKD))
-def test_the_optimizer_treats_the_network_as_in_the_twin(bare, path):
-    """Rate and decay; prompts and scales are not decayed."""
-    ours, stock = (settings(load_config(p)) for p in (path, stock_twin(path)))
-    text = {n for n in ours if '.text.' in n or n.endswith('log_scale')}
-    assert text and {ours[n][1] for n in text} == {0}
-    rates = {n: rate for n, (rate, _) in ours.items()}
-    branch = {n for n in ours if n not in stock}
-    assert text <= branch
-    # The branch learns at the rate of the stock classifier.
-    assert {rates[n]
-            for n in branch} == {stock['decode_head.conv_seg.bias'][0]}
-    assert {
-        n: ours[n]
-        for n in ours if n in stock
-    } == {
-        n: stock[n]
-        for n in stock if n in ours
+    stock = {twin_of(p) for p in BY_METHOD['text'] if '_random_' not in p.name}
+    networks = {network for network, _ in combinations(stock) - toys}
+    others = set(DATA) - {
+        'camvid-trainval', 'toy-scenes', 'pascal-5i', 'coco-20i'
     }
-    assert set(stock) - set(ours) <= {
-        'decode_head.conv_seg.weight', 'decode_head.conv_seg.bias'
+    assert len(networks) == 15 and len(stock) == 52
+    assert combinations(stock) == toys | {(n, d)
+                                          for n in networks
+                                          for d in ('camvid', 'cityscapes')
+                                          } | {(n, d)
+                                               for n in FOUR
+                                               for d in others}
+    # No other network without text is there but for the published score map.
+    scored = {
+        twin_of(p)
+        for tag in ('score-map', 'rn50-score-map')
+        for p in BY_METHOD[tag]
     }
+    longer = {p for p in STOCK if p not in stock | scored}
+    assert combinations(longer) <= combinations(scored)
+    # A method is there on CamVid for two networks, and on the toy.
+    for tag, method in METHODS.items():
+        if method.folder not in ('textkd', 'lseg') or tag in ('lseg', 'zs'):
+            found = [parts(p)['dataset'] for p in BY_METHOD[tag]]
+            assert found.count('camvid') == 2 and 'toy-scenes' in found, tag
 
 
-def settings(cfg):
-    """Learning rate and weight decay of each parameter."""
-    model = MODELS.build(cfg.model)
-    groups = build_optim_wrapper(model, cfg.optim_wrapper).param_groups
-    members = {id(p): g for g in groups for p in g['params']}
-    return {
-        n: (members[id(p)]['lr'], members[id(p)]['weight_decay'])
-        for n, p in model.named_parameters() if p.requires_grad
-    }
+def test_names_say_what_they_are():
+    for path in PATHS:
+        name, cfg = parts(path), load_config(path)
+        assert cfg.train_dataloader.batch_size == int(name['batch']), path
+        assert int(name['gpus']) > 0
+        iters = int(name['number']) * (1000 if name['unit'] == 'k' else 1)
+        assert cfg.train_cfg.max_iters == iters, path
+        assert max(s.end for s in cfg.param_scheduler) == iters, path
+        size = int(name['height']), int(name['width'])
+        assert tuple(cfg.model.data_preprocessor.size) == size, path
+        for dataset in datasets(cfg, 'train'):
+            assert dataset.type == DATA[name['dataset']][0], path
+            crops = [
+                t.crop_size for t in dataset.pipeline if t.type == 'RandomCrop'
+            ]
+            assert [tuple(c) for c in crops] == [size] * len(crops), path
+            assert crops or name['dataset'] == 'toy-scenes', path
+        assert cfg.custom_imports.imports == ['mmseg_textkd'], path
 
 
-@pytest.mark.parametrize('path', TEXTKD + STOCK, ids=names(TEXTKD + STOCK))
-def test_classes_are_the_same_everywhere(path):
-    cfg = load_config(path)
-    found = {
-        tuple((d.get('metainfo') or DATASETS.get(d.type).METAINFO)['classes'])
-        for split in ('train', 'val', 'test')
-        for d in datasets(cfg, split)
-    }
-    assert len(found) == 1
-    classes = found.pop()
-    # Heads with fewer tell boundaries.
-    assert {
-        head.num_classes
-        for head in each_head(cfg.model) if head.num_classes > 2
-    } == {len(classes)}
-    for head in each_head(cfg.model):
-        losses = head.loss_decode
-        for loss in losses if isinstance(losses, list) else [losses]:
-            assert len(loss.get('class_weight') or classes) == len(classes)
-    text = cfg.model.decode_head.get('text', {}).get('embeddings', {})
-    assert bool(text) == (path in TEXTKD)
-    if text and text.type != 'ControlEmbeddings':
+def test_classes_are_the_same_everywhere():
+    for path in PATHS:
+        cfg = load_config(path)
+        found = {
+            tuple((d.get('metainfo')
+                   or DATASETS.get(d.type).METAINFO)['classes'])
+            for split in ('train', 'val', 'test')
+            for d in datasets(cfg, split)
+        }
+        assert len(found) == 1, path
+        classes = found.pop()
+        # Heads with fewer predict boundaries.
+        assert {
+            head.num_classes
+            for head in each_head(cfg.model) if head.num_classes > 2
+        } == {len(classes)}, path
+        for head in each_head(cfg.model):
+            losses = head.loss_decode
+            for loss in losses if isinstance(losses, list) else [losses]:
+                weights = loss.get('class_weight') or classes
+                assert len(weights) == len(classes), path
+        text = text_of(cfg)
+        named = path.name.startswith(('textkd_', 'lseg_'))
+        assert bool(text) == named, path
+        if not text or text.type == 'ControlEmbeddings':
+            continue
+        assert text.classes == DATA[parts(path)['dataset']][1], path
         for spec in (text.classes, text.build.vocabulary):
-            assert Vocabulary.from_spec(spec).names == classes
+            assert Vocabulary.from_spec(spec).names == classes, path
+        # The last: `dpt_vit-b16_vit-b16` are a backbone and a text encoder.
+        model = re.findall('_(vit-b16|rn50|toyclip)', path.name)
+        assert text.build.model == CLIP[model[-1]], path
         assert text.file.endswith('.safetensors')
-        assert not osp.isabs(text.file)
+        assert not osp.isabs(text.file), path
 
 
-@pytest.mark.parametrize('path', TEXTKD + STOCK, ids=names(TEXTKD + STOCK))
-def test_pidnet_gets_the_edges_that_it_needs(path):
-    cfg = load_config(path)
-    for dataset in datasets(cfg, 'train'):
-        kinds = [t.type for t in dataset.pipeline]
-        assert kinds[-1] == 'PackSegInputs'
-        expected = int(cfg.model.decode_head.type.endswith('PIDHead'))
-        assert kinds.count('GenerateEdge') == expected
-        if expected:
-            assert kinds[-2] == 'GenerateEdge'
+def test_pidnet_gets_the_edges_that_it_needs():
+    for path in PATHS:
+        cfg = load_config(path)
+        for dataset in datasets(cfg, 'train'):
+            found = kinds(dataset.pipeline)
+            expected = int(cfg.model.decode_head.type.endswith('PIDHead'))
+            assert found.count('GenerateEdge') == expected, path
+            assert found[-1] in ('PackSegInputs', 'PackRegionInputs'), path
+            assert not expected or found[-2] == 'GenerateEdge', path
+
+
+@pytest.mark.parametrize('tag', METHODS)
+def test_twins_differ_in_the_method_only(tag):
+    """Backbone, other heads, data, schedule, runtime: all else is equal."""
+    allowed = METHODS[tag].changes
+    for path in BY_METHOD[tag]:
+        cfg, twin = (
+            Config.fromfile(p) if isinstance(p, str) else load_config(p)
+            for p in (path, twin_of(path)))
+        CHECKS[tag](cfg, twin, path)
+        if tag == 'lseg-dpt':
+            continue
+        found = {
+            next((a for a in allowed if f'{key}/'.startswith(f'{a}/')), key)
+            for key in differences(cfg.to_dict(), twin.to_dict())
+            if not key.startswith('text_')
+        }
+        assert found == allowed, path
+        # Nothing of it is left where it is deployed, unless it is kept.
+        if METHODS[tag].folder != 'lseg' and tag not in KEPT:
+            stock = to_stock_cfg(cfg).to_dict()
+            assert stock == to_stock_cfg(twin).to_dict(), path
+            assert 'textkd' not in str(stock), path
+
+
+def test_differences_are_found():
+    """Also those of what only one of them has."""
+    ours = dict(a=1, b=dict(c=[1], d=2), e=dict(f=1), g=3)
+    twin = dict(a=1, b=dict(c=[2], d=2), h=dict(i=1), g=dict(j=1))
+    assert differences(ours, twin) == {'b/c', 'e/f', 'h/i', 'g'}
+    assert differences(ours, copy.deepcopy(ours)) == set()
+
+
+# ------------------------------------------------- what each of them adds
+@functools.cache
+def rates_on_cityscapes(network):
+    path, = (
+        p for p in BY_METHOD['text'] if parts(p)['dataset'] == 'cityscapes'
+        and parts(stock_twin(p))['network'] == network)
+    keys = load_config(path).optim_wrapper.paramwise_cfg.custom_keys
+    return keys['.text.'], keys['log_scale']
+
+
+def check_text(cfg, twin, path):
+    head, plain = (c.model.decode_head for c in (cfg, twin))
+    assert head.type == f'Text{plain.type}', path
+    check_learned(cfg, twin, path)
+
+
+def check_learned(cfg, twin, path):
+    """The text learns, at the rates of the network, in a second stage."""
+    keys = cfg.optim_wrapper.paramwise_cfg.custom_keys
+    # The optimizer of each network is tested on Cityscapes.
+    if 'toy' not in path.name:
+        network = parts(twin_of(path))['network']
+        assert (keys['.text.'],
+                keys['log_scale']) == rates_on_cityscapes(network), path
+    hook, = (h for h in cfg.custom_hooks if h.type == 'PromptLearnerHook')
+    assert 0 < hook.switch_at < 1
+    assert HOOKS.build(hook).switch_at == hook.switch_at
+    assert cfg.find_unused_parameters is True
+    kind = 'Control' if '_random_' in path.name else 'Class'
+    assert text_of(cfg).type == f'{kind}Embeddings', path
+
+
+def check_score_map(cfg, twin, path):
+    assert cfg.model.type == 'TextKD' and twin.model.type == 'EncoderDecoder'
+    check_learned(cfg, twin, path)
+
+
+def check_fixed(cfg, twin, path):
+    assert cfg.custom_hooks == [dict(type='PromptLearnerHook')], path
+    assert text_of(cfg).type == 'ClassEmbeddings', path
+    assert cfg.model.type in ('TextKD', twin.model.type), path
+
+
+def check_auxiliary(cfg, twin, path):
+    assert cfg.model.decode_head.role == 'auxiliary'
+    assert cfg.custom_hooks == twin.auxiliary_hooks
+
+
+def check_structure(cfg, twin, path):
+    loss, = cfg.model.decode_head.text_losses
+    assert loss.type == 'SemanticStructureLoss', path
+
+
+def check_synonyms(cfg, twin, path):
+    assert text_of(cfg).type == 'SynonymSampler', path
+    assert text_of(twin).type == 'ClassEmbeddings', path
+
+
+def check_fusion(kind, use=None):
+
+    def check(cfg, twin, path):
+        # It is no network of its own: every default is that of the class.
+        expected = dict(type=kind, use=use) if use else dict(type=kind)
+        assert cfg.model.decode_head.fusion == expected, path
+        if use == 'inference':
+            with pytest.raises(ValueError, match='model.decode_head: a TwoWa'):
+                to_stock_cfg(cfg)
+
+    return check
+
+
+def check_regions(cfg, twin, path):
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    before = kinds(twin.train_dataloader.dataset.pipeline)
+    assert kinds(pipeline) == [
+        *before[:2], 'LoadRegionEmbeddings', *before[2:-1], 'PackRegionInputs'
+    ], path
+    # The image encoder is that of the text.
+    build, store = text_of(cfg).build, TRANSFORMS.build(pipeline[2]).store
+    assert (store.model, store.pretrained) == (build.model,
+                                               build.get('pretrained'))
+    assert store.options['fill'] == 128
+
+
+def check_segmentor(cfg, twin, path):
+    assert cfg.custom_hooks[-1] == dict(type='TeacherHook'), path
+    assert cfg.model.type == 'DistilledEncoderDecoder'
+    teacher = cfg.model.teacher
+    assert Path(teacher.config).stem in teacher.checkpoint, path
+    # Of the same data.
+    taught = load_config(Path(teacher.config)).train_dataloader.dataset
+    assert taught.data_root == cfg.train_dataloader.dataset.data_root, path
+
+
+def check_unseen(cfg, twin, path):
+    """The same classes are hidden everywhere."""
+    unseen = cfg.model.decode_head.text_branch.unseen
+    classes = Vocabulary.from_spec(text_of(cfg).classes).names
+    assert 0 < len(unseen) < len(classes) / 2
+    for dataset, before in zip(
+            datasets(cfg, 'train'), datasets(twin, 'train')):
+        hide, = (t for t in dataset.pipeline if t.type == 'HideClasses')
+        # Behind what reads the labels, before what looks at them.
+        place = dataset.pipeline.index(hide)
+        assert dataset.pipeline[place - 1].type in ('LoadAnnotations',
+                                                    'CheckLabels'), path
+        labels = torch.arange(len(classes)).byte().numpy()[None]
+        hidden = TRANSFORMS.build(hide)(dict(gt_seg_map=labels))['gt_seg_map']
+        assert (hidden[0] == 255).nonzero()[0].tolist() == unseen, path
+        assert [t for t in dataset.pipeline
+                if t is not hide] == before.pipeline, path
+    for split in ('val', 'test'):
+        evaluator = cfg[f'{split}_evaluator']
+        assert evaluator.type == 'ZeroShotIoUMetric', path
+        assert sorted(map(classes.index, evaluator.unseen)) == unseen, path
+        assert METRICS.build(evaluator).unseen == tuple(evaluator.unseen)
+
+
+def check_balance(cfg, twin, path):
+    check_unseen(cfg, twin, path)
+    head, teacher = cfg.model.decode_head, cfg.model.teacher
+    assert cfg.model.type == 'DistilledEncoderDecoder'
+    # Fixed text, as in zero-shot training with LSeg.
+    assert head.text == text_of(twin), path
+    assert head.text_branch.bias is False and len(head.text_losses) == 1
+    assert head.text_branch.balance == dict(alpha=.3, beta=1.)
+    assert cfg.custom_hooks == [
+        dict(type='PromptLearnerHook'),
+        dict(type='TeacherHook')
+    ], path
+    split = 'lseg/lseg_bisenetv2_fcn_vit-b16-zs_1xb8-10k_camvid-360x480.py'
+    if 'toy' in path.name:
+        split = 'ebseg/ebseg_toyclip_1xb4-200i_toy-scenes-128x256.py'
+    assert sorted(load_config(CONFIGS / split).val_evaluator.unseen) == sorted(
+        cfg.val_evaluator.unseen), path
+    # Image encoder and text are of one CLIP model.
+    assert teacher.type == 'FrozenCLIPTeacher'
+    for key in ('model', 'pretrained'):
+        assert teacher.get(key) == head.text.build.get(key), path
+
+
+def check_lseg(cfg, twin, path):
+    """The head is the article's; network and optimizer are stock."""
+    head, plain = (
+        copy.deepcopy(c.model.decode_head.to_dict()) for c in (cfg, twin))
+    assert head.pop('text')['type'] == 'ClassEmbeddings', path
+    assert head.pop('text_branch') == dict(
+        norm='l2',
+        bias=False,
+        scale=dict(init=1 / 0.07, learnable=False),
+        regularization=dict(kind='bottleneck', depth=2, activation='lrelu'))
+    assert head.pop('type') == f'Text{plain.pop("type")}', path
+    assert cfg.custom_hooks == [dict(type='PromptLearnerHook')]
+    assert cfg.optim_wrapper == twin.optim_wrapper, path
+    same = 'ade20k' in path.name
+    for key in ('num_classes', 'loss_decode') if not same else ():
+        assert head.pop(key) and plain.pop(key)
+    assert head == plain, path
+    assert cfg.model.backbone == twin.model.backbone, path
+    for key in ('param_scheduler', 'train_dataloader', 'val_dataloader',
+                'train_cfg') if same else ():
+        assert cfg[key] == twin[key], key
+
+
+CHECKS = {
+    'text': check_text,
+    'score-map': check_score_map,
+    'rn50-score-map': check_fixed,
+    'rn50-score-map-decoder': check_fixed,
+    'rn50-cosine': check_fixed,
+    'aux': check_auxiliary,
+    'ssc': check_structure,
+    'syn': check_synonyms,
+    'bridge': check_fusion('TwoWayBridge'),
+    'bridge-kept': check_fusion('TwoWayBridge', 'inference'),
+    'context': check_fusion('ContextAwareText'),
+    'tgkd': check_regions,
+    'segkd': check_segmentor,
+    'kd': check_segmentor,
+    'cwd': check_segmentor,
+    'balance-zs': check_balance,
+    'lseg': check_lseg,
+    'lseg-dpt': check_lseg,
+    'zs': check_unseen,
+    'fold': check_unseen,
+}
+
+
+def test_folds_are_those_of_the_literature():
+    """The definitions, from the classes of MMSegmentation's datasets."""
+    voc = PascalVOCDataset.METAINFO['classes'][1:]
+    things = COCOStuffDataset.METAINFO['classes'][:80]
+    assert voc[0] == 'aeroplane' and len(voc) == 20
+    assert things[0] == 'person' and things[-1] == 'toothbrush'
+    for data, folds in (('pascal-5i', [voc[5 * i:5 * i + 5]
+                                       for i in range(4)]),
+                        ('coco-20i', [things[i::4] for i in range(4)])):
+        for i, fold in enumerate(folds):
+            path, = (
+                p for p in BY_METHOD['fold'] if f'{data}-fold{i}-' in p.name)
+            assert tuple(load_config(path).val_evaluator.unseen) == fold
+
+
+@pytest.mark.parametrize('folder, key', [('fusion', '.fusion.'),
+                                         ('balance', 'image_projection')])
+def test_rates_of_what_is_dropped_do_not_get_into_stock_configs(folder, key):
+    path = next((CONFIGS / folder).glob('*-b*[elsz]_1xb8*.py'))
+    cfg = Config(copy.deepcopy(load_config(path).to_dict()))
+    expected = to_stock_cfg(cfg).to_dict()
+    cfg.optim_wrapper.paramwise_cfg.custom_keys[key] = dict(lr_mult=.5)
+    assert to_stock_cfg(cfg).to_dict() == expected

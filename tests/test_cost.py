@@ -5,6 +5,9 @@ from analysis_tools import load_tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from network_tester import CONFIGS
+from tiny import tiny_config
+
+from mmseg_textkd.deploy import to_stock_cfg
 
 TAIL = '1xb8-10k_camvid-360x480.py'
 
@@ -85,3 +88,34 @@ def test_times_are_those_of_the_deployed(capsys):
     assert all(0 < s < 30 for s in seconds)
     with pytest.raises(SystemExit):
         load_tool('cost').main([str(paths[0]), '--runs', '1'])
+
+
+def test_cost_of_a_fusion_is_that_of_the_arithmetic(tmp_path, capsys):
+    fusion_cost = load_tool('fusion_cost')
+    text = dict(type='ControlEmbeddings', kind='random', dim=16)
+    cfg = tiny_config(tmp_path, text)
+    c, d, k, dim, size = 16, 8, 8, 16, (64, 128)
+    pixels = 4 * 8  # of the map at 1/16
+    block = (
+        k * d * d * (1 + 1 + 3 + 1 + 4 + 2)  # linear layers of the tokens
+        + 2 * 2 * k * pixels * d + 2 * k * k * d  # attentions
+        + (9 * d + d * d) * pixels)  # convolutions
+    expected = ((9 * c + c * d) * pixels + 3 * k * dim * d + 3 * block +
+                k * pixels * d + k * dim * c)
+    plain = fusion_cost.cost(to_stock_cfg(cfg).model, size)
+    cfg.model.decode_head.fusion = dict(
+        type='TwoWayBridge',
+        use='inference',
+        width=d,
+        num_heads=2,
+        num_blocks=3)
+    found = fusion_cost.cost(cfg.model, size)
+    # The classifier itself has as many as before: none is of width D.
+    assert 1e9 * (found[1] - plain[1]) == pytest.approx(expected, rel=.01)
+    cfg.dump(tmp_path / 'config.py')
+    fusion_cost.main([
+        str(tmp_path / 'config.py'), '--size', '64', '128', '--vary',
+        'width=8,16', 'num_heads=2'
+    ])
+    said = capsys.readouterr().out
+    assert said.count('| width ') == 2 and '| none (stock) |' in said

@@ -1,17 +1,23 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Text on every network that configs are shipped for."""
+"""Text on every network that configs are shipped for.
+
+Exported to ONNX or, where another of its kind is or
+``test_deploy/test_export_networks.py`` does that, to TorchScript.
+"""
 from network_tester import CONFIGS, BaseNetworkTester
+
+from mmseg_textkd.deploy.export import to_torchscript
 
 
 class TestBiSeNetV1(BaseNetworkTester):
     network = 'bisenetv1_r18-d32-in1k-pre'
     head = 'TextFCNHead'
+    export = staticmethod(to_torchscript)
 
 
 class TestBiSeNetV2(BaseNetworkTester):
     network = 'bisenetv2_fcn'
     head = 'TextFCNHead'
-    num_configs = 10  # with ToyScenes and the control
 
 
 class STDCTester(BaseNetworkTester):
@@ -22,43 +28,45 @@ class STDCTester(BaseNetworkTester):
 
 class TestSTDC1(STDCTester):
     network = 'stdc1_in1k-pre'
-    num_configs = 8
 
 
 class TestSTDC2(STDCTester):
     network = 'stdc2_in1k-pre'
+    export = staticmethod(to_torchscript)
 
 
 class TestDDRNet23Slim(BaseNetworkTester):
     network = 'ddrnet_23-slim_in1k-pre'
     head = 'TextDDRHead'
-    num_configs = 9  # with ToyScenes
 
 
 class TestDDRNet23(BaseNetworkTester):
     network = 'ddrnet_23_in1k-pre'
     head = 'TextDDRHead'
+    export = staticmethod(to_torchscript)
 
 
 class TestPIDNetS(BaseNetworkTester):
     network = 'pidnet-s'
     head = 'TextPIDHead'
-    num_configs = 8
 
 
 class TestPIDNetM(BaseNetworkTester):
     network = 'pidnet-m'
     head = 'TextPIDHead'
+    export = staticmethod(to_torchscript)
 
 
 class TestPIDNetL(BaseNetworkTester):
     network = 'pidnet-l'
     head = 'TextPIDHead'
+    export = staticmethod(to_torchscript)
 
 
 class TestFastSCNN(BaseNetworkTester):
     network = 'fast_scnn'
     head = 'TextDepthwiseSeparableFCNHead'
+    export = staticmethod(to_torchscript)
     onnx_size = (192, 384)
 
 
@@ -86,6 +94,7 @@ class TestSegFormer(BaseNetworkTester):
 class TestSegNeXt(BaseNetworkTester):
     network = 'segnext_mscan-t'
     head = 'TextLightHamHead'
+    export = staticmethod(to_torchscript)
 
     def fix_random_numbers(self, model):
         # The head draws the bases of its matrix decomposition anew each time,
@@ -99,7 +108,7 @@ TESTERS = [
 ]
 
 
-def test_every_config_belongs_to_one_network():
-    claimed = [path for tester in TESTERS for path in tester.configs()]
-    assert sorted(claimed) == sorted((CONFIGS / 'textkd').glob('*.py'))
-    assert len(TESTERS) == 15
+def test_every_network_has_its_tester():
+    found = [tester.main_config() for tester in TESTERS]
+    expected = (CONFIGS / 'textkd').glob('*cityscapes*.py')
+    assert sorted(found) == sorted(expected) and len(found) == 15

@@ -20,7 +20,7 @@ import pytest
 from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
 
 ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
-DATA = ('text/vocabularies', 'text/toy_clip')
+DATA = ('text/vocabularies', 'clip/toy_clip')
 
 
 def run(*command, cwd, **env):

@@ -7,7 +7,7 @@ import torch
 from mmseg.registry import MODELS
 from tiny import CLASSES, tiny_config
 
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
 
 FIXED = dict(type='ClassEmbeddings', file='text.safetensors', dim=64)
 CONTEXT = dict(
@@ -28,7 +28,7 @@ RUNS = dict(
           dict(
               text_branch=dict(
                   norm='l2', bias=False, regularization=dict(depth=2)))),
-    centred=(dict(FIXED, centre=True), {}),
+    centered=(dict(FIXED, center=True), {}),
     auxiliary=(FIXED, dict(role='auxiliary')))
 
 
@@ -44,7 +44,7 @@ def make(folder, text, head):
     cfg.dump(folder / 'config.py')
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
-    provider = model.decode_head.text.text
+    provider = model.decode_head.text_branch.text
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if name.endswith('running_var'):

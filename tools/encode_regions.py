@@ -11,8 +11,8 @@ from typing import Optional, Sequence
 
 from mmengine.config import Config, DictAction
 
+from mmseg_textkd.clip.weights import TextTowerError
 from mmseg_textkd.datasets.encode_regions import ensure_regions
-from mmseg_textkd.text.text_weights import TextTowerError
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

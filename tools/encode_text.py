@@ -8,11 +8,12 @@ from typing import List, Optional, Sequence
 
 from torch import Tensor
 
-from mmseg_textkd.text.build import encode_classes, look_up_phrases
-from mmseg_textkd.text.embedding_file import (TextEmbeddings, ce_floor, centre,
-                                              closest_pairs, geometry)
-from mmseg_textkd.text.text_tower import TextTower, TextTowerError
-from mmseg_textkd.text.text_weights import find_weights
+from mmseg_textkd.clip.text_tower import TextTower, TextTowerError
+from mmseg_textkd.clip.weights import find_weights
+from mmseg_textkd.text.embedding_file import TextEmbeddings
+from mmseg_textkd.text.embedding_statistics import (ce_floor, center,
+                                                    closest_pairs, geometry)
+from mmseg_textkd.text.encode_classes import encode_classes, look_up_phrases
 from mmseg_textkd.text.vocabulary import Vocabulary
 
 EXAMPLES = """examples:
@@ -94,6 +95,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     report.add_argument(
         '--heatmap', type=Path, metavar='PNG', help='picture of the cosines')
     report.add_argument(
+        '--center',
         '--centre',
         action='store_true',
         help='subtract the mean in the report (the file stays as it is)')
@@ -189,11 +191,11 @@ def report(embeddings: TextEmbeddings, args: argparse.Namespace) -> None:
     if len(names) < 2:
         return
     vectors = embeddings.vectors
-    if args.centre:
-        vectors = centre(vectors)
+    if args.center:
+        vectors = center(vectors)
     shape = geometry(vectors)
     near, far = shape['closest_pair'], shape['farthest_pair']
-    print(f'cosines{" after centring" if args.centre else ""}: mean '
+    print(f'cosines{" after centering" if args.center else ""}: mean '
           f'{shape["mean"]:.3f}, highest {shape["closest"]:.3f} '
           f'({names[near[0]]} - {names[near[1]]}), lowest {shape["min"]:.3f} '
           f'({names[far[0]]} - {names[far[1]]})')
@@ -205,12 +207,12 @@ def report(embeddings: TextEmbeddings, args: argparse.Namespace) -> None:
         for i, j, cosine in closest_pairs(vectors, args.closest):
             print(f'  {cosine:.3f}  {names[i]} - {names[j]}')
     if args.heatmap:
-        draw(vectors, names, args.heatmap, args.centre)
+        draw(vectors, names, args.heatmap, args.center)
         print(f'wrote {args.heatmap}')
 
 
 def draw(vectors: Tensor, names: Sequence[str], path: Path,
-         centred: bool) -> None:
+         centered: bool) -> None:
     """Draw the cosine matrix, with its values where they can be read."""
     import matplotlib
     matplotlib.use('Agg')
@@ -227,7 +229,7 @@ def draw(vectors: Tensor, names: Sequence[str], path: Path,
     axes.set_xticks(range(num), names, rotation=90, fontsize=font)
     axes.set_yticks(range(num), names, fontsize=font)
     axes.set_title(f'cosines of the class embeddings'
-                   f'{" (centred)" if centred else ""}')
+                   f'{" (centered)" if centered else ""}')
     if num <= 25:
         for i in range(num):
             for j in range(num):

@@ -163,14 +163,14 @@ def similarity(model: torch.nn.Module, image: np.ndarray,
     """
     head = model.decode_head
     taken = []
-    handle = head.text.projection.register_forward_hook(
+    handle = head.text_branch.projection.register_forward_hook(
         lambda module, args, output: taken.append(output))
     data = model.data_preprocessor(
         dict(inputs=[torch.from_numpy(image).permute(2, 0, 1)]))
     model.encode_decode(data['inputs'], [dict(img_shape=image.shape[:2])])
     handle.remove()
     pixels = torch.nn.functional.normalize(taken[0][0], dim=0)
-    text = head.text.text()[class_index]
+    text = head.text_branch.text()[class_index]
     return torch.einsum('dhw,d->hw', pixels, text).numpy()
 
 

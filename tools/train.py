@@ -18,7 +18,7 @@ from mmengine.dist import is_main_process
 from mmseg_textkd.compat import load_stock_tool
 from mmseg_textkd.datasets.encode_regions import ensure_regions
 from mmseg_textkd.engine import join_cpu_ranks
-from mmseg_textkd.text.build import ensure_embeddings
+from mmseg_textkd.text.encode_classes import ensure_embeddings
 
 
 def split_resume(words: List[str]) -> Tuple[Optional[str], List[str]]:

@@ -1,10 +1,10 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+from .adapters import build_adapter
+from .class_encoder import ClassEncoder, EncodedClasses
 from .label_maps import predict_labels
-from .open_classifier import NewClasses, OpenClassifier
 from .text_seg_inferencer import TextSegInferencer
-from .word_encoder import WordEncoder
 
 __all__ = [
-    'NewClasses', 'OpenClassifier', 'TextSegInferencer', 'WordEncoder',
+    'ClassEncoder', 'EncodedClasses', 'TextSegInferencer', 'build_adapter',
     'predict_labels'
 ]

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Pictures of label maps and of similarities."""
+"""Images of label maps and of similarities."""
 import colorsys
 from pathlib import Path
 from typing import List, Optional, Sequence
@@ -10,30 +10,30 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 LEGEND_WIDTH, ROW, TEXT_SIZE, NAME_X = 180, 22, 13, 36  # pixels
-GREY = [128, 128, 128]
+GRAY = [128, 128, 128]
 
 
 def palette_for(known: Sequence[Optional[Sequence[int]]]) -> List[List[int]]:
-    """Give every class a colour.
+    """Palette with a color for every class.
 
     Args:
-        known (Sequence): For each class its colour (R, G, B), or None.
+        known (Sequence): For each class its color (R, G, B), or None.
 
     Returns:
-        list[list[int]]: Those colours, and others, as different as can be,
+        list[list[int]]: Those colors, and others, as different as can be,
         in the places of None.
     """
-    colours = []
-    for number, colour in enumerate(known):
-        if colour is None:
+    colors = []
+    for number, color in enumerate(known):
+        if color is None:
             # Turns of the golden ratio never come back to the same hue.
             hue = number * 0.618033988749895 % 1
             value = 1. - number // 12 % 3 * 0.25
-            colour = [
+            color = [
                 round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.85, value)
             ]
-        colours.append([int(v) for v in colour])
-    return colours
+        colors.append([int(v) for v in color])
+    return colors
 
 
 def draw_labels(image: np.ndarray,
@@ -43,14 +43,14 @@ def draw_labels(image: np.ndarray,
                 opacity: float = 0.5,
                 legend: bool = True,
                 font: Optional[str] = None) -> np.ndarray:
-    """Blend a picture with its classes.
+    """Blend an image with its classes.
 
     Args:
-        image (np.ndarray): The picture, uint8, RGB, shape (H, W, 3).
+        image (np.ndarray): The image, uint8, RGB, shape (H, W, 3).
         labels (np.ndarray): Class numbers, shape (H, W).
         classes (Sequence[str]): Names of the classes.
-        palette (Sequence[Sequence[int]]): Their colours, RGB.
-        opacity (float): Weight of the colours, in [0, 1]. Defaults to 0.5.
+        palette (Sequence[Sequence[int]]): Their colors, RGB.
+        opacity (float): Weight of the colors, in [0, 1]. Defaults to 0.5.
         legend (bool): Whether the names of the classes that are seen stand
             to the right, the largest first, as many as there is room; the
             end of a long name is cut. Defaults to True.
@@ -62,8 +62,8 @@ def draw_labels(image: np.ndarray,
         np.ndarray: uint8, RGB, shape (H, W, 3), or with a legend
         (H, W + 180, 3).
     """
-    colours = np.array(palette, np.uint8)
-    shown = (1 - opacity) * image + opacity * colours[labels]
+    colors = np.array(palette, np.uint8)
+    shown = (1 - opacity) * image + opacity * colors[labels]
     shown = shown.astype(np.uint8)
     if not legend:
         return shown
@@ -74,14 +74,14 @@ def draw_labels(image: np.ndarray,
     order = [k for k in np.argsort(-counts, kind='stable') if counts[k]]
     for row, k in enumerate(order[:len(image) // ROW]):
         y = row * ROW
-        draw.rectangle((6, y + 4, 30, y + 18), tuple(colours[k].tolist()))
+        draw.rectangle((6, y + 4, 30, y + 18), tuple(colors[k].tolist()))
         name = _shorten(classes[k], font)
         draw.text((NAME_X, y + ROW // 2), name, 'black', font, anchor='lm')
     return np.hstack([shown, np.asarray(column)])
 
 
 def draw_similarity(similarity: np.ndarray) -> np.ndarray:
-    """Colour a map of cosines, dark blue at its lowest and yellow at its top.
+    """Color a map of cosines, dark blue at its lowest and yellow at its top.
 
     Args:
         similarity (np.ndarray): Cosines, shape (H, W).
@@ -90,9 +90,29 @@ def draw_similarity(similarity: np.ndarray) -> np.ndarray:
         np.ndarray: uint8, RGB, shape (H, W, 3).
     """
     low, high = float(similarity.min()), float(similarity.max())
-    grey = (similarity - low) / max(high - low, 1e-6)
-    grey = (255 * grey).round().astype(np.uint8)
-    return cv2.applyColorMap(grey, cv2.COLORMAP_VIRIDIS)[..., ::-1]
+    gray = (similarity - low) / max(high - low, 1e-6)
+    gray = (255 * gray).round().astype(np.uint8)
+    return cv2.applyColorMap(gray, cv2.COLORMAP_VIRIDIS)[..., ::-1]
+
+
+def write_image(path: str, image: np.ndarray) -> None:
+    """Write an image; folders are made.
+
+    Args:
+        path (str): The file, in any script.
+        image (np.ndarray): RGB, uint8, or one channel, uint8 or uint16.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    if image.ndim == 3:
+        image = image[..., ::-1]
+    # Not cv2.imwrite, which knows no paths in other scripts everywhere.
+    done, data = cv2.imencode(Path(path).suffix, image)
+    if not done:
+        raise OSError(f'cannot write {path}')
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(data.tobytes())
 
 
 def _shorten(name: str, font: ImageFont.FreeTypeFont) -> str:

@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Label maps for any number of classes, in bounded memory."""
 import weakref
-from typing import List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, List, Optional, Tuple
 
 import torch
 from mmengine.structures import PixelData
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from mmseg_textkd.deploy import BalancedConvSeg, L2ConvSeg
 from mmseg_textkd.models.layers.balance import balance_logarithms
-from .open_classifier import OpenClassifier
+
+if TYPE_CHECKING:
+    from .adapters import NetworkAdapter
 
 # Values of logits at a time: 128 MiB as float32.
 BUDGET = 2**25
@@ -18,26 +20,12 @@ BUDGET = 2**25
 BLOCK = 256
 
 
-class _Best(NamedTuple):
-    """What is known of a picture after some of the classes.
-
-    Attributes:
-        label (Tensor): Class of the largest logit so far, shape (H, W).
-        logit (Tensor): That logit.
-        total (Tensor, optional): Logarithm of the sum of the exponentials of
-            all.
-    """
-    label: Tensor
-    logit: Tensor
-    total: Optional[Tensor]
-
-
-class _SomeOfAll(nn.Module):
-    """Some classes of a classifier that cannot do without the others.
+class _SelectOutputs(nn.Module):
+    """Some outputs of a classifier whose classes depend on each other.
 
     Args:
         whole (nn.Module): The classifier.
-        rows (Tensor): Long tensor of the numbers of the classes.
+        rows (Tensor): Long tensor of class indices.
     """
 
     def __init__(self, whole: nn.Module, rows: Tensor) -> None:
@@ -49,12 +37,12 @@ class _SomeOfAll(nn.Module):
         return self.whole(feat)[:, self.rows]
 
 
-class _SomeBalanced(nn.Module):
-    """Some classes of a :class:`BalancedConvSeg`, as they are among all.
+class _SelectBalanced(nn.Module):
+    """Some classes of a :class:`BalancedConvSeg`, normalized over all.
 
     Args:
         whole (BalancedConvSeg): The classifier.
-        rows (Tensor): Long tensor of the numbers of the classes.
+        rows (Tensor): Long tensor of class indices.
     """
 
     def __init__(self, whole: BalancedConvSeg, rows: Tensor) -> None:
@@ -82,13 +70,12 @@ class _SomeBalanced(nn.Module):
         convs = self.whole.supervised, self.whole.image
         totals = [feat.new_full((), float('-inf'))] * 2
         for rows in torch.arange(len(self.whole.seen)).split(BLOCK):
-            rows = rows.to(feat.device)
+            parts = (
+                select_classes(conv, rows.to(feat.device))(feat)
+                for conv in convs)
             totals = [
-                torch.logaddexp(
-                    total,
-                    select_classes(conv,
-                                   rows)(feat).logsumexp(dim=1, keepdim=True))
-                for total, conv in zip(totals, convs)
+                torch.logaddexp(total, part.logsumexp(dim=1, keepdim=True))
+                for total, part in zip(totals, parts)
             ]
         self.whole.totals = weakref.ref(feat), totals
         return totals
@@ -100,48 +87,46 @@ def select_classes(conv_seg: nn.Module, rows: Tensor) -> nn.Module:
     Args:
         conv_seg (nn.Module): A convolution, a :class:`L2ConvSeg` or a
             :class:`BalancedConvSeg`.
-        rows (Tensor): Long tensor of n class numbers, which may repeat.
+        rows (Tensor): Long tensor of n class indices, which may repeat.
 
     Returns:
         nn.Module: A classifier of n classes; what does not depend on the
         class is shared with the first.
     """
     if isinstance(conv_seg, BalancedConvSeg):
-        return _SomeBalanced(conv_seg, rows)
+        return _SelectBalanced(conv_seg, rows)
     if isinstance(conv_seg, L2ConvSeg):
         if not isinstance(conv_seg.regularization, nn.Identity):
             # Its blocks mix the labels.
-            return _SomeOfAll(conv_seg, rows)
+            return _SelectOutputs(conv_seg, rows)
         length, product = conv_seg.length, conv_seg.product
         chosen = L2ConvSeg(product.in_channels, len(rows), length.out_channels)
         chosen.length, chosen.product = length, select_classes(product, rows)
         chosen.logit_bias = nn.Parameter(conv_seg.logit_bias.detach()[rows])
         return chosen
-    weight, bias = conv_seg.weight.detach(), conv_seg.bias
     chosen = nn.Conv2d(
-        conv_seg.in_channels, len(rows), 1, bias=bias is not None)
-    chosen.weight = nn.Parameter(weight[rows])
-    if bias is not None:
-        chosen.bias = nn.Parameter(bias.detach()[rows])
+        conv_seg.in_channels, len(rows), 1, bias=conv_seg.bias is not None)
+    for name, value in conv_seg.named_parameters():
+        setattr(chosen, name, nn.Parameter(value.detach()[rows]))
     return chosen
 
 
 @torch.no_grad()
-def predict_labels(classifier: OpenClassifier,
+def predict_labels(adapter: 'NetworkAdapter',
                    inputs: Tensor,
                    data_samples: List[SegDataSample],
                    threshold: Optional[float] = None,
                    other: Optional[int] = None,
                    budget: int = BUDGET) -> List[SegDataSample]:
-    """Predict the label map, a part of the classes after the other.
+    """Predict the label map, some classes at a time.
 
     It is what the model's ``predict`` gives, but logits of all classes at full
-    resolution, 80 GB for 10,000 classes of a picture of 1024x2048, are never
-    there at once. The network runs once, unless it slides over the picture.
+    resolution, 80 GB for 10,000 classes of an image of 1024x2048, are never
+    there at once. The network runs once, unless it slides over the image.
 
     Args:
-        classifier (OpenClassifier): That of the network.
-        inputs (Tensor): Preprocessed pictures with shape (N, 3, H, W).
+        adapter (NetworkAdapter): That of the network.
+        inputs (Tensor): Preprocessed images with shape (N, 3, H, W).
         data_samples (list[SegDataSample]): Their N samples.
         threshold (float, optional): Pixels whose most probable class has a
             lower probability, in the softmax over all classes or, where
@@ -155,88 +140,73 @@ def predict_labels(classifier: OpenClassifier,
         list[SegDataSample]: The samples with ``pred_sem_seg``, int64, and no
         logits.
     """
-    model, device = classifier.model, inputs.device
-    num_classes = model.out_channels
+    model = adapter.model
+    metas = [s.metainfo for s in data_samples]
     # What a threshold on a softmax needs besides the largest logit.
-    sum_up = threshold is not None and classifier.logits
-    best: List[Optional[_Best]] = [None] * len(inputs)
+    sum_up = threshold is not None and adapter.logits
     pixels = max(
         len(inputs) * h * w
         for h, w in (inputs.shape[2:], *(s.ori_shape for s in data_samples)))
-    kept: List[Tuple[tuple, Tensor]] = []
-    for rows in torch.arange(num_classes).split(max(2, budget // pixels)):
+    blocks = torch.arange(model.out_channels).split(max(2, budget // pixels))
+    best: List = [None] * len(inputs)
+    features = None
+    for rows in blocks:
         # One logit alone would be taken for a binary problem.
         padded = rows if len(rows) > 1 else rows.repeat(2)
-        layer = classifier.select(padded.to(device))
-        with classifier.replaced(layer, len(padded)) as head:
-            logits = _logits(model, head, layer, inputs, data_samples, kept,
-                             len(rows) < num_classes)
+        layer = adapter.select(padded.to(inputs.device))
+        with adapter.replaced(layer, len(padded)) as head:
+            if features is not None:
+                logits = head.predict_by_feat(layer(*features), metas)
+            elif len(blocks) == 1:
+                logits = model.inference(inputs, metas)
+            else:
+                logits, features = _first_logits(model, layer, inputs, metas)
             done = model.postprocess_result(logits, data_samples)
         for i, sample in enumerate(done):
             values = sample.seg_logits.data[:len(rows)]
-            best[i] = _merge(best[i], values, int(rows[0]), sum_up)
+            top, label = values.max(dim=0)
+            total = values.logsumexp(dim=0) if sum_up else None
+            label += rows[0]
+            if best[i] is not None:
+                # Of equal ones the first, as argmax does.
+                better = top > best[i][0]
+                label = label.where(better, best[i][1])
+                top = top.where(better, best[i][0])
+                total = torch.logaddexp(best[i][2], total) if sum_up else None
+            best[i] = top, label, total
             del sample.seg_logits
-    for sample, found in zip(data_samples, best):
-        label = found.label
+    for sample, (top, label, total) in zip(data_samples, best):
         if threshold is not None:
-            sure = found.logit
-            if sum_up:
-                sure = (found.logit - found.total).exp()
+            sure = (top - total).exp() if sum_up else top
             label = label.masked_fill(sure < threshold, other)
         sample.pred_sem_seg = PixelData(data=label[None])
     return data_samples
 
 
-def _logits(model: nn.Module, head: nn.Module, layer: nn.Module,
-            inputs: Tensor, samples: List[SegDataSample],
-            kept: List[Tuple[tuple, Tensor]], again: bool) -> Tensor:
-    """Logits of the classes of the present layer, at input size.
+def _first_logits(model: nn.Module, layer: nn.Module, inputs: Tensor,
+                  metas: List[dict]) -> Tuple[Tensor, Optional[tuple]]:
+    """Run the network, and keep the features if they serve all classes.
 
     Args:
         model (nn.Module): The model.
-        head (nn.Module): Its head.
-        layer (nn.Module): The layer of the head that gives them.
-        inputs (Tensor): Its input.
-        samples (list[SegDataSample]): Their samples.
-        kept (list): What the layer took and gave in the first run; empty
-            before, and if it cannot be used again.
-        again (bool): Whether more classes follow.
+        layer (nn.Module): The layer of its head that classifies.
+        inputs (Tensor): Preprocessed images.
+        metas (list[dict]): Their meta information.
+
+    Returns:
+        tuple[Tensor, tuple | None]: Logits at input size; what the layer
+        took, where it is called once and only resizing follows.
     """
-    metas = [s.metainfo for s in samples]
-    if kept:
-        return head.predict_by_feat(layer(*kept[0][0]), metas)
+    calls: List[Tuple[tuple, Tensor]] = []
     handle = layer.register_forward_hook(
-        lambda module, args, output: kept.append((args, output)))
+        lambda module, args, output: calls.append((args, output)))
     try:
         logits = model.inference(inputs, metas)
     finally:
         handle.remove()
-    # The features serve all classes where they are classified once, and
-    # nothing but the resizing comes after.
-    usable = again and len(kept) == 1 and model.test_cfg.mode == 'whole'
-    if not (usable
-            and torch.equal(head.predict_by_feat(kept[0][1], metas), logits)):
-        kept.clear()
-    return logits
-
-
-def _merge(best: Optional[_Best], logits: Tensor, first: int,
-           sum_up: bool) -> _Best:
-    """Take further classes into account.
-
-    Args:
-        best (_Best, optional): What was found before.
-        logits (Tensor): Logits of further classes, shape (n, H, W).
-        first (int): Number of the first of them.
-        sum_up (bool): Whether ``total`` is needed.
-    """
-    top, label = logits.max(dim=0)
-    total = logits.logsumexp(dim=0) if sum_up else None
-    if best is None:
-        return _Best(label + first, top, total)
-    # Of equal ones the first, as argmax does.
-    better = top > best.logit
-    return _Best(
-        torch.where(better, label + first, best.label),
-        torch.where(better, top, best.logit),
-        torch.logaddexp(best.total, total) if sum_up else None)
+    if len(calls) == 1 and model.test_cfg.mode == 'whole':
+        (features, maps), = calls
+        resized = model.decode_head.predict_by_feat(maps, metas)
+        if torch.equal(resized, logits):
+            return logits, features
+    return logits, None

@@ -1,34 +1,48 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-import os
+import os.path as osp
+import re
+from inspect import isclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
+import mmcv
+import mmengine
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
+from mmengine.model import revert_sync_batchnorm
 from mmengine.structures import PixelData
+from mmseg.apis import MMSegInferencer
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
 from mmseg.utils import SampleList
 from torch import Tensor, nn
 
+from mmseg_textkd.clip.weights import PathLike
+from mmseg_textkd.deploy import load_strictly, read_checkpoint, to_stock_cfg
+from mmseg_textkd.models import EBSeg, TextHeadMixin
 from mmseg_textkd.text import TextEmbeddings, Vocabulary
-from .drawing import GREY, palette_for
-from .label_map_inferencer import LabelMapInferencer
+from .adapters import build_adapter
+from .drawing import (GRAY, draw_labels, draw_similarity, palette_for,
+                      write_image)
 from .label_maps import predict_labels
-from .open_network import classifier_of, load_network
 
-Names = Sequence[str]
+Names = Union[str, Sequence[str]]
 MAX_CLASSES = 65535  # label maps are written as 16-bit PNG
 
 
-class TextSegInferencer(LabelMapInferencer):
-    """Segment pictures into classes that are named after the training.
+class TextSegInferencer(MMSegInferencer):
+    """Inferencer whose classes can be changed after the training.
 
     The classifier of a network that has learned with text is the product of a
     projection and of the vectors of its class names. :meth:`set_classes`
     takes vectors of other names and folds again; nothing is trained, nothing
     else in the network changes, and it costs as much as a stock network with
     that many classes. :class:`EBSeg` compares its masks with the new vectors.
-    Everything else is as of MMSegmentation's inferencer.
+    Everything else is as of MMSegmentation's inferencer, but for label maps
+    of more than 256 classes, similarities, and a legend and paths in any
+    script.
 
     With a folded checkpoint, in which the projection is not any more, only
     its own classes, or some of them, can be chosen.
@@ -39,7 +53,7 @@ class TextSegInferencer(LabelMapInferencer):
         checkpoint (str | Path): Its weights.
         device (str, optional): Defaults to None: a GPU if there is one.
         cache_dir (str or PathLike, optional): Folder of the cache of vectors.
-            Defaults to None, see :func:`.text_cache.default_cache_dir`.
+            Defaults to None, see :func:`.class_encoder.default_cache_dir`.
         font (str, optional): A TrueType font for legends. Defaults to None:
             DejaVu Sans.
         cfg_options (dict, optional): Settings of the config to override.
@@ -55,11 +69,16 @@ class TextSegInferencer(LabelMapInferencer):
         >>> inferencer('picture.png', out_dir='results')
     """
 
+    forward_kwargs = {'similarity'}
+    visualize_kwargs = {
+        'show', 'wait_time', 'img_out_dir', 'opacity', 'return_vis', 'legend'
+    }
+
     def __init__(self,
                  config: Union[str, Path, Config],
                  checkpoint: Union[str, Path],
                  device: Optional[str] = None,
-                 cache_dir: Optional[Union[str, os.PathLike]] = None,
+                 cache_dir: Optional[PathLike] = None,
                  font: Optional[str] = None,
                  cfg_options: Optional[Dict] = None) -> None:
         if not isinstance(config, Config):
@@ -68,50 +87,40 @@ class TextSegInferencer(LabelMapInferencer):
         config.setdefault('visualizer', dict(type='SegLocalVisualizer'))
         self.cache_dir, self.font = cache_dir, font
         self.threshold: Optional[float] = None
+        self.source = 'as trained'
         super().__init__(config, str(checkpoint), device=device)
 
     def _init_model(self,
                     cfg: Config,
                     weights: str,
                     device: str = 'cpu') -> nn.Module:
-        """Load the network, and find out how it takes words."""
-        model, meta = load_network(cfg, Path(weights))
-        self._load_weights_to_model(model, dict(meta=meta), cfg)
+        """Load the network and make its adapter."""
+        model, self.own_meta = load_network(cfg, Path(weights))
+        model.dataset_meta = dict(self.own_meta)
         model.to(device).eval()
-        self.own_meta = dict(model.dataset_meta)
-        self.classifier = classifier_of(model, self.own_meta['classes'],
-                                        self.cache_dir)
-        self.source = 'as trained'
+        self.adapter = build_adapter(model, self.own_meta['classes'],
+                                     self.cache_dir)
         return model
 
-    def _load_weights_to_model(self, model: nn.Module, checkpoint: Dict,
-                               cfg: Config) -> None:
-        """Note the classes; the weights have been loaded."""
-        meta = checkpoint['meta'].get('dataset_meta') or {}
-        number = model.decode_head.num_classes
-        classes = meta.get('classes') or [f'class {i}' for i in range(number)]
-        if len(classes) != number:
-            raise ValueError(f'the network has {number} classes, but its '
-                             f'checkpoint names {len(classes)}: {classes}')
-        palette = meta.get('palette') or [None] * number
-        model.dataset_meta = dict(
-            classes=tuple(classes), palette=palette_for(palette))
+    @property
+    def classes(self) -> Sequence[str]:
+        """Sequence[str]: Names of the labels, in their order."""
+        return self.model.dataset_meta['classes']
 
     @property
     def vectors(self) -> Optional[Tensor]:
         """Tensor, optional: Vectors of the classes, shape (K, D)."""
-        return self.classifier.vectors
+        return self.adapter.vectors
 
-    def set_classes(
-            self,
-            classes: Any = None,
-            other: Optional[str] = None,
-            threshold: Optional[float] = None,
-            new_bias: float = 0.,
-            tower: Optional[str] = None,
-            pretrained: Optional[str] = None,
-            templates: Any = None,
-            embeddings: Optional[Union[str, os.PathLike]] = None) -> None:
+    def set_classes(self,
+                    classes: Any = None,
+                    other: Optional[str] = None,
+                    threshold: Optional[float] = None,
+                    new_bias: float = 0.,
+                    tower: Optional[str] = None,
+                    pretrained: Optional[str] = None,
+                    templates: Any = None,
+                    embeddings: Optional[PathLike] = None) -> None:
         """Choose the classes.
 
         Args:
@@ -125,20 +134,22 @@ class TextSegInferencer(LabelMapInferencer):
                 score is lower. With ``other=None`` that is a label named
                 'other' which is no class. Defaults to None.
             new_bias (float): Added to the logits of new classes, see
-                :meth:`TextHeadClassifier.fold`; not for EBSeg. Defaults to 0.
+                :meth:`TextHeadAdapter.fold`; not for EBSeg. Defaults to 0.
             tower, pretrained, templates, embeddings: See
-                :meth:`WordEncoder.encode`.
+                :meth:`ClassEncoder.encode`.
 
         Raises:
             FileNotFoundError: If there is no such file.
             TextTowerError: If the tower cannot be had.
             ValueError: If there is no class, one occurs twice or is too long,
-                or the network cannot know the new ones. The classes stay as
-                they were then.
+                an argument is out of range, or the network cannot predict the
+                new classes. The classes stay as they were then.
         """
         if threshold is not None and not 0 < threshold < 1:
             raise ValueError('`threshold` is a probability between 0 and 1, '
                              f'but got {threshold}.')
+        if not np.isfinite(new_bias):
+            raise ValueError(f'`new_bias` must be finite, but got {new_bias}.')
         if classes is None:
             classes = list(self.own_meta['classes'])
             if embeddings is not None:
@@ -147,30 +158,88 @@ class TextSegInferencer(LabelMapInferencer):
             words = Vocabulary.from_spec(classes)
             classes = Vocabulary((*words.names, other),
                                  (*words.phrases, (other, )))
-        found = self.classifier.encode(
+        found = self.adapter.encode(
             classes,
             tower=tower,
             pretrained=pretrained,
             templates=templates,
             embeddings=embeddings)
         names, number = found.names, len(found.names)
-        if len(names) > MAX_CLASSES:
-            raise ValueError(f'{len(names)} classes are more than the '
+        if number > MAX_CLASSES:
+            raise ValueError(f'{number} classes are more than the '
                              f'{MAX_CLASSES} that a label map can hold.')
         own = self.own_meta['palette']
-        colours = [None if k is None else own[k] for k in found.trained]
+        colors = [None if k is None else own[k] for k in found.trained]
         if other is not None:
-            colours[-1] = GREY
-        palette = palette_for(colours)
+            colors[-1] = GRAY
+        palette = palette_for(colors)
         if threshold is not None and other is None:
-            names, palette = (*names, 'other'), [*palette, GREY]
-        if len(set(names)) < len(names):
-            raise ValueError("a class is called 'other' already; give it as "
-                             '`other`.')
-        self.classifier.take(found, new_bias)
+            if 'other' in names:
+                raise ValueError("a class is called 'other' already; give it "
+                                 'as `other`.')
+            names, palette = (*names, 'other'), [*palette, GRAY]
+        self.adapter.set_classes(found, new_bias)
         self.model.dataset_meta = dict(classes=tuple(names), palette=palette)
         self.threshold, self.source = threshold, found.source
         print_log(f'{number} classes: {self.source}', 'current')
+
+    def __call__(self,
+                 inputs: Any,
+                 *args,
+                 out_dir: str = '',
+                 img_out_dir: str = 'vis',
+                 pred_out_dir: str = 'pred',
+                 **kwargs) -> Any:
+        """Segment images, see :class:`MMSegInferencer`.
+
+        Args:
+            inputs: A path, a folder, a list, or arrays (H, W, 3), uint8, BGR.
+            *args: As of :class:`MMSegInferencer`.
+            out_dir (str): Folder of results. Defaults to '', none.
+            img_out_dir (str): Folder in it for images. Defaults to 'vis'.
+            pred_out_dir (str): Folder in it for label maps. Defaults to
+                'pred'.
+            **kwargs: As of :class:`MMSegInferencer`, :meth:`forward`,
+                :meth:`visualize` and :meth:`postprocess`.
+
+        Returns:
+            dict: See :meth:`postprocess`.
+
+        Raises:
+            ValueError: If an array is no image, or results would be written
+                into the folder of an input.
+        """
+        inputs = self._inputs_to_list(inputs)
+        written = [] if out_dir == '' else [
+            osp.realpath(osp.join(out_dir, folder))
+            for folder in (img_out_dir, pred_out_dir)
+        ]
+        for item in inputs:
+            if isinstance(item, np.ndarray):
+                continue
+            folder = osp.dirname(osp.realpath(item))
+            if folder in written:
+                raise ValueError(
+                    f'results would be written to {folder}, the folder of the '
+                    f'input {item}, and could replace it. Give another '
+                    '`out_dir`.')
+        return super().__call__(
+            inputs,
+            *args,
+            out_dir=out_dir,
+            img_out_dir=img_out_dir,
+            pred_out_dir=pred_out_dir,
+            **kwargs)
+
+    def _inputs_to_list(self, inputs: Any) -> list:
+        """Take paths as well as texts, and check arrays."""
+        if isinstance(inputs, Path):
+            inputs = str(inputs)
+        return [
+            _checked_image(item) if isinstance(item, np.ndarray) else
+            str(item) if isinstance(item, Path) else item
+            for item in super()._inputs_to_list(inputs)
+        ]
 
     @torch.no_grad()
     def forward(self, inputs: dict, similarity: Names = ()) -> SampleList:
@@ -178,32 +247,193 @@ class TextSegInferencer(LabelMapInferencer):
 
         Args:
             inputs (dict): A batch of the pipeline.
-            similarity (Sequence[str]): Classes whose cosine with every pixel
-                is wanted too. Defaults to ().
+            similarity (str | Sequence[str]): Classes whose cosine with every
+                pixel is wanted too: one, a list, or a vocabulary's key or
+                file. Defaults to ().
 
         Returns:
             list[SegDataSample]: With ``pred_sem_seg`` and, if it is wanted,
             ``similarity``, float32, shape (n, H, W).
+
+        Raises:
+            ValueError: If there is no such class.
         """
+        names, rows = self._rows(similarity)
         batch = self.model.data_preprocessor(inputs, False)
         images, samples = batch['inputs'], batch['data_samples']
-        other = len(self.classes) - 1
-        samples = predict_labels(self.classifier, images, samples,
-                                 self.threshold, other)
-        if similarity:
-            found = self.classifier.similarities(images, samples,
-                                                 self._rows(similarity))
+        samples = predict_labels(self.adapter, images, samples, self.threshold,
+                                 len(self.classes) - 1)
+        if rows:
+            found = self.adapter.similarities(images, samples, rows)
             for sample, maps in zip(samples, found):
                 sample.similarity = PixelData(
-                    metainfo=dict(names=tuple(similarity)), data=maps)
+                    metainfo=dict(names=names), data=maps)
         return samples
 
-    def _rows(self, names: Names) -> List[int]:
-        """Numbers of classes that have vectors."""
+    def _rows(self, names: Names) -> Tuple[Tuple[str, ...], List[int]]:
+        """Names and indices of classes that have vectors."""
         # A label that is no class, as of a threshold, has no vector.
         known = list(self.classes[:self.model.out_channels])
+        if isinstance(names, str):
+            names = [names
+                     ] if names in known else Vocabulary.from_spec(names).names
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(f'no similarity with {unknown}: the classes are '
                              f'{known[:20]}; call `set_classes` first.')
-        return [known.index(name) for name in names]
+        return tuple(names), [known.index(name) for name in names]
+
+    def visualize(self,
+                  inputs: list,
+                  preds: List[SegDataSample],
+                  return_vis: bool = False,
+                  show: bool = False,
+                  wait_time: int = 0,
+                  img_out_dir: str = '',
+                  opacity: float = 0.5,
+                  legend: bool = True) -> Optional[List[np.ndarray]]:
+        """Draw images with their classes, see :class:`MMSegInferencer`.
+
+        ``legend`` draws the names of the classes beside the image. With
+        ``img_out_dir`` similarities are written too.
+        """
+        if not (show or img_out_dir or return_vis):
+            return None
+        meta, shown = self.model.dataset_meta, []
+        for image, pred in zip(inputs, preds):
+            name = f'{self.num_visualized_imgs:08d}_vis.jpg'
+            if isinstance(image, str):
+                name = osp.basename(image)
+                image = mmcv.imfrombytes(mmengine.fileio.get(image))
+            labels = pred.pred_sem_seg.data[0].cpu().numpy()
+            drawn = draw_labels(image[..., ::-1], labels, meta['classes'],
+                                meta['palette'], opacity, legend, self.font)
+            if show:
+                self.visualizer.show(drawn, name, wait_time)
+            if img_out_dir:
+                write_image(osp.join(img_out_dir, name), drawn)
+                for word, values in zip(*_similarity(pred)):
+                    word = re.sub(r'[^\w-]+', '-', word)[:40]
+                    write_image(
+                        osp.join(img_out_dir,
+                                 f'{osp.splitext(name)[0]}_{word}.png'),
+                        draw_similarity(values))
+            if return_vis:
+                shown.append(drawn)
+            self.num_visualized_imgs += 1
+        return shown if return_vis else None
+
+    def postprocess(self,
+                    preds: List[SegDataSample],
+                    visualization: Optional[List[np.ndarray]],
+                    return_datasample: bool = False,
+                    pred_out_dir: str = '') -> Any:
+        """Pack and write the predictions, see :class:`MMSegInferencer`.
+
+        Label maps are PNG of 8 bits up to 256 labels, else of 16.
+
+        Returns:
+            dict: ``predictions``, ``visualization`` and, if wanted,
+            ``similarity``; lists, or with one image its own.
+        """
+        results: Dict[str, List] = dict(
+            predictions=[], visualization=visualization or [])
+        dtype = np.uint16 if len(self.classes) > 256 else np.uint8
+        for pred in preds:
+            labels = pred.pred_sem_seg.data[0].cpu().numpy()
+            results['predictions'].append(labels)
+            if 'similarity' in pred:
+                results.setdefault('similarity',
+                                   []).append(_similarity(pred)[1])
+            if pred_out_dir:
+                write_image(
+                    osp.join(pred_out_dir,
+                             f'{self.num_pred_imgs:08d}_pred.png'),
+                    labels.astype(dtype))
+            self.num_pred_imgs += 1
+        if return_datasample:
+            return preds[0] if len(preds) == 1 else preds
+        if len(preds) == 1:
+            return {k: v[0] if v else v for k, v in results.items()}
+        return results
+
+
+def load_network(cfg: Config, checkpoint: Path) -> Tuple[nn.Module, Dict]:
+    """Build a network without auxiliary heads, and load it strictly.
+
+    Args:
+        cfg (Config): Config of a text network, or of the stock network that
+            it has been folded into, or of an EBSeg. Its ``model`` is changed
+            to what is built.
+        checkpoint (Path): Its weights.
+
+    Returns:
+        tuple[nn.Module, dict]: The network, and ``classes`` and ``palette``
+        of its training.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it is damaged or of another network.
+    """
+    saved = read_checkpoint(checkpoint)
+    state = {
+        k: v
+        for k, v in saved['state_dict'].items()
+        if not k.startswith('auxiliary_head.')
+    }
+    faults = [k for k, v in state.items() if not v.isfinite().all()]
+    if faults:
+        raise ValueError(
+            f'{checkpoint} has NaN or infinite weights: {faults[:3]}')
+    faults = [
+        k for k, v in state.items()
+        if k.endswith('.class_embeddings') and not v.any(dim=-1).all()
+    ]
+    if faults:
+        raise ValueError(
+            f'{checkpoint} has class embeddings that are all zero: {faults}')
+    if isinstance(cfg.model.decode_head, list):
+        raise ValueError('a cascade of decode heads is not supported.')
+    kind = MODELS.get(cfg.model.decode_head.type)
+    has_text = any(k.endswith('.class_embeddings') for k in state)
+    if not has_text and isclass(kind) and issubclass(kind, TextHeadMixin):
+        cfg.model = to_stock_cfg(cfg, strip_auxiliary=True).model
+    cfg.model.pop('auxiliary_head', None)
+    meta = dict(saved['meta'].get('dataset_meta') or {})
+    if MODELS.get(cfg.model.type) is EBSeg:
+        head = cfg.model.decode_head
+        # Other classes of a config; here they come by their names.
+        head.pop('test_text', None)
+        # The checkpoint knows the names where their file is missing.
+        if not osp.exists(head.text.get('file', '')) and meta.get('classes'):
+            head.setdefault('train_classes', list(meta['classes']))
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    load_strictly(model, state, checkpoint)
+    model.cfg = cfg
+    number = model.decode_head.num_classes
+    classes = meta.get('classes') or [f'class {i}' for i in range(number)]
+    if len(classes) != number:
+        raise ValueError(f'the network has {number} classes, but its '
+                         f'checkpoint names {len(classes)}: {classes}')
+    palette = palette_for(meta.get('palette') or [None] * number)
+    return model, dict(classes=tuple(classes), palette=palette)
+
+
+def _checked_image(image: np.ndarray) -> np.ndarray:
+    """Require uint8 of shape (H, W, 3); repeat a single channel."""
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.dtype != np.uint8 or image.ndim != 3 or image.size == 0:
+        raise ValueError(
+            'an image must be uint8, in [0, 255], BGR, with shape (H, W, 3), '
+            f'but got {image.dtype} of shape {image.shape}. Convert it, for '
+            'instance by `(255 * image).round().astype(np.uint8)` from [0, '
+            '1], or `(image // 257).astype(np.uint8)` from 16 bits.')
+    return image.repeat(3, axis=2) if image.shape[2] == 1 else image
+
+
+def _similarity(pred: SegDataSample) -> Tuple[Sequence[str], np.ndarray]:
+    """Names and maps of the similarities of an image, if there are any."""
+    if 'similarity' not in pred:
+        return (), np.empty(0)
+    return pred.similarity.names, pred.similarity.data.cpu().numpy()

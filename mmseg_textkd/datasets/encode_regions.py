@@ -11,8 +11,8 @@ from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS, TRANSFORMS
 
-from mmseg_textkd.text.region_embeddings import RegionEmbeddings
-from mmseg_textkd.text.region_store import RegionStore
+from mmseg_textkd.clip.region_embeddings import RegionEmbeddings
+from mmseg_textkd.clip.region_store import RegionStore
 
 KIND = 'LoadRegionEmbeddings'
 

@@ -5,8 +5,8 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmseg.registry import TRANSFORMS
 
-from mmseg_textkd.text.region_store import RegionStore
-from mmseg_textkd.text.text_weights import PathLike
+from mmseg_textkd.clip.region_store import RegionStore
+from mmseg_textkd.clip.weights import PathLike
 
 
 @TRANSFORMS.register_module()

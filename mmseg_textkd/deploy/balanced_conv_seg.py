@@ -56,15 +56,19 @@ class BalancedConvSeg(nn.Module):
         return balance_logarithms(a, d, self.seen, self.alpha, self.beta)
 
 
-def fold_balanced(classifier: BalancedTextClassifier, supervised: nn.Module,
-                  seen: Sequence[bool]) -> nn.Module:
+def fold_balanced(classifier: BalancedTextClassifier,
+                  supervised: nn.Module,
+                  seen: Sequence[bool],
+                  text: Optional[Tensor] = None) -> nn.Module:
     """Put the image projection beside a classifier that has been folded.
 
     Args:
-        classifier (BalancedTextClassifier): The classifier, with the text of
-            the K classes, in evaluation mode.
-        supervised (nn.Module): Its supervised part, folded.
+        classifier (BalancedTextClassifier): The classifier, in evaluation
+            mode.
+        supervised (nn.Module): Its supervised part, folded for K classes.
         seen (Sequence[bool]): For each class whether it was seen in training.
+        text (Tensor, optional): Embeddings of the K classes, unit rows with
+            shape (K, D). Defaults to None: those of the training.
 
     Returns:
         nn.Module: A :class:`BalancedConvSeg`; ``supervised`` itself where
@@ -72,5 +76,5 @@ def fold_balanced(classifier: BalancedTextClassifier, supervised: nn.Module,
     """
     if all(seen) or not any(classifier.balance.values()):
         return supervised
-    return BalancedConvSeg(supervised, classifier.image_conv(), seen,
+    return BalancedConvSeg(supervised, classifier.image_conv(text), seen,
                            **classifier.balance)

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mmseg_textkd.text.build import FILE_PROVIDERS
+from mmseg_textkd.text.encode_classes import FILE_PROVIDERS
 
 Device = Union[str, torch.device]
 # For each class, where a bank of phrases is replaced: about as many as the

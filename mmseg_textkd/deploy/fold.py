@@ -6,7 +6,7 @@ from mmengine.config import Config
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_textkd.models import TextClassifier, TextHeadMixin
+from mmseg_textkd.models import TextClassifier, TextHeadMixin, TextKD
 from mmseg_textkd.models.layers.text_fusion import WAYS_OUT
 from .l2_conv_seg import fold_with_length, fuse_l2
 from .stock_cfg import to_stock_cfg
@@ -24,8 +24,9 @@ def fold_state_dict(
     role 'auxiliary' the text branch is left out. Auxiliary heads are treated
     as the decode head is; ``distill_losses``, a fusion for training only,
     and the image projection of a :class:`BalancedTextClassifier`, are left
-    out. The weights of a model without text come back as they are, so folding
-    twice is folding once.
+    out. The score map of a :class:`TextKD` goes into the convolutions that
+    read it. The weights of a model without text come back as they are, so
+    folding twice is folding once.
 
     Args:
         model (nn.Module): The model, or a head, in evaluation mode. Left as
@@ -57,7 +58,8 @@ def fold_state_dict(
         left_out += ('auxiliary_head.', )
     state = {
         k: v
-        for k, v in model.state_dict().items() if not k.startswith(left_out)
+        for k, v in (model.fold() if isinstance(model, TextKD) else model.
+                     state_dict()).items() if not k.startswith(left_out)
     }
     for name, head in model.named_modules():
         prefix = f'{name}.' if name else ''

@@ -7,7 +7,8 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_textkd.models import SpatialRegularization, TextClassifier
+from mmseg_textkd.models import (PixelProjection, SpatialRegularization,
+                                 TextClassifier)
 
 EPS = 1e-12  # as of torch.nn.functional.normalize
 
@@ -83,22 +84,25 @@ def l2_conv_seg_head(head: dict,
 
 
 @torch.no_grad()
-def fuse_l2(classifier: TextClassifier) -> Dict[str, Tensor]:
+def fuse_cosine(projection: PixelProjection,
+                text: Tensor,
+                bias: Optional[Tensor] = None) -> Dict[str, Tensor]:
     """Compute the weights of :class:`L2ConvSeg`, in float64, cast once.
 
     Args:
-        classifier (TextClassifier): A classifier with ``norm='l2'``.
+        projection (PixelProjection): The projection, of whose output the
+            cosines are taken.
+        text (Tensor): Scale times unit vectors of the classes, (K, D).
+        bias (Tensor, optional): Added to the logits, shape (K, ). Defaults
+            to None.
 
     Returns:
-        dict[str, Tensor]: Its state dict.
+        dict[str, Tensor]: Its state dict, without regularization.
     """
-    conv, bias = classifier.projection.conv, classifier.logit_bias
-    text = classifier.scale().double() * classifier.text().double()
-    joined = torch.cat(
-        [conv.weight.double().flatten(1),
-         conv.bias.double()[:, None]], dim=1)
+    weight, shift = projection.affine(torch.float64)
+    joined = torch.cat([weight, shift[:, None]], dim=1)
     factor = torch.linalg.qr(joined, mode='r').R
-    product = text @ joined
+    product = text.double() @ joined
     if bias is None:
         bias = text.new_zeros(len(text))
     state = {
@@ -108,10 +112,25 @@ def fuse_l2(classifier: TextClassifier) -> Dict[str, Tensor]:
         'product.bias': product[:, -1],
         'logit_bias': bias[:, None, None],
     }
+    return {k: v.to(projection.conv.weight.dtype) for k, v in state.items()}
+
+
+def fuse_l2(classifier: TextClassifier) -> Dict[str, Tensor]:
+    """Compute the weights of :class:`L2ConvSeg` for a text classifier.
+
+    Args:
+        classifier (TextClassifier): A classifier with ``norm='l2'``.
+
+    Returns:
+        dict[str, Tensor]: Its state dict.
+    """
+    with torch.no_grad():
+        text = classifier.scale().double() * classifier.text().double()
+    state = fuse_cosine(classifier.projection, text, classifier.logit_bias)
     if classifier.regularization is not None:
-        blocks = classifier.regularization.state_dict(prefix='regularization.')
-        state.update(blocks)
-    return {k: v.to(conv.weight.dtype) for k, v in state.items()}
+        state.update(
+            classifier.regularization.state_dict(prefix='regularization.'))
+    return state
 
 
 @torch.no_grad()

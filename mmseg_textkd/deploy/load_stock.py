@@ -24,7 +24,7 @@ def load_stock(
     """Load a stock network for inference on the CPU.
 
     Or a text network that does not fold into one, for it keeps a fusion
-    (``use='inference'``): that is deployed as it is.
+    (``use='inference'``) or a score map: that is deployed as it is.
 
     Args:
         config (str): Path of its config.
@@ -48,7 +48,8 @@ def load_stock(
     head = cfg.model.decode_head
     if isinstance(head, list):
         raise ValueError('a cascade of decode heads is not supported.')
-    kept = (head.get('fusion') or {}).get('use') == 'inference'
+    kept = ((head.get('fusion') or {}).get('use') == 'inference'
+            or cfg.model.type == 'TextKD')
     kind = MODELS.get(head.type)
     # Not a class: `L2ConvSegHead`, which has no text any more.
     has_text = inspect.isclass(kind) and issubclass(kind, TextHeadMixin)

@@ -10,7 +10,7 @@ from .stock_forms import DROPPED, PLUGIN, StockForms
 # Parts of parameter names that only training with text or teacher has.
 TEXT_PARAMETERS = ('.text.', 'text_branch', 'text_losses', 'log_scale',
                    'logit_bias', 'distill_losses', '.fusion.',
-                   'image_projection')
+                   'image_projection', 'score_map')
 
 
 def to_stock_cfg(cfg: Config,

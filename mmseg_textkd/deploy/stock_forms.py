@@ -18,7 +18,8 @@ from mmseg_textkd.engine import (CPUAmpOptimWrapper,
                                  CPUDistributedDataParallel, PromptLearnerHook,
                                  TeacherHook)
 from mmseg_textkd.evaluation import ZeroShotIoUMetric
-from mmseg_textkd.models import DistilledEncoderDecoder, TextHeadMixin
+from mmseg_textkd.models import DistilledEncoderDecoder, TextHeadMixin, TextKD
+from mmseg_textkd.models.layers.score_map import KEPT_AS_IT_IS
 from mmseg_textkd.models.layers.text_fusion import WAYS_OUT
 from .l2_conv_seg import l2_conv_seg_head
 
@@ -32,6 +33,7 @@ STOCK_FORMS = {
     CPUAmpOptimWrapper: ('OptimWrapper', ()),
     DistilledEncoderDecoder: ('EncoderDecoder', ('teacher', 'distill_losses')),
     PackRegionInputs: ('PackSegInputs', ()),
+    TextKD: ('EncoderDecoder', ('score_map', 'alignment_head')),
     ZeroShotIoUMetric: ('IoUMetric', ('unseen', )),
 }
 
@@ -118,6 +120,8 @@ class StockForms:
     def _stock_form(self, kind: Any, value: Dict, where: str) -> Any:
         if kind in NOT_DEPLOYED:
             return DROPPED
+        if kind is TextKD and value['score_map'].get('norm') != 'rms':
+            raise ValueError(f'{where}: {KEPT_AS_IT_IS}')
         if kind in STOCK_FORMS:
             name, own = STOCK_FORMS[kind]
             return {

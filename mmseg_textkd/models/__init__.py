@@ -1,31 +1,32 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from .decode_heads import (TextDDRHead, TextDepthwiseSeparableFCNHead,
-                           TextDPTHead, TextFCNHead, TextHeadMixin,
-                           TextLightHamHead, TextPIDHead, TextSegformerHead)
+from .decode_heads import (ScoreMapHead, TextDDRHead,
+                           TextDepthwiseSeparableFCNHead, TextDPTHead,
+                           TextFCNHead, TextHeadMixin, TextLightHamHead,
+                           TextPIDHead, TextSegformerHead)
 from .ebseg import (CLIPSAMNeck, EBSeg, EBSegHead, EBSegLoss, FrozenCLIPViT,
                     FrozenSAMViT, MaskDecoder)
 from .fusion import ContextAwareText, TwoWayBridge
 from .layers import (BalancedTextClassifier, LogitScale, PixelProjection,
-                     SpatialRegularization, TextBranch, TextClassifier,
-                     TextFusion)
+                     ScoreMap, SpatialRegularization, TextBranch,
+                     TextClassifier, TextFusion)
 from .losses import (ChannelWiseDistillationLoss,
                      ImageEmbeddingDistillationLoss, LogitDistillationLoss,
                      SemanticStructureLoss, TextAlignmentLoss,
                      TextGuidedDistillationLoss,
                      TextSimilarityDistillationLoss)
 from .segmentors import (DistilledEncoderDecoder, FrozenCLIPTeacher,
-                         FrozenTeacher)
+                         FrozenTeacher, TextKD)
 
 __all__ = [
     'BalancedTextClassifier', 'CLIPSAMNeck', 'ChannelWiseDistillationLoss',
     'ContextAwareText', 'DistilledEncoderDecoder', 'EBSeg', 'EBSegHead',
     'EBSegLoss', 'FrozenCLIPTeacher', 'FrozenCLIPViT', 'FrozenSAMViT',
     'FrozenTeacher', 'ImageEmbeddingDistillationLoss', 'LogitDistillationLoss',
-    'LogitScale', 'MaskDecoder', 'PixelProjection', 'SemanticStructureLoss',
-    'SpatialRegularization', 'TextAlignmentLoss', 'TextBranch',
-    'TextClassifier', 'TextDDRHead', 'TextDPTHead',
+    'LogitScale', 'MaskDecoder', 'PixelProjection', 'ScoreMap', 'ScoreMapHead',
+    'SemanticStructureLoss', 'SpatialRegularization', 'TextAlignmentLoss',
+    'TextBranch', 'TextClassifier', 'TextDDRHead', 'TextDPTHead',
     'TextDepthwiseSeparableFCNHead', 'TextFCNHead', 'TextFusion',
-    'TextGuidedDistillationLoss', 'TextHeadMixin', 'TextLightHamHead',
-    'TextPIDHead', 'TextSegformerHead', 'TextSimilarityDistillationLoss',
-    'TwoWayBridge'
+    'TextGuidedDistillationLoss', 'TextKD', 'TextHeadMixin',
+    'TextLightHamHead', 'TextPIDHead', 'TextSegformerHead',
+    'TextSimilarityDistillationLoss', 'TwoWayBridge'
 ]

@@ -1,11 +1,26 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""What in a model is text: the questions that the hooks ask."""
+"""What in a model is text: the questions that hooks and tools ask."""
 from typing import Dict
 
+from mmengine.model import is_model_wrapper
 from torch import nn
+from torch.utils.data import Dataset
 
-from mmseg_textkd.text import TextProvider
+from mmseg_textkd.text.embedding_statistics import geometry
 from .layers import LogitScale, TextClassifier
+from .text_providers import TextProvider
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Get the model out of a wrapper for distributed training.
+
+    Args:
+        model (nn.Module): The runner's model.
+
+    Returns:
+        nn.Module: The model itself.
+    """
+    return model.module if is_model_wrapper(model) else model
 
 
 def text_providers(model: nn.Module) -> Dict[str, TextProvider]:
@@ -60,17 +75,73 @@ def text_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
     return params
 
 
-def text_scales(model: nn.Module) -> Dict[str, float]:
-    """Read the scales of similarities.
+def text_statistics(model: nn.Module) -> Dict[str, float]:
+    """Measure the text: the entries of the log.
 
     Args:
         model (nn.Module): The model, not wrapped.
 
     Returns:
-        dict[str, float]: Scales by their module name.
+        dict[str, float]: 'text_scale' of each scale of similarities, and
+        'text_cos_mean', 'text_cos_closest' and 'text_drift' of each provider
+        that is filled, as :func:`.geometry` and :meth:`TextProvider.drift`
+        define them; the second of a kind ends in 1, and so on.
+    """
+    scales = [m for m in model.modules() if isinstance(m, LogitScale)]
+    found = {
+        f'text_scale{i or ""}': scale().item()
+        for i, scale in enumerate(scales)
+    }
+    for i, provider in enumerate(text_providers(model).values()):
+        if not provider.filled or provider.num_classes < 2:
+            continue
+        facts = geometry(provider.class_embeddings.cpu())
+        found[f'text_cos_mean{i or ""}'] = facts['mean']
+        found[f'text_cos_closest{i or ""}'] = facts['closest']
+        found[f'text_drift{i or ""}'] = provider.drift()
+    return found
+
+
+def tower_checksums(model: nn.Module) -> Dict[str, str]:
+    """Hash the text towers that are loaded.
+
+    Args:
+        model (nn.Module): The model, not wrapped.
+
+    Returns:
+        dict[str, str]: SHA-256 by the name of the provider.
     """
     return {
-        name: module().item()
-        for name, module in model.named_modules()
-        if isinstance(module, LogitScale)
+        name: provider.tower.checksum()
+        for name, provider in text_providers(model).items()
+        if getattr(provider, 'tower', None) is not None
     }
+
+
+def check_classes(model: nn.Module, dataset: Dataset) -> None:
+    """Require the text to be for the classes of a dataset, in its order.
+
+    Of text that does not know its names, as controls do not, the number is
+    compared.
+
+    Args:
+        model (nn.Module): The model, not wrapped.
+        dataset (Dataset): A dataset; one without ``metainfo`` is passed over.
+
+    Raises:
+        EmbeddingFileError: If the classes differ, with the differences.
+        ValueError: If their number differs.
+    """
+    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+    if classes is None:
+        return
+    for name, provider in text_providers(model).items():
+        record = getattr(provider, 'record', None)
+        where = f'{type(dataset).__name__} ({name})'
+        if record is not None:
+            record.check_names(classes, where=where)
+        elif provider.num_classes != len(classes):
+            raise ValueError(
+                f'The text is for {provider.num_classes} classes, but there '
+                f'are {len(classes)} in {where}: {list(classes)}. Set '
+                '`num_classes` of all heads to that number.')

@@ -1,20 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from .class_embeddings import ClassEmbeddings
-from .context_prompt_learner import ContextPromptLearner
-from .control_embeddings import ControlEmbeddings
 from .embedding_file import TextEmbeddings
-from .mixture_prompt_learner import MixturePromptLearner
-from .prompt_learner import PromptLearner
-from .residual_prompt_learner import ResidualPromptLearner
-from .synonym_sampler import SynonymSampler
 from .templates import get_templates
-from .text_provider import TextProvider
-from .text_tower import TextTower
 from .vocabulary import Vocabulary
 
-__all__ = [
-    'ClassEmbeddings', 'ContextPromptLearner', 'ControlEmbeddings',
-    'MixturePromptLearner', 'PromptLearner', 'ResidualPromptLearner',
-    'SynonymSampler', 'TextEmbeddings', 'TextProvider', 'TextTower',
-    'Vocabulary', 'get_templates'
-]
+__all__ = ['TextEmbeddings', 'Vocabulary', 'get_templates']

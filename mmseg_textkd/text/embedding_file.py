@@ -12,13 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .embedding_storage import TEXTS, digest, read_file, write_file
-from .text_geometry import ce_floor, centre, closest_pairs, geometry
 from .vector_import import EmbeddingFileError, read_names, read_vectors
 
-__all__ = [
-    'EmbeddingFileError', 'TextEmbeddings', 'ce_floor', 'centre',
-    'closest_pairs', 'geometry'
-]
+__all__ = ['EmbeddingFileError', 'TextEmbeddings']
 
 PathLike = Union[str, os.PathLike]
 

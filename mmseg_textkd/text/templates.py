@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import List, Sequence, Union
 
+from .vector_import import read_text_file
+
 TEMPLATES = {
     'none': ['{}'],
     'photo': ['a photo of a {}.'],
@@ -20,7 +22,7 @@ def get_templates(spec: Union[str, Path, Sequence[str]]) -> List[str]:
               phrase alone);
             - a set that MMSegmentation predefines, such as ``'vild'`` or
               ``'imagenet'``, see ``mmseg.utils.get_predefined_templates``;
-            - a single template, recognised by its ``{}``;
+            - a single template, recognized by its ``{}``;
             - the path of a ``.txt`` file with one template per line or of a
               ``.json`` file with a list;
             - a list of templates.
@@ -67,7 +69,10 @@ def _from_file(path: Path) -> List[str]:
     """Read a template file."""
     if not path.is_file():
         raise FileNotFoundError(f'Template file {path} does not exist')
-    text = path.read_text(encoding='utf-8-sig')
+    try:
+        text = read_text_file(path)
+    except ValueError as error:
+        raise ValueError(f'Template file {path}: {error}') from error
     if path.suffix == '.txt':
         lines = [line.strip() for line in text.splitlines()]
         return _checked([line for line in lines if line],

@@ -1,9 +1,11 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Reading plain vectors and names, from files that nobody can vouch for."""
+"""Reading of vectors, names and texts from untrusted files."""
 
 import json
 import os
 import pickle
+import re
+import unicodedata
 from pathlib import Path
 from typing import Any, Dict, Mapping, Sequence, Union
 
@@ -15,11 +17,44 @@ PathLike = Union[str, os.PathLike]
 
 
 class EmbeddingFileError(ValueError):
-    """An embeddings file, or what should become one, is not as it must be."""
+    """Invalid embeddings file, or invalid input for one."""
+
+
+def read_text_file(path: Path) -> str:
+    """Read a text, with or without a byte order mark.
+
+    Args:
+        path (Path): An existing file.
+
+    Returns:
+        str: Its content.
+
+    Raises:
+        ValueError: If it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f'it is not UTF-8 text (byte {error.start}). Save it as UTF-8, '
+            f'for instance with `iconv -f LATIN1 -t UTF-8 {path}`, or `-f '
+            'UTF-16`.') from error
+
+
+def has_control(text: str) -> bool:
+    """Whether a text holds line breaks or other control characters.
+
+    Args:
+        text (str): The text.
+
+    Returns:
+        bool: True also for tabs and zero bytes.
+    """
+    return any(unicodedata.category(c) in ('Cc', 'Zl', 'Zp') for c in text)
 
 
 def sniff(path: PathLike) -> str:
-    """Tell from its first bytes what kind of file this is.
+    """Kind of a file, by its first bytes.
 
     Args:
         path (str or PathLike): An existing file.
@@ -99,9 +134,11 @@ def read_vectors(path: PathLike) -> Tensor:
 
 
 def _read_npy(path: Path) -> Tensor:
-    """Read an array that holds numbers."""
+    """Read a NumPy array of numbers."""
     try:
         array = np.load(path, allow_pickle=False)
+        if np.iscomplexobj(array):
+            return torch.from_numpy(array)  # refused with its type
         # Every number type of NumPy, among them some that torch lacks.
         return torch.from_numpy(array.astype(np.float32))
     except (ValueError, OSError, EOFError, AttributeError, TypeError,
@@ -112,20 +149,22 @@ def _read_npy(path: Path) -> Tensor:
 
 
 def _read_torch(path: Path) -> Any:
-    """Read what ``weights_only`` lets pass."""
+    """Read a torch file with ``weights_only``."""
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()
+        # torch's own words advise to unpickle it all the same.
+        found = re.search(r'Unsupported[^.]*', str(error))
+        reason = found[0] if found else type(error).__name__
         raise EmbeddingFileError(
             'it holds more than tensors, or is damaged; such files are not '
             'unpickled, for that runs code. Save the bare K×D tensor with '
             'torch.save(tensor, FILE) or np.save where you trust its origin '
-            f'({reason[0] if reason else type(error).__name__})') from error
+            f'({reason})') from error
 
 
 def _read_safetensors(path: Path) -> Any:
-    """Read a safetensors file that is not ours."""
+    """Read a safetensors file of another origin."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     try:
@@ -156,15 +195,15 @@ def read_names(names: Union[PathLike, Sequence[str], Mapping]) -> Dict:
         path, where = Path(names), f'Names file {names}'
         if not path.is_file():
             raise FileNotFoundError(f'There is no names file {path}.')
-        text = path.read_text(encoding='utf-8-sig')
-        if path.suffix == '.json':
-            try:
+        try:
+            text = read_text_file(path)
+            if path.suffix == '.json':
                 names = json.loads(text)
-            except ValueError as error:
-                raise EmbeddingFileError(f'{where}: {error}') from error
-        else:
-            names = [line.strip() for line in text.splitlines()]
-            names = [line for line in names if line]
+            else:
+                lines = map(str.strip, text.splitlines())
+                names = [line for line in lines if line]
+        except ValueError as error:
+            raise EmbeddingFileError(f'{where}: {error}') from error
     known: Dict[str, Any] = {}
     if isinstance(names, Mapping):
         content, names = names, names.get('names')
@@ -174,10 +213,27 @@ def read_names(names: Union[PathLike, Sequence[str], Mapping]) -> Dict:
         if 'templates' not in known and isinstance(
                 content.get('template'), str):
             known['templates'] = [content['template']]
-    if not isinstance(names, (list, tuple)) or not names or not all(
-            isinstance(name, str) for name in names):
+    if not isinstance(names, (list, tuple)) or not names:
         raise EmbeddingFileError(
             f'{where}: expected class names in row order, a list or a dict '
             'with the list under "names"')
+    for k, name in enumerate(names):
+        if not isinstance(name, str):
+            raise EmbeddingFileError(
+                f'{where}: name {k} is no text but {name!r}')
+        if has_control(name):
+            raise EmbeddingFileError(f'{where}: name {name!r} has a line '
+                                     'break or another control character')
+    for key in set(known) & {'model', 'pretrained', 'library'}:
+        if not isinstance(known[key], str):
+            raise EmbeddingFileError(
+                f'{where}: "{key}" is no text but {known[key]!r}')
+    for key in set(known) & {'phrases', 'templates'}:
+        if not isinstance(known[key], (list, tuple)) or not all(
+                isinstance(text, str) for item in known[key]
+                for text in (item if isinstance(item, (list,
+                                                       tuple)) else [item])):
+            raise EmbeddingFileError(f'{where}: "{key}" must be a list of '
+                                     f'texts, but got {known[key]!r}')
     known['names'] = tuple(names)
     return known

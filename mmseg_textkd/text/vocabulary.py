@@ -1,13 +1,15 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Class names of a dataset and the phrases that stand for them."""
+"""Vocabularies: class names and the phrases that describe them."""
 import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
 
+from .vector_import import has_control, read_text_file
+
 VOCABULARY_DIR = Path(__file__).resolve().parent / 'vocabularies'
-# BDD100K has the classes of Cityscapes, labelled alike: one file for both.
+# BDD100K has the classes of Cityscapes, labeled alike: one file for both.
 ALIASES = {'bdd100k': 'cityscapes'}
 SYNONYMS = '+synonyms'
 
@@ -56,6 +58,9 @@ class Vocabulary:
             if not isinstance(name, str) or not name.strip():
                 raise ValueError(f'Class {i} of the vocabulary has an empty '
                                  f'name or one that is no text: {name!r}')
+            if has_control(name):
+                raise ValueError(f'Class name {name!r} has a line break or '
+                                 'another control character')
             if name.strip() in seen:
                 raise ValueError(
                     f'Class name {name!r} occurs twice in the vocabulary, as '
@@ -73,6 +78,10 @@ class Vocabulary:
                     raise ValueError(
                         f'Class {name!r} has an empty phrase or one that is '
                         f'no text: {phrase!r} in {list(phrases)}')
+                if has_control(phrase):
+                    raise ValueError(f'Phrase {phrase!r} of class {name!r} '
+                                     'has a line break or another control '
+                                     'character')
                 other = owner.setdefault(phrase.strip().lower(), name)
                 if other != name:
                     warnings.warn(
@@ -190,8 +199,7 @@ class Vocabulary:
         if not path.is_file():
             raise FileNotFoundError(f'Vocabulary file {path} does not exist')
         try:
-            # utf-8-sig: editors on Windows like to put a byte order mark.
-            text = path.read_text(encoding='utf-8-sig')
+            text = read_text_file(path)
             if path.suffix == '.txt':
                 return cls._from_pairs(_parse_lines(text))
             # The pairs are kept as pairs, or json would let the second of two

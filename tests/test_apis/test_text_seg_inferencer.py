@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.apis import inference_model, init_model
@@ -24,7 +25,7 @@ from mmseg_textkd.apis.label_maps import select_classes
 from mmseg_textkd.deploy import L2ConvSeg, fold_state_dict, to_stock_cfg
 from mmseg_textkd.deploy.benchmark import peak_memory
 from mmseg_textkd.text import TextEmbeddings
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
 
 NEW = ('tree', 'road', 'bus stop', 'Straße', '道路')
 
@@ -172,12 +173,13 @@ def test_lsegs_blocks_serve_new_classes(worded, inferencer):
     assert np.array_equal(mine(run.images[0])['predictions'], trained)
     mine.set_classes(list(NEW))
     vectors = encoded(NEW)
-    vectors[1] = head.text.text.class_embeddings[2]
+    vectors[1] = head.text_branch.text.class_embeddings[2]
     feat = torch.randn(1, 16, 5, 6)
     with torch.no_grad():
-        cosine = torch.einsum('ndhw,kd->nkhw', head.text.projection(feat),
-                              vectors)
-        expected = head.text.regularization(head.text.scale() * cosine)
+        cosine = torch.einsum('ndhw,kd->nkhw',
+                              head.text_branch.projection(feat), vectors)
+        expected = head.text_branch.regularization(head.text_branch.scale() *
+                                                   cosine)
         torch.testing.assert_close(
             mine.model.decode_head.conv_seg(feat),
             expected,
@@ -188,7 +190,7 @@ def test_lsegs_blocks_serve_new_classes(worded, inferencer):
     batch = mine.collate_fn([mine.pipeline(run.images[0])])
     data = mine.model.data_preprocessor(batch, False)
     out, = predict_labels(
-        mine.classifier, data['inputs'], data['data_samples'], budget=1)
+        mine.adapter, data['inputs'], data['data_samples'], budget=1)
     assert np.array_equal(out.pred_sem_seg.data[0], labels)
 
 
@@ -249,8 +251,8 @@ def test_unified_context_serves_new_names(worded, inferencer):
     torch.testing.assert_close(mine.vectors[0], encoded(NEW, 'none')[0])
 
 
-def test_centred_vectors_stay_centred(worded, inferencer):
-    run, mine = worded('centred'), inferencer('centred')
+def test_centered_vectors_stay_centered(worded, inferencer):
+    run, mine = worded('centered'), inferencer('centered')
     mine.set_classes(list(NEW))
     shift = TextEmbeddings.load(run.file).vectors.mean(dim=0)
     expected = F.normalize(encoded(NEW) - shift, dim=1)
@@ -258,8 +260,8 @@ def test_centred_vectors_stay_centred(worded, inferencer):
     assert (mine.vectors[0] - encoded(NEW)[0]).abs().max() > .05
     kept = run.file.rename(run.file.with_suffix('.away'))
     try:
-        with pytest.raises(ValueError, match='trained with centred vectors'):
-            inferencer('centred').set_classes(
+        with pytest.raises(ValueError, match='trained with centered vectors'):
+            inferencer('centered').set_classes(
                 list(NEW), tower='toyclip', templates='photo')
     finally:
         kept.rename(run.file)
@@ -274,9 +276,9 @@ def test_auxiliary_role_classifies_by_its_branch(worded, inferencer):
     head = model.decode_head
     with torch.no_grad():
         feats = model.extract_feat((picture.float() - 128) / 64)
-        pixels = head.text.projection(head.convs(feats[0]))
+        pixels = head.text_branch.projection(head.convs(feats[0]))
         vectors = encoded(NEW)
-        vectors[1] = head.text.text.class_embeddings[2]
+        vectors[1] = head.text_branch.text.class_embeddings[2]
         cosine = torch.einsum('ndhw,kd->nkhw', F.normalize(pixels, dim=1),
                               vectors)
         got = mine.model.decode_head.conv_seg(head.convs(feats[0]))
@@ -339,7 +341,7 @@ def test_everything_else(worded, inferencer):
 
 
 # ------------------------------------------------------------- bad words
-@pytest.mark.parametrize('classes, message', [
+@each_case('classes, message', [
     ([], 'names no class'),
     (['road', 'tree', 'road'], "'road' occurs twice"),
     (['road', ' '], 'empty'),
@@ -383,10 +385,7 @@ def test_ten_thousand_classes_in_bounded_memory(worded, inferencer, tmp_path):
         batch = mine.collate_fn([mine.pipeline(run.images[0])])
         data = mine.model.data_preprocessor(batch, False)
         out, = predict_labels(
-            mine.classifier,
-            data['inputs'],
-            data['data_samples'],
-            budget=budget)
+            mine.adapter, data['inputs'], data['data_samples'], budget=budget)
         assert 'seg_logits' not in out
         return out.pred_sem_seg.data
 
@@ -408,7 +407,7 @@ def test_ten_thousand_classes_in_bounded_memory(worded, inferencer, tmp_path):
 
 def test_many_new_words_are_encoded_in_parts(inferencer, monkeypatch):
     mine = inferencer('fixed')
-    monkeypatch.setattr('mmseg_textkd.apis.word_tower.BLOCK', 7)
+    monkeypatch.setattr('mmseg_textkd.apis.class_encoder.BLOCK', 7)
     names = [f'thing {i}' for i in range(20)]
     mine.set_classes(names)
     torch.testing.assert_close(mine.vectors, encoded(names))
@@ -426,7 +425,7 @@ def test_sliding_windows_and_parts(worded, inferencer, kind):
     data = mine.model.data_preprocessor(batch, False)
     # Two classes at a time, of which the last has no partner.
     out, = predict_labels(
-        mine.classifier, data['inputs'], data['data_samples'], budget=1)
+        mine.adapter, data['inputs'], data['data_samples'], budget=1)
     assert torch.equal(out.pred_sem_seg.data, expected)
     assert mine.model.out_channels == len(NEW)
 
@@ -452,7 +451,7 @@ def test_folded_weights_serve_their_own_classes(worded, tmp_path):
         assert np.array_equal(mine(run.images[0])['predictions'], expected)
         with pytest.raises(ValueError) as error:
             mine.set_classes(['road', 'tree'])
-        assert "cannot learn of ['tree']" in str(error.value)
+        assert "cannot predict ['tree']" in str(error.value)
         assert 'is folded, or stock' in str(error.value)
         mine.set_classes(['car', 'sky'])
         assert np.array_equal(mine(run.images[0])['predictions'], some)
@@ -472,6 +471,20 @@ def test_what_is_no_language_has_no_words(worded, tmp_path):
     mine.set_classes(['class 3', 'class_1'.replace('_', ' ')])
 
 
+def test_fusion_that_is_kept_takes_no_other_classes(worded, tmp_path):
+    """Its logits depend on the image, with an L2 norm too."""
+    cfg = Config.fromfile(worded().config)
+    head = cfg.model.decode_head
+    head.text = dict(type='ControlEmbeddings', kind='random', dim=64)
+    head.fusion = dict(type='TwoWayBridge', use='inference')
+    for norm in ('bn', 'l2'):
+        head.text_branch = dict(norm=norm)
+        torch.save(MODELS.build(cfg.model).state_dict(), tmp_path / 'w.pth')
+        with pytest.raises(ValueError, match='TwoWayBridge .* on the image'):
+            TextSegInferencer(
+                copy.deepcopy(cfg), tmp_path / 'w.pth', device='cpu')
+
+
 def test_other_towers_are_noticed(worded, tmp_path, monkeypatch):
     """A file that is missing, a tower of another width or other vectors."""
     run = worded('fixed')
@@ -481,7 +494,7 @@ def test_other_towers_are_noticed(worded, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='not known which text tower'):
         mine.set_classes(['tree'])
     said = []
-    monkeypatch.setattr('mmseg_textkd.apis.word_encoder.print_log',
+    monkeypatch.setattr('mmseg_textkd.apis.class_encoder.print_log',
                         lambda text, *args: said.append(text))
     mine.set_classes(['tree'], tower='toyclip', templates='photo')
     torch.testing.assert_close(mine.vectors, encoded(['tree']))
@@ -508,7 +521,7 @@ def test_cache(worded, inferencer, cache, monkeypatch):
 
     expected = encoded(NEW)[0]
     with monkeypatch.context() as patch:
-        patch.setattr('mmseg_textkd.apis.word_tower.load_tower', never)
+        patch.setattr('mmseg_textkd.apis.class_encoder.load_tower', never)
         mine = inferencer()
         mine.set_classes(list(NEW))
         torch.testing.assert_close(mine.vectors[0], expected)
@@ -574,6 +587,54 @@ def test_select_classes_with_repeats():
     feat = torch.randn(1, 4, 2, 2)
     got = select_classes(conv, torch.tensor([2, 2, 0]))(feat)
     torch.testing.assert_close(got, conv(feat)[:, [2, 2, 0]])
+
+
+# ------------------------------------------------------------------ input
+def test_arrays_are_images_or_errors(worded, inferencer):
+    mine, image = inferencer(), cv2.imread(worded().images[0])
+    gray = image[..., :1]
+    expected = mine(gray.repeat(3, axis=2))['predictions']
+    for same in (gray, gray[..., 0]):
+        assert np.array_equal(mine(same)['predictions'], expected)
+    for bad in (image / 255, image.astype(np.uint16) * 257,
+                image.astype(np.float32), image[:0], image[None]):
+        with pytest.raises(ValueError, match='must be uint8'):
+            mine(bad)
+
+
+def test_similarity_by_one_name_or_vocabulary(worded, inferencer, tmp_path):
+    mine, image = inferencer(), worded().images[0]
+    expected = mine(image, similarity=['road', 'sky'])['similarity']
+    (tmp_path / 'some.txt').write_text('road\nsky')
+    found = mine(image, similarity=str(tmp_path / 'some.txt'))['similarity']
+    assert np.array_equal(found, expected)
+    one = mine(image, similarity='road')['similarity']
+    np.testing.assert_allclose(one[0], expected[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match='no similarity with .*bicyclist'):
+        mine(image, similarity='camvid')
+
+
+def test_results_never_replace_inputs(worded, inferencer, tmp_path):
+    mine, image = inferencer(), cv2.imread(worded().images[0])
+    for folder in ('vis', 'pred'):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / 'a.png'
+        cv2.imwrite(str(path), image)
+        with pytest.raises(ValueError, match='the folder of the input'):
+            mine([worded().images[1], path], out_dir=str(tmp_path))
+        assert np.array_equal(cv2.imread(str(path)), image)
+    assert len(list(tmp_path.rglob('*.*'))) == 2
+
+
+def test_weights_that_are_no_numbers(worded, tmp_path):
+    run = worded()
+    for value, message in ((float('nan'), 'NaN or infinite'), (0, 'all zero')):
+        saved = load(run.weights)
+        saved['state_dict']['decode_head.conv_seg.text.class_embeddings'][
+            1] = value
+        torch.save(saved, tmp_path / 'w.pth')
+        with pytest.raises(ValueError, match=message):
+            TextSegInferencer(run.config, tmp_path / 'w.pth', device='cpu')
 
 
 # ------------------------------------------------------------------- demo
@@ -644,7 +705,7 @@ def test_demo_on_a_video(worded, inferencer, demo, tmp_path, capsys):
     assert not captures[1].read()[0]
 
 
-@pytest.mark.parametrize('words, message', [
+@each_case('words, message', [
     (['a.png', '--webcam', '--out', 'x'], 'one of them'),
     (['a.png'], 'give --out'),
     (['a.avi', '--out', 'x.gif'], 'a video is written as'),
@@ -653,6 +714,11 @@ def test_demo_on_a_video(worded, inferencer, demo, tmp_path, capsys):
     (['none.png', '--out', 'x', '--classes', 'road, road'], 'occurs twice'),
     (['none.png', '--out', 'x'], 'No such file'),
     (['.', '--out', 'x'], 'no images in'),
+    (['none.png', '--out', 'x', '--threshold', '0'], 'between 0 and 1'),
+    (['none.png', '--out', 'x', '--tower', 'toyclip'], 'belongs to --classes'),
+    (['none.png', '--out', 'x', '--new-bias', '1'], 'belongs to --classes'),
+    (['none.png', '--out', 'x', '--classes', 'road', '--new-bias', 'nan'
+      ], 'must be finite'),
 ])
 def test_demo_refuses(worded, demo, tmp_path, capsys, monkeypatch, words,
                       message):
@@ -663,6 +729,24 @@ def test_demo_refuses(worded, demo, tmp_path, capsys, monkeypatch, words,
     said = f'{error.value}{capsys.readouterr().err}'
     assert re.search(message, said), said
     assert not list(tmp_path.iterdir())
+
+
+def test_demo_never_writes_over_its_input(worded, demo, tmp_path, capsys):
+    run = worded()
+    (tmp_path / 'vis').mkdir()
+    image, video = tmp_path / 'vis/a.png', tmp_path / 'a.avi'
+    image.write_bytes(b'image')
+    video.write_bytes(b'video')
+    (tmp_path / 'link.avi').symlink_to(video)
+    for words in ((image, '--out', tmp_path), (tmp_path / 'vis', '--out',
+                                               tmp_path),
+                  (video, '--out', video), (video, '--out',
+                                            tmp_path / 'link.avi')):
+        with pytest.raises(SystemExit):
+            demo.main([str(words[0]), run.config, run.weights] +
+                      list(map(str, words[1:])))
+        assert 'would write over the input' in capsys.readouterr().err
+    assert image.read_bytes() == b'image' and video.read_bytes() == b'video'
 
 
 # ------------------------------------------------------------------- page

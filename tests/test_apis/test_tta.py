@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from each_case import each_case
 from mmengine.config import Config
 from mmseg.apis import init_model
 from processes import ROOT, TOOLS
@@ -82,7 +83,7 @@ def test_tool_averages_over_the_flips(trained, tmp_path, monkeypatch):
     assert np.isfinite(metrics['mIoU'])
 
 
-@pytest.mark.parametrize('path', DATASETS, ids=osp.basename)
+@each_case('path', DATASETS)
 def test_every_data_set_has_a_pipeline_for_it(path):
     loading, augmenting = Config.fromfile(path).tta_pipeline
     assert loading.type == 'LoadImageFromFile'

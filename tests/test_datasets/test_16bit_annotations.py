@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from each_case import each_case
 from mmengine.dataset import Compose
 from mmseg.registry import DATASETS, METRICS, TRANSFORMS
 from network_tester import CONFIGS, load_config
@@ -149,8 +150,8 @@ def results(path, **more):
         **more)
 
 
-@pytest.mark.parametrize('backend', ['pillow', 'cv2'])
-@pytest.mark.parametrize('suffix', ['.tif', '.png'])
+@each_case('backend', ['pillow', 'cv2'])
+@each_case('suffix', ['.tif', '.png'])
 def test_file_formats(tmp_path, suffix, backend):
     labels = np.arange(600, dtype=np.uint16).reshape(SIZE) * 109
     write(tmp_path / f'a{suffix}', labels)

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS, METRICS
@@ -164,7 +165,7 @@ def test_every_base_is_tested():
     assert len(LAYOUTS) == 6
 
 
-@pytest.mark.parametrize('name', LAYOUTS)
+@each_case('name', LAYOUTS)
 def test_is_the_stock_one_with_the_crop_of_its_name(name):
     cfg = Config.fromfile(BASES / f'{name}.py')
     stock = stock_config(f'_base_/datasets/{LAYOUTS[name].stock}')

@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import numpy as np
 import pytest
+from each_case import each_case
 from mmengine.config import Config
 from mmseg.registry import TRANSFORMS
 
@@ -26,7 +27,7 @@ def test_hidden_pixels_are_ignored_and_no_others():
     assert 'classes=(3,), ignore_index=11' in repr(HideClasses([3], 11))
 
 
-@pytest.mark.parametrize('classes', [[], [-1], ['car'], [255], [1.]])
+@each_case('classes', [[], [-1], ['car'], [255], [1.]])
 def test_bad_classes(classes):
     with pytest.raises(ValueError, match='must be indices of classes'):
         HideClasses(classes)

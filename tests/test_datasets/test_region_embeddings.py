@@ -18,9 +18,9 @@ from tiny import SIZE, tiny_config
 from torch.utils.data import DataLoader
 
 from mmseg_textkd import add_region_embeddings
+from mmseg_textkd.clip.image_tower import ImageTower
+from mmseg_textkd.clip.region_embeddings import RegionEmbeddings
 from mmseg_textkd.datasets.encode_regions import ensure_regions
-from mmseg_textkd.text.image_tower import ImageTower
-from mmseg_textkd.text.region_embeddings import RegionEmbeddings
 
 ROOT = Path(__file__).resolve().parents[2]
 # Processes are forked: a new interpreter would take seconds to start.

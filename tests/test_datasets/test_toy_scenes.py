@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from each_case import each_case
 
 from mmseg_textkd.datasets import toy_scenes_generator as generator
 from mmseg_textkd.datasets.toy_scenes_generator import (CLASSES, MANIFEST,
@@ -161,7 +162,7 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     assert len(calls) == 3 and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('wrong', [
+@each_case('wrong', [
     dict(num_train=0),
     dict(seed=-1),
     dict(height=8),

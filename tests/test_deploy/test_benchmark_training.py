@@ -6,9 +6,9 @@ from analysis_tools import fails, load_tool, run
 from mmengine.logging import MMLogger
 from tiny import tiny_config
 
+from mmseg_textkd.clip import TextTower
 from mmseg_textkd.models.text_parameters import (prompt_parameters,
                                                  text_parameters)
-from mmseg_textkd.text import TextTower
 
 
 def training_config(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmseg.registry import MODELS
@@ -158,8 +159,8 @@ def test_padding_in_testing(model, padding):
     assert not torch.allclose(network(image), plain, atol=1e-4)
 
 
-@pytest.mark.parametrize('size', [(3, 5), (7, 11), (12, 24), (1, 2)])
-@pytest.mark.parametrize('bins', [(1, 1), (2, 2), (3, 3), (6, 6), (2, 5)])
+@each_case('size', [(3, 5), (7, 11), (12, 24), (1, 2)])
+@each_case('bins', [(1, 1), (2, 2), (3, 3), (6, 6), (2, 5)])
 def test_pooling_by_matrices(size, bins):
     x = torch.randn(2, 4, *size)
     torch.testing.assert_close(

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint
 from mmseg.models.decode_heads import FCNHead
@@ -175,7 +176,7 @@ def test_what_is_refused(tmp_path, make_embeddings):
             assert_near(logits(fold(empty, cfg)), logits(empty))
 
 
-@pytest.mark.parametrize('dim', [8, 16, 17, 40])
+@each_case('dim', [8, 16, 17, 40])
 def test_l2_norm_is_kept_on_request(tmp_path, dim):
     cfg = config(tmp_path, dim=dim, text_branch=dict(norm='l2'))
     model = settled(cfg)

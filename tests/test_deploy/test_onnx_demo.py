@@ -205,3 +205,19 @@ def test_errors(model, tmp_path, capsys):
             onnx_runtime_demo.main(args)
         assert message in capsys.readouterr().err
     assert not Path(out).exists() and not os.listdir(empty)
+
+
+def test_input_is_never_written_over(model, tmp_path, capsys):
+    image, video = tmp_path / 'a.png', tmp_path / 'a.avi'
+    cv2.imwrite(str(image), picture())
+    video.write_bytes(b'video')
+    (tmp_path / 'link.png').symlink_to(image)
+    before = image.read_bytes()
+    for args in ((image, image), (tmp_path / 'link.png', image),
+                 (tmp_path, tmp_path / '.'), (video, video)):
+        with pytest.raises(SystemExit):
+            onnx_runtime_demo.main(
+                [model, str(args[0]), '--out',
+                 str(args[1])])
+        assert 'would write over the input' in capsys.readouterr().err
+    assert image.read_bytes() == before and video.read_bytes() == b'video'

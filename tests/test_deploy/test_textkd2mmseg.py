@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmseg.registry import DATASETS, MODELS
@@ -294,7 +295,7 @@ def damaged(run, how, path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize('how, message', [
+@each_case('how, message', [
     ('NaN', 'decode_head.conv_seg.weight'),
     ('other network', r'not of the network of the config:\n  \d+ missing: '
      r'backbone[^\n]*, \.\.\.\n  \d+ unexpected: neck\.backbone'),
@@ -341,7 +342,7 @@ def test_other_config_and_other_faults(trained, convert, tool, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('out, message', [
+@each_case('out, message', [
     ('nowhere/out.pth', 'there is no folder'),
     ('out.pt', 'must end in .pth'),
     ('old.pth', 'old.pth exists'),

@@ -10,7 +10,7 @@ from network_tester import CONFIGS
 from tiny import CLASSES
 
 from mmseg_textkd.text import TextEmbeddings
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
 
 TOY = CONFIGS / 'ebseg/ebseg_toyclip_1xb4-200i_toy-scenes-128x256.py'
 

@@ -2,14 +2,14 @@
 """The balance of the three embeddings, and what counts as seen."""
 import pytest
 import torch
+from each_case import each_case
 
 from mmseg_textkd.models.ebseg import balance_probabilities, seen_classes
 from mmseg_textkd.text import Vocabulary
 
 
-@pytest.mark.parametrize('alpha,beta,gamma', [(0.09, 0.3, 0.7),
-                                              (0.12, 0.4, 0.6), (0., 0., 0.),
-                                              (0.2, 0.5, 0.1)])
+@each_case('alpha,beta,gamma', [(0.09, 0.3, 0.7), (0.12, 0.4, 0.6),
+                                (0., 0., 0.), (0.2, 0.5, 0.1)])
 def test_each_probability_is_the_weighted_geometric_mean(alpha, beta, gamma):
     a, b, d = torch.rand(3, 2, 5, 4, dtype=torch.double)
     seen = torch.tensor([True, False, True, False])

@@ -6,6 +6,7 @@ import socket
 import sys
 
 import pytest
+from each_case import each_case
 from mmengine.optim import build_optim_wrapper
 from mmseg.registry import DATASETS, MODELS
 from network_tester import CONFIGS, load_config
@@ -67,7 +68,7 @@ def test_all_combinations_are_there():
     assert len(found) == 13 and set(found) == wanted | {('toyclip', None)}
 
 
-@pytest.mark.parametrize('path', PATHS, ids=IDS)
+@each_case('path', PATHS)
 def test_model_is_built_from_the_config_alone(bare, path):
     model = MODELS.build(load_config(path).model)
     # Only what is trained is in the model, as many as the authors' code has.
@@ -85,7 +86,7 @@ def test_model_is_built_from_the_config_alone(bare, path):
             text()
 
 
-@pytest.mark.parametrize('path', PATHS, ids=IDS)
+@each_case('path', PATHS)
 def test_name_says_what_it_is(path):
     name, cfg = parts(path), load_config(path)
     assert cfg.train_dataloader.batch_size == int(name['batch'])
@@ -105,7 +106,7 @@ def test_name_says_what_it_is(path):
     assert encoder.model == names.get(name['clip'], name['clip'])
 
 
-@pytest.mark.parametrize('path', PATHS, ids=IDS)
+@each_case('path', PATHS)
 def test_settings_are_those_published(path):
     name, cfg = parts(path), load_config(path)
     if name['clip'] == 'toyclip':
@@ -143,7 +144,7 @@ def test_settings_are_those_published(path):
     assert decay[id(model.decode_head.no_object)] == 0.05
 
 
-@pytest.mark.parametrize('path', PATHS, ids=IDS)
+@each_case('path', PATHS)
 def test_text_is_for_the_classes_of_the_data(path):
     name, cfg = parts(path), load_config(path)
 

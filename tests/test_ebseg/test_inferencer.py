@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.apis import inference_model
@@ -17,7 +18,7 @@ from processes import ROOT, load
 from tiny import CLASSES, run, tiny_config
 
 from mmseg_textkd.apis import TextSegInferencer, predict_labels
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
 
 NEW = ('tree', 'sky', 'bus stop', 'Straße', '道路', 'Truck')
 
@@ -215,13 +216,13 @@ def test_many_classes_in_parts(files, inferencer, by_hand, mode):
         mine.collate_fn([mine.pipeline(files.images[2])]), False)
     # Two at a time, of which the last has no partner.
     out, = predict_labels(
-        mine.classifier, data['inputs'], data['data_samples'], budget=1)
+        mine.adapter, data['inputs'], data['data_samples'], budget=1)
     assert torch.equal(out.pred_sem_seg.data, expected)
     assert len(runs) == (1 if mode == 'whole' else 3 * 11)
     assert mine.model.out_channels == 21
 
 
-@pytest.mark.parametrize('how, message', [
+@each_case('how, message', [
     (dict(classes=[]), 'names no class'),
     (dict(classes=['sky', 'tree', 'sky']), "'sky' occurs twice"),
     (dict(classes=['sky', ' ']), 'empty'),
@@ -251,7 +252,7 @@ def test_the_checkpoint_is_enough_for_its_own_classes(files, inferencer,
         type='ClassEmbeddings', file='none.safetensors', dim=64)
     mine = inferencer(cfg)
     with monkeypatch.context() as patch:
-        patch.setattr('mmseg_textkd.apis.word_tower.load_tower', None)
+        patch.setattr('mmseg_textkd.apis.class_encoder.load_tower', None)
         expected = mine(files.images[0])['predictions']
         mine.set_classes(['car', 'sky'])
         assert mine.source == 'as trained'

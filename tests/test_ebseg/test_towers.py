@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tiny_clip import save_model
 
+from mmseg_textkd.clip import TextTower
+from mmseg_textkd.clip.weights import TextTowerError
 from mmseg_textkd.models.ebseg import FrozenCLIPViT, FrozenSAMViT
 from mmseg_textkd.models.ebseg.clip_features import resize_position
-from mmseg_textkd.text import TextTower
-from mmseg_textkd.text.text_weights import TextTowerError
 
 SIZES = dict(
     embed_dims=64, num_layers=3, patch_size=8, grid_size=4, out_dims=64)
@@ -42,7 +42,7 @@ def open_clip_model():
     """The same model by open_clip alone."""
     import open_clip
 
-    from mmseg_textkd.text.text_weights import TOY_CLIP
+    from mmseg_textkd.clip.weights import TOY_CLIP
     return open_clip.create_model(f'local-dir:{TOY_CLIP}').eval()
 
 
@@ -275,8 +275,7 @@ def test_sam_weights_from_a_local_file(small_sam, tmp_path, kind):
 
 def test_sam_weights_that_cannot_be_had(small_sam, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
-    monkeypatch.setattr('mmseg_textkd.text.text_weights._offline',
-                        lambda: True)
+    monkeypatch.setattr('mmseg_textkd.clip.weights._offline', lambda: True)
     with pytest.raises(OSError, match="(?s)pretrained='FILE'"):
         FrozenSAMViT(cache_dir=str(tmp_path)).init_weights()
     with pytest.raises(FileNotFoundError, match='nowhere.pth'):

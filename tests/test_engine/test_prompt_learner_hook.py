@@ -1,18 +1,24 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """The hook in real, tiny runs."""
+import ast
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
-from mmseg.registry import HOOKS, MODELS
+from mmseg.registry import HOOKS, METRICS, MODELS
 from processes import load
 from tiny import CLASSES, assert_equal, run, tiny_config
 
-from mmseg_textkd.engine.stages import StageSchedule
+from mmseg_textkd.engine import PromptLearnerHook
 
 
 @HOOKS.register_module()
@@ -115,31 +121,144 @@ def test_no_stage_2_by_default(tmp_path, residual):
     assert runner.message_hub.get_scalar('train/text_stage').current() == 1
 
 
-def test_stage_2_from_the_start(tmp_path, residual):
-    _, recorder = record(tiny_config(tmp_path, residual, dict(switch_at=0)))
-    assert all(row['learns'] == {OFFSET, SCALE, BIAS} for row in recorder.rows)
+def test_stage_2_as_a_run_of_its_own(tmp_path, residual):
+    """From a checkpoint of stage 1, in which the text was fixed."""
+    stage1 = tiny_config(tmp_path, residual['embeddings'], dict(), max_iters=2)
+    stage1.work_dir = str(tmp_path / 'stage1')
+    run(stage1)
+    path = str(tmp_path / 'stage1' / 'iter_2.pth')
+    for name, load_from in (('warned', None), ('stage2', path)):
+        cfg = tiny_config(
+            tmp_path,
+            residual,
+            dict(switch_at=0),
+            max_iters=2,
+            log_level='WARNING')
+        cfg.work_dir, cfg.load_from = str(tmp_path / name), load_from
+        _, recorder = record(cfg)
+        assert all(row['learns'] == {OFFSET, SCALE, BIAS}
+                   for row in recorder.rows)
+        # By the schedule of the run, PolyLR from 0.05 to 1e-4.
+        assert [row['lr'][SCALE]
+                for row in recorder.rows] == pytest.approx([.05, 1e-4])
+        log, = tmp_path.glob(f'{name}/*/*.log')
+        assert ("without stage 1's weights" in log.read_text()) == (
+            load_from is None)
+    saved = load(path)['state_dict']
+    assert SCALE in saved and OFFSET not in saved
+    for key, value in saved.items():
+        assert torch.equal(recorder.rows[0]['before'][key], value), key
+
+
+ROOT = Path(__file__).parents[2]
+STDC = dict(
+    type='STDCContextPathNet',
+    backbone_cfg=dict(
+        type='STDCNet',
+        stdc_type='STDCNet1',
+        in_channels=3,
+        channels=(8, 8, 16, 16, 16),
+        bottleneck_type='cat',
+        num_convs=4,
+        norm_cfg=dict(type='BN'),
+        act_cfg=dict(type='ReLU'),
+        with_final_conv=False),
+    last_in_channels=(16, 16),
+    out_channels=8,
+    ffm_cfg=dict(in_channels=24, out_channels=8, scale_factor=4))
+
+
+def documented_variants():
+    """Read `learn` of the published variants out of the guide."""
+    page = ROOT / 'docs/en/user_guides/training.md'
+    rows = re.findall(r'^\| `(\w+)`[^|]*\| [^|]+ \| `([\[{].+[\]}])` \|$',
+                      page.read_text(), re.M)
+    return {name: ast.literal_eval(learn) for name, learn in rows}
+
+
+def test_stage_2_as_published(tmp_path):
+    """What learns, and whose batch norm statistics move."""
+    text = dict(
+        type='ContextPromptLearner',
+        embeddings=dict(type='ControlEmbeddings', kind='random', dim=64),
+        model='toyclip',
+        token_dim=64,
+        context_length=9,
+        class_specific=True,
+        suffix='',
+        vocabulary=list(CLASSES))
+    base = tiny_config(tmp_path, max_iters=2)
+    base.model.update(
+        type='TextKD',
+        score_map=dict(in_channels=16, projection=True, text=text),
+        auxiliary_head=dict(base.model.decode_head, in_index=2))
+    base.model.backbone = STDC
+    base.model.decode_head.in_index = 3
+    variants = documented_variants()
+    fragment = Config.fromfile(ROOT /
+                               'configs/_base_/text/published_stage2.py')
+    for hook in (fragment.text_stage2_hooks, fragment.text_two_stage_hooks):
+        assert hook[0].learn == variants['fixbackbone']
+        assert HOOKS.build(hook[0]).learn == hook[0].learn
+
+    def place(name):
+        """Tell trunk, neck, heads and prompts apart."""
+        for part, start in (('trunk', 'backbone.backbone.'),
+                            ('prompts', 'score_map.text'),
+                            ('neck', ('backbone.', 'score_map.'))):
+            if name.startswith(start):
+                return part
+        return 'heads'
+
+    cases = [('fixbackbone', True, {'neck', 'heads'}),
+             ('fixbackbone', False, {'neck', 'heads'}),
+             ('fixall', True, set()), ('fixexcepthead', True, {'heads'}),
+             ('trainall', True, {'trunk', 'neck', 'heads'})]
+    assert {name for name, *_ in cases} == set(variants)
+    for name, freeze_norm, parts in cases:
+        cfg = copy.deepcopy(base)
+        cfg.custom_hooks = [
+            dict(
+                type='PromptLearnerHook',
+                switch_at=1,
+                learn=variants[name],
+                freeze_norm=freeze_norm)
+        ]
+        runner, recorder = record(cfg)
+        params = {n for n, _ in runner.model.named_parameters()}
+        learns, changed = recorder.rows[1]['learns'], recorder.changed(1)
+        assert learns == {n for n in params if place(n) in {'prompts', *parts}}
+        assert changed & params <= learns
+        assert {place(n) for n in changed & params} == {'prompts', *parts}
+        moving = {place(n) for n in changed if 'running_mean' in n}
+        assert moving == parts | (set() if freeze_norm else {'trunk'})
 
 
 def test_rates_of_stage_2(tmp_path, residual):
     """Base rate x factor x schedule; the run's schedule goes on below."""
+    warmup = dict(type='LinearLR', start_factor=0.5, end=2)
+    decay = dict(type='PolyLR', power=2., eta_min=1e-3, begin=1)
     hook = dict(
-        switch_at=3,
+        switch_at=2,
         learn={
             r'\.text\.': 2.0,
             'backbone': 0.1,
             'log_scale': 1.0
         },
-        schedule=dict(type='cosine', warmup_iters=2))
+        param_scheduler=[warmup, decay])
     cfg = tiny_config(tmp_path, residual, hook)
     _, recorder = record(cfg)
     backbone = next(n for n in recorder.rows[0]['learns'] if 'backbone' in n)
-    schedule = StageSchedule('cosine', 2)
-    for i in range(3, 6):
-        lr = recorder.rows[i]['lr']
-        factor = schedule.factor(i - 3, 3)
-        assert lr[OFFSET] == pytest.approx(0.05 * 2 * factor)
-        assert lr[backbone] == pytest.approx(0.05 * 0.1 * factor)
-        assert lr[SCALE] == pytest.approx(0.05 * factor)
+    for name, rate in ((OFFSET, 0.1), (backbone, 0.005), (SCALE, 0.05)):
+        lrs = [row['lr'][name] for row in recorder.rows[2:]]
+        # Half, full, (1 - 1 / 2)^2 of what is above eta_min, eta_min; the
+        # factor is on all of it.
+        base, least = 0.05, 1e-3
+        factor = rate / base
+        assert lrs == pytest.approx([
+            rate / 2, rate, factor * (least + (base - least) / 4),
+            factor * least
+        ])
     stock = tiny_config(tmp_path, residual, dict())
     _, reference = record(stock)
     for row, other in zip(recorder.rows, reference.rows):
@@ -151,18 +270,21 @@ def test_rates_of_stage_2(tmp_path, residual):
     assert not any(k.startswith('decode_head.convs') for k in changed)
 
 
-def test_schedule_factors():
-    cosine = StageSchedule('cosine')
-    assert cosine.factor(0, 10) == 1 and cosine.factor(
-        5, 10) == pytest.approx(0.5)
-    assert StageSchedule('poly').factor(5, 10) == pytest.approx(0.5**0.9)
-    assert StageSchedule().factor(9, 10) == 1
-    warm = StageSchedule(warmup_iters=4)
-    assert [warm.factor(i, 10) for i in range(5)] == [.25, .5, .75, 1, 1]
-    with pytest.raises(ValueError, match='unknown schedule'):
-        StageSchedule('step')
-    with pytest.raises(ValueError, match='warmup_iters'):
-        StageSchedule(warmup_iters=-1)
+def test_the_old_schedule_is_still_read(tmp_path, residual):
+    """Its values, by hand: cosine from 1 to 0 and a rise over two steps."""
+    with pytest.warns(UserWarning, match='`schedule`.*`param_scheduler`'):
+        cfg = tiny_config(
+            tmp_path, residual,
+            dict(switch_at=2, schedule=dict(type='cosine', warmup_iters=2)))
+        _, recorder = record(cfg)
+    lrs = [row['lr'][SCALE] / 0.05 for row in recorder.rows[2:]]
+    half = 0.5 * (1 + 0.5**0.5)
+    assert lrs == pytest.approx([0.5, half, 0.5, 1 - half])
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="'step'"):
+        PromptLearnerHook(schedule=dict(type='step'))
+    with pytest.warns(UserWarning):
+        poly = PromptLearnerHook(schedule=dict(type='poly')).param_scheduler
+    assert poly == [dict(type='PolyLR', power=0.9, eta_min=0.)]
 
 
 def test_learned_text_is_in_the_checkpoint(tmp_path, residual):
@@ -261,6 +383,100 @@ class StopAt(Hook):
             raise KeyboardInterrupt
 
 
+@HOOKS.register_module()
+class StopInValidation(StopAt):
+    """Stop it in the validation before that iteration."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        pass
+
+    def before_val_epoch(self, runner):
+        super().before_train_iter(runner, 0)
+
+
+@METRICS.register_module()
+class ScoreOfIteration(BaseMetric):
+    """A score that depends on the iteration alone."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.scores = scores
+
+    def process(self, data_batch, data_samples):
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        # Of the last iteration or, just resumed, of the next one.
+        done = MessageHub.get_current_instance().get_info('iter')
+        return dict(score=self.scores[(done + 1) // 2 - 1])
+
+
+def best_config(tmp_path, text, scores, **hook):
+    """Validated after 2, 4, 6 and 8 iterations, stage 2 from 4 on."""
+    cfg = tiny_config(
+        tmp_path, text, dict(switch_at=4, load_best=True, **hook), max_iters=8)
+    cfg.train_cfg.val_interval = 2
+    cfg.val_evaluator = dict(type='ScoreOfIteration', scores=scores)
+    cfg.default_hooks.checkpoint.update(save_best='score', rule='greater')
+    cfg.custom_hooks.append(
+        dict(
+            type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.3))
+    return cfg
+
+
+@pytest.mark.parametrize('scores, best, stops', [
+    ([.9, .5, .1, .2], 2, [('StopAt', 3), ('StopAt', 4), ('StopAt', 6)]),
+    ([.5, .9, .1, .2], 4, [('StopInValidation', 4)]),
+])
+def test_stage_2_from_the_best_checkpoint(tmp_path, residual, scores, best,
+                                          stops):
+    """Reloaded at the switch and at no resume; stage 1's best is kept."""
+    cfg = best_config(tmp_path, residual, scores)
+    _, recorder = record(cfg, work_dir=str(tmp_path / 'whole'))
+    start = load(tmp_path / 'whole' / f'best_score_iter_{best}.pth')
+    for key, value in start['state_dict'].items():
+        if not key.endswith('started'):
+            assert torch.equal(recorder.rows[4]['before'][key], value), key
+    assert SCALE in start['state_dict']
+    # In the state of the optimizer is what has learned since.
+    end = load(tmp_path / 'whole' / 'iter_8.pth')
+    assert len(end['optimizer']['state']) == 3
+    # Stage 2 has a best checkpoint of its own.
+    assert sorted(p.name
+                  for p in (tmp_path / 'whole').glob('best*')) == sorted(
+                      [f'best_score_iter_{best}.pth', 'best_score_iter_8.pth'])
+    for kind, at in stops:
+        killed = cfg.copy()
+        killed.work_dir = str(tmp_path / f'{kind}{at}')
+        first = killed.copy()
+        first.custom_hooks = list(
+            first.custom_hooks) + [dict(type=kind, at=at)]
+        with pytest.raises(KeyboardInterrupt):
+            run(first)
+        run(killed, resume=True)
+        same_state(
+            str(tmp_path / 'whole' / 'iter_8.pth'),
+            f'{killed.work_dir}/iter_8.pth')
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({
+        'default_hooks.checkpoint.save_best': None
+    }, 'one best checkpoint.*mIoU'),
+    ({
+        'train_cfg.val_interval': 5
+    }, 'first is at iteration 5.*switch at 4'),
+    ({
+        'val_evaluator.scores': [float('nan')] * 4
+    }, 'no best checkpoint'),
+])
+def test_no_best_checkpoint(tmp_path, residual, changes, message):
+    cfg = best_config(tmp_path, residual, [.1] * 4)
+    cfg.merge_from_dict(changes)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        run(cfg)
+
+
 def test_ema_is_evaluated_and_saved_with_its_own_text(tmp_path, residual):
     """The averaged parameters and the text must fit each other."""
     cfg = tiny_config(tmp_path, residual, dict(switch_at=2))
@@ -338,10 +554,15 @@ def test_a_frozen_parameter_stays_frozen(tmp_path, residual):
     (dict(switch_at=1.5), ValueError, r'must lie in \(0, 1\)'),
     (dict(switch_at='half'), TypeError, 'iteration'),
     (dict(switch_at=True), TypeError, 'iteration'),
+    (dict(switch_at=0, load_best=True), ValueError, 'needs a stage 1'),
     (dict(switch_at=6), ValueError, 'run ends after 6'),
     (dict(switch_at=99), ValueError, 'start at iteration 99.*ends after 6'),
     (dict(switch_at=3, learn=['nothing_like_this']), ValueError,
      "'nothing_like_this'.*matches no parameter.*offset"),
+    (dict(switch_at=3, learn={'.': -1.}), ValueError, 'must not be negative'),
+    (dict(switch_at=3, learn={'.': 0.}), ValueError, 'all factors.*are 0'),
+    (dict(switch_at=3, param_scheduler=dict(type='PolyLR', by_epoch=True)),
+     ValueError, 'counts iterations.*`by_epoch`'),
 ])
 def test_bad_plans(tmp_path, residual, hook, error, message):
     with pytest.raises(error, match=message):
@@ -481,14 +702,14 @@ def test_text_on_auxiliary_heads(tmp_path, residual):
             ] == [everything - prompts] * 3 + [prompts | own] * 3
     assert prompts | own <= recorder.changed(4)
     heads = [runner.model.decode_head, runner.model.auxiliary_head[0]]
-    offsets = [head.text.text.offset for head in heads]
+    offsets = [head.text_branch.text.offset for head in heads]
     assert not torch.equal(*offsets)
     hub = runner.message_hub
     for i, head in enumerate(heads):
         scale = hub.get_scalar(f'train/text_scale{i or ""}').current()
-        assert scale == head.text.scale().item() != 1
+        assert scale == head.text_branch.scale().item() != 1
         drift = hub.get_scalar(f'train/text_drift{i or ""}').current()
-        assert drift == pytest.approx(head.text.text.drift()) != 0
+        assert drift == pytest.approx(head.text_branch.text.drift()) != 0
     # The checkpoint has the text of both; without the auxiliary heads, which
     # do not run at inference, it predicts the same.
     path = tmp_path / 'work' / 'iter_6.pth'

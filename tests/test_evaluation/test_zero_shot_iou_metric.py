@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from each_case import each_case
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 
@@ -166,7 +167,7 @@ def test_classes_that_do_not_fit(unseen, match):
         evaluate([sample([[0]], [[0]])], unseen)
 
 
-@pytest.mark.parametrize('options, match', [
+@each_case('options, match', [
     (dict(unseen=[]), 'at least one, but got'),
     (dict(unseen='truck'), "list of class names.*'truck'"),
     (dict(unseen=['car', 'car']), 'names a class twice'),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from network_tester import samples
 from torch import nn
 
@@ -154,21 +155,22 @@ def test_loss_is_the_cross_entropy_of_the_score_map(role):
     got = module.loss(inputs, labels, {})['loss_context_ce']
     feat = module._forward_feature(inputs)
     with torch.no_grad():
-        embeddings = module.text.projection(feat)
-        text = module.text.fusion(feat, module.text.text())
+        embeddings = module.text_branch.projection(feat)
+        text = module.text_branch.fusion(feat, module.text_branch.text())
         score = F.cosine_similarity(
             embeddings[:, None], text[..., None, None], dim=2)
-    found = module.text.fusion.score(embeddings, feat, module.text.text())
+    found = module.text_branch.fusion.score(embeddings, feat,
+                                            module.text_branch.text())
     torch.testing.assert_close(found, score)
     assert found.abs().max() <= 1 + 1e-6
     small = torch.cat([s.gt_sem_seg.data[:, ::8, ::8] for s in labels])
     expected = .7 * F.cross_entropy(score / .07, small, ignore_index=255)
     torch.testing.assert_close(got, expected)
     got.backward()
-    for part in (module.text.fusion.layers[0], module.text.projection.conv,
-                 module.convs[0].conv):
+    for part in (module.text_branch.fusion.layers[0],
+                 module.text_branch.projection.conv, module.convs[0].conv):
         assert all(p.grad.any() for p in part.parameters())
-    assert module.text.fusion.gamma.grad.any()
+    assert module.text_branch.fusion.gamma.grad.any()
 
 
 @pytest.mark.parametrize('role', ['classifier', 'auxiliary'])
@@ -228,7 +230,7 @@ def test_it_starts_as_the_network_without_it(kind):
     feat = torch.randn(2, 8, 6, 9)
     feat = feat if kind is TextPIDHead else [feat]
     torch.testing.assert_close(kept(feat), plain(feat), rtol=1e-5, atol=1e-5)
-    assert torch.equal(kept.text.fusion.gamma, torch.full((16, ), 1e-4))
+    assert torch.equal(kept.text_branch.fusion.gamma, torch.full((16, ), 1e-4))
 
 
 def test_a_kept_one_learns_by_both_losses():
@@ -236,7 +238,7 @@ def test_a_kept_one_learns_by_both_losses():
     losses = module.loss(*data(), {})
     assert losses['loss_context_ce'] > 0
     losses['loss_ce'].backward()
-    assert module.text.fusion.score_weight.grad.any()
+    assert module.text_branch.fusion.score_weight.grad.any()
 
 
 def test_prompts_learn_through_the_decoder_and_the_tower_does_not():
@@ -274,8 +276,8 @@ def test_scores_are_float32_under_amp():
 
 def test_dropout_is_for_training_only():
     module = head(fusion=dict(CONTEXT, gamma=1.))
-    feat, text = torch.randn(1, 8, 6, 9), module.text.text()
-    fusion = module.text.fusion
+    feat, text = torch.randn(1, 8, 6, 9), module.text_branch.text()
+    fusion = module.text_branch.fusion
     assert any(isinstance(m, nn.Dropout) for m in fusion.modules())
     first, second = fusion(feat, text), fusion(feat, text)
     assert not torch.equal(first, second)
@@ -283,7 +285,7 @@ def test_dropout_is_for_training_only():
     assert torch.equal(fusion(feat, text), fusion(feat, text))
 
 
-@pytest.mark.parametrize('kwargs, message', [
+@each_case('kwargs, message', [
     (dict(use='testing'), "use.*must be one of.*'testing'"),
     (dict(num_heads=3), 'num_heads=3'),
     (dict(stride=0), 'stride=0'),

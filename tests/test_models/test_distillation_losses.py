@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.structures import InstanceData, PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
@@ -318,8 +319,8 @@ def test_gradients_of_logit_losses(kind, batch):
                 logits, teacher, batch['labels'], ignore_index=IGNORE).item()
 
 
-@pytest.mark.parametrize('what', ['ignored', 'unknown', 'one class', 'pixel'])
-@pytest.mark.parametrize('case', CASES, ids=IDS)
+@each_case('what', ['ignored', 'unknown', 'one class', 'pixel'])
+@each_case('case', CASES)
 def test_degenerate_batches_of_text_losses(case, what, batch):
     labels = torch.full((N, H, W), IGNORE)
     if what == 'unknown':
@@ -377,7 +378,7 @@ def test_features_of_another_width():
         own(features, teacher, labels)
 
 
-@pytest.mark.parametrize('kind, options, message', [
+@each_case('kind, options, message', [
     ('TextGuidedDistillationLoss', dict(teacher='clip'), 'one of'),
     ('TextGuidedDistillationLoss', dict(min_pixels=0), 'at least 1'),
     ('TextGuidedDistillationLoss', dict(temperature=0), 'positive'),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from each_case import each_case
 from mmengine.config import ConfigDict
 from mmengine.structures import PixelData
 from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
@@ -180,7 +181,7 @@ def test_classifier_learns_and_folds(name):
         logits(name, stock.eval()), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', TAKE)
+@each_case('name', TAKE)
 def test_auxiliary_role_leaves_the_stock_head_alone(name):
     stock, head = build(name), build(name, text=CONTROL, role='auxiliary')
     head.load_state_dict(stock.state_dict(), strict=False)
@@ -192,7 +193,7 @@ def test_auxiliary_role_leaves_the_stock_head_alone(name):
         logits(name, head.eval()), logits(name, stock.eval()))
 
 
-@pytest.mark.parametrize('name', REFUSED)
+@each_case('name', REFUSED)
 def test_others_are_refused(name):
     with pytest.raises(TypeError, match=f'Text{name} cannot take text.*conv_'):
         text_class(name)(text=CONTROL, **copy.deepcopy(REFUSED[name]))
@@ -270,23 +271,23 @@ def test_any_head_of_a_cascade_can_have_text():
     sum(v for k, v in found.items() if 'loss' in k).backward()
     assert {'decode_0.loss_ce', 'decode_1.loss_ce'} <= set(found)
     for head in model.decode_head:
-        assert head.text.projection.conv.weight.grad.abs().max() > 0
+        assert head.text_branch.projection.conv.weight.grad.abs().max() > 0
     assert model.eval()._forward(torch.randn(1, 3, 64, 64)).shape[1] == K
 
 
 GN = dict(type='GN', num_groups=4)
 
 
-@pytest.mark.parametrize('norm_cfg, kind, eps', [
+@each_case('norm_cfg, kind, eps', [
     (GN, nn.BatchNorm2d, 1e-5),
     (dict(type='SyncBN', eps=1e-3), SyncBatchNorm, 1e-3),
     (dict(type='BN', eps=1e-3), nn.BatchNorm2d, 1e-3),
     (None, nn.BatchNorm2d, 1e-5),
 ])
-@pytest.mark.parametrize('role', ['classifier', 'auxiliary'])
+@each_case('role', ['classifier', 'auxiliary'])
 def test_norm_is_the_heads_own_where_it_folds(role, norm_cfg, kind, eps):
     head = TextFCNHead(text=CONTROL, role=role, norm_cfg=norm_cfg, **ONE)
-    bn = head.text.projection.bn
+    bn = head.text_branch.projection.bn
     assert type(bn) is kind and bn.eps == eps
 
 
@@ -294,7 +295,7 @@ def test_a_norm_that_does_not_fold_is_refused_where_it_is_asked_for():
     hamburger = dict(TWO, ham_channels=8, ham_kwargs=dict(MD_R=4), norm_cfg=GN)
     head = TextLightHamHead(text=CONTROL, **hamburger)
     assert isinstance(head.squeeze.norm, nn.GroupNorm)
-    assert type(head.text.projection.bn) is nn.BatchNorm2d
+    assert type(head.text_branch.projection.bn) is nn.BatchNorm2d
     with pytest.raises(ValueError, match='needs BN or SyncBN.*GN'):
         TextLightHamHead(
             text=CONTROL, text_branch=dict(norm_cfg=GN), **hamburger)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.dist import all_reduce
 from torch import distributed, multiprocessing, nn
 
@@ -84,7 +85,7 @@ def correlation(a, b):
     return cosine(a, b)
 
 
-@pytest.mark.parametrize('options', OPTIONS, ids=str)
+@each_case('options', OPTIONS)
 def test_against_a_naive_loop(options):
     embeddings, text, labels = data()
     for min_pixels in (1, 2):
@@ -100,7 +101,7 @@ def test_against_a_naive_loop(options):
     assert one != pytest.approx(two, rel=1e-3)
 
 
-@pytest.mark.parametrize('options', OPTIONS, ids=str)
+@each_case('options', OPTIONS)
 def test_gradient(options):
     embeddings, text, labels = data()
     loss = build(**options)
@@ -150,7 +151,7 @@ def test_zero_where_pixels_lie_as_the_text_does():
     assert build(target='raw')(embeddings - 1, text, labels) > 1e-3
 
 
-@pytest.mark.parametrize('options', OPTIONS, ids=str)
+@each_case('options', OPTIONS)
 def test_what_must_not_matter(options):
     embeddings, text, labels = data()
     loss = build(**options)
@@ -191,8 +192,8 @@ def change(labels, how):
     return labels
 
 
-@pytest.mark.parametrize('options', OPTIONS, ids=str)
-@pytest.mark.parametrize('how', ['one class', 'all ignored', 'all too small'])
+@each_case('options', OPTIONS)
+@each_case('how', ['one class', 'all ignored', 'all too small'])
 def test_fewer_than_two_classes_give_zero_with_a_graph(options, how):
     embeddings, text, labels = data()
     loss = build(min_pixels=2, **options)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from each_case import each_case
 
 from mmseg_textkd.models import SpatialRegularization
 
@@ -46,9 +47,13 @@ def naive(module, logits):
     return logits
 
 
-@pytest.mark.parametrize('kind', ['depthwise', 'bottleneck'])
-@pytest.mark.parametrize('activation', list(SCALAR))
-@pytest.mark.parametrize('depth', [0, 1, 2, 4])
+@each_case('kind, activation, depth', [
+    ('bottleneck', 'lrelu', 0),
+    ('depthwise', 'tanh', 1),
+    ('bottleneck', 'lrelu', 2),
+    ('bottleneck', 'tanh', 4),
+    ('depthwise', 'relu', 4),
+])
 def test_blocks_match_the_definition(kind, depth, activation):
     module = build(kind, depth, activation)
     logits = torch.randn(2, 3, 4, 5).double()
@@ -58,8 +63,8 @@ def test_blocks_match_the_definition(kind, depth, activation):
     assert sum(p.numel() for p in module.parameters()) == 10 * depth
 
 
-@pytest.mark.parametrize('kind', ['depthwise', 'bottleneck'])
-@pytest.mark.parametrize('labels', [1, 2, 19, 1000])
+@each_case('kind', ['depthwise', 'bottleneck'])
+@each_case('labels', [1, 19])
 def test_any_number_of_labels_in_any_order(kind, labels):
     module = build(kind, 3)
     logits = torch.randn(2, labels, 3, 3).double()
@@ -74,8 +79,8 @@ def test_any_number_of_labels_in_any_order(kind, labels):
         assert torch.allclose(more, expected) == (kind == 'depthwise')
 
 
-@pytest.mark.parametrize('kind', ['depthwise', 'bottleneck'])
-@pytest.mark.parametrize('activation', list(SCALAR))
+@each_case('kind, activation', [('depthwise', 'tanh'), ('bottleneck', 'lrelu'),
+                                ('bottleneck', 'relu')])
 def test_gradient(kind, activation):
     module = build(kind, 2, activation)
     logits = torch.randn(1, 3, 3, 4).double().requires_grad_()
@@ -102,7 +107,7 @@ def test_start_keeps_the_order_of_the_labels():
     assert SpatialRegularization(depth=0)(logits) is logits
 
 
-@pytest.mark.parametrize('option, match', [
+@each_case('option, match', [
     (dict(kind='pointwise'), "one of .*'bottleneck'.*'pointwise'"),
     (dict(activation='gelu'), "one of .*'tanh'.*'gelu'"),
     (dict(depth=-1), 'at least 0, but got -1'),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.config import Config
 from mmseg.registry import MODELS
 
@@ -56,8 +57,8 @@ def system(module, weight, bias):
     return text, target
 
 
-@pytest.mark.parametrize('norm', ['bn', 'none'])
-@pytest.mark.parametrize('bias', [True, False])
+@each_case('norm', ['bn', 'none'])
+@each_case('bias', [True, False])
 def test_evaluation_mode_is_exact(build, norm, bias):
     module = build(norm=norm, bias=bias)
     scale, text = module.scale().item(), module.text().clone()
@@ -77,8 +78,8 @@ def test_evaluation_mode_is_exact(build, norm, bias):
     torch.testing.assert_close(conv.bias, offset, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize('num_classes, dim', [(5, 16), (20, 6)])
-@pytest.mark.parametrize('bias', [True, False])
+@each_case('num_classes, dim', [(5, 16), (20, 6)])
+@each_case('bias', [True, False])
 def test_projection_is_the_least_squares_solution(build, num_classes, dim,
                                                   bias):
     module = build(num_classes, dim, bias=bias)
@@ -158,7 +159,7 @@ def test_a_dead_channel_stays_finite(build):
     assert near.max_difference < 1e-3
 
 
-@pytest.mark.parametrize('kwargs, change, words', [
+@each_case('kwargs, change, words', [
     (dict(norm='l2'), {}, "norm='l2'.*role='auxiliary'.*load_from"),
     (dict(norm_cfg=dict(type='BN', affine=False)), {}, 'cannot be undone'),
     (dict(norm_cfg=dict(type='BN', track_running_stats=False)), {},

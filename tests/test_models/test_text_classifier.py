@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmseg.registry import MODELS
 
 from mmseg_textkd.models import LogitScale, TextClassifier
@@ -50,8 +51,8 @@ def reference(module, feat):
     return logits
 
 
-@pytest.mark.parametrize('norm', ['bn', 'l2', 'none'])
-@pytest.mark.parametrize('bias', [True, False])
+@each_case('norm', ['bn', 'l2', 'none'])
+@each_case('bias', [True, False])
 def test_forward_matches_the_definition(norm, bias):
     module = build(norm, bias=bias).eval()
     feat = torch.randn(2, 7, 3, 4)
@@ -59,9 +60,9 @@ def test_forward_matches_the_definition(norm, bias):
         module(feat).double(), reference(module, feat), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('norm', ['bn', 'none'])
-@pytest.mark.parametrize('affine', [True, False])
-@pytest.mark.parametrize('bias', [True, False])
+@each_case('norm', ['bn', 'none'])
+@each_case('affine', [True, False])
+@each_case('bias', [True, False])
 def test_fold_is_exact(norm, affine, bias):
     module = build(
         norm, bias=bias, norm_cfg=dict(type='BN', affine=affine)).eval()

@@ -15,10 +15,15 @@ ARGS = dict(in_channels=8, channels=8, num_classes=4, num_convs=1)
 def test_roles_put_the_branch_in_its_place():
     head = TextFCNHead(text=CONTROL, **ARGS)
     assert isinstance(head.conv_seg, TextClassifier)
-    assert head.text is head.conv_seg and len(head.text_losses) == 0
+    assert head.text_branch is head.conv_seg and len(head.text_losses) == 0
     head = TextFCNHead(text=CONTROL, role='auxiliary', **ARGS)
     assert isinstance(head.conv_seg, torch.nn.Conv2d)
-    assert type(head.text) is TextBranch
+    assert type(head.text_branch) is TextBranch
+    # The names of parameters are those of the roles.
+    keys = {k.split('.')[0] for k in head.state_dict() if '.text.' in k}
+    assert keys == {'text_branch'}
+    with pytest.warns(DeprecationWarning, match='head.text_branch'):
+        assert head.text is head.text_branch
     assert head.text_losses[0].loss_weight == 0.4
 
 
@@ -34,7 +39,7 @@ def test_text_losses_see_what_the_classifier_saw():
     loss.register_forward_pre_hook(lambda m, args: seen.append(args))
     head.loss([torch.randn(2, 8, 4, 8)], samples((32, 64), 4), {})
     assert len(calls) == 1 and seen[0][0] is calls[0]
-    assert seen[0][1] is head.text.text.class_embeddings
+    assert seen[0][1] is head.text_branch.text.class_embeddings
     labels = seen[0][2]
     assert labels.shape == (2, 4, 8) and labels.dtype == torch.int64
 

@@ -6,11 +6,12 @@ import zlib
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from network_tester import samples
 
 from mmseg_textkd.models import (TextClassifier, TextDDRHead, TextFCNHead,
                                  TwoWayBridge)
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
 
 CONTROL = dict(type='ControlEmbeddings', kind='random', dim=16)
 BRIDGE = dict(type='TwoWayBridge', width=8, num_heads=2)
@@ -202,8 +203,8 @@ def test_it_starts_as_the_network_without_it(norm):
     plain = head(text_branch=branch)
     kept = head(dict(use='inference'), text_branch=branch)
     inputs, labels = data()
-    text = kept.text.text()
-    fused, products = kept.text.fusion(inputs[0], text)
+    text = kept.text_branch.text()
+    fused, products = kept.text_branch.fusion(inputs[0], text)
     assert torch.equal(fused, text.expand(2, -1, -1))
     assert not products.any()
     expected = plain.loss(inputs, labels, {})
@@ -217,8 +218,8 @@ def test_it_starts_as_the_network_without_it(norm):
         kept(inputs), plain(inputs), rtol=1e-5, atol=1e-5)
     # Nor is it disturbed by the init of a head.
     kept.init_weights()
-    assert not kept.text.fusion.pixel_gate.any()
-    assert not kept.text.fusion.text_gate.any()
+    assert not kept.text_branch.fusion.pixel_gate.any()
+    assert not kept.text_branch.fusion.text_gate.any()
 
 
 @pytest.mark.parametrize('role', ['classifier', 'auxiliary'])
@@ -258,14 +259,17 @@ def test_gradients_reach_the_gates_and_then_both_branches(use):
         losses = module.loss(inputs, labels, {})
         sum(v for k, v in losses.items() if 'loss' in k).backward()
         optimizer.step()
-        grads = {n: p.grad for n, p in module.text.fusion.named_parameters()}
+        grads = {
+            n: p.grad
+            for n, p in module.text_branch.fusion.named_parameters()
+        }
         assert all(g is not None for g in grads.values())
         return {n for n, g in grads.items() if g.any()}
 
     gates = {'text_gate', 'pixel_gate'}
     assert step() == gates
     reached = step()
-    everything = {n for n, _ in module.text.fusion.named_parameters()}
+    everything = {n for n, _ in module.text_branch.fusion.named_parameters()}
     # A convolution's bias before a norm would have none; there is none.
     assert everything - reached == set()
 
@@ -332,7 +336,7 @@ def test_divergence_is_that_of_the_definition(temperature):
 def test_who_learns_by_the_distillation(detach):
     """By default only the plain classifier, which is deployed."""
     module = head(dict(detach_teacher=detach), role='auxiliary')
-    stir(module.text)
+    stir(module.text_branch)
     loss = module.loss(*data(), {})['loss_bridge_kl']
     assert loss > 0
     loss.backward()
@@ -362,7 +366,7 @@ def test_ignored_pixels_count_for_nothing():
     logits = torch.randn(2, 4, 4, 8)
     small = torch.cat([s.gt_sem_seg.data[:, ::8, ::8] for s in labels])
     naive = F.cross_entropy(logits, small, ignore_index=255)
-    got = module.text.fusion.cross_entropy(logits, small, 255)
+    got = module.text_branch.fusion.cross_entropy(logits, small, 255)
     torch.testing.assert_close(got, naive)
     for sample in labels:
         sample.gt_sem_seg.data.fill_(255)
@@ -370,14 +374,15 @@ def test_ignored_pixels_count_for_nothing():
     for name in ('loss_bridge_ce', 'loss_bridge_kl'):
         assert expected[name] > 0 and nothing[name] == 0
     nothing['loss_bridge_ce'].backward()
-    assert not module.text.fusion.text_gate.grad.any()
+    assert not module.text_branch.fusion.text_gate.grad.any()
 
 
 def test_similarities_are_float32_under_amp():
     module = stir(head(dict()))
     inputs, labels = data()
     with torch.autocast('cpu', torch.bfloat16):
-        text, products = module.text.fusion(inputs[0], module.text.text())
+        text, products = module.text_branch.fusion(inputs[0],
+                                                   module.text_branch.text())
         losses = module.loss(inputs, labels, {})
     assert text.dtype == products.dtype == torch.float32
     full = module.loss(inputs, labels, {})
@@ -410,7 +415,7 @@ def test_other_norms_and_heads():
     assert 'BatchNorm2d' in kinds and 'GroupNorm' not in kinds
 
 
-@pytest.mark.parametrize('kwargs, message', [
+@each_case('kwargs, message', [
     (dict(use='testing'), "use.*must be one of.*'testing'"),
     (dict(num_heads=3), 'num_heads=3'),
     (dict(stride=4), 'stride=4'),

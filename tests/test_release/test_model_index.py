@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from each_case import each_case
 from network_tester import load_config
 from processes import ROOT
 
@@ -215,14 +216,14 @@ def test_weights_run_with_the_config_of_their_entry(load_tool):
     assert found['stock'] > 14 and found['own'] > 4
 
 
-@pytest.mark.parametrize('fields, message', [
+@each_case('fields, message', [
     (dict(config='[config](no_1xb8-10k_camvid-360x480.py)'),
      'there is no no_1xb8-10k_camvid-360x480.py'),
     (dict(config='[config](../../tools/train.py)'),
      '.*train.py is not named as a config, or in none of the folders'),
     (dict(config='-'), r'config must be \[config\]\(PATH\)'),
-    (dict(config=f'[config](../stock/{STOCK}.py)', download='-'),
-     f'{STOCK} has two rows'),
+    (dict(config=f'[config](../stock/{STOCK}.py)',
+          download='-'), f'{STOCK} has two rows'),
     (dict(schedule='160000'), 'Lr schd is 160000, but .* says 10000'),
     (dict(crop='480x360'), 'Crop Size is 480x360, but .* says 360x480'),
     (dict(miou='about 71'), "mIoU is 'about 71'; write -, 71.2"),
@@ -232,7 +233,7 @@ def test_weights_run_with_the_config_of_their_entry(load_tool):
     (dict(download=FIELDS['download'].replace('textkd_', '')),
      'download is .*DATE-SHA8'),
     (dict(device='V100 | 8'), '12 cells, not 11'),
-], ids=lambda value: value if isinstance(value, str) else '')  # yapf: disable
+])
 def test_faults_are_named_with_their_place(tree, fields, message):
     number = edit(tree, fields)
     for args in ((), ('--check', )):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from each_case import each_case
 from mmengine.config import Config
 from mmseg.registry import MODELS
 from processes import TOOLS, load
@@ -234,14 +235,14 @@ def other_network(path, target):
     torch.save(dict(state_dict=dict(a=torch.zeros(1)), meta=META), target)
 
 
-@pytest.mark.parametrize('damage, match', [
+@each_case('damage, match', [
     (nan, 'NaN or infinite.*conv_seg.bias.*earlier checkpoint'),
     (nameless, 'does not name its classes'),
     (truncated, 'no checkpoint, a damaged one'),
     (flipped, 'checksum'),
     (foreign, 'not safe to read'),
     (other_network, 'not of the network of the config'),
-], ids=lambda value: getattr(value, '__name__', None))  # yapf: disable
+])
 def test_bad_checkpoints_are_refused(tool, stock, tmp_path, out, damage,
                                      match):
     target = tmp_path / 'bad.pth'

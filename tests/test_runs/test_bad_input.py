@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.runner import Runner
 from processes import ROOT
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from tiny import CLASSES, run, tiny_config
 
 from mmseg_textkd.text import TextEmbeddings
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
 
 
 def tampered(path):
@@ -53,7 +54,7 @@ def residual(file, **options):
         embeddings=dict(type='ClassEmbeddings', file=file, **options))
 
 
-@pytest.mark.parametrize('damage', DAMAGES, ids=lambda d: d.__name__)
+@each_case('damage', DAMAGES)
 def test_damaged_file(tmp_path, make_embeddings, damage):
     file = make_embeddings(8, names=list(CLASSES))
     damage(file)
@@ -182,7 +183,7 @@ def test_a_checkpoint_of_another_width(tmp_path, capsys):
     assert ('size mismatch for decode_head.conv_seg.text.class_embeddings: '
             'copying a param with shape torch.Size([8, 16])'
             ) in capsys.readouterr().out
-    assert runner.model.decode_head.text.text().shape == (8, 32)
+    assert runner.model.decode_head.text_branch.text().shape == (8, 32)
 
 
 def test_a_stock_checkpoint_is_not_resumed(tmp_path):

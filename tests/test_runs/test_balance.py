@@ -14,7 +14,7 @@ from mmseg_textkd import zero_shot
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.deploy import BalancedConvSeg, to_stock_cfg
 from mmseg_textkd.models import BalancedTextClassifier
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
 
 UNSEEN = ['car', 'truck']
 SEEN = [name not in UNSEEN for name in CLASSES]

@@ -15,11 +15,11 @@ from processes import TOOLS, load, start
 from tiny import CLASSES, SIZE, assert_equal, run, tiny_config
 
 from mmseg_textkd import add_region_embeddings
+from mmseg_textkd.clip.image_tower import ImageTower
 from mmseg_textkd.datasets.encode_regions import ensure_regions
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
 from mmseg_textkd.engine import TeacherHook
-from mmseg_textkd.text.build import ensure_embeddings
-from mmseg_textkd.text.image_tower import ImageTower
+from mmseg_textkd.text.encode_classes import ensure_embeddings
 
 GUIDED = 'decode.loss_text_guided'
 TEXT_LOSSES = [
@@ -254,7 +254,7 @@ def test_goes_with_all_other_text_knowledge(root):
         assert names <= set(values)
         total = sum(v for k, v in values.items() if 'loss_' in k)
         assert values['loss'] == pytest.approx(total, rel=1e-5)
-    assert runner.model.decode_head.text.text.offset.abs().max() > 0
+    assert runner.model.decode_head.text_branch.text.offset.abs().max() > 0
     stock = MODELS.build(to_stock_cfg(cfg).model)
     model = runner.model.eval()
     stock.load_state_dict(fold_state_dict(model), strict=True)

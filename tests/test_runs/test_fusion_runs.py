@@ -142,7 +142,7 @@ def test_deployed_network_is_a_stock_one(trained, name):
     assert not any('fusion' in n for n, _ in stock.named_modules())
     inputs = torch.randn(1, 3, *SIZE)
     calls = []
-    done.model.decode_head.text.fusion.register_forward_hook(
+    done.model.decode_head.text_branch.fusion.register_forward_hook(
         lambda *args: calls.append(1))
     with torch.no_grad():
         expected, got = done.model(inputs), stock(inputs)
@@ -153,7 +153,7 @@ def test_deployed_network_is_a_stock_one(trained, name):
 
 def test_a_kept_bridge_does_not_fold_and_is_told_so(trained, tmp_path):
     done = trained('kept')
-    classifier = done.model.decode_head.text
+    classifier = done.model.decode_head.text_branch
     for refuse in (lambda: fold_state_dict(done.model), classifier.as_conv,
                    lambda: to_stock_cfg(done.cfg)):
         with pytest.raises(ValueError) as error:
@@ -195,9 +195,9 @@ def test_a_kept_bridge_runs_in_onnx_runtime(trained, tmp_path, capsys):
         assert (got - expected).abs().max() < bound
         # Not what the plain classifier would say.
         with torch.no_grad():
-            done.model.decode_head.text.fusion.use = 'training'
+            done.model.decode_head.text_branch.fusion.use = 'training'
             plain = done.model.encode_decode(inputs, [dict(img_shape=size)])
-            done.model.decode_head.text.fusion.use = 'inference'
+            done.model.decode_head.text_branch.fusion.use = 'inference'
         assert (plain - expected).abs().max() > 10 * bound
 
 

@@ -9,8 +9,8 @@ import torch
 from processes import STOCK_TRAIN, load, side_by_side, start
 from tiny import CLASSES, assert_equal, tiny_config
 
-from mmseg_textkd.text import TextTower
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.clip import TextTower
+from mmseg_textkd.text.encode_classes import encode_classes
 
 pytestmark = pytest.mark.stacks
 
@@ -42,7 +42,10 @@ def write_config(folder):
             'logit_bias': 1.,
             'backbone': 0.1
         },
-        schedule=dict(type='cosine', warmup_iters=2),
+        param_scheduler=[
+            dict(type='LinearLR', start_factor=0.5, end=2),
+            dict(type='CosineAnnealingLR', eta_min=0.)
+        ],
         log_interval=1)
     cfg = tiny_config(folder, text, hook, max_iters=ITERS)
     cfg.custom_imports.imports.append('fate_hook')

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.registry import MODELS
 from mmengine.runner import Runner, load_checkpoint
 from processes import TOOLS, load, start
@@ -224,7 +225,7 @@ def variants(checkpoint):
         averaged=dict(checkpoint, ema_state_dict=dict(steps=torch.tensor(3))))
 
 
-@pytest.mark.parametrize('form', ['bare', 'wrapped', 'old', 'averaged'])
+@each_case('form', ['bare', 'wrapped', 'old', 'averaged'])
 def test_other_forms_of_a_checkpoint(convert, trained, tmp_path, capsys, form):
     torch.save(variants(load(trained.checkpoint))[form], tmp_path / 'in.pth')
     made = load(convert(trained.textual, tmp_path / 'in.pth'))['state_dict']
@@ -376,7 +377,7 @@ def refused(convert, tmp_path, *args):
     return str(info.value)
 
 
-@pytest.mark.parametrize('damage', BAD, ids=lambda d: d.__name__)
+@each_case('damage', BAD)
 def test_bad_checkpoint(convert, trained, tmp_path, damage):
     checkpoint = load(trained.checkpoint)
     damage(checkpoint['state_dict'], checkpoint['meta'])

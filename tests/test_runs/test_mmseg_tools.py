@@ -15,7 +15,7 @@ from processes import (ROOT, STOCK_TRAIN, TOOLS, load, options, side_by_side,
 from mmseg_textkd.datasets import CamVidDataset
 from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
 from mmseg_textkd.text import TextEmbeddings
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
 
 pytestmark = pytest.mark.stacks
 

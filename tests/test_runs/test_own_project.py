@@ -15,7 +15,7 @@ from processes import (ROOT, STOCK_TRAIN, TOOLS, load, options, side_by_side,
                        start)
 
 from mmseg_textkd.models.text_parameters import text_providers
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
 
 GUIDE = 'docs/en/user_guides/mixing_in.md'
 AUXILIARY = 'Text on auxiliary heads'

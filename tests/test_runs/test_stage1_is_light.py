@@ -7,8 +7,8 @@ import pytest
 from processes import ROOT, load, side_by_side, start
 from tiny import CLASSES
 
-from mmseg_textkd.text import TextTower
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.clip import TextTower
+from mmseg_textkd.text.encode_classes import encode_classes
 
 # A machine without open_clip and without a network.
 BARE = '''

@@ -8,8 +8,8 @@ from processes import load
 from tiny import SIZE, assert_equal, run, tiny_config
 
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
-from mmseg_textkd.text import TextProvider
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.models.text_providers import TextProvider
+from mmseg_textkd.text.encode_classes import encode_classes
 
 pytestmark = pytest.mark.stacks
 
@@ -96,7 +96,7 @@ def train(cfg):
 def test_through_both_stages_to_the_stock_network(tmp_path, file, text, role):
     cfg = config(tmp_path, file, text, role=role)
     runner, seen = train(cfg)
-    provider = runner.model.decode_head.text.text
+    provider = runner.model.decode_head.text_branch.text
     # Each of two images has text of its own, until the prompts begin.
     stage1, stage2 = seen.train[:SWITCH], seen.train[SWITCH:]
     assert {t.shape for t in stage1} == {(2, 8, DIM)}
@@ -167,5 +167,5 @@ def test_max_with_amp_averages_and_context_prompts(tmp_path, file):
     assert all(t.dtype == torch.float32 for t in seen.train)
     assert all(0 < loss < 10 for loss in seen.losses)
     # Copied for averaging, it still draws.
-    provider = runner.model.decode_head.text.text
+    provider = runner.model.decode_head.text_branch.text
     assert provider.phrase_bank is not None

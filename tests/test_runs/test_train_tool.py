@@ -7,6 +7,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 import numpy as np
 import pytest
 import torch
+from each_case import each_case
 from processes import TOOLS, load, options, side_by_side, start
 from tiny import tiny_config
 
@@ -107,7 +108,7 @@ def test_resume_path_goes_on_with_that_one(runs):
     assert facts['learns'] == before['learns'][2:]
 
 
-@pytest.mark.parametrize('words, resume, rest', [
+@each_case('words, resume, rest', [
     ('c.py', None, 'c.py'),
     ('c.py --resume', 'auto', 'c.py'),
     ('c.py --resume auto --amp', 'auto', 'c.py --amp'),

@@ -96,7 +96,7 @@ def test_classes_without_labels_are_found_by_their_text(trained):
     # Guessing among eight gives an IoU of 7 %.
     assert metrics['mIoU_unseen'] > 50 and metrics['mIoU_seen'] > 50
     # It is their text that does it.
-    vectors = trained.model.decode_head.text.text.class_embeddings
+    vectors = trained.model.decode_head.text_branch.text.class_embeddings
     own = vectors.clone()
     vectors[INDICES] = own[INDICES[::-1]]
     swapped = trained.val_loop.run()
@@ -118,7 +118,7 @@ def test_labels_of_hidden_classes_never_reach_training(trained, tmp_path):
     del pipeline[kinds.index('HideClasses')]
     other = run(cfg)
     assert_equal(trained.model.state_dict(), other.model.state_dict())
-    text = other.model.decode_head.text.text.class_embeddings
+    text = other.model.decode_head.text_branch.text.class_embeddings
     torch.testing.assert_close(text, sphere())
 
 

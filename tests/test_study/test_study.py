@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from analysis_tools import ROOT
+from each_case import each_case
 from mmseg.registry import MODELS
 from network_tester import CONFIGS
 from tiny import CLASSES, tiny_config, write_dataset
@@ -349,7 +350,7 @@ def test_images_of_a_fraction():
     assert subset(3, Run('a', 'x', 0, .01)) != []
 
 
-@pytest.mark.parametrize(
+@each_case(
     'changes, message',
     [(dict(grids=[dict(networks=['net'], arms=['stok'], seeds=[0])]),
       "grid 1 has the unknown arm 'stok'; known are .*'stock'"),
@@ -437,7 +438,7 @@ def test_arms_differ_in_what_they_say(make_embeddings):
     assert head.loss_decode.loss_weight == .4
 
     def vectors(arm):
-        return models[arm].decode_head.text.text()
+        return models[arm].decode_head.text_branch.text()
 
     clip = vectors('text-cls')
     assert torch.equal(vectors('text-aux'), clip)
@@ -456,7 +457,7 @@ def test_arms_differ_in_what_they_say(make_embeddings):
         assert size[f'{role}-cls-bridge'] > size[f'{role}-cls']
     assert torch.equal(vectors('text-cls-ssc'), clip)
     scales = {
-        arm: models[arm].decode_head.text.scale
+        arm: models[arm].decode_head.text_branch.scale
         for arm in models if arm.endswith(('cls', 'scale', '4', '2st'))
     }
     assert not scales['text-cls-fixed-scale'].learnable

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from mmengine import Config
 
-from mmseg_textkd.text.build import (build_command, encode_classes,
-                                     ensure_embeddings)
+from mmseg_textkd.clip.text_tower import TextTower
 from mmseg_textkd.text.embedding_file import TextEmbeddings
-from mmseg_textkd.text.text_tower import TextTower
+from mmseg_textkd.text.encode_classes import (build_command, encode_classes,
+                                              ensure_embeddings)
 
 VOCABULARY = {'road': ['road', 'street'], 'sky': 'sky', 'car': ['car']}
 TEMPLATES = ['a photo of a {}.', '{}', 'there is a {} in the scene.']
@@ -216,7 +216,7 @@ def test_build_command_can_be_run():
 
 WRITER = """
 import json, os, sys, time
-from mmseg_textkd.text import build
+from mmseg_textkd.text import encode_classes as build
 from mmseg_textkd.text.embedding_file import TextEmbeddings
 cfg, go, me = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
 encode = build.encode_classes

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 
-from mmseg_textkd.text.embedding_file import (EmbeddingFileError,
-                                              TextEmbeddings, ce_floor, centre,
-                                              closest_pairs, geometry)
+from mmseg_textkd.text.embedding_file import EmbeddingFileError, TextEmbeddings
+from mmseg_textkd.text.embedding_statistics import (ce_floor, center,
+                                                    closest_pairs, geometry)
 
 NAMES = ('sky', 'road', 'traffic sign', 'car')
 
@@ -98,7 +99,7 @@ def rewrite(file, tensors=None, **meta):
     save_file({**old, **(tensors or {})}, file, dict(metadata, **meta))
 
 
-@pytest.mark.parametrize('change', [
+@each_case('change', [
     dict(tensors=dict(vectors=unit(4, 6, seed=9))),
     dict(names=json.dumps(['sky', 'car', 'traffic sign', 'road'])),
     dict(model=json.dumps('ViT-B-16')),
@@ -156,7 +157,7 @@ def test_bad_numbers(tmp_path, value, words):
     assert 'a.safetensors' in str(info.value)
 
 
-@pytest.mark.parametrize('change, words', [
+@each_case('change, words', [
     (dict(vectors=unit(4, 6).double()), 'float64'),
     (dict(vectors=unit(24)), r'shape \(24,\)'),
     (dict(vectors=unit(3, 6)), '3 vectors for 4 names'),
@@ -270,7 +271,7 @@ def write_vectors(folder, suffix, vectors):
     return file
 
 
-@pytest.mark.parametrize('suffix', ['.npy', '.pt', '.pth', '.safetensors'])
+@each_case('suffix', ['.npy', '.pt', '.pth', '.safetensors'])
 def test_import(tmp_path, suffix):
     vectors = unit(4, 6) * torch.tensor([[1.], [7.], [.1], [2.]])
     file = write_vectors(tmp_path, suffix, vectors)
@@ -323,15 +324,18 @@ def test_import_executes_nothing(tmp_path):
     files = [p for p in tmp_path.iterdir() if p.suffix]
     assert len(files) == 5
     for file in files:
-        with pytest.raises(EmbeddingFileError, match=file.name):
+        with pytest.raises(EmbeddingFileError, match=file.name) as info:
             TextEmbeddings.from_vectors(file, NAMES)
+        # No advice to run it, as torch gives.
+        assert 'weights_only' not in str(info.value)
+        assert 'still be loaded' not in str(info.value)
     assert not bomb.exists()
     # The bomb does go off where somebody unpickles it.
     pickle.loads((tmp_path / 'b.pth').read_bytes())
     assert bomb.exists()
 
 
-@pytest.mark.parametrize('content, words', [
+@each_case('content, words', [
     (dict(a=unit(4, 6), b=unit(4, 6)), 'one tensor'),
     (dict(a=1), 'one tensor'),
     ([1, 2], 'a list and not a tensor'),
@@ -339,11 +343,35 @@ def test_import_executes_nothing(tmp_path):
     (torch.zeros(0, 4), 'K×D'),
     (torch.tensor([[1., 0], [0, 0], [1, 0], [0, 1]]), r'rows \[1\]'),
     (unit(4, 6) / 0 * 0, 'NaN'),
+    (unit(4, 6).numpy().astype(complex), 'complex128'),
 ])
 def test_import_of_something_else(tmp_path, content, words):
-    torch.save(content, tmp_path / 'a.pt')
+    if isinstance(content, np.ndarray):
+        file = tmp_path / 'a.npy'
+        np.save(file, content)
+    else:
+        file = tmp_path / 'a.pt'
+        torch.save(content, file)
     with pytest.raises(EmbeddingFileError, match=words):
-        TextEmbeddings.from_vectors(tmp_path / 'a.pt', NAMES)
+        TextEmbeddings.from_vectors(file, NAMES)
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('n.txt', 'Straße'.encode('latin-1'), 'not UTF-8 .*iconv'),
+    ('n.json', '["a"]'.encode('utf-16'), 'not UTF-8 .*iconv'),
+    ('n.json', b'["a", 2]', 'name 1 is no text but 2'),
+    ('n.json', b'{"names": {"a": ["b"]}}', 'list under "names"'),
+    ('n.json', b'["a", "b\\nc"]', "'b.*nc'.* control character"),
+    ('n.json', b'{"names": ["a"], "phrases": {"a": "b"}}', '"phrases"'),
+    ('n.json', b'{"names": ["a"], "phrases": [[["b"]]]}', '"phrases"'),
+    ('n.json', b'{"names": ["a"], "model": 3}', '"model"'),
+])
+def test_bad_names_files(tmp_path, name, content, words):
+    np.save(tmp_path / 'v.npy', unit(1, 6).numpy())
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(EmbeddingFileError, match=words) as info:
+        TextEmbeddings.from_vectors(tmp_path / 'v.npy', tmp_path / name)
+    assert f'Names file {tmp_path / name}' in str(info.value)
 
 
 def test_import_of_unknown_suffix(tmp_path):
@@ -354,17 +382,19 @@ def test_import_of_unknown_suffix(tmp_path):
         TextEmbeddings.from_vectors(tmp_path / 'missing.npy', NAMES)
 
 
-def test_centre():
+def test_center():
     common = unit(1, 16, seed=3) * 5
     vectors = F.normalize(unit(8, 16) + common, dim=1)
-    centred = centre(vectors)
-    assert torch.allclose(centred.norm(dim=1), torch.ones(8))
+    centered = center(vectors)
+    assert torch.allclose(centered.norm(dim=1), torch.ones(8))
     expected = vectors - vectors.mean(0)
-    assert torch.allclose(centred, expected / expected.norm(dim=1)[:, None])
+    assert torch.allclose(centered, expected / expected.norm(dim=1)[:, None])
     assert geometry(vectors)['mean'] > .9
-    assert abs(geometry(centred)['mean']) < .2
+    assert abs(geometry(centered)['mean']) < .2
     with pytest.raises(ValueError, match='two'):
-        centre(vectors[:1])
+        center(vectors[:1])
+    with pytest.raises(ValueError, match='all zero after centering'):
+        center(vectors[:1].expand(3, -1))
 
 
 def test_geometry_of_known_angles():
@@ -383,8 +413,8 @@ def test_geometry_of_known_angles():
     assert len(closest_pairs(vectors, 99)) == 6
 
 
-@pytest.mark.parametrize('num, dim', [(2, 2), (4, 4), (4, 16), (19, 64)])
-@pytest.mark.parametrize('scale', [1., 5., 14.29])
+@each_case('num, dim', [(2, 2), (4, 4), (4, 16), (19, 64)])
+@each_case('scale', [1., 5., 14.29])
 def test_ce_floor_of_orthonormal_vectors(num, dim, scale):
     """By symmetry e = a·t_k + b·(rest), which gives a closed form."""
     spread = math.sqrt(num / (num - 1))
@@ -416,8 +446,8 @@ def test_ce_floor_orderings():
     vectors = F.normalize(unit(9, 32) + 2 * unit(1, 32, seed=7), dim=1)
     floors = [ce_floor(vectors, scale) for scale in (5, 10, 20, 40)]
     assert all(a > b for a, b in zip(floors, floors[1:]))
-    # Room at the bottom is what centring buys.
-    assert ce_floor(centre(vectors), 10) < .1 * floors[1]
+    # Room at the bottom is what centering buys.
+    assert ce_floor(center(vectors), 10) < .1 * floors[1]
     # No vector does better than the floor, its own text included.
     own = F.cross_entropy(10 * vectors @ vectors.T, torch.arange(9))
     assert floors[1] < float(own)

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from tiny_clip import save_model
 
-from mmseg_textkd.text.build import encode_classes
-from mmseg_textkd.text.embedding_file import TextEmbeddings, geometry
-from mmseg_textkd.text.text_tower import TextTower
+from mmseg_textkd.clip.text_tower import TextTower
+from mmseg_textkd.text.embedding_file import TextEmbeddings
+from mmseg_textkd.text.embedding_statistics import geometry
+from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.text.vocabulary import Vocabulary
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'encode_text.py'
@@ -151,7 +153,7 @@ def test_import_by_phrase(tool, tmp_path, capsys):
 
 
 def test_looking_at_a_file(tool, tmp_path, capsys):
-    """--centre changes the report and not the file."""
+    """--center changes the report and not the file."""
     vectors = F.normalize(torch.randn(30, 8) + 2, dim=1)
     file = tmp_path / 'a.safetensors'
     TextEmbeddings(vectors,
@@ -162,12 +164,12 @@ def test_looking_at_a_file(tool, tmp_path, capsys):
     raw = capsys.readouterr().out
     picture = tmp_path / 'new' / 'a.png'
     tool.main(
-        [str(file), '--centre', '--closest', '3', '--heatmap',
+        [str(file), '--center', '--closest', '3', '--heatmap',
          str(picture)])
-    centred = capsys.readouterr().out
+    centered = capsys.readouterr().out
     assert f'mean {geometry(vectors)["mean"]:.3f}' in raw
-    assert 'after centring' in centred and 'after centring' not in raw
-    assert centred.split('closest pairs:')[1].count('class with') == 6
+    assert 'after centering' in centered and 'after centering' not in raw
+    assert centered.split('closest pairs:')[1].count('class with') == 6
     assert picture.read_bytes()[1:4] == b'PNG'
     import matplotlib.image
     image = matplotlib.image.imread(picture)[..., :3]
@@ -246,7 +248,7 @@ def test_prefetch_of_what_is_there(tool, clip_name, capsys):
     assert 'works (D = 24)' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('argv, words', [
+@each_case('argv, words', [
     ([], 'nothing to encode'),
     (['toy_scenes', '--model', 'toyclip'], '--out is needed'),
     (['toy_scenes', '--out', 'x.safetensors'], '--model is needed'),
@@ -262,7 +264,7 @@ def test_prefetch_of_what_is_there(tool, clip_name, capsys):
     (['x.safetensors'], 'no embeddings file'),
     (['nonsense', '--out', 'x.safetensors', '--model', 'm'], 'nonsense'),
     (['toy_scenes', '--out', 'x.safetensors', '--model', 'local-dir:gone'
-      ], 'Three ways out'),
+      ], 'Three remedies'),
     (['--names', 'a,a', '--out', 'x.safetensors', '--model', 'm'], 'twice'),
     (['--names', 'a,,b', '--out', 'x.safetensors', '--model', 'm'], 'empty'),
     (['--names', 'a,b', '--import', 'gone.npy', '--out', 'x.safetensors'

@@ -5,12 +5,15 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmseg.registry import MODELS
 from torch import nn
 
-from mmseg_textkd.text import TextEmbeddings, TextProvider, TextTower
-from mmseg_textkd.text.build import encode_classes
-from mmseg_textkd.text.text_geometry import centre
+from mmseg_textkd.clip import TextTower
+from mmseg_textkd.models.text_providers import TextProvider
+from mmseg_textkd.text import TextEmbeddings
+from mmseg_textkd.text.embedding_statistics import center
+from mmseg_textkd.text.encode_classes import encode_classes
 
 NAMES = ('sky', 'car', 'signsymbol', 'road')
 DIM = 16
@@ -53,13 +56,26 @@ def test_vectors_of_the_file(file, fixed):
     assert provider.drift() == 0
 
 
-def test_centring(file, fixed):
+def test_centering(file, fixed):
     vectors = TextEmbeddings.load(file).vectors
-    provider = build(**fixed, centre=True)
-    torch.testing.assert_close(provider(), centre(vectors))
+    provider = build(**fixed, center=True)
+    torch.testing.assert_close(provider(), center(vectors))
     # Not the trivial answer: the rows share a direction before, not after.
     assert F.cosine_similarity(vectors[0], vectors[1], dim=0) > 0.2
     assert provider().mean(0).norm() < vectors.mean(0).norm() / 4
+    with pytest.warns(UserWarning, match='call it `center`'):
+        old = build(**fixed, centre=True)
+    assert torch.equal(old(), provider())
+
+
+def test_zero_vectors_are_refused(fixed):
+    """They have no direction, and stay zero when normalized."""
+    provider = build(**fixed)
+    vectors = provider().clone()
+    vectors[1] = 0
+    with pytest.raises(ValueError, match=r'rows \[1\].* zero'):
+        provider.fill(vectors)
+    assert (provider() != 0).any(dim=1).all()
 
 
 def test_missing_file_needs_a_width(tmp_path):
@@ -76,7 +92,7 @@ def test_missing_file_needs_a_width(tmp_path):
         provider()
 
 
-@pytest.mark.parametrize('options, words', [
+@each_case('options, words', [
     (dict(dim=8), ['width 16', 'dim=8']),
     (dict(num_classes=5), ['4 classes', 'num_classes=5', 'signsymbol']),
     (dict(classes='camvid'), ['camvid', 'bicyclist']),
@@ -168,7 +184,7 @@ def test_shuffled_control_without_its_file(tmp_path, fixed):
     assert torch.equal(bare(), whole())
 
 
-@pytest.mark.parametrize('options, message', [
+@each_case('options, message', [
     (dict(kind='noise'), "'noise'.*'random', 'shuffled', 'onehot'"),
     (dict(kind='shuffled'), "belongs to kind='shuffled'"),
     (dict(kind='random', embeddings={}), "belongs to kind='shuffled'"),
@@ -321,9 +337,9 @@ def test_masked_entries_have_no_weight(mixture):
     torch.testing.assert_close(provider()[3], bank[3, 1])
 
 
-def test_mixture_of_centred_text_starts_where_it_was(mixture):
-    """The switch must not undo the centring."""
-    mixture['embeddings']['centre'] = True
+def test_mixture_of_centered_text_starts_where_it_was(mixture):
+    """The switch must not undo the centering."""
+    mixture['embeddings']['center'] = True
     provider = build(**mixture).train()
     before = provider()
     provider.start_learning()
@@ -405,37 +421,6 @@ def test_context_of_words_equals_the_sentence(toy, tower):
     assert provider.drift() < 1e-6
 
 
-@pytest.mark.parametrize('n_ctx, left', [(4, 2), (5, 2), (1, 0)])
-def test_name_in_the_middle(toy, tower, n_ctx, left):
-    """Against sequences that are put together by hand."""
-    provider = started(toy(position='middle', n_ctx=n_ctx))
-    vectors = provider.context.detach()
-    assert vectors.shape == (n_ctx, 64)
-    rows, row_ids = [], []
-    for phrase in TOY_PHRASES.values():
-        ids = tower.tokenize([phrase + '.'])
-        end = int(tower.end_positions(ids))
-        tokens = tower.embed_tokens(ids)[0]
-        # [SOS] v.. name v.. . [EOS], the rest is padding.
-        parts = [
-            tokens[:1], vectors[:left], tokens[1:end - 1], vectors[left:],
-            tokens[end - 1:end + 1]
-        ]
-        sequence = torch.cat(parts)
-        fill = torch.zeros(len(sequence), dtype=torch.long)
-        fill[-1] = ids[0, end]
-        length = tower.context_length - len(sequence)
-        rows.append(F.pad(sequence, (0, 0, 0, length)))
-        row_ids.append(F.pad(fill, (0, length)))
-    expected = F.normalize(
-        tower.encode_prompts(torch.stack(rows), torch.stack(row_ids)), dim=1)
-    torch.testing.assert_close(provider(), expected, atol=1e-5, rtol=0)
-    other = started(toy(n_ctx=n_ctx))
-    other.context.data.copy_(vectors)
-    moved = (other() - expected).abs().max()
-    assert moved > 1e-3
-
-
 def test_context_for_each_class(toy):
     provider = started(toy(class_specific=True))
     assert provider.context.shape == (3, 4, 64)
@@ -494,13 +479,13 @@ def test_random_context_is_small(toy):
     assert abs(context.mean().item()) < 0.002
 
 
-def test_context_of_centred_text_starts_where_it_was(toy, tmp_path):
+def test_context_of_centered_text_starts_where_it_was(toy, tmp_path):
     provider = toy(
         init='a photo of a',
         embeddings=dict(
             type='ClassEmbeddings',
             file=str(tmp_path / 'toy.safetensors'),
-            centre=True)).train()
+            center=True)).train()
     before = provider()
     torch.testing.assert_close(started(provider)(), before, atol=1e-5, rtol=0)
 
@@ -514,7 +499,7 @@ def test_words_from_a_vocabulary_of_its_own(toy, tower):
 
 
 @pytest.mark.parametrize('options, words', [
-    (dict(position='start'), ["'end' or 'middle'", "'start'"]),
+    (dict(position='middle'), ["'middle'", 'not known any more']),
     (dict(n_ctx=0), ['`n_ctx` must be at least 1']),
 ])
 def test_bad_context_is_refused_when_built(toy, options, words):
@@ -524,10 +509,10 @@ def test_bad_context_is_refused_when_built(toy, options, words):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize('options, words', [
+@each_case('options, words', [
     (dict(token_dim=32), ['width 64', 'token_dim=32', 'token_dim=64']),
     (dict(init='a photo of'), ["'a photo of' has 3 tokens", 'n_ctx=3']),
-    (dict(n_ctx=28), ['traffic light pole', '28 context', 'takes 32']),
+    (dict(n_ctx=28), ['traffic light pole', '28 context', 'room for 32']),
     (dict(vocabulary=['sky', 'car', 'pole']), ["'sky', 'car', 'pole'"]),
     (dict(vocabulary=dict(TOY_PHRASES, car='very ' * 40 + 'long car')),
      ['longer than the 32', 'very very']),
@@ -550,52 +535,6 @@ def test_bad_context_is_refused_at_the_switch(toy, options, words):
 
 
 # ------------------------------------------------------------ all of them
-def all_kinds(fixed, mixture, toy):
-    return [
-        build(**fixed),
-        build(type='ControlEmbeddings', kind='random', dim=DIM),
-        residual(fixed),
-        build(**mixture),
-        toy(class_specific=True)
-    ]
-
-
-def test_classes_can_be_reordered(fixed, mixture, toy):
-    providers = all_kinds(fixed, mixture, toy)
-    assert len(providers) == 5
-    for provider in providers:
-        if provider.names is None:
-            provider.names = NAMES
-        for param in provider.parameters():
-            param.data.normal_(std=0.5)
-        if provider.learnable():
-            started(provider)
-        provider.refresh()
-        names, before = provider.names, provider.eval()()
-        wanted = [names[2], names[0]]
-        provider.set_classes(wanted)
-        assert provider.names == tuple(wanted) and provider.num_classes == 2
-        assert torch.equal(provider(), before[[2, 0]])
-        if provider.learnable():
-            # What it computes from now on is for the new classes too.
-            torch.testing.assert_close(provider.train()(), before[[2, 0]])
-            assert provider().requires_grad
-        provider.refresh()
-        torch.testing.assert_close(provider.eval()(), before[[2, 0]])
-        with pytest.raises(ValueError, match=r"\['tram'\].*encode_text"):
-            provider.set_classes(['tram', names[0]])
-        assert provider.num_classes == 2
-
-
-def test_context_follows_classes_that_were_reordered_before(toy):
-    """The words belong to the names, not to the rows of the file."""
-    reference = started(toy(init='a photo of a'))().detach()
-    provider = toy(init='a photo of a')
-    provider.set_classes(['car', 'sky'])
-    torch.testing.assert_close(
-        started(provider)(), reference[[2, 0]], atol=1e-5, rtol=0)
-
-
 def test_unequal_text_after_loading(make_embeddings, mixture, toy, tmp_path):
     """A resumed run keeps its text; any other takes that of its config."""
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny_clip import save_model
 
-from mmseg_textkd.text.image_tower import ImageTower
-from mmseg_textkd.text.region_embeddings import RegionEmbeddings
-from mmseg_textkd.text.region_store import RegionStore
-from mmseg_textkd.text.text_weights import TOY_CLIP, TextTowerError
+from mmseg_textkd.clip.image_tower import ImageTower
+from mmseg_textkd.clip.region_embeddings import RegionEmbeddings
+from mmseg_textkd.clip.region_store import RegionStore
+from mmseg_textkd.clip.weights import TOY_CLIP, TextTowerError
 
 
 @pytest.fixture(scope='module')

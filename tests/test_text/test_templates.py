@@ -2,6 +2,7 @@
 import json
 
 import pytest
+from each_case import each_case
 from mmseg.utils import get_predefined_templates
 
 from mmseg_textkd.text.templates import get_templates
@@ -41,7 +42,7 @@ def test_files(tmp_path):
     assert get_templates(listed) == ['{}', 'a {}']
 
 
-@pytest.mark.parametrize('spec,error,message', [
+@each_case('spec,error,message', [
     ([], ValueError, 'The list of templates is empty'),
     (['a photo'], ValueError, "exactly one '{}'.* 'a photo'"),
     (['{} and {}'], ValueError, "exactly one '{}'.* '{} and {}'"),
@@ -57,16 +58,17 @@ def test_bad_specs(spec, error, message):
         get_templates(spec)
 
 
-@pytest.mark.parametrize('name,content,message', [
+@each_case('name,content,message', [
     ('t.txt', '\n\n', 'is empty'),
     ('t.txt', 'a {}\nno place\n', "exactly one '{}'.* 'no place'"),
     ('t.json', '[]', 'is empty'),
     ('t.json', '["a {}"', 'delimiter'),
     ('t.json', '{"a": "{}"}', 'expected a list of texts, found dict'),
+    ('t.txt', 'a {} Straße'.encode('latin-1'), 'not UTF-8 .*iconv'),
 ])
 def test_bad_files_are_named(tmp_path, name, content, message):
     file = tmp_path / name
-    file.write_text(content)
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ValueError, match=message) as error:
         get_templates(file)
     assert f'Template file {file}' in str(error.value)

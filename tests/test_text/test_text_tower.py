@@ -10,10 +10,11 @@ import weakref
 
 import pytest
 import torch
+from each_case import each_case
 from tiny_clip import EOS, TEXT_CFG, VARIANTS, save_model
 
-from mmseg_textkd.text.text_tower import TextTower, TextTowerError, load_tower
-from mmseg_textkd.text.text_weights import _tag_file, find_weights
+from mmseg_textkd.clip.text_tower import TextTower, TextTowerError, load_tower
+from mmseg_textkd.clip.weights import _tag_file, find_weights
 
 SENTENCES = ('road', 'a photo of a car.', 'the sky over a wide street at dusk',
              'sky', 'a very long sentence about a road with one car')
@@ -38,8 +39,8 @@ def reference(clip_dirs, variant, sentences=SENTENCES):
     return features[0] if isinstance(features, tuple) else features
 
 
-@pytest.mark.parametrize('variant', CUTTABLE + UNCUT)
-@pytest.mark.parametrize('batch_size', [2, 256])
+@each_case('variant', CUTTABLE + UNCUT)
+@each_case('batch_size', [2, 256])
 def test_parity_with_open_clip(clip_dirs, variant, batch_size):
     tower = tower_of(clip_dirs, variant)
     expected = reference(clip_dirs, variant)
@@ -51,7 +52,7 @@ def test_parity_with_open_clip(clip_dirs, variant, batch_size):
     assert tower.dim == expected.shape[1]
 
 
-@pytest.mark.parametrize('variant', CUTTABLE + UNCUT)
+@each_case('variant', CUTTABLE + UNCUT)
 def test_cuts_only_where_it_is_exact(clip_dirs, variant):
     tower = tower_of(clip_dirs, variant)
     assert tower.can_cut == (variant in CUTTABLE)
@@ -79,7 +80,7 @@ def test_order_of_batches_is_restored(clip_dirs):
     assert (together - one_by_one).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize('variant', [v for v in VARIANTS if v != 'cls'])
+@each_case('variant', [v for v in VARIANTS if v != 'cls'])
 def test_soft_prompts_equal_text(clip_dirs, variant):
     tower = tower_of(clip_dirs, variant)
     ids = tower.tokenize(SENTENCES)
@@ -364,7 +365,7 @@ def test_without_open_clip(tmp_path):
     (tmp_path / 'open_clip.py').write_text('raise ImportError("no open_clip")')
     code = ('import sys, mmseg_textkd\n'
             'assert "open_clip" not in sys.modules\n'
-            'from mmseg_textkd.text.text_tower import *\n'
+            'from mmseg_textkd.clip.text_tower import *\n'
             'try:\n    TextTower("toyclip")\n'
             'except TextTowerError as e:\n    print(e)\n')
     env = dict(

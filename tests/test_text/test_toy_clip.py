@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from each_case import each_case
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / 'mmseg_textkd' / 'text' / 'toy_clip'
+FOLDER = ROOT / 'mmseg_textkd' / 'clip' / 'toy_clip'
 TOOL = ROOT / 'tools' / 'toy_clip'
 CLASSES = ('sky', 'building', 'road', 'sidewalk', 'pole', 'car', 'truck',
            'person')
@@ -149,8 +150,8 @@ def test_class_names_have_distinct_vectors(toy_clip):
     assert CLASSES[order[CLASSES.index('road')].argmax()] == 'sidewalk'
 
 
-@pytest.mark.parametrize('template', ['a photo of a {}.', '{}'])
-@pytest.mark.parametrize('word,near,far', [
+@each_case('template', ['a photo of a {}.', '{}'])
+@each_case('word,near,far', [
     ('car', 'automobile', 'sky'),
     ('car', 'truck', 'sky'),
     ('road', 'sidewalk', 'person'),

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from each_case import each_case
 from mmengine.config import Config, ConfigDict
 from mmseg.datasets import (ADE20KDataset, BDD100KDataset, CityscapesDataset,
                             COCOStuffDataset, MapillaryDataset_v1,
@@ -91,7 +92,7 @@ def test_every_file_is_tested():
     assert len(files) == 9
 
 
-@pytest.mark.parametrize('key', DATASETS)
+@each_case('key', DATASETS)
 def test_names_equal_the_datasets_classes_in_order(key):
     metainfo, count = DATASETS[key]
     vocabulary = Vocabulary.from_spec(key)
@@ -143,7 +144,7 @@ def test_lists_hold_the_classes_of_the_smaller_data_sets():
     assert context[255] == 'monkey' and context[430] == 'unknown'
 
 
-@pytest.mark.parametrize('key', COUNTS)
+@each_case('key', COUNTS)
 def test_phrases_are_plain_words_and_stand_for_one_class(key):
     phrases = [p for ps in Vocabulary.from_spec(key).phrases for p in ps]
     assert len(phrases) >= COUNTS[key]
@@ -178,7 +179,7 @@ def test_a_class_name_is_never_a_phrase_of_another_class():
 SYNONYMS = ('ade20k', 'bdd100k', 'camvid', 'cityscapes', 'toy_scenes', 'voc12')
 
 
-@pytest.mark.parametrize('key', SYNONYMS)
+@each_case('key', SYNONYMS)
 def test_synonyms_are_further_phrases_of_one_class(key):
     plain = Vocabulary.from_spec(key)
     with warnings.catch_warnings():
@@ -223,7 +224,7 @@ def test_synonyms_of_ones_own():
         vocabulary.with_synonyms(dict(car=('Car', )))
 
 
-@pytest.mark.parametrize('key,name,phrase', MEANT)
+@each_case('key,name,phrase', MEANT)
 def test_odd_names_come_first_as_what_they_mean(key, name, phrase):
     vocabulary = Vocabulary.from_spec(key)
     assert vocabulary.phrases[vocabulary.names.index(name)][0] == phrase
@@ -242,7 +243,7 @@ def test_readme_names_every_file():
     assert rows == {key: str(count) for key, count in COUNTS.items()}
 
 
-@pytest.mark.parametrize('key', sorted({*DATASETS} - {'toy_scenes'}))
+@each_case('key', sorted({*DATASETS} - {'toy_scenes'}))
 def test_every_dataset_has_a_text_fragment(key):
 
     def provider(name):
@@ -304,7 +305,7 @@ def test_is_constant_and_wraps_a_lone_phrase():
         vocabulary.names = ('a', )
 
 
-@pytest.mark.parametrize('spec,error,message', [
+@each_case('spec,error,message', [
     ([], ValueError, 'empty: it names no class'),
     ({}, ValueError, 'empty: it names no class'),
     (['car', 'tree', 'car'], ValueError,
@@ -316,6 +317,8 @@ def test_is_constant_and_wraps_a_lone_phrase():
     (dict(car=['van', ' ']), ValueError, "Class 'car' has an empty phrase"),
     (dict(car=['van', 3]), ValueError, "'car' has an empty .* no text: 3"),
     (dict(car=['van', 'Van']), ValueError, "'car' has a phrase twice"),
+    (['car', 'bus\nstop'], ValueError, r"'bus\\nstop'.* control character"),
+    (dict(car='van\x00'), ValueError, r"'van\\x00'.* control character"),
     (dict(car=3), ValueError, "'car': expected a phrase or a list .* 3"),
     ('citiscapes', ValueError,
      r"Unknown vocabulary 'citiscapes': .*'cityscapes'.* \.json or \.txt"),
@@ -328,7 +331,7 @@ def test_bad_specs(spec, error, message):
         Vocabulary.from_spec(spec)
 
 
-@pytest.mark.parametrize('name,content,message', [
+@each_case('name,content,message', [
     ('a.txt', '\n# nothing\n', 'names no class'),
     ('a.txt', 'car\ncar: van\n', "'car' occurs twice"),
     ('a.txt', 'car: van,\n', "'car' has an empty phrase"),
@@ -338,10 +341,14 @@ def test_bad_specs(spec, error, message):
     ('a.json', '{"car": {"van": 1}}', "'car': expected a phrase"),
     ('a.json', '{"car": null, "van"}', 'Expecting'),
     ('a.json', '3', 'expected a dict .* found int'),
+    ('a.json', '[1, 2]', 'Class 0 .* no text: 1'),
+    ('a.txt', 'Straße'.encode('latin-1'), 'not UTF-8 .*iconv'),
+    ('a.json', '["car"]'.encode('utf-16'), 'not UTF-8 .*iconv'),
+    ('a.txt', 'car'.encode('utf-16-le'), 'control character'),
 ])
 def test_bad_files_are_named(tmp_path, name, content, message):
     file = tmp_path / name
-    file.write_text(content)
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ValueError, match=message) as error:
         Vocabulary.from_spec(file)
     assert f'Vocabulary file {file}' in str(error.value)

@@ -49,12 +49,19 @@ def build_networks(cfg: Config) -> Dict[str, nn.Module]:
     if not text_providers(text):
         raise ValueError('the network of the config has no text; give a text '
                          'config, from which the stock one is derived.')
-    stock = to_stock_cfg(cfg).model
+    folded = {}
+    if cfg.model.type == 'TextKD':  # most do not fold
+        keys = ('score_map', 'alignment_head')
+        stock = {k: v for k, v in cfg.model.items() if k not in keys}
+        stock['type'] = 'EncoderDecoder'
+    else:
+        stock = to_stock_cfg(cfg).model
+        folded = {'text, folded': fold(text, cfg)}
     networks = {
         STOCK: MODELS.build(stock),
         'stock again': MODELS.build(stock),
         'text, unfolded': text,
-        'text, folded': fold(text, cfg)
+        **folded
     }
     return {k: revert_sync_batchnorm(m).eval() for k, m in networks.items()}
 

@@ -206,7 +206,8 @@ def _text_trainings(cfg: Config, stock: Config, batch: dict,
     hook = dict(type='PromptLearnerHook')
     for other in cfg.get('custom_hooks') or []:
         if other['type'] == hook['type']:
-            hook = other
+            # There is no checkpoint to load.
+            hook = dict(other, load_best=False)
     return {
         STOCK: Training(stock, batch, device),
         'stock again': Training(stock, batch, device),

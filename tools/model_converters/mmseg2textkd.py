@@ -12,7 +12,6 @@ import os
 import sys
 from pathlib import Path
 from pickle import UnpicklingError
-from types import SimpleNamespace
 from typing import Dict, Iterable, Iterator, Optional, Sequence, Tuple
 
 import torch
@@ -24,11 +23,11 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mmseg_textkd.engine.stages.text_state import check_classes
 from mmseg_textkd.models import TextHeadMixin
 from mmseg_textkd.models.stock_init import (compare_with_stock, head_features,
                                             init_from_stock)
-from mmseg_textkd.text.build import ensure_embeddings
+from mmseg_textkd.models.text_parameters import check_classes
+from mmseg_textkd.text.encode_classes import ensure_embeddings
 
 SEED = 0  # the same images whenever the tool runs
 Names = Optional[Tuple[str, ...]]
@@ -99,7 +98,7 @@ def stock_classifier(path: str, state: Dict[str, Tensor], names: Names,
             f'num_classes={head.num_classes}. Its classifier cannot be taken '
             'over; plain `load_from` takes over the backbone and the other '
             'layers and leaves the text classifier random.')
-    channels = head.text.projection.conv.in_channels
+    channels = head.text_branch.projection.conv.in_channels
     if weight[0].numel() != channels:
         raise ValueError(
             f'{key} of {path} has {weight[0].numel()} input channels, but '
@@ -165,9 +164,10 @@ def fit(model: nn.Module, name: str, stock: Tuple[Tensor, Tensor],
     residual = init_from_stock(
         head.conv_seg, *stock,
         head_features(learner, twin, take(train, number), True))
-    print(f'{name}: {head.num_classes} classes, text of width '
-          f'{head.text.text.dim}; relative residual of the least squares '
-          f'{residual:.2g}')
+    print(
+        f'{name}: {head.num_classes} classes, text of width '
+        f'{head.text_branch.text.dim}; relative residual of the least squares '
+        f'{residual:.2g}')
     if residual > 1e-3:
         print('  The text cannot express the stock classifier: more classes '
               'than its width, or classes with equal vectors.')
@@ -227,7 +227,7 @@ def convert(args: argparse.Namespace) -> None:
     }
     train = Runner.build_dataloader(cfg.train_dataloader, seed=SEED)
     # As at the start of a run, and of the checkpoint in addition.
-    check_classes(SimpleNamespace(model=model), train)
+    check_classes(model, train.dataset)
     check_names(path, names, train.dataset)
     load_state_dict(model, state, strict=False, logger='current')
     model.to(args.device).eval()

@@ -24,7 +24,7 @@ from regions import evaluate_regions, make_windows, train_regions
 
 CARD = Path(__file__).with_name('model_card.md.in')
 DEFAULT_OUT = (
-    Path(__file__).resolve().parents[2] / 'mmseg_textkd' / 'text' / 'toy_clip')
+    Path(__file__).resolve().parents[2] / 'mmseg_textkd' / 'clip' / 'toy_clip')
 
 
 def model_config(vocab_size: int) -> Dict:

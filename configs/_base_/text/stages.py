@@ -15,7 +15,9 @@ text_paramwise_x10 = dict(
 find_unused_parameters = True
 custom_hooks = [
     dict(
-        type='PromptLearnerHook', switch_at=0.9, schedule=dict(type='cosine'))
+        type='PromptLearnerHook',
+        switch_at=0.9,
+        param_scheduler=dict(type='CosineAnnealingLR', eta_min=0.))
 ]
 # For the role 'auxiliary', where the text is not deployed: with the network
 # frozen, stage 2 would change nothing that is.
@@ -28,5 +30,5 @@ auxiliary_hooks = [
             'log_scale': 1.0,
             '.': 0.1
         },
-        schedule=dict(type='cosine'))
+        param_scheduler=dict(type='CosineAnnealingLR', eta_min=0.))
 ]

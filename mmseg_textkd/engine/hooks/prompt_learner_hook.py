@@ -1,57 +1,80 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import logging
-from typing import Dict, List, Optional, Sequence, Union
+import re
+import warnings
+from typing import Dict, List, Optional, Sequence, Set, Union
 
 import torch
+from mmengine.dist import barrier
+from mmengine.fileio import exists
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import print_log
-from mmseg.registry import HOOKS
+from mmengine.model import BaseAveragedModel, is_model_wrapper
+from mmengine.optim import OptimWrapperDict
+from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner.checkpoint import CheckpointLoader
+from mmseg.registry import HOOKS, PARAM_SCHEDULERS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmseg_textkd.models.text_parameters import (prompt_parameters,
-                                                 text_providers)
-from ..stages import StagePlan, StageSchedule
-from ..stages.stage_plan import check_switch_at
-from ..stages.text_state import (log_text, refresh_text, start_text,
-                                 tower_checksums, unwrap)
-from .text_hook import TextHook
+from ...models.text_parameters import (check_classes, prompt_parameters,
+                                       text_parameters, text_providers,
+                                       text_statistics, tower_checksums,
+                                       unwrap)
 
 
 @HOOKS.register_module()
-class PromptLearnerHook(TextHook):
-    r"""Switch from stage 1 to stage 2 of text-knowledge training.
+class PromptLearnerHook(Hook):
+    r"""Train in two stages: the network first, then the prompts.
 
-    Stage 1: the network learns against fixed class embeddings. Stage 2: the
-    prompts learn, with what ``learn`` names; the rest is frozen, batch norm
-    statistics included. The stage follows from ``runner.iter`` alone, so a
-    resumed run is in the stage in which it was killed.
+    In stage 1 the network learns with fixed class embeddings. In stage 2 the
+    prompts learn, and of the network what ``learn`` names; the rest is
+    frozen. The stage follows from ``runner.iter`` alone, so a resumed run is
+    in the stage in which it was killed.
 
-    The hook changes ``requires_grad`` only once the optimizer has been built
-    (MMEngine leaves parameters frozen before that out of it). The run's own
-    schedule goes on underneath stage 2: the learning rates of stage 2 are put
-    in before each iteration and taken out after it.
+    In both stages the hook checks that the text is for the classes of the
+    data sets, and keeps the embeddings that are evaluated and saved up to
+    date with the prompts, those of :class:`EMAHook` included.
+
+    Source: Lin, Chen and Wu, `Enhancing Real-Time Semantic Segmentation with
+    Textual Knowledge of Pre-Trained VLM
+    <https://doi.org/10.1109/APSIPAASC58517.2023.10317179>`_.
 
     Args:
         switch_at (int | float, optional): Iteration at which stage 2 starts,
-            or, as a float in (0, 1), the fraction of the run. Defaults to
-            None: the whole run is stage 1.
+            or, as a float in (0, 1), the fraction of the run; 0 if the whole
+            run is stage 2. Defaults to None: the whole run is stage 1.
         learn (dict[str, float] | Sequence[str], optional): What learns in
             stage 2: regular expressions that are searched for in parameter
-            names, and the factor on each one's base learning rate. A
-            parameter that several match takes the first. Defaults to None:
-            prompts, scales and biases, at their base rate.
-        schedule (dict, optional): Arguments of :class:`StageSchedule`, the
-            learning-rate schedule of stage 2. Defaults to None: constant.
-        log_interval (int): Iterations between two looks at the text (scale,
-            cosines, drift). Defaults to 50.
+            names, and the factor on each one's base learning rate, 0 to
+            freeze it. A parameter that several match takes the first.
+            Defaults to None: prompts, scales and biases, at their base rate.
+        param_scheduler (dict | Sequence[dict], optional): MMEngine's
+            learning rate schedulers of stage 2, which count iterations from
+            the switch; ``end`` defaults to the end of the run. Defaults to
+            None: constant rates, or the schedule of the run if all of it is
+            stage 2.
+        load_best (bool): Whether stage 2 starts, as a run of its own would,
+            from the best checkpoint of stage 1 with a fresh state of the
+            optimizer. Needs ``save_best`` of :class:`CheckpointHook`, which
+            then keeps a best checkpoint of either stage. Defaults to False.
+        freeze_norm (bool): Whether the batch norms of what is frozen keep
+            their statistics in stage 2. Defaults to True.
+        log_interval (int): Iterations between two entries about the text
+            (scale, cosines, drift) in the log. Defaults to 50.
+        schedule (dict, optional): Deprecated, see ``param_scheduler``.
 
     Examples:
         >>> custom_hooks = [
         >>>     dict(
         >>>         type='PromptLearnerHook',
-        >>>         switch_at=0.8,
-        >>>         learn={r'\.text\.': 1.0, 'backbone': 0.1},
-        >>>         schedule=dict(type='cosine', warmup_iters=50))
+        >>>         switch_at=0.5,
+        >>>         learn={r'^backbone\.backbone\.': 0., '.': 1.},
+        >>>         param_scheduler=[
+        >>>             dict(type='LinearLR', start_factor=1e-5, end=200),
+        >>>             dict(type='PolyLR', power=0.9, eta_min=1e-6, begin=200)
+        >>>         ],
+        >>>         load_best=True)
         >>> ]
     """
 
@@ -63,106 +86,131 @@ class PromptLearnerHook(TextHook):
                  switch_at: Optional[Union[int, float]] = None,
                  learn: Optional[Union[Dict[str, float],
                                        Sequence[str]]] = None,
-                 schedule: Optional[dict] = None,
-                 log_interval: int = 50) -> None:
-        check_switch_at(switch_at)
+                 param_scheduler: Optional[Union[dict, Sequence[dict]]] = None,
+                 load_best: bool = False,
+                 freeze_norm: bool = True,
+                 log_interval: int = 50,
+                 schedule: Optional[dict] = None) -> None:
+        if isinstance(switch_at, bool) or not (switch_at is None or isinstance(
+                switch_at, (int, float))):
+            raise TypeError('`switch_at` must be an iteration (int), a '
+                            'fraction (float) or None, but got '
+                            f'{switch_at!r}')
+        if isinstance(switch_at, float) and not 0 < switch_at < 1:
+            raise ValueError(
+                'a fractional `switch_at` must lie in (0, 1), but '
+                f'got {switch_at}; give an int for an iteration.')
+        if isinstance(switch_at, int) and switch_at < 0:
+            raise ValueError('`switch_at` must not be negative, but got '
+                             f'{switch_at}.')
+        if load_best and not switch_at:
+            raise ValueError(
+                'load_best=True needs a stage 1 and a stage 2 in this run, '
+                f'but got switch_at={switch_at}. To start from the best '
+                'checkpoint of another run, give that as `load_from`.')
         if learn is not None and not isinstance(learn, dict):
             learn = {pattern: 1.0 for pattern in learn}
+        if any(factor < 0 for factor in (learn or {}).values()):
+            raise ValueError('factors in `learn` must not be negative, but '
+                             f'got {learn}.')
+        if schedule is not None:
+            warnings.warn('`schedule` of PromptLearnerHook is deprecated; use '
+                          '`param_scheduler`, a list of MMEngine schedulers.')
+            param_scheduler = _schedulers_of(**schedule)
+        if isinstance(param_scheduler, dict):
+            param_scheduler = [param_scheduler]
         self.switch_at = switch_at
         self.learn = learn
-        self.schedule = StageSchedule(**(schedule or {}))
+        self.param_scheduler = list(param_scheduler or [])
+        self.load_best = load_best
+        self.freeze_norm = freeze_norm
         self.log_interval = log_interval
-        self.plan: Optional[StagePlan] = None
-        self.stage = 0  # not yet known
-        self._outer_lrs: Optional[List[float]] = None
+        self.stage = 0  # until the first iteration
+        self.switch_iter: Optional[int] = None
+        self._loaded = False
+        self._run_lrs: Optional[List[float]] = None
 
-    def before_train(self, runner) -> None:
-        """Settle the plan of the stages and enter the one that is due.
+    # ------------------------------------------------------------ the stages
+    def before_run(self, runner) -> None:
+        """Check what can be checked before weights are loaded.
 
         Args:
             runner (Runner): The runner of the training process.
 
         Raises:
-            ValueError: If the plan cannot be carried out, and why.
+            ValueError: If the model has no text, or there are several hooks
+                of this kind.
         """
-        super().before_train(runner)
+        if not text_providers(unwrap(runner.model)):
+            raise ValueError(
+                'PromptLearnerHook found no text in the model. Use a text '
+                "head, for instance decode_head=dict(type='TextFCNHead', "
+                'text=dict(...)), or remove the hook.')
+        number = sum(isinstance(h, PromptLearnerHook) for h in runner.hooks)
+        if number > 1:
+            raise ValueError(
+                f'`custom_hooks` has {number} PromptLearnerHooks, which would '
+                "undo each other's work. Leave one; it serves all text of the "
+                'model.')
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Check that a resumed run goes on with text of the same shape.
+
+        Without this the optimizer would stumble over it later.
+
+        Args:
+            runner (Runner): The runner.
+            checkpoint (dict): The checkpoint, not yet in the model.
+
+        Raises:
+            ValueError: If the shapes differ.
+        """
+        self._loaded = True
+        if not runner._resume:
+            return
+        for name, provider in text_providers(unwrap(runner.model)).items():
+            saved = checkpoint['state_dict'].get(f'{name}.class_embeddings')
+            found = 'none' if saved is None else tuple(saved.shape)
+            expected = tuple(provider.class_embeddings.shape)
+            if found != expected:
+                raise ValueError(
+                    f'{name} has class embeddings of shape {expected}, but '
+                    f'the checkpoint to resume from has {found}. A resumed '
+                    'run must keep its text; start a new run with '
+                    '`load_from` instead of `--resume`.')
+
+    def before_train(self, runner) -> None:
+        """Check the text and what the stages need.
+
+        Args:
+            runner (Runner): The runner of the training process.
+
+        Raises:
+            ValueError: If the text is not for the classes of the data, or
+                the stages cannot be carried out, and why.
+        """
         model = unwrap(runner.model)
+        check_classes(model, runner.train_dataloader.dataset)
+        for name, provider in text_providers(model).items():
+            message = provider.reconcile(resumed=runner._resume)
+            if message:
+                print_log(f'{name}: {message}', 'current', logging.WARNING)
+        for ema in _ema_models(runner):
+            for provider in text_providers(ema).values():
+                provider.reconcile(resumed=False)
         # Taken before any change: what the user froze stays frozen.
         self._trainable = {
             name
             for name, param in model.named_parameters() if param.requires_grad
         }
-        self._prompts = set(prompt_parameters(model))
         if self.switch_at is not None:
-            self.plan = StagePlan.make(runner, model, self.switch_at,
-                                       self.learn, self._trainable)
-            for group in runner.optim_wrapper.param_groups:
-                # Set already where the run has a schedule.
-                group.setdefault('initial_lr', group['lr'])
+            self._plan_stage2(runner, model)
         if runner.cfg.get('compile'):
             # MMEngine compiles the whole step. The optimizer would be traced
             # again for each learning rate, and in stage 2, where it first
             # sees the prompts, Dynamo fails on it.
             step = runner.optim_wrapper.step
             runner.optim_wrapper.step = torch.compiler.disable(step)
-        self._apply(runner)
-
-    def _due_stage(self, runner) -> int:
-        if self.plan is None:
-            return 1
-        return 2 if runner.iter >= self.plan.switch_iter else 1
-
-    def _apply(self, runner) -> None:
-        """Bring the model into the stage that is due."""
-        stage = self._due_stage(runner)
-        if stage == self.stage:
-            return
-        self.stage = stage
-        model = unwrap(runner.model)
-        if stage == 2:
-            self._enter_stage2(runner, model)
-        else:
-            for provider in text_providers(model).values():
-                provider.stop_learning()
-        learning = []
-        for name, param in model.named_parameters():
-            if stage == 1:
-                learns = name in self._trainable - self._prompts
-            else:
-                learns = name in self.plan.factors
-            param.requires_grad_(learns)
-            if learns:
-                learning.append(name)
-            else:
-                # A leftover gradient would still be applied.
-                param.grad = None
-        print_log(
-            f'Stage {stage} of text-knowledge training from iteration '
-            f'{runner.iter}: {len(learning)} parameter tensors learn'
-            f'{self._next(stage)}.', 'current')
-        if stage == 2:
-            print_log(f'Learning in stage 2: {learning}', 'current')
-        log_text(runner, self.stage)
-
-    def _next(self, stage: int) -> str:
-        if stage == 2 or self.plan is None:
-            return ''
-        return f'; stage 2 follows at iteration {self.plan.switch_iter}'
-
-    def _enter_stage2(self, runner, model: nn.Module) -> None:
-        start_text(runner)
-        self._checksums = tower_checksums(model)
-        deployed = [
-            n for n in self.plan.factors
-            if '.text_branch.' not in n and '.text_losses.' not in n
-            and not n.startswith('auxiliary_head.')
-        ]
-        if not deployed:
-            print_log(
-                "In the role 'auxiliary' nothing that is deployed learns in "
-                'stage 2: name some of the network in `learn`, e.g. '
-                "{r'\\.text\\.': 1.0, 'backbone': 0.1}.", 'current',
-                logging.WARNING)
 
     def before_train_iter(self,
                           runner,
@@ -175,28 +223,32 @@ class PromptLearnerHook(TextHook):
             batch_idx (int): Index of the batch.
             data_batch (dict, optional): The batch. Defaults to None.
         """
-        self._apply(runner)
-        if self.stage != 2:
+        due = 1
+        if self.switch_iter is not None and runner.iter >= self.switch_iter:
+            due = 2
+        if self.stage != due:
+            self._enter(runner, due)
+        if due == 1:
             return
         # The loop calls `train()` before each iteration.
-        for module in unwrap(runner.model).modules():
-            if isinstance(module, _BatchNorm) and not any(
-                    p.requires_grad for p in module.parameters()):
-                module.eval()
-        start = self.plan.switch_iter
-        factor = self.schedule.factor(runner.iter - start,
-                                      runner.max_iters - start)
+        for norm in self._frozen_norms:
+            norm.eval()
         groups = runner.optim_wrapper.param_groups
-        self._outer_lrs = [group['lr'] for group in groups]
-        for group, own in zip(groups, self.plan.group_factors):
-            group['lr'] = group['initial_lr'] * own * factor
+        # The schedule of the run goes on from its own rates.
+        self._run_lrs = [group['lr'] for group in groups]
+        if self.switch_iter or self._schedulers:
+            lrs = self._scheduled_lrs(runner.iter - self.switch_iter)
+        else:
+            lrs = self._run_lrs
+        for group, lr, factor in zip(groups, lrs, self._group_factors):
+            group['lr'] = lr * factor
 
     def after_train_iter(self,
                          runner,
                          batch_idx: int,
                          data_batch: Optional[dict] = None,
                          outputs: Optional[dict] = None) -> None:
-        """Put the run's own learning rates back and look at the text.
+        """Put the learning rates of the run back and log the text.
 
         Args:
             runner (Runner): The runner of the training process.
@@ -204,16 +256,16 @@ class PromptLearnerHook(TextHook):
             data_batch (dict, optional): The batch. Defaults to None.
             outputs (dict, optional): Losses. Defaults to None.
         """
-        if self._outer_lrs is not None:
-            for group, rate in zip(runner.optim_wrapper.param_groups,
-                                   self._outer_lrs):
-                group['lr'] = rate
-            self._outer_lrs = None
+        if self._run_lrs is not None:
+            for group, lr in zip(runner.optim_wrapper.param_groups,
+                                 self._run_lrs):
+                group['lr'] = lr
+            self._run_lrs = None
         if self.every_n_train_iters(runner, self.log_interval):
-            log_text(runner, self.stage)
+            self._log_text(runner)
 
     def after_train(self, runner) -> None:
-        """Make the learned text final and prove that the tower is unchanged.
+        """Bring the text up to date and prove that the tower is unchanged.
 
         Args:
             runner (Runner): The runner of the training process.
@@ -221,8 +273,371 @@ class PromptLearnerHook(TextHook):
         Raises:
             RuntimeError: If a weight of the text tower has changed.
         """
-        model = unwrap(runner.model)
-        refresh_text(runner)
-        if self.stage == 2 and tower_checksums(model) != self._checksums:
+        _refresh(runner)
+        if self.stage == 2 and tower_checksums(unwrap(
+                runner.model)) != self._checksums:
             raise RuntimeError('the frozen text tower has changed during '
                                'training; its embeddings cannot be trusted.')
+
+    # --------------------------------- text that is evaluated, tested, saved
+    def before_val(self, runner) -> None:
+        """Check that the text is for the classes of the validation set.
+
+        Args:
+            runner (Runner): The runner of the training process.
+        """
+        check_classes(unwrap(runner.model), runner.val_dataloader.dataset)
+
+    def before_val_epoch(self, runner) -> None:
+        """Evaluate with the text as it is now.
+
+        Args:
+            runner (Runner): The runner of the training process.
+        """
+        _refresh(runner)
+        _swap_text(runner)
+
+    def after_val_epoch(self,
+                        runner,
+                        metrics: Optional[Dict[str, float]] = None) -> None:
+        """Undo the swap of :meth:`before_val_epoch`.
+
+        Args:
+            runner (Runner): The runner of the training process.
+            metrics (dict[str, float], optional): Results. Defaults to None.
+        """
+        _swap_text(runner)
+
+    def before_test(self, runner) -> None:
+        """Check that the text is for the classes of the test set.
+
+        Args:
+            runner (Runner): The runner of the testing process.
+        """
+        check_classes(unwrap(runner.model), runner.test_dataloader.dataset)
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Write the learned text into the checkpoint.
+
+        Args:
+            runner (Runner): The runner of the training process.
+            checkpoint (dict): The checkpoint that is about to be written.
+        """
+        _refresh(runner)
+        for name, provider in text_providers(unwrap(runner.model)).items():
+            checkpoint['state_dict'][f'{name}.class_embeddings'] = (
+                provider.class_embeddings.detach().cpu().clone())
+
+    # --------------------------------------------------------- plan, switch
+    def _plan_stage2(self, runner, model: nn.Module) -> None:
+        """Settle when stage 2 starts, what learns in it, and how fast."""
+        self.switch_iter = self._find_switch(runner)
+        self._factors = self._find_factors(model)
+        self._group_factors = self._find_group_factors(runner, model)
+        self._make_schedule(runner)
+        if self.switch_iter == 0 and not self._loaded:
+            print_log(
+                "Stage 2 without stage 1's weights: the whole run is stage 2, "
+                'but there is neither `load_from` nor a checkpoint to resume '
+                'from.', 'current', logging.WARNING)
+        if self.load_best:
+            self._check_load_best(runner)
+        if is_model_wrapper(runner.model) and not getattr(
+                runner.model, 'find_unused_parameters', True):
+            raise ValueError(
+                'the stages freeze parameters after the model has been '
+                'wrapped for distributed training; add the line '
+                '`find_unused_parameters = True` to the config.')
+
+    def _find_switch(self, runner) -> int:
+        switch = self.switch_at
+        if isinstance(switch, float):
+            switch = round(switch * runner.max_iters)
+        if switch >= runner.max_iters:
+            raise ValueError(
+                f'stage 2 would start at iteration {switch}, but the run ends '
+                f'after {runner.max_iters}. Lower `switch_at`, or set it to '
+                'None for stage 1 only.')
+        counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        if switch % counts:
+            # Gradients of stage 1 must be neither lost nor applied in stage 2.
+            rounded = -(-switch // counts) * counts
+            print_log(
+                f'Stage 2 starts at iteration {rounded} instead of {switch}: '
+                f'gradients are accumulated over {counts} iterations.',
+                'current', logging.WARNING)
+            switch = rounded
+        return switch
+
+    def _find_factors(self, model: nn.Module) -> Dict[str, float]:
+        """Find what learns in stage 2, and the factors on its rates."""
+        # What is frozen from the start stays so, but for the text: of that
+        # the caller hears. STDC's boundary head has a constant parameter.
+        names = [name for name, _ in model.named_parameters()]
+        text = list(text_parameters(model))
+        if self.learn is None:
+            if not text:
+                raise ValueError(
+                    'nothing would learn in stage 2: the text is fixed and '
+                    'has no learnable scale or bias. Use prompts, e.g. '
+                    "text=dict(type='ResidualPromptLearner', ...), or set "
+                    'switch_at=None.')
+            return {name: 1.0 for name in text}
+        factors: Dict[str, float] = {}
+        for pattern, factor in self.learn.items():
+            matches = [name for name in names if re.search(pattern, name)]
+            if not matches:
+                raise ValueError(
+                    f'the pattern {pattern!r} in `learn` matches no '
+                    f'parameter. Text parameters of this model are '
+                    f'{sorted(text)}; '
+                    f'network parameters look like {names[:3]}.')
+            own = [n for n in matches if n in self._trainable or n in text]
+            for name in own or matches:
+                factors.setdefault(name, float(factor))
+        factors = {name: value for name, value in factors.items() if value}
+        if not factors:
+            raise ValueError('nothing would learn in stage 2: all factors in '
+                             f'`learn` are 0, {self.learn}.')
+        return factors
+
+    def _find_group_factors(self, runner, model: nn.Module) -> List[float]:
+        """Find the factors of the groups of the optimizer."""
+        wrapper, factors = runner.optim_wrapper, self._factors
+        if isinstance(wrapper, OptimWrapperDict):
+            raise ValueError(
+                'PromptLearnerHook supports one optimizer, but got '
+                f'{type(wrapper).__name__} with {list(wrapper.keys())}.')
+        names = {id(param): name for name, param in model.named_parameters()}
+        known: Set[Optional[str]] = set()
+        found = []
+        for group in wrapper.param_groups:
+            members = [names.get(id(param)) for param in group['params']]
+            known.update(members)
+            own = {factors[name] for name in members if name in factors}
+            if len(own) > 1:
+                raise ValueError(
+                    'parameters that stage 2 learns at different rates '
+                    f'({sorted(own)}) share one group of the optimizer. Give '
+                    'each parameter a group of its own by adding to '
+                    '`optim_wrapper`: paramwise_cfg=dict(custom_keys={'
+                    "'.text.': dict(decay_mult=0.)}).")
+            found.append(own.pop() if own else 1.0)
+        lost = [n for n in factors if n not in known & self._trainable]
+        if lost:
+            raise ValueError(
+                f'stage 2 is to learn {lost[:5]}{"..." if lost[5:] else ""}, '
+                'but they are not in the optimizer or were frozen when it was '
+                'built. Do not freeze them yourself (the hook does), or leave '
+                'them out of `learn`.')
+        return found
+
+    def _make_schedule(self, runner) -> None:
+        """Build the schedulers of stage 2 on an optimizer of their own."""
+        if any(cfg.get('by_epoch') for cfg in self.param_scheduler):
+            raise ValueError('`param_scheduler` of PromptLearnerHook counts '
+                             'iterations from the switch; leave `by_epoch` '
+                             'out.')
+        # 'initial_lr' is there already where the run has a schedule.
+        self._base_lrs = [
+            group.setdefault('initial_lr', group['lr'])
+            for group in runner.optim_wrapper.param_groups
+        ]
+        # One group for each rate: a run may have hundreds of equal groups.
+        groups = [
+            dict(params=[nn.Parameter(torch.zeros(()))], lr=lr, initial_lr=lr)
+            for lr in sorted(set(self._base_lrs))
+        ]
+        self._scheduled, self._step = torch.optim.SGD(groups, lr=0.), 0
+        length = runner.max_iters - self.switch_iter
+        self._schedulers = [
+            PARAM_SCHEDULERS.build(
+                dict(cfg, by_epoch=False, end=cfg.get('end', length)),
+                default_args=dict(optimizer=self._scheduled))
+            for cfg in self.param_scheduler
+        ]
+
+    def _scheduled_lrs(self, step: int) -> List[float]:
+        """Get the rates at an iteration of stage 2, for each group."""
+        # A resumed run steps through what lies behind it, which takes seconds
+        # for 100,000 iterations and needs no state in a checkpoint.
+        while self._step < step:
+            self._scheduled.step()
+            for scheduler in self._schedulers:
+                scheduler.step()
+            self._step += 1
+        now = {g['initial_lr']: g['lr'] for g in self._scheduled.param_groups}
+        return [now[lr] for lr in self._base_lrs]
+
+    def _enter(self, runner, stage: int) -> None:
+        """Bring the model into a stage."""
+        model = unwrap(runner.model)
+        if stage == 2:
+            # A checkpoint of a later iteration has been through the switch.
+            if self.load_best and runner.iter <= self.switch_iter:
+                self._load_best(runner, model)
+            _start_text(runner)
+            self._checksums = tower_checksums(model)
+            self._warn_if_idle()
+            learns = set(self._factors)
+        else:
+            for provider in text_providers(model).values():
+                provider.stop_learning()
+            learns = self._trainable - set(prompt_parameters(model))
+        # Only now that the optimizer has been built: MMEngine leaves what is
+        # frozen before that out of it.
+        for name, param in model.named_parameters():
+            param.requires_grad_(name in learns)
+            if name not in learns:
+                # A leftover gradient would still be applied.
+                param.grad = None
+        self._frozen_norms = [
+            module for module in model.modules()
+            if self.freeze_norm and isinstance(module, _BatchNorm) and not any(
+                p.requires_grad for p in module.parameters())
+        ]
+        self.stage = stage
+        follows = ''
+        if stage == 1 and self.switch_iter is not None:
+            follows = f'; stage 2 follows at iteration {self.switch_iter}'
+        print_log(
+            f'Stage {stage} of text-knowledge training from iteration '
+            f'{runner.iter}: {len(learns)} parameter tensors learn{follows}.',
+            'current')
+        if stage == 2:
+            print_log(f'Learning in stage 2: {sorted(learns)}', 'current')
+        self._log_text(runner)
+
+    def _warn_if_idle(self) -> None:
+        if all('.text_branch.' in n or '.text_losses.' in n
+               or n.startswith('auxiliary_head.') for n in self._factors):
+            print_log(
+                "In the role 'auxiliary' nothing that is deployed learns in "
+                'stage 2: name some of the network in `learn`, e.g. '
+                "{r'\\.text\\.': 1.0, 'backbone': 0.1}.", 'current',
+                logging.WARNING)
+
+    def _check_load_best(self, runner) -> None:
+        hook, loop = _checkpoint_hook(runner), runner.train_loop
+        if hook is None or len(hook.save_best or []) != 1:
+            raise ValueError(
+                'load_best=True needs one best checkpoint: set '
+                "default_hooks=dict(checkpoint=dict(save_best='mIoU')).")
+        if runner.val_loop is None or not isinstance(loop, IterBasedTrainLoop):
+            raise ValueError('load_best=True needs validation and an '
+                             'IterBasedTrainLoop.')
+        begin, every = loop.val_begin, loop.val_interval
+        first = max(1, -(-begin // every)) * every
+        if first > self.switch_iter:
+            raise ValueError(
+                'load_best=True needs a validation in stage 1, but the first '
+                f'is at iteration {first} and the switch at '
+                f'{self.switch_iter}. Lower `val_interval`.')
+
+    def _load_best(self, runner, model: nn.Module) -> None:
+        """Start stage 2 as a run from the best checkpoint would start."""
+        hook, loop = _checkpoint_hook(runner), runner.train_loop
+        if self.stage == 0 and runner.iter >= loop.val_begin and (
+                runner.iter % loop.val_interval == 0):
+            # Resumed at the switch: the run may have been killed after this
+            # checkpoint and before the validation that follows it.
+            runner.val_loop.run()
+            runner.model.train()
+        barrier()  # the main process writes
+        path = hook.best_ckpt_path
+        if path is None or not exists(path):
+            raise RuntimeError(
+                'load_best=True, but stage 1 has no best checkpoint: '
+                f'{path or "no validation gave a number"}. Put it back, or '
+                'resume with load_best=False from the last checkpoint of '
+                'stage 1.')
+        state = CheckpointLoader.load_checkpoint(path, 'cpu')['state_dict']
+        for module in [model, *(ema.module for ema in _ema_models(runner))]:
+            module.load_state_dict(state)
+        runner.optim_wrapper.optimizer.state.clear()
+        # The next best one must not delete that of stage 1, from which a run
+        # that is killed and resumed before the switch starts again.
+        hook.best_ckpt_path = None
+        for key in ('best_ckpt', 'best_score'):
+            runner.message_hub.pop_info(key)
+        print_log(
+            f'Stage 2 starts from the best checkpoint of stage 1, {path}, '
+            'with a fresh state of the optimizer.', 'current')
+
+    def _log_text(self, runner) -> None:
+        """Put stage, scale, cosines and drift where loggers find them."""
+        model, hub = unwrap(runner.model), runner.message_hub
+        hub.update_scalar('train/text_stage', self.stage)
+        for provider in text_providers(model).values():
+            if provider.learning:
+                provider.refresh()
+        for name, value in text_statistics(model).items():
+            hub.update_scalar(f'train/{name}', value)
+
+
+def _schedulers_of(type: str = 'constant',
+                   warmup_iters: int = 0) -> List[dict]:
+    """Translate the deprecated ``schedule``."""
+    known = dict(
+        constant=[],
+        cosine=[dict(type='CosineAnnealingLR', eta_min=0.)],
+        poly=[dict(type='PolyLR', power=0.9, eta_min=0.)])
+    if type not in known or warmup_iters < 0:
+        raise ValueError(f'unknown schedule {type!r} for stage 2, or a '
+                         f'negative `warmup_iters`: {warmup_iters}.')
+    if warmup_iters > 1:
+        known[type].append(
+            dict(
+                type='LinearLR',
+                start_factor=1 / warmup_iters,
+                end=warmup_iters))
+    return known[type]
+
+
+def _checkpoint_hook(runner) -> Optional[CheckpointHook]:
+    return next((h for h in runner.hooks if isinstance(h, CheckpointHook)),
+                None)
+
+
+def _ema_models(runner) -> List[BaseAveragedModel]:
+    """Get the averaged model that EMAHook keeps, if there is one."""
+    return [
+        hook.ema_model for hook in runner.hooks
+        if isinstance(hook, EMAHook) and hasattr(hook, 'ema_model')
+    ]
+
+
+def _start_text(runner) -> None:
+    """Let the text learn, also that of averaged models."""
+    averages = [text_providers(ema.module) for ema in _ema_models(runner)]
+    for name, provider in text_providers(unwrap(runner.model)).items():
+        fresh = not getattr(provider, 'started', True)
+        provider.start_learning()
+        for average in averages:
+            average[name].start_learning()
+            if fresh:
+                # Averages of prompts begin where the prompts do.
+                average[name].load_state_dict(provider.state_dict())
+
+
+def _refresh(runner) -> None:
+    """Bring learned embeddings up to date, also those of averaged models."""
+    for model in [unwrap(runner.model), *_ema_models(runner)]:
+        for provider in text_providers(model).values():
+            if provider.learning:
+                provider.refresh()
+
+
+def _swap_text(runner) -> None:
+    """Let the embeddings follow the parameters that EMAHook swaps.
+
+    With ``update_buffers=True`` it swaps buffers itself.
+    """
+    for ema in _ema_models(runner):
+        if ema.update_buffers:
+            continue
+        averages = text_providers(ema.module)
+        for name, provider in text_providers(unwrap(runner.model)).items():
+            current = provider.class_embeddings.clone()
+            provider.class_embeddings.copy_(averages[name].class_embeddings)
+            averages[name].class_embeddings.copy_(current)

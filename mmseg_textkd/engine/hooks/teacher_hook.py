@@ -3,8 +3,8 @@ from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
 
 from mmseg_textkd.models.layers import seen_classes
+from mmseg_textkd.models.text_parameters import unwrap
 from mmseg_textkd.text import Vocabulary
-from ..stages.text_state import unwrap
 
 
 @HOOKS.register_module()

@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+from .score_map_head import ScoreMapHead
 from .text_ddr_head import TextDDRHead
 from .text_depthwise_separable_fcn_head import TextDepthwiseSeparableFCNHead
 from .text_dpt_head import TextDPTHead
@@ -9,7 +10,7 @@ from .text_pid_head import TextPIDHead
 from .text_segformer_head import TextSegformerHead
 
 __all__ = [
-    'TextDDRHead', 'TextDepthwiseSeparableFCNHead', 'TextDPTHead',
-    'TextFCNHead', 'TextHeadMixin', 'TextLightHamHead', 'TextPIDHead',
-    'TextSegformerHead'
+    'ScoreMapHead', 'TextDDRHead', 'TextDepthwiseSeparableFCNHead',
+    'TextDPTHead', 'TextFCNHead', 'TextHeadMixin', 'TextLightHamHead',
+    'TextPIDHead', 'TextSegformerHead'
 ]

@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import warnings
 from contextlib import ExitStack
 from typing import Dict, Optional, Sequence, Union
 
@@ -19,7 +20,7 @@ ROLES = ('classifier', 'auxiliary')
 
 
 class TextHeadMixin:
-    """Let a stock decode head that ends in ``conv_seg`` learn with text.
+    """Mix-in that adds a text branch to a stock decode head.
 
     Put before the stock head among the bases::
 
@@ -48,7 +49,8 @@ class TextHeadMixin:
         text_losses (Sequence[dict], optional): Losses on pixel and class
             embeddings, called with both, the labels at the resolution of the
             pixel embeddings, ``ignore_index`` and ``batch_data_samples``
-            (which bring what a teacher knows of the images). Defaults to
+            (which bring what a teacher knows of the images), or, in stage 2,
+            on learned and fixed class embeddings. Defaults to
             None: none for 'classifier', or that of the image projection for
             a ``BalancedTextClassifier``; one ``TextAlignmentLoss`` of weight
             0.4 (DenseCLIP's) for 'auxiliary'.
@@ -120,9 +122,18 @@ class TextHeadMixin:
         self._classifier_called = False
 
     @property
+    def text_branch(self) -> TextBranch:
+        """TextBranch: The text branch; in the role 'classifier' that is
+        ``conv_seg`` itself, so that checkpoint keys stay those of the role.
+        """
+        return self._modules.get('text_branch', self.conv_seg)
+
+    @property
     def text(self) -> TextBranch:
-        """TextBranch: The text branch, wherever the role puts it."""
-        return self.conv_seg if self.role == 'classifier' else self.text_branch
+        """TextBranch: Deprecated name of :attr:`text_branch`."""
+        warnings.warn('`head.text` is deprecated: use `head.text_branch`.',
+                      DeprecationWarning)
+        return self.text_branch
 
     def loss(self, inputs: Union[Tensor, Sequence[Tensor]],
              *args) -> Dict[str, Tensor]:
@@ -143,11 +154,11 @@ class TextHeadMixin:
             ValueError: If there are labels of classes that are to stay
                 unseen, or a teacher that knows them.
         """
-        unseen = getattr(self.text, 'unseen', ())
+        unseen = getattr(self.text_branch, 'unseen', ())
         if unseen:
             check_labels(self._labels(args[-2]), unseen)
             check_teacher(args[-2])
-        extra = bool(self.text_losses) or self.text.fusion is not None
+        extra = bool(self.text_losses) or self.text_branch.fusion is not None
         if self._classifier_called and not extra:
             return super().loss(inputs, *args)
         # The tensors are taken on their way through the stock forward, by
@@ -156,7 +167,7 @@ class TextHeadMixin:
         with ExitStack() as stack:
             modules = [self.conv_seg]
             if self.role == 'classifier':
-                modules += [self.text.projection, self.text.text]
+                modules += [self.text_branch.projection, self.text_branch.text]
             taken = [stack.enter_context(calls_of(m)) for m in modules]
             losses = super().loss(inputs, *args)
         self._check_calls(len(taken[0]), extra)
@@ -166,8 +177,8 @@ class TextHeadMixin:
         if self.role == 'classifier':
             embeddings, text = [output for _, output in branch]
         else:
-            embeddings = self.text.projection(feat)
-            text = self.text.text(feat.shape[0])
+            embeddings = self.text_branch.projection(feat)
+            text = self.text_branch.text(feat.shape[0])
         losses.update(
             self._text_losses(feat, logits, embeddings, text, args[-2]))
         return losses
@@ -182,34 +193,53 @@ class TextHeadMixin:
                      text: Tensor,
                      batch_data_samples: list) -> Dict[str, Tensor]:
         labels = self._labels(batch_data_samples)
-        if getattr(self.text, 'unseen', ()):
+        if getattr(self.text_branch, 'unseen', ()):
             # As if there were no other classes.
-            text = self.text.seen_text(text)
-            own = torch.searchsorted(self.text.seen, labels)
+            text = self.text_branch.seen_text(text)
+            own = torch.searchsorted(self.text_branch.seen, labels)
             labels = torch.where(labels == self.ignore_index, labels, own)
         small = F.interpolate(
             labels.float(), size=embeddings.shape[2:], mode='nearest')
         small, labels = small.squeeze(1).long(), labels.squeeze(1)
         losses: Dict[str, Tensor] = {}
         for module in self.text_losses:
-            full = getattr(module, 'full_resolution', False)
-            pixels = embeddings
-            if _of_image_projection(module):
-                pixels = self.text.image_projection(feat)
-            value = module(
-                pixels,
-                text,
-                labels if full else small,
-                ignore_index=self.ignore_index,
-                batch_data_samples=batch_data_samples)
+            if getattr(module, 'of_text', False):
+                fixed = self._fixed_text()
+                if not self.text_branch.text.learning:
+                    continue
+                value = module(text, fixed)
+            else:
+                full = getattr(module, 'full_resolution', False)
+                pixels = embeddings
+                if _of_image_projection(module):
+                    pixels = self.text_branch.image_projection(feat)
+                value = module(
+                    pixels,
+                    text,
+                    labels if full else small,
+                    ignore_index=self.ignore_index,
+                    batch_data_samples=batch_data_samples)
             name = module.loss_name
             losses[name] = losses[name] + value if name in losses else value
-        if self.text.fusion is not None:
-            self.text.fusion.check_text(text)
+        if self.text_branch.fusion is not None:
+            self.text_branch.fusion.check_text(text)
             losses.update(
-                self.text.fusion.loss(self.text, feat, embeddings, text,
-                                      logits, small, self.ignore_index))
+                self.text_branch.fusion.loss(self.text_branch, feat,
+                                             embeddings, text, logits, small,
+                                             self.ignore_index))
         return losses
+
+    def _fixed_text(self) -> Tensor:
+        """Get the class embeddings that the learned ones start from."""
+        provider = self.text_branch.text
+        fixed = getattr(provider, 'base', None)
+        if fixed is None:
+            raise ValueError(
+                'a loss between learned and fixed text needs prompts that '
+                f'learn, but `text` is a {type(provider).__name__}.')
+        if getattr(self.text_branch, 'unseen', ()):
+            fixed = self.text_branch.seen_text(fixed)
+        return fixed
 
     def _check_calls(self, number: int, extra: bool) -> None:
         name = type(self).__name__

@@ -9,7 +9,7 @@ from mmseg.utils import ConfigType
 from torch import Tensor
 
 from mmseg_textkd.text import TextEmbeddings
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.text.vocabulary import VocabularySpec
 from ..layers import pixel_text_similarity
 from .clip_sam_neck import FusedFeatures

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_textkd.text.text_loading import load_visual
-from mmseg_textkd.text.text_weights import PathLike
+from mmseg_textkd.clip.loading import load_visual
+from mmseg_textkd.clip.weights import PathLike
 from .clip_features import CLIPFeatures, encode_image
 from .frozen_tower import FrozenTower
 

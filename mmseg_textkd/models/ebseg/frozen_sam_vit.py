@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_textkd.text.text_weights import PathLike, find_hub_file
+from mmseg_textkd.clip.weights import PathLike, find_hub_file
 from .frozen_tower import FrozenTower
 
 # As SAM has it; timm's default is 1e-5.

@@ -6,10 +6,10 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_textkd.text import (ClassEmbeddings, TextEmbeddings, TextProvider,
-                               Vocabulary)
+from mmseg_textkd.text import TextEmbeddings, Vocabulary
 from mmseg_textkd.text.vocabulary import VocabularySpec
 from ..layers.balance import seen_classes
+from ..text_providers import ClassEmbeddings, TextProvider
 
 
 class SwitchableText(BaseModule):

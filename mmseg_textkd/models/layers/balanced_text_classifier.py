@@ -89,8 +89,6 @@ class BalancedTextClassifier(TextClassifier):
                                                 norm_cfg)
         # Unit length, which CLIP's embeddings have.
         nn.init.constant_(self.image_projection.bn.weight, dim**-.5)
-        names = self.text.names
-        self._hidden = names and {names[k] for k in self.unseen}
 
     @property
     def balanced(self) -> bool:
@@ -120,23 +118,25 @@ class BalancedTextClassifier(TextClassifier):
                 self.seen_in_training(), **self.balance)
 
     def seen_in_training(self) -> Tensor:
-        """Tell which of the present classes had labels.
+        """Tell which classes had labels in training.
 
         Returns:
             Tensor: Bool with shape (K, ).
         """
-        text = self.text
-        if self._hidden and text.names:  # they may have been chosen anew
-            seen = [name not in self._hidden for name in text.names]
-        else:
-            seen = [k not in self.unseen for k in range(text.num_classes)]
-        return torch.tensor(seen, device=text.class_embeddings.device)
+        return torch.tensor(
+            [k not in self.unseen for k in range(self.num_classes)],
+            device=self.text.class_embeddings.device)
 
-    def image_conv(self) -> nn.Conv2d:
+    def image_conv(self, text: Optional[Tensor] = None) -> nn.Conv2d:
         """Fold the image projection, the text and CLIP's scale into one.
 
+        Args:
+            text (Tensor, optional): Embeddings of K' other classes, unit
+                rows with shape (K', D). Defaults to None: those of the
+                training.
+
         Returns:
-            nn.Conv2d: C -> K: the logits of CLIP, as far as it is distilled.
+            nn.Conv2d: C -> K or K': CLIP's logits, as far as distilled.
 
         Raises:
             RuntimeError: In training mode.
@@ -144,8 +144,8 @@ class BalancedTextClassifier(TextClassifier):
         if self.training:
             raise RuntimeError('BalancedTextClassifier.image_conv() needs '
                                'evaluation mode; call `.eval()` first.')
-        return self.image_projection.fold(self.clip_scale *
-                                          self.text().double())
+        text = self.text() if text is None else text
+        return self.image_projection.fold(self.clip_scale * text.double())
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from typing import Optional
 from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 
-from mmseg_textkd.text import TextProvider
+from ..text_providers import TextProvider
 from .pixel_projection import PixelProjection
 
 

@@ -181,13 +181,22 @@ class TextClassifier(TextBranch):
         return text.index_select(-2, self.seen)
 
     @torch.no_grad()
-    def as_conv(self) -> nn.Conv2d:
+    def as_conv(self,
+                text: Optional[Tensor] = None,
+                bias: Optional[Tensor] = None) -> nn.Conv2d:
         r"""Fold everything into one ordinary 1x1 convolution.
 
         See :meth:`PixelProjection.fold`; the vectors are :math:`s\, T`.
 
+        Args:
+            text (Tensor, optional): Embeddings of K' other classes, unit
+                rows with shape (K', D). Defaults to None: those of the
+                training, with their bias.
+            bias (Tensor, optional): Bias of the other classes, shape (K', ).
+                Defaults to None: none.
+
         Returns:
-            nn.Conv2d: C -> K, with the dtype of the projection.
+            nn.Conv2d: C -> K or K', with the dtype of the projection.
 
         Raises:
             RuntimeError: In training mode, in which the batch norm is not
@@ -212,5 +221,7 @@ class TextClassifier(TextBranch):
                 'and other labels and cannot be folded into a 1x1 '
                 'convolution; train without `regularization`, or deploy '
                 'unfolded.')
-        text = self.scale().double() * self.text().double()
-        return self.projection.fold(text, self.logit_bias)
+        if text is None:
+            text, bias = self.text(), self.logit_bias
+        return self.projection.fold(self.scale().double() * text.double(),
+                                    bias)

@@ -8,10 +8,11 @@ from .similarity_matrices import structure_loss
 from .text_alignment_loss import TextAlignmentLoss
 from .text_guided_distillation_loss import TextGuidedDistillationLoss
 from .text_similarity_distillation_loss import TextSimilarityDistillationLoss
+from .text_to_text_contrastive_loss import TextToTextContrastiveLoss
 
 __all__ = [
     'ChannelWiseDistillationLoss', 'ImageEmbeddingDistillationLoss',
     'LogitDistillationLoss', 'SemanticStructureLoss', 'TextAlignmentLoss',
     'TextGuidedDistillationLoss', 'TextSimilarityDistillationLoss',
-    'mask_structure_loss', 'structure_loss'
+    'TextToTextContrastiveLoss', 'mask_structure_loss', 'structure_loss'
 ]

@@ -2,5 +2,8 @@
 from .distilled_encoder_decoder import DistilledEncoderDecoder
 from .frozen_clip_teacher import FrozenCLIPTeacher
 from .frozen_teacher import FrozenTeacher
+from .text_kd import TextKD
 
-__all__ = ['DistilledEncoderDecoder', 'FrozenCLIPTeacher', 'FrozenTeacher']
+__all__ = [
+    'DistilledEncoderDecoder', 'FrozenCLIPTeacher', 'FrozenTeacher', 'TextKD'
+]

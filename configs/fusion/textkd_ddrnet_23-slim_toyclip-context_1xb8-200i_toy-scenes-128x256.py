@@ -1,5 +1,0 @@
-_base_ = [
-    '../textkd/textkd_ddrnet_23-slim_toyclip_1xb8-200i_toy-scenes-128x256.py',
-    '../_base_/text/context.py'
-]
-model = dict(decode_head=dict(fusion=_base_.text_context))

@@ -1,0 +1,5 @@
+# As long as both stages of TextKD.
+_base_ = './stdc1_in1k-pre_1xb12-160k_cityscapes-768x1536.py'
+param_scheduler = _base_.param_scheduler
+param_scheduler[1].end = 320000
+train_cfg = dict(max_iters=320000)

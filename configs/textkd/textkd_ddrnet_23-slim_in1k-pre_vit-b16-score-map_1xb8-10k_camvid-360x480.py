@@ -1,0 +1,7 @@
+_base_ = [
+    '../stock/ddrnet_23-slim_in1k-pre_1xb8-10k_camvid-360x480.py',
+    '../_base_/text/vit-b16_camvid.py'
+]
+model = dict(
+    type='TextKD', score_map=dict(in_channels=512, text=_base_.text_provider))
+optim_wrapper = dict(paramwise_cfg=_base_.text_paramwise)

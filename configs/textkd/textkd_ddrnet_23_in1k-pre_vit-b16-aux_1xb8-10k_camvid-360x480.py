@@ -1,4 +1,0 @@
-# The stock classifier stays; text only trains, beside it.
-_base_ = './textkd_ddrnet_23_in1k-pre_vit-b16_1xb8-10k_camvid-360x480.py'
-model = dict(decode_head=dict(role='auxiliary'))
-custom_hooks = _base_.auxiliary_hooks

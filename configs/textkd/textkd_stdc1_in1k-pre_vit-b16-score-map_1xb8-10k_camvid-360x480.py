@@ -1,0 +1,9 @@
+_base_ = [
+    '../stock/stdc1_in1k-pre_1xb8-10k_camvid-360x480.py',
+    '../_base_/text/vit-b16_camvid.py'
+]
+model = dict(
+    type='TextKD',
+    score_map=dict(
+        in_channels=1024, projection=True, text=_base_.text_provider))
+optim_wrapper = dict(paramwise_cfg=_base_.text_paramwise)

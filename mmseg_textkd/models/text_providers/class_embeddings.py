@@ -1,0 +1,114 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+import os
+import warnings
+from typing import Optional, Sequence, Union
+
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from mmseg_textkd.text.embedding_file import TextEmbeddings
+from mmseg_textkd.text.embedding_statistics import center as center_rows
+from mmseg_textkd.text.encode_classes import build_command
+from mmseg_textkd.text.vocabulary import Vocabulary
+from .text_provider import TextProvider
+
+
+@MODELS.register_module()
+class ClassEmbeddings(TextProvider):
+    """Fixed class embeddings from a file.
+
+    The file is made by ``tools/encode_text.py``, or once by
+    ``tools/train.py`` where ``build`` says how. Building this module needs
+    neither a network nor open_clip; where ``dim`` is given it does not even
+    need the file, so that a checkpoint can be tested without it.
+
+    Args:
+        file (str): The embeddings file (safetensors), relative to the working
+            directory as ``data_root`` is.
+        num_classes (int): Number of classes K. The head passes its own.
+        dim (int, optional): Width D of the embeddings; needed only where the
+            file may be missing. Defaults to None.
+        center (bool): Whether to subtract the mean over the classes and
+            renormalize. Raw CLIP text shares one large direction; see
+            ``docs/en/user_guides/text.md``. Defaults to False.
+        classes (str | Sequence[str], optional): A vocabulary key (such as
+            'cityscapes') or the class names, which the file must have in
+            this order. Defaults to None: the names are checked against the
+            dataset when training starts.
+        build (dict, optional): How to make a missing file: ``model``,
+            ``pretrained``, ``templates``, ``vocabulary``, ``keep_bank``. Only
+            ``tools/train.py`` acts on it. Defaults to None.
+        centre (bool, optional): Deprecated name of ``center``.
+
+    Raises:
+        FileNotFoundError: If the file is missing and ``dim`` is not given.
+        ValueError: If the file is damaged, or for other classes or another
+            width.
+    """
+
+    def __init__(self,
+                 file: str,
+                 num_classes: int,
+                 dim: Optional[int] = None,
+                 center: bool = False,
+                 classes: Optional[Union[str, Sequence[str]]] = None,
+                 build: Optional[dict] = None,
+                 centre: Optional[bool] = None) -> None:
+        if centre is not None:
+            warnings.warn('`centre` is deprecated: call it `center`.')
+            center = centre
+        record = None
+        hint = (f'the file {file!r} does not exist (working directory '
+                f'{os.getcwd()}). {build_command(file, build)}')
+        if os.path.exists(file):
+            record = TextEmbeddings.load(file)
+            if dim is not None and record.dim != dim:
+                raise ValueError(
+                    f'{file} has embeddings of width {record.dim}, but the '
+                    f'config says dim={dim}. Use vectors of the model that '
+                    'the config names, or change `dim`.')
+            if len(record.names) != num_classes:
+                raise ValueError(
+                    f'{file} has {len(record.names)} classes, but the head '
+                    f'has num_classes={num_classes}. Its classes are '
+                    f'{list(record.names)}.')
+            if classes is not None:
+                record.check_names(
+                    Vocabulary.from_spec(classes).names, where=str(classes))
+        elif dim is None:
+            raise FileNotFoundError(
+                f'The class embeddings cannot be loaded: {hint}')
+        super().__init__(
+            num_classes,
+            dim if record is None else record.dim,
+            names=None if record is None else record.names)
+        self.file = file
+        self.record = record
+        self._missing_hint = hint
+        # Kept apart from the buffer, which a checkpoint may overwrite.
+        self._source: Optional[Tensor] = None
+        # Learners that start from this text are centered by the same vector.
+        self.shift: Optional[Tensor] = None
+        if record is not None:
+            self._source = self._rows(record)
+            if center:
+                self.shift = self._source.mean(dim=0)
+                self._source = center_rows(self._source)
+            self.fill(self._source)
+
+    def _rows(self, record: TextEmbeddings) -> Tensor:
+        """Choose the vectors of the classes."""
+        return record.vectors
+
+    @property
+    def can_compute(self) -> bool:
+        """bool: Whether the file's own vectors are at hand."""
+        return self._source is not None
+
+    def compute(self) -> Tensor:
+        """Get the vectors of the file.
+
+        Returns:
+            Tensor: Unit rows with shape (K, D).
+        """
+        return self._source.to(self.class_embeddings)

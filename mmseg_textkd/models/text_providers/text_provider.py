@@ -1,0 +1,211 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+from abc import ABCMeta, abstractmethod
+from typing import Dict, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from .phrase_bank import PhraseBank
+
+
+class TextProvider(BaseModule, metaclass=ABCMeta):
+    """Where the class-text matrix comes from.
+
+    Everything the vision side knows about language is the matrix that
+    :meth:`forward` returns. Fixed vectors, controls and learned prompts are
+    all providers, so that no classifier or loss needs a branch for them.
+
+    The matrix is a plain persistent buffer, ``class_embeddings``: a
+    checkpoint can be tested with neither the vectors' file nor a text tower.
+    A provider whose file is missing can still be built (inference tools build
+    the model before they load the checkpoint), but refuses to be used until
+    its buffer has been filled.
+
+    Args:
+        num_classes (int): Number of classes K.
+        dim (int): Width D of the text embeddings.
+        names (Sequence[str], optional): Class names in row order. Defaults to
+            None, which means unknown.
+    """
+
+    def __init__(self,
+                 num_classes: int,
+                 dim: int,
+                 names: Optional[Sequence[str]] = None) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.dim = dim
+        self.names: Optional[Tuple[str, ...]] = tuple(names) if names else None
+        self.learning = False
+        self._filled = False
+        self._missing_hint = 'no class embeddings were given.'
+        # Phrases for training to take in the place of the class embeddings.
+        self.phrase_bank: Optional[PhraseBank] = None
+        self._bank_hint = ''  # why they are missing, if they must not
+        self.register_buffer('class_embeddings',
+                             torch.full((num_classes, dim), float('nan')))
+
+    @property
+    def filled(self) -> bool:
+        """bool: Whether the embeddings are there and may be used."""
+        return self._filled
+
+    def fill(self, vectors: Tensor) -> None:
+        """Set the current embeddings.
+
+        Args:
+            vectors (Tensor): Float tensor with shape (K, D). Rows are brought
+                to unit length.
+
+        Raises:
+            ValueError: If the shape is not (K, D), or a row is zero.
+        """
+        expected = (self.num_classes, self.dim)
+        if tuple(vectors.shape) != expected:
+            raise ValueError(
+                f'the class embeddings have shape {tuple(vectors.shape)}, but '
+                f'the head needs (num_classes, dim) = {expected}. Use '
+                'embeddings made for these classes and this width, or change '
+                "the head's `num_classes` or the embeddings' `dim`.")
+        zero = (vectors == 0).all(dim=1).nonzero().flatten().tolist()
+        if zero:
+            raise ValueError(f'the class embeddings of the rows {zero} are '
+                             'all zero: they have no direction.')
+        with torch.no_grad():
+            self.class_embeddings.copy_(F.normalize(vectors.float(), dim=1))
+        self._filled = True
+
+    def forward(self, num_images: int = 1) -> Tensor:
+        """Get the class embeddings.
+
+        Args:
+            num_images (int): Number of images N in the batch, for providers
+                that draw other text for each of them in training. Defaults
+                to 1.
+
+        Returns:
+            Tensor: Unit rows, float32, with shape (K, D), or in training
+            (N, K, D) where each image has its own, or (1, R, K, D) where each
+            class has several that count. They carry a graph to the learnable
+            parameters while the provider is learning.
+
+        Raises:
+            RuntimeError: If neither a file nor a checkpoint has filled them,
+                or phrases to train with are missing.
+        """
+        if self.learning and self.training:
+            # Under AMP too: a K×D matrix costs nothing in float32.
+            with torch.autocast(
+                    self.class_embeddings.device.type, enabled=False):
+                return self.compute()
+        if not self._filled:
+            raise RuntimeError('The class embeddings are empty: '
+                               f'{self._missing_hint}')
+        if self.training and not self.learning:
+            if self.phrase_bank is not None:
+                return self.phrase_bank.take(num_images,
+                                             self.class_embeddings.device)
+            if self._bank_hint:
+                raise RuntimeError('Training needs the phrases of the '
+                                   f'classes: {self._bank_hint}')
+        return self.class_embeddings
+
+    @abstractmethod
+    def compute(self) -> Tensor:
+        """Compute the embeddings from the parameters.
+
+        Returns:
+            Tensor: Unit rows with shape (K, D), with gradient.
+        """
+
+    @property
+    def can_compute(self) -> bool:
+        """bool: Whether :meth:`compute` has all that it needs now."""
+        return self._filled
+
+    def learnable(self) -> Dict[str, nn.Parameter]:
+        """Get the parameters that stage 2 learns.
+
+        Returns:
+            dict[str, nn.Parameter]: Parameters by their name in this module;
+            empty for fixed text.
+        """
+        return {}
+
+    def start_learning(self) -> None:
+        """Enter stage 2; a fixed provider stays as it is."""
+
+    def stop_learning(self) -> None:
+        """Go back to stage 1, in which the embeddings are fixed."""
+        self.learning = False
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the buffer up to date with the parameters."""
+        if self.can_compute:
+            self.fill(self.compute())
+
+    @torch.no_grad()
+    def drift(self) -> float:
+        """Measure how far the text has moved from where it started.
+
+        Returns:
+            float: Mean over the classes of 1 - cosine between the current
+            and the stage-1 embedding; 0 for fixed text.
+        """
+        return 0.
+
+    def expected(self) -> Optional[Tensor]:
+        """Get the embeddings that the config and the parameters stand for.
+
+        Returns:
+            Tensor, optional: Unit rows with shape (K, D); None if they cannot
+            be told here.
+        """
+        return self.compute() if self.can_compute else None
+
+    @torch.no_grad()
+    def reconcile(self, resumed: bool) -> Optional[str]:
+        """Settle a difference between a loaded checkpoint and the file.
+
+        A resumed run must go on with the text that it began with, so a
+        difference is an error. A run that only starts from other weights
+        uses what its config says.
+
+        Args:
+            resumed (bool): Whether the run is a resumed one.
+
+        Returns:
+            str, optional: What was done, if there was a difference.
+
+        Raises:
+            ValueError: If the run is resumed and its text has changed.
+        """
+        fresh = self.expected()
+        if fresh is None or not self._filled:
+            return None
+        difference = (fresh - self.class_embeddings).abs().max().item()
+        # Written so that NaN counts as a difference.
+        if difference <= 1e-4:
+            return None
+        if resumed:
+            raise ValueError(
+                'the class embeddings in the checkpoint differ from those '
+                f'that the config gives (max |difference| {difference:.2e}). '
+                'A resumed run must keep its text: restore the embeddings '
+                'file with which the run began, or start a new run with '
+                '`load_from` instead of `--resume`.')
+        self.fill(fresh)
+        return ('The class embeddings in the loaded checkpoint differed from '
+                f'those of the config (max |difference| {difference:.2e}); '
+                "the config's are used.")
+
+    def _load_from_state_dict(self, state_dict, prefix, *args,
+                              **kwargs) -> None:
+        """Note that a checkpoint has filled the embeddings."""
+        value = state_dict.get(prefix + 'class_embeddings')
+        if value is not None and value.shape == self.class_embeddings.shape:
+            self._filled = True
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

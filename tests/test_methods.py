@@ -1,0 +1,141 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""The networks of each method's configs: built, optimized, trained."""
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.structures import InstanceData
+from mmseg.registry import MODELS
+from network_tester import (CONFIGS, load_config, load_model, offline, samples,
+                            two_iterations)
+
+from mmseg_textkd.models import (BalancedTextClassifier, ContextAwareText,
+                                 FrozenCLIPTeacher,
+                                 ImageEmbeddingDistillationLoss, TwoWayBridge)
+from mmseg_textkd.models.text_parameters import text_parameters
+
+pytestmark = pytest.mark.stacks
+
+TOY = '1xb8-200i_toy-scenes-128x256.py'
+CAMVID = '1xb8-10k_camvid-360x480.py'
+
+
+@pytest.mark.parametrize('name, kind, kept', [
+    ('bridge', TwoWayBridge, False),
+    ('bridge-kept', TwoWayBridge, True),
+    ('context', ContextAwareText, False),
+])
+def test_both_stages_of_a_fusion(tmp_path, name, kind, kept):
+    path = CONFIGS / f'fusion/textkd_bisenetv2_fcn_toyclip-{name}_{TOY}'
+    runner, watch = two_iterations(path, tmp_path, (64, 128))
+    built = runner.model.decode_head.text_branch.fusion
+    assert type(built) is kind and built.kept == kept
+    first, second = watch.changed
+    params = dict(runner.model.named_parameters())
+    fusion = {n for n in params if '.fusion.' in n}
+    assert fusion and fusion <= first
+    # In stage 2 it rests, as the network does.
+    assert second & set(params) == set(text_parameters(runner.model))
+    assert not any('.fusion.' in n for n in second)
+    assert all(map(math.isfinite, watch.losses))
+
+
+def build_in(folder, monkeypatch, name):
+    """A config and its model, built where there is no file."""
+    monkeypatch.chdir(folder)
+    cfg = load_config(CONFIGS / name)
+    return cfg, MODELS.build(offline(copy.deepcopy(cfg.model)))
+
+
+@pytest.mark.parametrize('name', [
+    f'bisenetv2_fcn_toyclip-balance-zs_{TOY}',
+    f'ddrnet_23-slim_in1k-pre_vit-b16-balance-zs_{CAMVID}'
+])
+def test_balance_is_built_without_files(monkeypatch, tmp_path, name):
+    _, model = build_in(tmp_path, monkeypatch, f'balance/textkd_{name}')
+    assert type(model.decode_head.conv_seg) is BalancedTextClassifier
+    loss, = model.decode_head.text_losses
+    assert type(loss) is ImageEmbeddingDistillationLoss
+    teacher = model.teacher
+    assert type(teacher) is FrozenCLIPTeacher
+    assert teacher.tower.out_dims == model.decode_head.text_branch.text.dim
+    if 'toyclip' in name:
+        # The sizes and the scale are ToyCLIP's.
+        scale = teacher.tower.network.clip_scale
+        assert model.decode_head.conv_seg.clip_scale == pytest.approx(
+            scale, rel=1e-3)
+
+
+@pytest.mark.parametrize('name', [
+    f'bisenetv2_fcn_toyclip-zs_{TOY}',
+    f'ddrnet_23-slim_in1k-pre_vit-b16-zs_{CAMVID}',
+    'dpt_vit-b16_vit-b16_8xb2-160k_ade20k-512x512.py'
+])
+def test_lseg_is_built_without_files(monkeypatch, tmp_path, name):
+    cfg, model = build_in(tmp_path, monkeypatch, f'lseg/lseg_{name}')
+    head = model.decode_head
+    with pytest.raises(RuntimeError, match='tools/encode_text.py'):
+        head.text_branch.text()
+    assert head.text_branch.unseen == tuple(
+        cfg.model.decode_head.text_branch.get('unseen', ()))
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
+    learned = {id(p) for g in optimizer.param_groups for p in g['params']}
+    assert len(list(head.text_branch.regularization.parameters())) == 2
+    assert {id(p) for p in head.parameters()} <= learned
+
+
+@pytest.mark.parametrize('name, added', [
+    ('textkd_bisenetv2_fcn_vit-b16-tgkd', {'decode.loss_text_guided'}),
+    ('textkd_ddrnet_23-slim_in1k-pre_vit-b16-segkd',
+     {'decode.loss_text_guided', 'decode.loss_text_similarity'}),
+    ('ddrnet_23-slim_in1k-pre-kd', {'distill.loss_kd'}),
+    ('bisenetv2_fcn-cwd', {'distill.loss_cwd'}),
+])
+def test_an_iteration_of_distillation(name, added, tmp_path):
+    """Losses of the teacher arrive in the network, at the rates of the text.
+
+    The teacher is that of the config, untrained.
+    """
+    size = (72, 120)
+    path = CONFIGS / f'distillation/{name}_{CAMVID}'
+    cfg, model_cfg = load_config(path), load_model(path)
+    model_cfg.data_preprocessor.size = size
+    model_cfg.backbone.norm_cfg = model_cfg.decode_head.norm_cfg = dict(
+        type='BN')
+    classes = model_cfg.decode_head.num_classes
+    batch = samples(size, classes)
+    if 'tgkd' in name:
+        dim = cfg.model.decode_head.text.embeddings.dim
+        for sample in batch:
+            sample.region_embeddings = InstanceData(
+                labels=torch.arange(classes),
+                vectors=torch.randn(classes, dim))
+    else:
+        teacher = load_model(Path(model_cfg.teacher.config))
+        state = MODELS.build(copy.deepcopy(teacher)).state_dict()
+        torch.save(dict(state_dict=state), tmp_path / 'teacher.pth')
+        model_cfg.teacher.checkpoint = str(tmp_path / 'teacher.pth')
+        Config(dict(model=teacher)).dump(tmp_path / 'teacher.py')
+        model_cfg.teacher.config = str(tmp_path / 'teacher.py')
+    model = revert_sync_batchnorm(MODELS.build(model_cfg))
+    losses = model.loss(torch.randn(2, 3, *size), batch)
+    assert {k for k in losses if '_text_' in k or 'distill' in k} == added
+    sum(losses[k] for k in added).backward()
+    grads = [p.grad for p in model.backbone.parameters()]
+    assert sum(g is not None and bool((g != 0).any()) for g in grads) > 10
+    # No decay on the factors.
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    factors = {
+        id(p)
+        for n, p in model.named_parameters() if n.endswith('log_scale')
+    }
+    decays = [
+        g['weight_decay'] for g in wrapper.param_groups
+        if id(g['params'][0]) in factors
+    ]
+    assert decays == [0] * len(factors)

@@ -1,0 +1,142 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Contexts as published, against figures of the authors' own encoder."""
+from pathlib import Path
+
+import pytest
+import tiny_clip
+import torch
+from mmengine.config import Config
+from mmseg.registry import MODELS
+
+from mmseg_textkd.clip.text_tower import TextTower, load_tower
+
+CONFIGS = sorted(
+    (Path(__file__).parents[2] / 'configs').glob('textkd/*-stage2_*.py'))
+WORDS = dict(Road='Road', Car_Sky='car sky')
+# Learned vectors, in all 7 tokens of which 5 are for the names.
+CONTEXT_LENGTH = 7
+# Made by CLIPTextContextEncoder of ChiaYi-LIN/mmsegmentation @ d89be68 with
+# these weights: embeddings (first three of each class, normalized), and the
+# gradient of the sum of their first column (first two of each vector).
+EMBEDDINGS = {
+    False: [[-0.0451638, 0.03070668, 0.02217067],
+            [0.0333751, 0.1682536, 0.2227283]],
+    True: [[-0.0451638, 0.03070668, 0.02217067],
+           [0.2767363, -0.2107835, -0.1227552]]
+}
+GRADIENT = {
+    False: [[-0.07627299, -0.02605763], [0.04036246, -0.03093161]],
+    True: [[[-0.03534788, -0.0037013], [0.02288766, -0.0190474]],
+           [[-0.01625483, -0.007811991], [-0.005444258, -0.04252183]]]
+}
+
+
+def noise(shape, seed):
+    """Uniform in [-1, 1), the same numbers whatever the version of torch."""
+    number = torch.Size(shape).numel()
+    wave = (torch.arange(number).double() * 12.9898 + seed * 78.233).sin()
+    return ((wave * 43758.5453).remainder(1) * 2 - 1).view(shape)
+
+
+def set_weights(clip):
+    """Linear layers of a spread that lets every token be felt."""
+    for i, (name, value) in enumerate(sorted(clip.state_dict().items())):
+        if value.is_floating_point() and 'mask' not in name:
+            norm = value.dim() == 1 and 'weight' in name
+            value.copy_(norm + .5 * noise(value.shape, i))
+
+
+def context(*shape):
+    """Get the vectors from which the figures were made."""
+    return noise(shape, 1000).float()
+
+
+@pytest.fixture(scope='module')
+def tower(tmp_path_factory):
+    """A small tower of OpenAI's kind."""
+    folder = tmp_path_factory.mktemp('clip') / 'quick'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny_clip.VARIANTS, 'quick', ({}, dict(quick_gelu=True)))
+        tiny_clip.save_model(folder, 'quick')
+    tower = load_tower(f'local-dir:{folder}')
+    set_weights(tower.clip)
+    return tower
+
+
+def build(tower, **options):
+    cfg = dict(
+        type='ContextPromptLearner',
+        embeddings=dict(type='ControlEmbeddings', kind='random', dim=24),
+        num_classes=2,
+        model=tower.model,
+        token_dim=32,
+        vocabulary=WORDS,
+        context_length=CONTEXT_LENGTH,
+        class_specific=True,
+        suffix='')
+    cfg.update(options)
+    return MODELS.build(cfg).train()
+
+
+@pytest.mark.parametrize('specific', [True, False])
+def test_published_context(tower, specific):
+    provider = build(tower, class_specific=specific)
+    shape = (2, 2, 32) if specific else (2, 32)
+    assert provider.context.shape == shape
+    provider.context.data.copy_(context(*shape))
+    provider.start_learning()
+    assert isinstance(provider.tower, TextTower) and provider.tower is tower
+    text = provider()
+    torch.testing.assert_close(
+        text[:, :3], torch.tensor(EMBEDDINGS[specific]), rtol=1e-5, atol=1e-6)
+    text[:, 0].sum().backward()
+    torch.testing.assert_close(
+        provider.context.grad[..., :2],
+        torch.tensor(GRADIENT[specific]),
+        rtol=1e-5,
+        atol=1e-6)
+
+
+@pytest.mark.parametrize('length, number', [(13, 8), (16, 11), (19, 14),
+                                            (22, 17)])
+def test_context_of_the_published_lengths(tower, length, number):
+    assert build(tower, context_length=length).context.shape == (2, number, 32)
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_configs_of_stage_2(path):
+    """Contexts of the published shape, spared decay; the rest as stage 1."""
+    cfg = Config.fromfile(path)
+    stage1 = Config.fromfile(str(path).replace('-stage2', ''))
+    text = cfg.model.score_map.text
+    learner = MODELS.build(
+        text, default_args=dict(num_classes=cfg.model.decode_head.num_classes))
+    classes = cfg.model.decode_head.num_classes
+    assert learner.context.shape == (classes, 11, 512)
+    assert text.embeddings == stage1.model.score_map.text
+    keys = cfg.optim_wrapper.paramwise_cfg.custom_keys
+    assert keys.pop('.text.').decay_mult == 0
+    cfg.model.score_map.text = text.embeddings
+    hook, = cfg.custom_hooks
+    assert hook.switch_at == 0 and cfg.find_unused_parameters
+    for key in ('model', 'optim_wrapper', 'param_scheduler', 'train_cfg',
+                'train_dataloader'):
+        assert cfg[key] == stage1[key], key
+
+
+@pytest.mark.parametrize('options, words', [
+    (dict(vocabulary=dict(Road='Road', Car='car car car car')),
+     ['car car car car', '6 tokens', '2 context', 'room for 7']),
+    (dict(context_length=80), ['75 context', 'room for 77']),
+    (dict(context_length=5), ['`n_ctx`', '0 of 5 tokens']),
+])
+def test_prompts_of_a_length_that_does_not_fit(tower, options, words):
+    with pytest.raises(ValueError) as error:
+        build(tower, **options).start_learning()
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_deprecated_position(tower):
+    with pytest.warns(UserWarning, match='`position` is deprecated'):
+        build(tower, position='end')
