@@ -214,7 +214,7 @@ class ContextPromptLearner(PromptLearner):
         context = self.context.expand(len(ids), -1, -1).to(tokens.dtype)
         tokens = torch.cat(
             [tokens[:, :1], context, tokens[:, 1 + self.n_ctx:]], dim=1)
-        return self._centred(tower.encode_prompts(tokens, ids))
+        return self._center(tower.encode_prompts(tokens, ids))
 
 
 def _lengths(tower: TextTower, ids: Tensor) -> List[int]:
