@@ -283,9 +283,8 @@ class BaseNetworkTester:
     @classmethod
     def main_config(cls):
         """The text config on Cityscapes."""
-        path, = (
-            CONFIGS /
-            'text_classifier').glob(f'textkd_{cls.network}_vit-b16_*_cityscapes-*.py')
+        path, = (CONFIGS / 'text_classifier'
+                 ).glob(f'textkd_{cls.network}_vit-b16_*_cityscapes-*.py')
         return path
 
     @pytest.fixture(scope='class')

@@ -267,12 +267,11 @@ def main() -> None:
         {work_dir / 'report.json': json.dumps(report, indent=1).encode()})
     print(f'Wrote {picture} and {work_dir / "report.json"} after '
           f'{report["seconds"]} s\n')
+    bisenetv2 = 'configs/text_classifier/textkd_bisenetv2_fcn_vit-b16'
     print(
         NEXT.format(
-            cityscapes='configs/text_classifier/textkd_bisenetv2_fcn_vit-b16_4xb4-160k_'
-            'cityscapes-1024x1024.py',
-            camvid='configs/text_classifier/textkd_bisenetv2_fcn_vit-b16_1xb8-10k_'
-            'camvid-360x480.py'))
+            cityscapes=f'{bisenetv2}_4xb4-160k_cityscapes-1024x1024.py',
+            camvid=f'{bisenetv2}_1xb8-10k_camvid-360x480.py'))
 
 
 if __name__ == '__main__':

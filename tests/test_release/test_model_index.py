@@ -103,8 +103,9 @@ def test_files_are_up_to_date():
 def test_nothing_is_claimed_that_was_not_measured():
     readmes = [
         Path(ROOT, 'configs', folder, 'README.md')
-        for folder in ('text_classifier', 'textkd', 'lseg', 'ebseg', 'fusion', 'distillation',
-                       'structure', 'diversification', 'balance')
+        for folder in ('text_classifier', 'textkd', 'lseg', 'ebseg', 'fusion',
+                       'distillation', 'structure', 'diversification',
+                       'balance')
     ]
     rows = [
         line.split('|')[1:-1] for path in readmes
