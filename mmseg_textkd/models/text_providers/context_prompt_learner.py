@@ -204,4 +204,4 @@ class ContextPromptLearner(PromptLearner):
         tokens = torch.cat(
             [tokens[:, :start], context, tokens[:, start + self.n_ctx:]],
             dim=1)
-        return self._centred(tower.encode_prompts(tokens, ids))
+        return self._center(tower.encode_prompts(tokens, ids))
