@@ -16,6 +16,5 @@ __all__ = [
     'COCO20iEpisodes', 'CamVidDataset', 'CheckLabels', 'EpisodeLabels',
     'FSS1000Episodes', 'HideClasses', 'LabelMeFacadeDataset',
     'Load16BitAnnotations', 'LoadRegionEmbeddings', 'PASCAL5iEpisodes',
-    'PackRegionInputs',
-    'ToyScenesDataset'
+    'PackRegionInputs', 'ToyScenesDataset'
 ]
