@@ -23,7 +23,7 @@ TEXT = 'textkd_bisenetv2_fcn_vit-b16_1xb8-10k_camvid-360x480'
 URL = 'https://example.org/weights'
 # Row of a network that has been measured and published.
 FIELDS = dict(
-    method='BiSeNetV2 + TextKD',
+    method='BiSeNetV2 + text classifier',
     crop='360x480',
     schedule='10000',
     memory='3.21',
@@ -160,7 +160,7 @@ def test_round_trip_of_a_measured_row(tree):
     metadata = {
         'Training Data': 'CamVid',
         'Batch Size': 8,
-        'Architecture': ['BiSeNetV2', 'Text classifier']
+        'Architecture': ['BiSeNetV2', 'text classifier']
     }
     assert old == {
         'Name': TEXT,

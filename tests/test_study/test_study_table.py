@@ -361,7 +361,7 @@ def test_the_published_pages_are_what_the_ledgers_say():
             continue
         words = [*(str(results / n) for n in names), '--out', str(page)]
         if page.name == 'camvid.md':
-            words += ['--overview', str(ROOT / 'README.md')]
+            words += ['--overview', str(results / 'README.md')]
         TOOL.main([*words, '--check'])
         left -= {*names}
     assert not left

@@ -218,8 +218,7 @@ def build(root: Path) -> Dict[str, str]:
         raise ValueError('\n'.join(faults))
     files: Dict[str, str] = {}
     for readme, folders in READMES.items():
-        title, url = re.search(r'^> \[(.+)\]\((\S+)\)$', texts[readme],
-                               re.M).groups()
+        paper = re.search(r'^> \[(.+)\]\((\S+)\)$', texts[readme], re.M)
         for folder, name in folders.items():
             ours = [m for m in models.values() if m['In Collection'] == name]
             data = dict.fromkeys(m['Metadata']['Training Data'] for m in ours)
@@ -231,8 +230,8 @@ def build(root: Path) -> Dict[str, str]:
                 Metadata={'Training Data': list(data)},
                 README=readme,
                 Frameworks=['PyTorch'])
-            if folder == list(folders)[-1]:
-                collection['Paper'] = dict(Title=title, URL=url)
+            if paper and folder == list(folders)[-1]:
+                collection['Paper'] = dict(Title=paper[1], URL=paper[2])
             files[f'configs/{folder}/metafile.yaml'] = _dump(
                 readme, dict(Collections=[collection], Models=ours))
     index = dict(Import=sorted(files))
