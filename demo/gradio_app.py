@@ -12,10 +12,12 @@ from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
+from PIL import Image
 
 import mmseg_textkd  # noqa: F401  (before mmseg.apis)
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.apis.drawing import draw_labels
+from mmseg_textkd.utils.io import MAX_PIXELS
 
 LEGEND = '<div style="display: flex; flex-wrap: wrap; gap: 4px 20px">{}</div>'
 ENTRY = ('<span style="overflow-wrap: anywhere"><span style="display: '
@@ -167,8 +169,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('checkpoint', help='its weights')
     parser.add_argument('--port', type=int, default=7860)
     parser.add_argument('--device', help='default: a GPU if there is one')
+    parser.add_argument(
+        '--max-pixels',
+        type=int,
+        default=MAX_PIXELS,
+        help='larger pictures are refused before they are read (default: '
+        '%(default)s)')
     args = parser.parse_args(argv)
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
+    # gradio reads what is uploaded by Pillow, which refuses twice of this.
+    Image.MAX_IMAGE_PIXELS = args.max_pixels // 2
     try:
         inferencer = TextSegInferencer(
             args.config, args.checkpoint, device=args.device)

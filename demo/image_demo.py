@@ -16,8 +16,9 @@ import numpy as np
 import mmseg_textkd  # noqa: F401  (before mmseg.apis)
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.text import Vocabulary
+from mmseg_textkd.utils.io import (MAX_PIXELS, SUFFIXES, check_image,
+                                   list_images)
 
-IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 CODECS = {'.mp4': 'mp4v', '.avi': 'MJPG'}
 
 
@@ -62,6 +63,12 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument(
         '--out',
         help='folder for images (vis, pred), or video to write (.mp4, .avi)')
+    parser.add_argument(
+        '--max-pixels',
+        type=int,
+        default=MAX_PIXELS,
+        help='larger images are refused before they are read (default: '
+        '%(default)s)')
     parser.add_argument('--opacity', type=float, default=0.5)
     parser.add_argument('--no-legend', action='store_true')
     parser.add_argument(
@@ -82,8 +89,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         parser.error('give --out, --show or both')
     if not 0 <= args.opacity <= 1:
         parser.error(f'--opacity must be in [0, 1], but got {args.opacity}')
-    args.still = args.webcam is None and (os.path.isdir(args.input) or
-                                          args.input.lower().endswith(IMAGES))
+    args.still = args.webcam is None and (os.path.isdir(
+        args.input) or args.input.lower().endswith(SUFFIXES))
     if args.out and not args.still:
         if os.path.splitext(args.out)[1] not in CODECS:
             parser.error(f'a video is written as {" or ".join(CODECS)}, but '
@@ -191,17 +198,11 @@ def run(args: argparse.Namespace) -> None:
     if not args.still:
         print(f'{run_video(inferencer, args)} frames')
         return
-    inputs = args.input
-    if os.path.isdir(inputs):
-        inputs = [
-            os.path.join(inputs, name) for name in sorted(os.listdir(inputs))
-            if name.lower().endswith(IMAGES)
-        ]
-        if not inputs:
-            raise ValueError(f'there are no images in {args.input}')
-    else:
-        inputs = [inputs]
+    inputs = [args.input]
+    if os.path.isdir(args.input):
+        inputs = [str(path) for path in list_images(args.input)]
     for path in inputs:  # one by one: results are not kept in memory
+        check_image(path, args.max_pixels)
         inferencer(
             path,
             out_dir=args.out or '',

@@ -2,7 +2,9 @@
 """Show what a network predicts, with numpy, OpenCV and ONNX Runtime alone.
 
 MODEL is a graph of tools/deployment/export_onnx.py. The input is an image, a
-folder of images, a video file or, with --webcam, a camera.
+folder of images, a video file or, with --webcam, a camera. Images of more than
+89478485 pixels are refused before they are read; the environment variable
+OPENCV_IO_MAX_IMAGE_PIXELS sets another limit.
 """
 import argparse
 import json
@@ -11,9 +13,13 @@ import sys
 import time
 from typing import Iterator, Optional, Sequence, Tuple
 
-import cv2
-import numpy as np
-import onnxruntime
+# OpenCV looks at it when it is imported.
+LIMIT = os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', '89478485')
+
+# isort: split
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import onnxruntime  # noqa: E402
 
 IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 CODECS = {'.mp4': 'mp4v', '.avi': 'MJPG'}
@@ -134,9 +140,14 @@ def images(path: str) -> Named:
         if not names:
             raise ValueError(f'there are no images in {path}')
     for name in names:
-        picture = cv2.imread(name)
+        try:
+            picture = cv2.imread(name)
+        except cv2.error as error:
+            raise ValueError(f'{name} cannot be read as an image of at most '
+                             f'{LIMIT} pixels: {error}') from error
         if picture is None:
-            raise ValueError(f'{name} cannot be read as an image')
+            raise ValueError(f'{name} cannot be read as an image of at most '
+                             f'{LIMIT} pixels')
         yield os.path.basename(name), picture
 
 

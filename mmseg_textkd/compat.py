@@ -36,8 +36,8 @@ def apply() -> Tuple[str, ...]:
 
     Returns:
         tuple[str, ...]: Names of the cures that were needed, out of
-        'mmseg assertion', 'mmcv.ops', 'safe globals', 'distribution name',
-        'pkg_resources' and 'class weights'.
+        'mmseg assertion', 'mmcv.ops', 'safe globals', 'code in checkpoints',
+        'distribution name', 'pkg_resources' and 'class weights'.
 
     Raises:
         ImportError: If a library is missing or unsuitable; one line says
@@ -49,6 +49,7 @@ def apply() -> Tuple[str, ...]:
         for name, cure in (('mmseg assertion',
                             _import_mmseg), ('mmcv.ops', _stand_in_for_ops),
                            ('safe globals', allow_runner_checkpoints),
+                           ('code in checkpoints', _load_without_code),
                            ('distribution name', _name_distribution),
                            ('pkg_resources', _find_without_pkg_resources),
                            ('class weights', _weigh_with_ignored_pixels)):
@@ -224,34 +225,53 @@ def allow_runner_checkpoints() -> bool:
     """Let ``torch.load(weights_only=True)`` read a runner's checkpoint.
 
     Besides tensors it holds the log history, that is a ``HistoryBuffer`` of
-    numpy arrays, and with ``save_best`` a numpy scalar. From torch 2.6 on
-    that is refused unless allowed. MMEngine 0.10.7 does not know of it;
-    OneDL's list lacks some, and then its loader allows everything. Nor is
-    once enough there: its loader takes back what it allows.
+    numpy arrays, and with ``save_best`` a numpy scalar. MMEngine 0.10.7 does
+    not know that torch 2.6 refuses them; OneDL's list lacks some, and its
+    loader takes back what it allows, so once is not enough.
 
     Returns:
-        bool: Whether anything had to be allowed.
+        bool: Whether anything had to be allowed; False also before torch 2.4,
+        which can allow nothing.
     """
-    import numpy as np
     import torch
-    from mmengine.logging import HistoryBuffer
-    from packaging.version import parse
-    if parse(torch.__version__).release < (2, 6):
+    if not hasattr(torch.serialization, 'add_safe_globals'):
         return False
+    torch.serialization.add_safe_globals(_runner_globals())
+    from packaging.version import parse
+    return parse(torch.__version__).release >= (2, 6)
+
+
+@functools.lru_cache(maxsize=None)
+def _runner_globals() -> List[Any]:
+    """All that a runner's checkpoint needs besides tensors."""
+    import numpy as np
+    from mmengine.logging import HistoryBuffer
     core = np._core if hasattr(np, '_core') else np.core
     dtypes = {type(np.dtype(code)) for code in '?bBhHiIlLqQefdg'}
     functions = [core.multiarray._reconstruct, core.multiarray.scalar]
-    torch.serialization.add_safe_globals([
+    return [
         HistoryBuffer,
         np.ndarray,
         np.dtype,
+        bytes,  # of an empty array
         *dtypes,
-        (_history_method, 'builtins.getattr'),
+        _under_name(_history_method, 'builtins.getattr'),
         # numpy 2 renamed the module: a run may be resumed across that.
-        *((function, f'numpy.{name}.multiarray.{function.__name__}')
+        *(_under_name(function, f'numpy.{name}.multiarray.{function.__name__}')
           for function in functions for name in ('core', '_core'))
-    ])
-    return True
+    ]
+
+
+def _under_name(function: Callable, name: str) -> Callable:
+    """A function that torch finds under another name in a pickle."""
+
+    def renamed(*args: Any) -> Any:
+        return function(*args)
+
+    # Before torch 2.6 a name cannot be given beside the function.
+    renamed.__module__, renamed.__name__ = name.rsplit('.', 1)
+    renamed.__qualname__ = renamed.__name__
+    return renamed
 
 
 def _history_method(owner: type, name: str) -> Callable:
@@ -265,6 +285,35 @@ def _history_method(owner: type, name: str) -> Callable:
     if owner is HistoryBuffer and name in ('min', 'max', 'mean', 'current'):
         return getattr(owner, name)
     raise UnpicklingError(f'getattr of {owner!r}, {name!r} is not allowed')
+
+
+def _load_without_code() -> bool:
+    """Let MMEngine's loaders run no code that is in a checkpoint.
+
+    OneDL's fall back to ``weights_only=False``, all that load from a URL ask
+    for it, and before torch 2.6 it is the default. A runner that resumes also
+    executes ``meta['config']``, which no version of MMEngine 0.10 writes.
+    """
+    from mmengine.runner import checkpoint as module
+    loader = module.CheckpointLoader
+    stock = loader.load_checkpoint.__func__
+    if hasattr(module, 'get_torch_safe_globals'):
+        # OneDL's list has `getattr`.
+        module.get_torch_safe_globals = _runner_globals
+
+    @functools.wraps(stock)
+    def load_checkpoint(cls, filename, *args, **kwargs):
+        from .utils.checkpoint import weights_only
+        with weights_only(filename):
+            checkpoint = stock(cls, filename, *args, **kwargs)
+        if isinstance(checkpoint, dict):
+            meta = checkpoint.get('meta')
+            if isinstance(meta, dict):
+                meta.pop('config', None)
+        return checkpoint
+
+    loader.load_checkpoint = classmethod(load_checkpoint)
+    return True
 
 
 def _name_distribution() -> bool:

@@ -12,6 +12,7 @@ from mmseg.registry import DATASETS
 
 from .compat import stock_config
 from .text import Vocabulary
+from .utils.config import as_list, type_name, walk
 
 
 def stock_network(path: str,
@@ -44,14 +45,15 @@ def stock_network(path: str,
         copy.deepcopy(cfg[key].to_dict())
         for key in ('model', 'optim_wrapper'))
     model['data_preprocessor']['size'] = size
-    heads = _flat([model['decode_head'], model.get('auxiliary_head') or []])
+    heads = as_list(model['decode_head']) + as_list(
+        model.get('auxiliary_head'))
     stock_classes = heads[0]['num_classes']
     for head in heads:
         if min_kept is not None and head.get('sampler'):
             head['sampler']['min_kept'] = min_kept
         if head['num_classes'] == stock_classes != num_classes:
             head['num_classes'] = num_classes
-            for loss in _flat(head.get('loss_decode', [])):
+            for loss in as_list(head.get('loss_decode')):
                 loss.pop('class_weight', None)
     return model, optim_wrapper
 
@@ -74,7 +76,11 @@ def insert_transform(dataloader: Dict, transform: Dict, before: str) -> Dict:
         ValueError: If no pipeline has a transform of the type ``before``.
     """
     dataloader = copy.deepcopy(dict(dataloader))
-    if not _insert(dataloader, transform, before):
+    pipelines = [part for part in walk(dataloader) if before in _types(part)]
+    for pipeline in pipelines:
+        pipeline.insert(
+            _types(pipeline).index(before), copy.deepcopy(transform))
+    if not pipelines:
         raise ValueError(f'no pipeline of the data loader has a {before!r} to '
                          f'put {transform["type"]!r} in front of.')
     return dataloader
@@ -231,40 +237,21 @@ def add_region_embeddings(dataloader: Dict, transform: Dict) -> Dict:
     """
     dataloader = copy.deepcopy(dict(dataloader))
 
-    def change(cfg: Any) -> int:
-        if isinstance(cfg, dict):
-            return sum(change(c) for c in cfg.values())
-        if not isinstance(cfg, list):
-            return 0
-        types = [c.get('type') for c in cfg if isinstance(c, dict)]
-        if not {'LoadAnnotations', 'PackSegInputs'} <= set(types):
-            return sum(change(c) for c in cfg)
-        cfg[types.index('PackSegInputs')]['type'] = 'PackRegionInputs'
-        cfg.insert(
+    pipelines = [
+        part for part in walk(dataloader)
+        if {'LoadAnnotations', 'PackSegInputs'} <= set(_types(part))
+    ]
+    for pipeline in pipelines:
+        types = _types(pipeline)
+        pipeline[types.index('PackSegInputs')]['type'] = 'PackRegionInputs'
+        pipeline.insert(
             types.index('LoadAnnotations') + 1, copy.deepcopy(transform))
-        return 1
-
-    if not change(dataloader):
+    if not pipelines:
         raise ValueError('no pipeline of the data loader has '
                          "'LoadAnnotations' and 'PackSegInputs'.")
     return dataloader
 
 
-def _insert(cfg: Any, transform: Dict, before: str) -> int:
-    """Insert in place; the number of pipelines that were changed."""
-    if isinstance(cfg, list):
-        types = [c.get('type') for c in cfg if isinstance(c, dict)]
-        if before in types:
-            cfg.insert(types.index(before), copy.deepcopy(transform))
-            return 1
-        return sum(_insert(c, transform, before) for c in cfg)
-    if isinstance(cfg, dict):
-        return sum(_insert(c, transform, before) for c in cfg.values())
-    return 0
-
-
-def _flat(cfg: Any) -> List[Dict]:
-    """The dicts of nested lists of dicts."""
-    if isinstance(cfg, dict):
-        return [cfg]
-    return [item for part in cfg for item in _flat(part)]
+def _types(part: Any) -> List[str]:
+    """Types of the transforms of a pipeline; none of another part."""
+    return [type_name(t) for t in part] if isinstance(part, list) else []

@@ -87,7 +87,7 @@ def stock_twin(path, prefix='textkd_'):
     """The config of the same name without the text."""
     name = path.name[len(prefix):]
     # The text encoder, and what else it is about.
-    name = re.sub('_(vit-b16|rn50|toyclip|random)(-[a-z-]+)?_', '_', name)
+    name = re.sub('_(vit-b16|rn50|toyclip|random)(-[a-z0-9-]+)?_', '_', name)
     twin = CONFIGS / 'stock' / name
     assert twin.exists(), f'{path.name} has no stock twin'
     return twin
@@ -283,9 +283,8 @@ class BaseNetworkTester:
     @classmethod
     def main_config(cls):
         """The text config on Cityscapes."""
-        path, = (
-            CONFIGS /
-            'textkd').glob(f'textkd_{cls.network}_vit-b16_*_cityscapes-*.py')
+        path, = (CONFIGS / 'text_classifier'
+                 ).glob(f'textkd_{cls.network}_vit-b16_*_cityscapes-*.py')
         return path
 
     @pytest.fixture(scope='class')

@@ -76,9 +76,10 @@ TEXT = {
     'optim_wrapper/paramwise_cfg/custom_keys/log_scale', 'custom_hooks',
     'auxiliary_hooks', 'find_unused_parameters'
 }
+TEXT_FOLDERS = ('text_classifier', 'textkd')
 METHODS = {
     'text':
-    Method('textkd', 'stock', 53, TEXT),
+    Method('text_classifier', 'stock', 53, TEXT),
     'score-map':
     Method('textkd', 'stock', 10, {'model/type', 'model/score_map', *TEXT} -
            {f'{HEAD}/type', HEAD_TEXT}),
@@ -88,31 +89,48 @@ METHODS = {
            {'model/type', 'model/score_map', 'custom_hooks'}),
     'rn50-score-map-decoder':
     Method('textkd', 'textkd', 1, {'model/score_map/convs'}),
+    'rn50-score-map-stage2':
+    Method(
+        'textkd', 'textkd', 7, {
+            'model/score_map/text', 'custom_hooks', 'find_unused_parameters',
+            'optim_wrapper/paramwise_cfg/custom_keys/.text.'
+        }),
+    'rn50-score-map-decoder-stage2':
+    Method(
+        'textkd', 'textkd', 1, {
+            'model/score_map/text', 'model/score_map/convs', 'custom_hooks',
+            'find_unused_parameters',
+            'optim_wrapper/paramwise_cfg/custom_keys/.text.'
+        }),
     'rn50-cosine':
     Method('textkd', 'stock', 1,
            {f'{HEAD}/type', HEAD_TEXT, f'{HEAD}/text_branch', 'custom_hooks'}),
     'aux':
-    Method('textkd', 'textkd', 1, {f'{HEAD}/role', 'custom_hooks'}),
+    Method('text_classifier', 'text_classifier', 1,
+           {f'{HEAD}/role', 'custom_hooks'}),
     'ssc':
-    Method('structure', 'textkd', 3, {f'{HEAD}/text_losses'}),
+    Method('structure', 'text_classifier', 3, {f'{HEAD}/text_losses'}),
     'syn':
-    Method('diversification', 'textkd', 3, {f'{HEAD}/text/embeddings'}),
+    Method('diversification', 'text_classifier', 3,
+           {f'{HEAD}/text/embeddings'}),
     'bridge':
-    Method('fusion', 'textkd', 3, {f'{HEAD}/fusion'}),
+    Method('fusion', 'text_classifier', 3, {f'{HEAD}/fusion'}),
     'bridge-kept':
-    Method('fusion', 'textkd', 3, {f'{HEAD}/fusion'}),
+    Method('fusion', 'text_classifier', 3, {f'{HEAD}/fusion'}),
     'context':
-    Method('fusion', 'textkd', 3, {f'{HEAD}/fusion'}),
+    Method('fusion', 'text_classifier', 3, {f'{HEAD}/fusion'}),
     'tgkd':
-    Method('distillation', 'textkd', 3, {f'{HEAD}/text_losses', TRAIN}),
+    Method('distillation', 'text_classifier', 3,
+           {f'{HEAD}/text_losses', TRAIN}),
     'segkd':
-    Method('distillation', 'textkd', 3, {f'{HEAD}/text_losses', *TEACHER}),
+    Method('distillation', 'text_classifier', 3,
+           {f'{HEAD}/text_losses', *TEACHER}),
     'kd':
     Method('distillation', 'stock', 3, {'model/distill_losses', *TEACHER}),
     'cwd':
     Method('distillation', 'stock', 3, {'model/distill_losses', *TEACHER}),
     'balance-zs':
-    Method('balance', 'textkd', 4, {
+    Method('balance', 'text_classifier', 4, {
         HEAD_TEXT, f'{HEAD}/text_branch', f'{HEAD}/text_losses', *TEACHER,
         *UNSEEN
     }),
@@ -131,11 +149,13 @@ METHODS = {
     Method('lseg', 'lseg', 8, {f'{HEAD}/text_branch/unseen', *UNSEEN}),
 }
 # What stays a part of the network.
-KEPT = ('bridge-kept', 'score-map', 'rn50-score-map', 'rn50-score-map-decoder')
-# EBSeg's have tests of their own.
+KEPT = ('bridge-kept', 'score-map', 'rn50-score-map', 'rn50-score-map-decoder',
+        'rn50-score-map-stage2', 'rn50-score-map-decoder-stage2')
+# EBSeg's and the published LSeg's have tests of their own.
 PATHS = sorted(
     path for path in CONFIGS.rglob('*.py')
-    if path.relative_to(CONFIGS).parts[0] not in ('_base_', 'ebseg'))
+    if path.relative_to(CONFIGS).parts[0] not in ('_base_', 'ebseg')
+    and '_vit-b32_' not in path.name)
 STOCK = [path for path in PATHS if path.parent.name == 'stock']
 
 
@@ -164,7 +184,7 @@ def method_of(path):
 def twin_of(path):
     """The config that a method is compared with."""
     tag, name = method_of(path), path.name
-    if METHODS[tag][:2] == ('textkd', 'stock'):
+    if METHODS[tag][1] == 'stock' and METHODS[tag][0] in TEXT_FOLDERS:
         return stock_twin(path)
     if tag == 'lseg':
         return stock_twin(path, 'lseg_')
@@ -259,7 +279,8 @@ def test_all_combinations_are_there():
     assert combinations(longer) <= combinations(scored)
     # A method is there on CamVid for two networks, and on the toy.
     for tag, method in METHODS.items():
-        if method.folder not in ('textkd', 'lseg') or tag in ('lseg', 'zs'):
+        if method.folder not in (*TEXT_FOLDERS, 'lseg') or tag in ('lseg',
+                                                                   'zs'):
             found = [parts(p)['dataset'] for p in BY_METHOD[tag]]
             assert found.count('camvid') == 2 and 'toy-scenes' in found, tag
 
@@ -406,6 +427,21 @@ def check_fixed(cfg, twin, path):
     assert cfg.model.type in ('TextKD', twin.model.type), path
 
 
+def check_published_stage2(cfg, twin, path):
+    """Contexts of 11 vectors a class; the trunk alone rests."""
+    hook, = cfg.custom_hooks
+    assert (hook.switch_at, hook.freeze_norm) == (0, False), path
+    assert hook.learn == {r'^backbone\.backbone\.': 0., '.': 1.}, path
+    text = cfg.model.score_map.text
+    assert text.type == 'ContextPromptLearner' and text.class_specific, path
+    assert text.embeddings == twin.model.score_map.text, path
+    assert text.model == text.embeddings.build.model, path
+    assert (text.context_length, text.suffix) == (16, ''), path
+    assert '-decoder' not in path.name or cfg.model.score_map.convs == [
+        'decode_head.convs.0.conv'
+    ]
+
+
 def check_auxiliary(cfg, twin, path):
     assert cfg.model.decode_head.role == 'auxiliary'
     assert cfg.custom_hooks == twin.auxiliary_hooks
@@ -532,6 +568,8 @@ CHECKS = {
     'score-map': check_score_map,
     'rn50-score-map': check_fixed,
     'rn50-score-map-decoder': check_fixed,
+    'rn50-score-map-stage2': check_published_stage2,
+    'rn50-score-map-decoder-stage2': check_published_stage2,
     'rn50-cosine': check_fixed,
     'aux': check_auxiliary,
     'ssc': check_structure,

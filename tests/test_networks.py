@@ -110,5 +110,5 @@ TESTERS = [
 
 def test_every_network_has_its_tester():
     found = [tester.main_config() for tester in TESTERS]
-    expected = (CONFIGS / 'textkd').glob('*cityscapes*.py')
+    expected = (CONFIGS / 'text_classifier').glob('*cityscapes*.py')
     assert sorted(found) == sorted(expected) and len(found) == 15

@@ -165,7 +165,7 @@ def test_wheel_trains_and_tests(wheel, tmp_path, mim):
         words += [f'--{k}={v}' for k, v in checkpoint.items()] + ['--gpus=0']
         if not mim:
             tool = f'{inside}/tools/{command}.py'
-            config = f'{inside}/configs/textkd/{name}'
+            config = f'{inside}/configs/text_classifier/{name}'
             words = [sys.executable, tool, config, *checkpoint.values()]
             words += ['--launcher', 'none']
         for split in ('train', 'val', 'test'):

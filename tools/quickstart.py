@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -23,13 +22,14 @@ from mmseg.apis import init_model
 from mmseg.evaluation import IoUMetric
 
 from mmseg_textkd.datasets import ToyScenesDataset
+from mmseg_textkd.utils.io import make_folder, write_files
 
 matplotlib.use('Agg')
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path('data/toy_scenes')
 STOCK = 'configs/stock/bisenetv2_fcn_1xb8-200i_toy-scenes-128x256.py'
-TEXT = ('configs/textkd/'
+TEXT = ('configs/text_classifier/'
         'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py')
 ARMS = dict(stock=STOCK, textkd=TEXT)
 CLASSES = ToyScenesDataset.METAINFO['classes']
@@ -86,8 +86,6 @@ def run(args: List[str], log: Path, echo: str = '') -> None:
 def train_and_test(name: str, config: str, args: argparse.Namespace) -> None:
     """Train one arm with tools/train.py and test it with tools/test.py."""
     work_dir = Path(args.work_dir, name)
-    shutil.rmtree(work_dir, ignore_errors=True)
-    work_dir.mkdir(parents=True)
     options = [f'randomness.seed={args.seed}']
     if args.iters:
         options += [
@@ -234,8 +232,12 @@ def main() -> None:
     start = time.time()
     args = parse_args()
     work_dir = Path(args.work_dir)
+    try:
+        for name in ARMS:  # before anything takes time
+            make_folder(work_dir / name)
+    except OSError as error:
+        sys.exit(f'quickstart: {error}')
     print('Making the ToyScenes pictures', flush=True)
-    work_dir.mkdir(parents=True, exist_ok=True)
     run(['tools/dataset_converters/toy_scenes.py',
          str(DATA)], work_dir / 'data.log', 'ToyScenes')
     for name, config in ARMS.items():
@@ -261,15 +263,15 @@ def main() -> None:
         versions=dict(
             mmseg_textkd=mmseg_textkd.__version__, torch=torch.__version__),
         seconds=round(time.time() - start))
-    (work_dir / 'report.json').write_text(json.dumps(report, indent=1))
+    write_files(
+        {work_dir / 'report.json': json.dumps(report, indent=1).encode()})
     print(f'Wrote {picture} and {work_dir / "report.json"} after '
           f'{report["seconds"]} s\n')
+    bisenetv2 = 'configs/text_classifier/textkd_bisenetv2_fcn_vit-b16'
     print(
         NEXT.format(
-            cityscapes='configs/textkd/textkd_bisenetv2_fcn_vit-b16_4xb4-160k_'
-            'cityscapes-1024x1024.py',
-            camvid='configs/textkd/textkd_bisenetv2_fcn_vit-b16_1xb8-10k_'
-            'camvid-360x480.py'))
+            cityscapes=f'{bisenetv2}_4xb4-160k_cityscapes-1024x1024.py',
+            camvid=f'{bisenetv2}_1xb8-10k_camvid-360x480.py'))
 
 
 if __name__ == '__main__':

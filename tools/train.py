@@ -9,6 +9,7 @@ the path of a checkpoint, and without a GPU ``--launcher pytorch`` and
 import argparse
 import os.path as osp
 import sys
+from pathlib import Path
 from typing import List, Optional, Tuple
 
 from mmengine.config import Config
@@ -19,6 +20,7 @@ from mmseg_textkd.compat import load_stock_tool
 from mmseg_textkd.datasets.encode_regions import ensure_regions
 from mmseg_textkd.engine import join_cpu_ranks
 from mmseg_textkd.text.encode_classes import ensure_embeddings
+from mmseg_textkd.utils.checkpoint import find_checkpoint
 
 
 def split_resume(words: List[str]) -> Tuple[Optional[str], List[str]]:
@@ -61,6 +63,11 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg = Config.fromfile(args.config)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = osp.join('work_dirs',
+                                osp.splitext(osp.basename(args.config))[0])
     return cfg
 
 
@@ -74,6 +81,15 @@ def main() -> None:
     if resume not in (None, 'auto'):
         options['load_from'] = resume
     cfg = load_config(args)
+    if resume == 'auto':
+        # MMEngine takes what `last_checkpoint` names, or else `load_from`.
+        found = find_checkpoint(Path(cfg.work_dir))
+        args.resume = found is not None
+        if found is not None:
+            options['load_from'] = str(found)
+        else:
+            print(f'--resume: no checkpoint in {cfg.work_dir}; the run starts '
+                  'from the beginning')
     ensure_embeddings(cfg)
     ensure_regions(cfg, progress=True)
     if get_device() == 'cpu':

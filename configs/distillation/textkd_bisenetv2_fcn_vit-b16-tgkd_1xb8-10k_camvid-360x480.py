@@ -1,5 +1,5 @@
 _base_ = [
-    '../textkd/textkd_bisenetv2_fcn_vit-b16_1xb8-10k_camvid-360x480.py',
+    '../text_classifier/textkd_bisenetv2_fcn_vit-b16_1xb8-10k_camvid-360x480.py',
     '../_base_/distillation/regions.py'
 ]
 model = dict(decode_head=dict(text_losses=[_base_.text_guided]))

@@ -1,5 +1,5 @@
 _base_ = [
-    '../textkd/textkd_ddrnet_23-slim_in1k-pre_vit-b16_1xb8-10k_camvid-360x480.py',  # noqa: E501
+    '../text_classifier/textkd_ddrnet_23-slim_in1k-pre_vit-b16_1xb8-10k_camvid-360x480.py',  # noqa: E501
     '../_base_/distillation/regions.py'
 ]
 model = dict(decode_head=dict(text_losses=[_base_.text_guided]))

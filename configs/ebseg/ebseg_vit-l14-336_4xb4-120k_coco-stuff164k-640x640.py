@@ -17,5 +17,7 @@ model = dict(
             dim=768,
             build=dict(model='ViT-L-14-336')),
         attention_from=18,
+        attention_heads=16,
+        surgery_blocks=20,
         balance=dict(alpha=0.12, beta=0.4, gamma=0.6)))
 optim_wrapper = dict(optimizer=dict(lr=8e-5))

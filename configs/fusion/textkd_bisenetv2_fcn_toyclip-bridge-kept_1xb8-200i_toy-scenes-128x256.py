@@ -1,5 +1,5 @@
 _base_ = [
-    '../textkd/textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py',
+    '../text_classifier/textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py',
     '../_base_/text/bridge.py'
 ]
 model = dict(decode_head=dict(fusion=_base_.text_bridge_kept))

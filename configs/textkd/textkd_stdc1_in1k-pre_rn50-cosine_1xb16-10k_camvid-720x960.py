@@ -9,6 +9,5 @@ model = dict(
         type='TextFCNHead',
         text=_base_.text_fixed,
         text_branch=dict(
-            norm='l2',
-            scale=dict(init=1 / 0.07, learnable=False),
-            bias=False)))
+            norm='l2', scale=dict(init=1 /
+                                  0.07, learnable=False), bias=False)))

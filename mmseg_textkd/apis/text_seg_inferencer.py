@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.model import revert_sync_batchnorm
 from mmengine.structures import PixelData
 from mmseg.apis import MMSegInferencer
 from mmseg.registry import MODELS
@@ -20,9 +19,11 @@ from mmseg.utils import SampleList
 from torch import Tensor, nn
 
 from mmseg_textkd.clip.weights import PathLike
-from mmseg_textkd.deploy import load_strictly, read_checkpoint, to_stock_cfg
+from mmseg_textkd.deploy import to_stock_cfg
 from mmseg_textkd.models import EBSeg, TextHeadMixin
 from mmseg_textkd.text import TextEmbeddings, Vocabulary
+from mmseg_textkd.utils.checkpoint import (build_segmentor, non_finite,
+                                           read_checkpoint)
 from .adapters import build_adapter
 from .drawing import (GRAY, draw_labels, draw_similarity, palette_for,
                       write_image)
@@ -381,10 +382,9 @@ def load_network(cfg: Config, checkpoint: Path) -> Tuple[nn.Module, Dict]:
         for k, v in saved['state_dict'].items()
         if not k.startswith('auxiliary_head.')
     }
-    faults = [k for k, v in state.items() if not v.isfinite().all()]
-    if faults:
-        raise ValueError(
-            f'{checkpoint} has NaN or infinite weights: {faults[:3]}')
+    odd = non_finite(state)
+    if odd:
+        raise ValueError(f'{checkpoint}: {odd}.')
     faults = [
         k for k, v in state.items()
         if k.endswith('.class_embeddings') and not v.any(dim=-1).all()
@@ -398,7 +398,6 @@ def load_network(cfg: Config, checkpoint: Path) -> Tuple[nn.Module, Dict]:
     has_text = any(k.endswith('.class_embeddings') for k in state)
     if not has_text and isclass(kind) and issubclass(kind, TextHeadMixin):
         cfg.model = to_stock_cfg(cfg, strip_auxiliary=True).model
-    cfg.model.pop('auxiliary_head', None)
     meta = dict(saved['meta'].get('dataset_meta') or {})
     if MODELS.get(cfg.model.type) is EBSeg:
         head = cfg.model.decode_head
@@ -407,8 +406,7 @@ def load_network(cfg: Config, checkpoint: Path) -> Tuple[nn.Module, Dict]:
         # The checkpoint knows the names where their file is missing.
         if not osp.exists(head.text.get('file', '')) and meta.get('classes'):
             head.setdefault('train_classes', list(meta['classes']))
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    load_strictly(model, state, checkpoint)
+    model = build_segmentor(cfg.model, state, checkpoint)
     model.cfg = cfg
     number = model.decode_head.num_classes
     classes = meta.get('classes') or [f'class {i}' for i in range(number)]

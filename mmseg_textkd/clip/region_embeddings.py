@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmseg_textkd.text.embedding_storage import digest, write_atomically
+from ..utils.io import DamagedFileError, read_hashed, write_hashed
 from .image_tower import ImageTower
 
 KIND = 'mmseg_textkd.region_embeddings.1'
@@ -35,10 +35,7 @@ class RegionEmbeddings(NamedTuple):
             path (Path): The file. Folders are made.
             key (str): What the embeddings were made of.
         """
-        from safetensors.torch import save
-        tensors = self._asdict()
-        meta = dict(kind=KIND, key=key, sha256=digest(dict(key=key), tensors))
-        write_atomically(path, save(tensors, metadata=meta))
+        write_hashed(path, KIND, self._asdict(), dict(key=key))
 
     @classmethod
     def load(cls, path: Path, key: str) -> Optional['RegionEmbeddings']:
@@ -52,16 +49,11 @@ class RegionEmbeddings(NamedTuple):
             RegionEmbeddings, optional: None if there is no such file, or if
             it is damaged or of another key; it is then to be made anew.
         """
-        from safetensors import SafetensorError, safe_open
         try:
-            with safe_open(path, framework='pt') as file:
-                meta = file.metadata() or {}
-                # Copies: what it gives are windows into the file.
-                tensors = {n: file.get_tensor(n).clone() for n in file.keys()}
-        except (OSError, SafetensorError):
+            tensors, texts = read_hashed(path, KIND)
+        except (OSError, DamagedFileError):
             return None
-        if (set(tensors) != set(cls._fields) or meta.get('kind') != KIND
-                or meta.get('sha256') != digest(dict(key=key), tensors)):
+        if set(tensors) != set(cls._fields) or texts.get('key') != key:
             return None
         return cls(**tensors)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from mmengine.logging import print_log
 
-from mmseg_textkd.text.embedding_storage import write_atomically
+from ..utils.io import write_files
 from .image_tower import ImageTower
 from .region_embeddings import RegionEmbeddings, encode_regions, region_key
 from .weights import PathLike, hash_weights
@@ -96,7 +96,7 @@ class RegionStore:
         if weights is not None and weights != noted:
             note = dict(
                 model=self.model, pretrained=self.pretrained, weights=weights)
-            write_atomically(self._note, json.dumps(note, indent=1).encode())
+            write_files({self._note: json.dumps(note, indent=1).encode()})
         self._weights = weights or noted
 
     @property

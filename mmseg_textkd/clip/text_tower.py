@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -212,6 +212,95 @@ class TextTower(FrozenCLIP):
         self._require_soft()
         pool, eos = self._pool
         return ((ids == eos).int() if pool == 'eos' else ids).argmax(dim=1)
+
+    def find_words(self,
+                   sentences: Sequence[str]) -> Tuple[Tensor, int, List[int]]:
+        """Tell the words of sentences from what the tokenizer puts around.
+
+        Start, end and padding tokens differ: CLIP has all three, SigLIP no
+        start token and its end token for padding, CLIPA no end token. They
+        are what the empty sentence consists of, so that no tokenizer needs to
+        be known.
+
+        Args:
+            sentences (Sequence[str]): N sentences.
+
+        Returns:
+            tuple[Tensor, int, list[int]]: Token ids with shape (N, L), the
+            place of the first word, and the number of tokens that the words
+            of each sentence have.
+
+        Raises:
+            TextTowerError: If this kind of tower takes no soft prompts, or
+                its tokenizer frames sentences in another way.
+            ValueError: If a sentence is longer than the context.
+        """
+        self._require_soft()
+        ids, frame = self.tokenize(sentences), self._frame()
+        room = len(frame)
+        starts = (ids == frame).int().cumprod(dim=1).sum(dim=1)
+        start = int(starts.min())
+        counts = []
+        for row, sentence in zip(ids, sentences):
+            count = next(
+                (n for n in range(1, room - start)
+                 if torch.equal(row[start + n:], frame[start:room - n])), None)
+            if count is None:
+                raise TextTowerError(
+                    f'{self.model!r} takes no soft prompts: its tokenizer '
+                    f'({type(self.tokenizer).__name__}) makes of {sentence!r} '
+                    f'the tokens {row[:16].tolist()}, which is not what it '
+                    'puts around an empty sentence with words in between. '
+                    'Use the `residual` or `mixture` prompts, which need no '
+                    'tower.')
+            counts.append(count)
+        return ids, start, counts
+
+    def lay_out_prompts(self,
+                        phrases: Sequence[str],
+                        num_context: int,
+                        suffix: str = '.',
+                        room: Optional[int] = None) -> Tuple[Tensor, int]:
+        """Make room for context vectors in front of phrases.
+
+        Args:
+            phrases (Sequence[str]): K phrases.
+            num_context (int): Number of context vectors M.
+            suffix (str): What follows a phrase. Defaults to '.'.
+            room (int, optional): Greatest number of tokens of a whole prompt.
+                Defaults to None: that of the tower.
+
+        Returns:
+            tuple[Tensor, int]: Token ids with shape (K, L), and the place of
+            the first of the M that the context vectors are to replace.
+
+        Raises:
+            TextTowerError: As of :meth:`find_words`.
+            ValueError: If a prompt is longer than ``room``.
+        """
+        ids, start, lengths = self.find_words([p + suffix for p in phrases])
+        frame = self._frame()
+        room = min(room or len(frame), len(frame))
+        # At least one place is the end token's, also where that is padding.
+        end = max(1, int((frame[start:] != frame[-1]).sum()))
+        for phrase, length in zip(phrases, lengths):
+            length += start + end
+            if length + num_context > room:
+                raise ValueError(
+                    f'the prompt of class {phrase!r} has {length} tokens and '
+                    f'{num_context} context vectors, but there is room for '
+                    f'{room}. Give a shorter phrase, a smaller `n_ctx`, or a '
+                    'greater `context_length`, if the tower allows it.')
+        # The ids tell the tower where the token is that it pools, which is
+        # none of these.
+        filler = int(self._pool[0] == 'eos' and self._pool[1] == 0)
+        context = ids.new_full((len(ids), num_context), filler)
+        ids = torch.cat([ids[:, :start], context, ids[:, start:]], dim=1)
+        return ids[:, :len(frame)], start
+
+    def _frame(self) -> Tensor:
+        """Token ids of the empty sentence, shape (L, )."""
+        return self.tokenize([''])[0]
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Look up token embeddings, without positions.

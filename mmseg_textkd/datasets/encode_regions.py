@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import os
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, Mapping, Tuple
 
 from mmengine.device import get_device
 from mmengine.logging import print_log
@@ -13,6 +13,7 @@ from mmseg.registry import DATASETS, TRANSFORMS
 
 from mmseg_textkd.clip.region_embeddings import RegionEmbeddings
 from mmseg_textkd.clip.region_store import RegionStore
+from mmseg_textkd.utils.config import dicts, type_name
 
 KIND = 'LoadRegionEmbeddings'
 
@@ -102,28 +103,15 @@ def _listing(dataset: Any, store: RegionStore) -> str:
     return total.hexdigest()
 
 
-def _find(node: Any) -> Iterator[Tuple[Dict, Dict]]:
+def _find(loader: Any) -> Iterator[Tuple[Dict, Dict]]:
     """Find datasets, with their pipelines up to the transform, and it."""
-    if hasattr(node, 'to_dict'):
-        node = node.to_dict()
-    if isinstance(node, Mapping):
+    if hasattr(loader, 'to_dict'):
+        loader = loader.to_dict()
+    for node in dicts(loader):
         pipeline = node.get('pipeline') or []
-        place = _place(pipeline)
-        if place is not None:
+        types = [type_name(transform) for transform in pipeline]
+        if KIND in types:
+            place = types.index(KIND)
             yield (dict(
                 copy.deepcopy(node), pipeline=copy.deepcopy(pipeline[:place])),
                    dict(pipeline[place]))
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for value in node:
-            yield from _find(value)
-
-
-def _place(pipeline: Any) -> Optional[int]:
-    """Where in a pipeline the transform is."""
-    for i, transform in enumerate(pipeline):
-        if isinstance(transform, Mapping):
-            kind = transform.get('type')
-            if str(getattr(kind, '__name__', kind)).split('.')[-1] == KIND:
-                return i
-    return None

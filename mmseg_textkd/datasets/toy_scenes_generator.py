@@ -23,6 +23,7 @@ __all__ = [
 # instead of being compared, unnoticed, with figures of the new pictures.
 VERSION = 1
 MANIFEST = 'toy_scenes.json'
+NAME = 'ToyScenes'
 PARTS = ('img_dir', 'ann_dir')
 
 
@@ -60,6 +61,14 @@ def _write_scene(item: Tuple[str, int], root: Path, seed: int, height: int,
             raise OSError(f'could not write {path}')
 
 
+def _is_ours(manifest: Path) -> bool:
+    """Whether a manifest says that its folder was made here."""
+    try:
+        return json.loads(manifest.read_text('utf-8'))['name'] == NAME
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _check_target(root: Path, wanted: Dict, force: bool) -> bool:
     """Whether ``root`` already is what is wanted; raise where it is not ours.
 
@@ -75,7 +84,9 @@ def _check_target(root: Path, wanted: Dict, force: bool) -> bool:
         return True
     # --force must never delete a folder that merely has the same name.
     allowed = {*PARTS, MANIFEST}
-    if not root.is_dir() or {p.name for p in root.iterdir()} - allowed:
+    if (not root.is_dir() or {p.name
+                              for p in root.iterdir()} - allowed
+            or not _is_ours(root / MANIFEST)):
         raise FileExistsError(
             f'{root} holds files that are not ToyScenes; nothing was touched. '
             'Choose another folder or clear this one by hand.')
@@ -129,7 +140,7 @@ def generate_toy_scenes(root: Union[str, Path],
     root = Path(os.path.realpath(root))
     splits = dict(train=num_train, val=num_val)
     wanted = dict(
-        name='ToyScenes',
+        name=NAME,
         version=VERSION,
         seed=seed,
         height=height,

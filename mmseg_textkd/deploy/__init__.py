@@ -1,6 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .balanced_conv_seg import BalancedConvSeg
-from .checkpoint import load_strictly, read_checkpoint, write_files
 from .fold import fold, fold_state_dict
 from .l2_conv_seg import L2ConvSeg, mean_lengths
 from .stock_cfg import to_stock_cfg
@@ -8,6 +7,5 @@ from .verify import Report, verify
 
 __all__ = [
     'BalancedConvSeg', 'L2ConvSeg', 'Report', 'fold', 'fold_state_dict',
-    'load_strictly', 'mean_lengths', 'read_checkpoint', 'to_stock_cfg',
-    'verify', 'write_files'
+    'mean_lengths', 'to_stock_cfg', 'verify'
 ]

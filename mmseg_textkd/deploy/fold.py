@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmseg_textkd.models import TextClassifier, TextHeadMixin, TextKD
 from mmseg_textkd.models.layers.text_fusion import WAYS_OUT
+from ..utils.checkpoint import non_finite
 from .l2_conv_seg import fold_with_length, fuse_l2
 from .stock_cfg import to_stock_cfg
 
@@ -72,15 +73,10 @@ def fold_state_dict(
         if head.role == 'classifier':
             own = _fold(head.conv_seg, f'{prefix}conv_seg', keep_l2, lengths)
             state.update({f'{prefix}conv_seg.{k}': v for k, v in own.items()})
-    odd = [
-        k for k, v in state.items()
-        if v.is_floating_point() and not v.isfinite().all()
-    ]
+    odd = non_finite(state)
     if odd:
-        raise ValueError(
-            f'{len(odd)} weights have NaN or infinite values and cannot be '
-            f'deployed: {odd[:5]}. The training has diverged; take an '
-            'earlier checkpoint.')
+        raise ValueError(f'{odd}. The training has diverged; take an earlier '
+                         'checkpoint.')
     return {k: v.detach().cpu().clone() for k, v in state.items()}
 
 

@@ -6,13 +6,13 @@ from typing import Dict, Optional, Tuple
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
-from torch import Tensor, nn
+from torch import nn
 
 from ..models import TextHeadMixin
-from .checkpoint import load_strictly, read_checkpoint
+from ..utils.checkpoint import build_segmentor, non_finite, read_checkpoint
+from ..utils.config import first_dataset
 
 FOLD = 'fold it first: tools/model_converters/textkd2mmseg.py'
 
@@ -56,30 +56,20 @@ def load_stock(
     if has_text and not kept:
         raise ValueError(f'{config} is the config of a text network; {FOLD}.')
     saved = read_checkpoint(checkpoint)
-    state = {
-        key: value
-        for key, value in saved['state_dict'].items()
-        if not key.startswith('auxiliary_head.')
-    }
+    state = saved['state_dict']
     if not kept and any(k.endswith('.class_embeddings') for k in state):
         raise ValueError(
             f'{checkpoint} is the checkpoint of a text network; {FOLD}.')
-    broken = [key for key, value in state.items() if not _is_finite(value)]
-    if broken:
-        raise ValueError(f'{checkpoint} has NaN or infinite weights: '
-                         f'{broken[:3]}')
-    cfg.model.pop('auxiliary_head', None)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
-    load_strictly(model, state, checkpoint)
+    model = build_segmentor(cfg.model, state, checkpoint)
+    odd = non_finite(model.state_dict())
+    if odd:
+        raise ValueError(f'{checkpoint}: {odd}.')
     # Windows would be another computation than that of the graph.
     model.test_cfg = ConfigDict(mode='whole')
-    meta = _dataset_meta(cfg, saved['meta'], model.decode_head.num_classes)
+    meta = _complete_meta(
+        dataset_meta(cfg, saved['meta'].get('dataset_meta')),
+        model.decode_head.num_classes)
     return cfg, _fix_bases(model), meta
-
-
-def _is_finite(value: Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinite values."""
-    return not value.is_floating_point() or bool(value.isfinite().all())
 
 
 def _fix_bases(model: nn.Module) -> nn.Module:
@@ -97,19 +87,32 @@ def _fix_bases(model: nn.Module) -> nn.Module:
     return model
 
 
-def _dataset_meta(cfg: Config, saved: Dict, num_classes: int) -> Dict:
-    """Classes and palette, of the checkpoint or else of the test set."""
-    meta = saved.get('dataset_meta')
-    if not meta:
-        dataset = cfg.get('test_dataloader', {}).get('dataset', {})
-        while 'dataset' in dataset or 'datasets' in dataset:
-            dataset = dataset.get('dataset') or dataset['datasets'][0]
+def dataset_meta(cfg: Config, saved: Optional[Dict]) -> Dict:
+    """Get classes and palette: the checkpoint's, else those of the test set.
+
+    Args:
+        cfg (Config): The config.
+        saved (dict, optional): ``meta['dataset_meta']`` of the checkpoint.
+
+    Returns:
+        dict: ``classes`` and, if it is known, ``palette``.
+
+    Raises:
+        ValueError: If neither names the classes.
+    """
+    if not saved:
+        dataset = first_dataset(cfg)
         if not dataset:
             raise ValueError('neither the checkpoint nor a test_dataloader of '
                              'the config names the classes.')
         kind = DATASETS.get(dataset['type'])
         # As the dataset does itself, but its files need not be there.
-        meta = kind._load_metainfo(dataset.get('metainfo'))
+        saved = kind._load_metainfo(dataset.get('metainfo'))
+    return {k: saved[k] for k in ('classes', 'palette') if k in saved}
+
+
+def _complete_meta(meta: Dict, num_classes: int) -> Dict:
+    """Check the number of classes, and draw colors if there are none."""
     classes = list(meta.get('classes') or [])
     if len(classes) != num_classes:
         raise ValueError(f'the network has {num_classes} classes, but the '

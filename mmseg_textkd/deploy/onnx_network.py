@@ -2,12 +2,9 @@
 """Run an exported network on images, with ONNX Runtime."""
 import json
 from pathlib import Path
-from typing import List
 
 import cv2
 import numpy as np
-
-SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
 class OnnxNetwork:
@@ -82,27 +79,3 @@ class OnnxNetwork:
             output[0].astype(np.uint16),
             image.shape[1::-1],
             interpolation=cv2.INTER_NEAREST)
-
-
-def list_images(folder: Path) -> List[Path]:
-    """List the images of a folder, in the order of their names.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    paths = sorted(p for p in folder.glob('*') if p.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise ValueError(f'there are no images in {folder}')
-    return paths
-
-
-def read_image(path: Path) -> np.ndarray:
-    """Read an image as (H, W, 3), uint8, BGR.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
-    image = cv2.imread(str(path))
-    if image is None:
-        raise ValueError(f'{path} cannot be read as an image')
-    return image

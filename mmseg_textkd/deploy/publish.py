@@ -11,6 +11,8 @@ from typing import Any, Dict, Mapping, Optional
 import torch
 from torch import Tensor
 
+from ..utils.checkpoint import checkpoint_bytes, non_finite
+
 NAME = re.compile(r'.+-([0-9a-f]{8})\.pth')
 # Parts of the names of weights that only text networks have.
 TEXT = ('.text.', 'text_branch.', 'text_losses.')
@@ -40,13 +42,9 @@ def check_weights(path: Path,
     if name and name[1] != hashlib.sha256(path.read_bytes()).hexdigest()[:8]:
         raise ValueError(f'{path} is not the file that was published under '
                          'this name: its SHA-256 is another one. Get it anew.')
-    odd = [
-        k for k, v in state_dict.items()
-        if v.is_floating_point() and not v.isfinite().all()
-    ]
+    odd = non_finite(state_dict)
     if odd:
-        raise ValueError(f'{path}: {len(odd)} weights have NaN or infinite '
-                         f'values: {odd[:5]}. Take an earlier checkpoint.')
+        raise ValueError(f'{path}: {odd}. Take an earlier checkpoint.')
     text = [k for k in state_dict if any(part in k for part in TEXT)]
     if text and not keep_text:
         raise ValueError(
@@ -112,19 +110,17 @@ def serialize(state_dict: Mapping[str, Tensor], meta: Dict[str, Any]) -> bytes:
         ValueError: If ``torch.load(weights_only=True)`` would refuse it where
             this package is not installed.
     """
-    buffer = io.BytesIO()
     # Copies: torch writes all the memory behind a view.
     weights = {key: value.clone() for key, value in state_dict.items()}
-    torch.save(dict(state_dict=weights, meta=meta), buffer)
-    buffer.seek(0)
+    data = checkpoint_bytes(dict(state_dict=weights, meta=meta))
     # In this process the plugin has allowed what runner's checkpoints hold.
     allowed = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
-        torch.load(buffer, map_location='cpu', weights_only=True)
+        torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
     except UnpicklingError as error:
         raise ValueError('its meta holds more than text and numbers, which '
                          f'weights_only=True refuses: {error}') from error
     finally:
         torch.serialization.add_safe_globals(allowed)
-    return buffer.getvalue()
+    return data

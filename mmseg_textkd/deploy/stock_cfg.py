@@ -1,10 +1,11 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import inspect
-from typing import Any, Dict
+from typing import Dict
 
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from ..utils.config import as_list, dicts, type_name
 from .stock_forms import DROPPED, PLUGIN, StockForms
 
 # Parts of parameter names that only training with text or teacher has.
@@ -78,25 +79,17 @@ def to_stock_cfg(cfg: Config,
     return Config(stock)
 
 
-def _drop_pretrained(value: Any) -> None:
+def _drop_pretrained(model: Dict) -> None:
     """Remove weights of pre-training from a model's config, in place."""
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            _drop_pretrained(item)
-    elif isinstance(value, dict):
-        if value.get('pretrained'):
-            value['pretrained'] = None
-        init = value.get('init_cfg') or []
-        kept = [
-            cfg for cfg in ([init] if isinstance(init, dict) else init)
-            if cfg['type'] != 'Pretrained'
-        ]
+    for part in dicts(model):
+        if part.get('pretrained'):
+            part['pretrained'] = None
+        init = part.get('init_cfg') or []
+        kept = [cfg for cfg in as_list(init) if type_name(cfg) != 'Pretrained']
         if init and not kept:
-            del value['init_cfg']
+            del part['init_cfg']
         elif isinstance(init, list) and init:
-            value['init_cfg'] = kept
-        for item in value.values():
-            _drop_pretrained(item)
+            part['init_cfg'] = kept
 
 
 def _drop_text_parameters(optim_wrapper: Dict) -> None:
@@ -119,9 +112,6 @@ def _ignore_unlabelled(cfg: Config, stock: Dict, split: str,
     """
     dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}
     label = getattr(forms.find(dataset.get('type')), 'UNLABELLED', None)
-    evaluators = stock.get(f'{split}_evaluator') or []
-    if isinstance(evaluators, dict):
-        evaluators = [evaluators]
-    for evaluator in evaluators:
+    for evaluator in as_list(stock.get(f'{split}_evaluator')):
         if label is not None and evaluator['type'] == 'IoUMetric':
             evaluator['ignore_index'] = label

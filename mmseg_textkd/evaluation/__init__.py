@@ -1,4 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+from .confusion_iou_metric import ConfusionIoUMetric
+from .episode_iou_metric import EpisodeIoUMetric
 from .zero_shot_iou_metric import ZeroShotIoUMetric
 
-__all__ = ['ZeroShotIoUMetric']
+__all__ = ['ConfusionIoUMetric', 'EpisodeIoUMetric', 'ZeroShotIoUMetric']

@@ -1,13 +1,13 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from .decode_heads import (ScoreMapHead, TextDDRHead,
-                           TextDepthwiseSeparableFCNHead, TextDPTHead,
+from .decode_heads import (LSegDPTHead, LSegEpisodeHead, ScoreMapHead,
+                           TextDDRHead, TextDepthwiseSeparableFCNHead, TextDPTHead,
                            TextFCNHead, TextHeadMixin, TextLightHamHead,
                            TextPIDHead, TextSegformerHead)
 from .ebseg import (CLIPSAMNeck, EBSeg, EBSegHead, EBSegLoss, FrozenCLIPViT,
                     FrozenSAMViT, MaskDecoder)
 from .fusion import ContextAwareText, TwoWayBridge
-from .layers import (BalancedTextClassifier, LogitScale, PixelProjection,
-                     ScoreMap, SpatialRegularization, TextBranch,
+from .layers import (BalancedTextClassifier, LogitScale, LSegTextClassifier,
+                     PixelProjection, ScoreMap, SpatialRegularization, TextBranch,
                      TextClassifier, TextFusion)
 from .losses import (ChannelWiseDistillationLoss,
                      ImageEmbeddingDistillationLoss, LogitDistillationLoss,
@@ -21,7 +21,8 @@ __all__ = [
     'BalancedTextClassifier', 'CLIPSAMNeck', 'ChannelWiseDistillationLoss',
     'ContextAwareText', 'DistilledEncoderDecoder', 'EBSeg', 'EBSegHead',
     'EBSegLoss', 'FrozenCLIPTeacher', 'FrozenCLIPViT', 'FrozenSAMViT',
-    'FrozenTeacher', 'ImageEmbeddingDistillationLoss', 'LogitDistillationLoss',
+    'FrozenTeacher', 'ImageEmbeddingDistillationLoss', 'LSegDPTHead',
+    'LSegEpisodeHead', 'LSegTextClassifier', 'LogitDistillationLoss',
     'LogitScale', 'MaskDecoder', 'PixelProjection', 'ScoreMap', 'ScoreMapHead',
     'SemanticStructureLoss', 'SpatialRegularization', 'TextAlignmentLoss',
     'TextBranch', 'TextClassifier', 'TextDDRHead', 'TextDPTHead',

@@ -84,7 +84,8 @@ def text_statistics(model: nn.Module) -> Dict[str, float]:
     Returns:
         dict[str, float]: 'text_scale' of each scale of similarities, and
         'text_cos_mean', 'text_cos_closest' and 'text_drift' of each provider
-        that is filled, as :func:`.geometry` and :meth:`TextProvider.drift`
+        that is filled, as :func:`.geometry` and
+        :meth:`TextProvider.distance_from_start`
         define them; the second of a kind ends in 1, and so on.
     """
     scales = [m for m in model.modules() if isinstance(m, LogitScale)]
@@ -98,7 +99,7 @@ def text_statistics(model: nn.Module) -> Dict[str, float]:
         facts = geometry(provider.class_embeddings.cpu())
         found[f'text_cos_mean{i or ""}'] = facts['mean']
         found[f'text_cos_closest{i or ""}'] = facts['closest']
-        found[f'text_drift{i or ""}'] = provider.drift()
+        found[f'text_drift{i or ""}'] = provider.distance_from_start()
     return found
 
 

@@ -15,9 +15,11 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from mmengine.config import Config
 
-from mmseg_textkd.deploy import write_files
-from mmseg_textkd.deploy.compare import evaluate
-from mmseg_textkd.deploy.confusion_iou_metric import SUMMARY
+from mmseg_textkd.analysis.compare import evaluate
+from mmseg_textkd.evaluation.confusion_iou_metric import SUMMARY
+from mmseg_textkd.utils.checkpoint import find_checkpoint
+from mmseg_textkd.utils.io import write_files
+from mmseg_textkd.utils.report import cpu_name
 from mmseg_textkd.version import __version__
 
 RESULT = 'result.json'
@@ -41,10 +43,9 @@ def make_run(folder: Path, splits: Sequence[str], train_tool: Path) -> None:
     config = str(folder / 'config.py')
     cfg = Config.fromfile(config)
     checkpoint = folder / f'iter_{cfg.train_cfg.max_iters}.pth'
-    # MMEngine writes it after the checkpoint that it names.
-    last = folder / 'last_checkpoint'
-    resume = ['--resume'] if last.exists() else []
-    if not resume or Path(last.read_text().strip()).name != checkpoint.name:
+    found = find_checkpoint(folder)
+    resume = [] if found is None else ['--resume']
+    if found is None or found.name != checkpoint.name:
         sys.argv = [
             str(train_tool), config, '--work-dir',
             str(folder), *resume
@@ -113,7 +114,7 @@ def describe_machine() -> Dict[str, Any]:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name(0)
     else:
-        device = f'CPU, {_cpu_name()}, {os.cpu_count()} cores'
+        device = f'CPU, {cpu_name()}, {os.cpu_count()} cores'
     versions = dict(python=platform.python_version(), mmseg_textkd=__version__)
     for package in PACKAGES:
         try:
@@ -121,18 +122,6 @@ def describe_machine() -> Dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return dict(device=device, versions=versions)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [
-        line.split(':')[1].strip() for line in lines
-        if line.startswith('model name')
-    ]
-    return names[0] if names else platform.processor() or 'unknown'
 
 
 def git_commit(root: Path) -> Optional[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from mmengine.config import Config
+from mmengine.utils import apply_to
 
 from mmseg_textkd.text import TextEmbeddings
 from mmseg_textkd.text.vector_import import EmbeddingFileError
@@ -208,13 +209,9 @@ class Study:
 
     def _substitute(self, value: Any) -> Any:
         """Put the values of ``vars`` into all texts of nested options."""
-        if isinstance(value, str):
-            return VARIABLE.sub(lambda m: self._value(m[1]), value)
-        if isinstance(value, dict):
-            return {k: self._substitute(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [self._substitute(v) for v in value]
-        return value
+        return apply_to(
+            value, lambda text: isinstance(text, str),
+            lambda text: VARIABLE.sub(lambda m: self._value(m[1]), text))
 
 
 def _hash(path: Path) -> str:

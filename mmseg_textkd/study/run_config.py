@@ -3,9 +3,11 @@
 import copy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 from mmengine.config import Config
+
+from mmseg_textkd.utils.config import as_list, dicts, type_name
 
 
 def make_config(path: Path,
@@ -46,10 +48,8 @@ def make_config(path: Path,
     # tools/train.py would make them all the same.
     cfg.pop('text_provider', None)
     if auxiliary_head is not None:
-        heads = cfg.model.get('auxiliary_head') or []
-        heads = list(heads) if isinstance(heads, list) else [heads]
         cfg.model.auxiliary_head = [
-            *heads,
+            *as_list(cfg.model.get('auxiliary_head')),
             dict(
                 auxiliary_head,
                 num_classes=cfg.model.decode_head.num_classes,
@@ -119,33 +119,13 @@ def set_size(cfg: Config, size: Sequence[int]) -> None:
     height, width = size
     for split in ('train', 'val', 'test'):
         resized = False
-        for transform in transforms(cfg[f'{split}_dataloader']):
-            if transform['type'] in ('Resize', 'RandomResize'):
+        for transform in dicts(cfg[f'{split}_dataloader']):
+            if type_name(transform) in ('Resize', 'RandomResize'):
                 transform['scale'] = (width, height)
                 resized = True
-            elif transform['type'] == 'RandomCrop':
+            elif type_name(transform) == 'RandomCrop':
                 transform['crop_size'] = (height, width)
         if not resized:
             raise ValueError(f'`size` cannot be set: {split}_dataloader '
                              'resizes no image')
     cfg.model.data_preprocessor.size = (height, width)
-
-
-def transforms(node: Any) -> Iterator[Dict[str, Any]]:
-    """Find the transforms of all pipelines in a nested config.
-
-    Args:
-        node (Any): The config of a data loader or a part of it.
-
-    Yields:
-        dict: Each transform.
-    """
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key == 'pipeline':
-                yield from value
-            else:
-                yield from transforms(value)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            yield from transforms(value)

@@ -13,7 +13,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS
 
-from mmseg_textkd.deploy import write_files
+from mmseg_textkd.utils.io import write_files
 from .job import Job
 from .ledger import Ledger
 from .measure import RESULT, describe_machine, git_commit, read_logs

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .embedding_storage import TEXTS, digest, read_file, write_file
+from ..utils.io import digest, write_hashed
+from .embedding_storage import KIND, TEXTS, read_file
 from .vector_import import EmbeddingFileError, read_names, read_vectors
 
 __all__ = ['EmbeddingFileError', 'TextEmbeddings']
@@ -155,7 +156,7 @@ class TextEmbeddings:
         Args:
             path (str or PathLike): The file. Folders are made.
         """
-        write_file(path, self._tensors(), self._texts())
+        write_hashed(path, KIND, self._tensors(), self._texts())
 
     @classmethod
     def load(cls, path: PathLike) -> 'TextEmbeddings':

@@ -2,8 +2,7 @@
 import logging
 from itertools import chain
 from pathlib import Path
-from typing import (Any, Dict, Iterator, List, Mapping, Optional, Sequence,
-                    Union)
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmseg_textkd.clip import TextTower, load_tower
+from ..utils.config import dicts, type_name
 from .embedding_file import TextEmbeddings
 from .templates import get_templates
 from .vocabulary import Vocabulary, VocabularySpec
@@ -173,7 +173,12 @@ def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
     made: List[Path] = []
     nodes: Dict[str, Mapping] = {}
     # Variables of a config are copied to where they are used, if they are.
-    for node in _find_nodes(cfg.get('model') or cfg):
+    model = cfg.get('model') or cfg
+    # Config and ConfigDict resolve their lazy objects here.
+    for node in dicts(model.to_dict() if hasattr(model, 'to_dict') else model):
+        if (type_name(node) not in FILE_PROVIDERS or not node.get('build')
+                or not node.get('file')):
+            continue
         file = str(node['file'])
         build = dict(node['build'])
         if nodes.setdefault(file, build) != build:
@@ -221,22 +226,6 @@ def build_command(file: str, build: Optional[Mapping] = None) -> str:
         words.append('--keep-bank')
     words.append(f'--out {file}')
     return f'Make it with `{" ".join(words)}`.'
-
-
-def _find_nodes(node: Any) -> Iterator[Mapping]:
-    """Yield the providers of a config that tell how to make their file."""
-    if hasattr(node, 'to_dict'):
-        # Config and ConfigDict resolve their lazy objects here.
-        node = node.to_dict()
-    if isinstance(node, Mapping):
-        kind = node.get('type')
-        kind = str(getattr(kind, '__name__', kind)).split('.')[-1]
-        if kind in FILE_PROVIDERS and node.get('build') and node.get('file'):
-            yield node
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for value in node:
-            yield from _find_nodes(value)
 
 
 def _check_build(file: str, build: Mapping) -> None:

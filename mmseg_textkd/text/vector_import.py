@@ -4,7 +4,6 @@
 import json
 import os
 import pickle
-import re
 import unicodedata
 from pathlib import Path
 from typing import Any, Dict, Mapping, Sequence, Union
@@ -12,6 +11,8 @@ from typing import Any, Dict, Mapping, Sequence, Union
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..utils.checkpoint import load_file
 
 PathLike = Union[str, os.PathLike]
 
@@ -151,24 +152,21 @@ def _read_npy(path: Path) -> Tensor:
 def _read_torch(path: Path) -> Any:
     """Read a torch file with ``weights_only``."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:
-        # torch's own words advise to unpickle it all the same.
-        found = re.search(r'Unsupported[^.]*', str(error))
-        reason = found[0] if found else type(error).__name__
+        return load_file(path)
+    except (OSError, ValueError) as error:
         raise EmbeddingFileError(
             'it holds more than tensors, or is damaged; such files are not '
             'unpickled, for that runs code. Save the bare K×D tensor with '
             'torch.save(tensor, FILE) or np.save where you trust its origin '
-            f'({reason})') from error
+            f'({error})') from error
 
 
 def _read_safetensors(path: Path) -> Any:
     """Read a safetensors file of another origin."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
     try:
-        return load_file(path)
+        return load(path.read_bytes())
     except SafetensorError as error:
         raise EmbeddingFileError(
             f'it is no safetensors file, or cut short ({error})') from error

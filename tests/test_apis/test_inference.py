@@ -134,7 +134,7 @@ def test_inferencer_predicts_the_same(trained, model, tmp_path, config):
 
 def test_label_checks_do_not_ask_for_labels():
     """A test pipeline with ``CheckLabels``, but a picture of one's own."""
-    path = osp.join(ROOT, 'configs/textkd',
+    path = osp.join(ROOT, 'configs/text_classifier',
                     'textkd_bisenetv2_fcn_random_1xb8-10k_camvid-360x480.py')
     picture = np.zeros((36, 48, 3), np.uint8)
     result = inference_model(init_model(path, device='cpu'), picture)
@@ -151,7 +151,7 @@ def test_guide_needs_neither_vectors_nor_open_clip(tmp_path):
     code = ''.join(block for block in blocks if 'set_classes' not in block)
     assert code.count('init_model(') == code.count('MMSegInferencer(') == 1
     shutil.copytree(f'{ROOT}/configs', tmp_path / 'configs')
-    cfg = Config.fromfile(f'{ROOT}/configs/textkd/{TOY}')
+    cfg = Config.fromfile(f'{ROOT}/configs/text_classifier/{TOY}')
     model = MODELS.build(cfg.model)
     for provider in text_providers(model).values():
         provider.fill(torch.randn(provider.num_classes, provider.dim))

@@ -19,11 +19,11 @@ from processes import ROOT, load
 from text_runs import CONTEXT, FIXED, RUNS, make
 from tiny import CLASSES
 
+from mmseg_textkd.analysis.benchmark import peak_memory
 from mmseg_textkd.apis import TextSegInferencer, predict_labels
 from mmseg_textkd.apis.drawing import draw_labels, palette_for
 from mmseg_textkd.apis.label_maps import select_classes
 from mmseg_textkd.deploy import L2ConvSeg, fold_state_dict, to_stock_cfg
-from mmseg_textkd.deploy.benchmark import peak_memory
 from mmseg_textkd.text import TextEmbeddings
 from mmseg_textkd.text.encode_classes import encode_classes
 

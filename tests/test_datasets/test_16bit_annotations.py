@@ -164,7 +164,7 @@ def test_file_formats(tmp_path, suffix, backend):
     assert f"imdecode_backend='{backend}'" in repr(load)
 
 
-@pytest.mark.parametrize('labels', [
+@each_case('labels', [
     np.zeros(SIZE, np.uint8),
     np.zeros((*SIZE, 3), np.uint8),
     np.zeros(SIZE, np.float32)

@@ -146,6 +146,12 @@ def test_foreign_folder_is_never_replaced(tmp_path):
         with pytest.raises(FileExistsError, match='not ToyScenes'):
             generate_toy_scenes(root, force=force, **SMALL)
     assert [p.name for p in root.iterdir()] == ['thesis.txt']
+    # Any data set of MMSegmentation may have these folders.
+    (root / 'thesis.txt').unlink()
+    (root / 'img_dir').mkdir()
+    with pytest.raises(FileExistsError, match='not ToyScenes'):
+        generate_toy_scenes(root, force=True, **SMALL)
+    assert (root / 'img_dir').is_dir()
 
 
 def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -11,13 +11,13 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch._inductor import config as inductor
 
-from mmseg_textkd.deploy.benchmark import (interleave, paired_ratio,
-                                           peak_memory, random_text, stopwatch,
-                                           summarize)
-from mmseg_textkd.deploy.benchmark_backends import BACKENDS, Skipped
+from mmseg_textkd.analysis.benchmark import (interleave, paired_ratio,
+                                             peak_memory, random_text,
+                                             stopwatch, summarize)
+from mmseg_textkd.analysis.benchmark_backends import BACKENDS, Skipped
 
 TOY = Path(__file__).resolve().parents[2].joinpath(
-    'configs/textkd/'
+    'configs/text_classifier/'
     'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py')
 
 

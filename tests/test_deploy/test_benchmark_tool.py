@@ -8,10 +8,10 @@ from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from mmseg_textkd.deploy.benchmark_backends import BACKENDS
+from mmseg_textkd.analysis.benchmark_backends import BACKENDS
 
 TOY = ROOT.joinpath(
-    'configs/textkd/'
+    'configs/text_classifier/'
     'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py')
 STOCK_TOY = ROOT.joinpath(
     'configs/stock/bisenetv2_fcn_1xb8-200i_toy-scenes-128x256.py')

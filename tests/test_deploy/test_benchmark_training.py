@@ -3,7 +3,9 @@
 import pytest
 import torch
 from analysis_tools import fails, load_tool, run
+from mmengine.config import Config
 from mmengine.logging import MMLogger
+from network_tester import CONFIGS
 from tiny import tiny_config
 
 from mmseg_textkd.clip import TextTower
@@ -105,6 +107,26 @@ def level():
     before = logger.level
     yield
     logger.setLevel(before)
+
+
+def test_what_trains_with_clip_as_the_teacher():
+    """Without labels of the classes that stay unseen."""
+    tool = load_tool('benchmark_training')
+    path, = (CONFIGS / 'balance').glob('*bisenetv2*toy-scenes*')
+    cfg = Config.fromfile(path)
+    trainings = tool.build_trainings(cfg, (32, 64), 2, 'cpu')
+    assert list(trainings)[2:] == ['stage 1', 'stage 2', 'LSeg-style']
+    unseen = cfg.model.decode_head.text_branch.unseen
+    labels = trainings['stock'].batch['data_samples'][0].gt_sem_seg.data
+    assert unseen and not set(unseen) & set(labels.unique().tolist())
+    assert not hasattr(trainings['stock'].model, 'teacher')
+    teacher = trainings['stage 1'].teacher
+    weights = sum(v.numel() * v.element_size()
+                  for v in teacher.tower.network.state_dict().values())
+    more = (
+        trainings['stage 1'].peak_bytes('cpu') -
+        trainings['stock'].peak_bytes('cpu'))
+    assert more > weights > 0
 
 
 def test_training_tool(tmp_path, level):

@@ -174,7 +174,8 @@ def test_bad_input_leaves_no_file(stock, tmp_path, capsys):
     text = {'decode_head.conv_seg.text.class_embeddings': torch.ones(8, 4)}
     for name, change in (('nan', nan), ('text', text)):
         torch.save({**state, **change}, stock.out / f'{name}.pth')
-    text_config, = CONFIGS.glob('textkd/textkd_bisenetv2*toyclip*scenes*.py')
+    text_config, = CONFIGS.glob(
+        'text_classifier/textkd_bisenetv2*toyclip*scenes*.py')
     camvid, = CONFIGS.glob('stock/bisenetv2*camvid*.py')
     empty = str(stock.out / 'empty')
     os.mkdir(empty)

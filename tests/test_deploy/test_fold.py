@@ -20,7 +20,7 @@ from mmseg_textkd.deploy import (fold, fold_state_dict, mean_lengths,
 from mmseg_textkd.models.text_parameters import text_providers
 
 SIZE = (64, 96)
-SEGNEXT = CONFIGS / ('textkd/textkd_segnext_mscan-t_vit-b16_1xb8-10k_'
+SEGNEXT = CONFIGS / ('text_classifier/textkd_segnext_mscan-t_vit-b16_1xb8-10k_'
                      'camvid-360x480.py')
 
 
@@ -275,12 +275,11 @@ def test_report_counts_what_differs(tmp_path):
         assert agreement.share < 1e-3
     stock = MODELS.build(stock_cfg.model).eval()
     costs = report.costs
-    assert costs['stock'] == costs['folded']
-    assert costs['stock'].params == sum(
+    assert costs['folded'].params == sum(
         p.numel() for p in stock.parameters()) < costs['as trained'].params
     # The text costs a projection 16 -> 16 and, as before, 16 -> 8.
     pixels = (128 // 8) * (256 // 8)
-    more = costs['as trained'].flops - costs['stock'].flops
+    more = costs['as trained'].flops - costs['folded'].flops
     assert more == 2 * pixels * 16 * 16
 
     # A shift of one class by a known amount is what is reported.
@@ -339,8 +338,8 @@ def test_report_is_short(trained):
     run = trained()
     text = str(
         verify(run.model, to_stock_cfg(run.cfg), fold_state_dict(run.model)))
-    assert len(text.splitlines()) == 5
-    assert re.search(r'stock: \d+ parameters, 0\.\d{4} GFLOPs at 128x256\n',
+    assert len(text.splitlines()) == 4
+    assert re.search(r'folded: \d+ parameters, 0\.\d{4} GFLOPs at 128x256\n',
                      text)
 
 
@@ -387,7 +386,7 @@ def test_third_stage_of_the_guide(trained, tmp_path, monkeypatch):
     guide = CONFIGS.parent / 'docs/en/user_guides/deploy.md'
     code, = re.findall(r'```python\n(_base_.*?)```', guide.read_text(), re.S)
     base, = re.findall(r"_base_ = '(.*?)'", code)
-    text = CONFIGS / 'textkd' / base.replace(
+    text = CONFIGS / 'text_classifier' / base.replace(
         'stock/', 'textkd/textkd_').split('/')[-1].replace(
             '_1xb8', '_vit-b16_1xb8')
     (tmp_path / 'stage3.py').write_text(

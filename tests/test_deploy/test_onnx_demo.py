@@ -121,6 +121,15 @@ def test_without_torch_means_that(tmp_path):
     assert done.status and 'torch is not installed here' in done.output
 
 
+def test_large_picture_is_refused(model, tmp_path):
+    cv2.imwrite(str(tmp_path / 'in.png'), picture())
+    words = 'python', '-c', ALONE, model, 'in.png', '--out', 'out.png'
+    done = start(
+        *words, cwd=str(tmp_path), OPENCV_IO_MAX_IMAGE_PIXELS=str(48 * 96 - 1))
+    assert done.status == 1 and not (tmp_path / 'out.png').exists()
+    assert 'in.png cannot be read as an image of at most 4607' in done.output
+
+
 def test_folder(model, tmp_path):
     (tmp_path / 'in').mkdir()
     (tmp_path / 'in' / 'notes.txt').write_text('no picture')

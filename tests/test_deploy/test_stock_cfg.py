@@ -19,8 +19,11 @@ from mmseg_textkd.models import TextHeadMixin
 
 TEXT = dict(type='ControlEmbeddings', kind='random', dim=16)
 # One of each network; test_configs.py compares all.
-TEXTKD = sorted((CONFIGS / 'textkd').glob('*_vit-b16_*_cityscapes-*.py'))
-CAMVID = CONFIGS / 'textkd/textkd_pidnet-s_vit-b16_1xb8-10k_camvid-360x480.py'
+TEXTKD = sorted(
+    (CONFIGS / 'text_classifier').glob('*_vit-b16_*_cityscapes-*.py'))
+CAMVID = (
+    CONFIGS / 'text_classifier' /
+    'textkd_pidnet-s_vit-b16_1xb8-10k_camvid-360x480.py')
 
 
 def types_in(value):

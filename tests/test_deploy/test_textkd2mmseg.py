@@ -20,7 +20,9 @@ from tiny import CLASSES, SIZE
 from mmseg_textkd import compat
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
 
-CAMVID = CONFIGS / 'textkd/textkd_pidnet-s_vit-b16_1xb8-10k_camvid-360x480.py'
+CAMVID = (
+    CONFIGS / 'text_classifier' /
+    'textkd_pidnet-s_vit-b16_1xb8-10k_camvid-360x480.py')
 TOOL = osp.join(TOOLS, 'model_converters', 'textkd2mmseg.py')
 # Run where the plugin cannot be imported. MMSegmentation 1.2.2 imports two
 # functions from mmcv.ops, which mmcv-lite has not: without the plugin it takes

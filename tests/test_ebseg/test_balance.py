@@ -42,8 +42,7 @@ def test_a_probability_of_zero_does_not_blow_up():
     assert found[0] == 0 and found[1] == pytest.approx(.5)
 
 
-@pytest.mark.parametrize('exponents', [(-.1, .3, .7), (.1, .5, .7),
-                                       (.6, .3, .7)])
+@each_case('exponents', [(-.1, .3, .7), (.1, .5, .7), (.6, .3, .7)])
 def test_exponents_that_are_no_weights_are_refused(exponents):
     p, seen = torch.rand(2), torch.tensor([True, False])
     with pytest.raises(ValueError, match='exponents'):

@@ -110,13 +110,13 @@ def random_batch(num_layers=2, dtype=torch.double):
     layers = [
         LayerPrediction(
             torch.randn(2, 5, 5, dtype=dtype, requires_grad=True),
+            torch.randn(2, 5, 5, dtype=dtype, requires_grad=True),
             torch.randn(2, 5, *SIZE, dtype=dtype, requires_grad=True))
         for _ in range(num_layers)
     ]
     embeddings = torch.randn(2, 5, 8, dtype=dtype, requires_grad=True)
-    attention = torch.randn(2, 5, 5, dtype=dtype, requires_grad=True)
     labels = torch.stack([labels_with([0, 2, 3]), labels_with([1])])
-    return layers, embeddings, attention, text, labels
+    return layers, embeddings, text, labels
 
 
 def naive_class_loss(logits, wanted):
@@ -132,14 +132,14 @@ def naive_class_loss(logits, wanted):
 
 
 def test_all_losses_against_plain_python():
-    layers, embeddings, attention, text, labels = random_batch()
-    losses = EBSegLoss()(layers, embeddings, attention, text, labels)
+    layers, embeddings, text, labels = random_batch()
+    losses = EBSegLoss()(layers, embeddings, text, labels)
     assert sorted(losses) == sorted([
-        'd0.loss_cls', 'd0.loss_mask', 'd0.loss_dice', 'loss_cls', 'loss_mask',
-        'loss_dice', 'loss_cls_attention', 'loss_ssc'
+        *(f'{prefix}loss_{name}' for prefix in ('d0.', '')
+          for name in ('cls', 'cls_attention', 'mask', 'dice')), 'loss_ssc'
     ])
     targets = [mask_targets(x, SIZE, 4) for x in labels]
-    for prefix, (logits, masks) in zip(('d0.', ''), layers):
+    for prefix, (logits, attention, masks) in zip(('d0.', ''), layers):
         bce = dice = 0.
         wanted, pairs = [[4] * 5, [4] * 5], []
         for n, t in enumerate(targets):
@@ -155,9 +155,10 @@ def test_all_losses_against_plain_python():
                                                                     4)
         assert losses[f'{prefix}loss_cls'].item() == pytest.approx(
             1.5 * naive_class_loss(logits, wanted))
-    # Of the last layer, with its matches.
-    assert losses['loss_cls_attention'].item() == pytest.approx(
-        1.5 * naive_class_loss(attention, wanted))
+        # With the matches of embedding A.
+        assert losses[f'{prefix}loss_cls_attention'].item() == pytest.approx(
+            1.5 * naive_class_loss(attention, wanted))
+    # Of the last layer.
     ssc = 0.
     for n, (rows, columns) in enumerate(pairs):
         total = 0.
@@ -171,36 +172,35 @@ def test_all_losses_against_plain_python():
 
 
 def test_ignored_pixels_have_no_say():
-    layers, embeddings, attention, text, labels = random_batch(1)
-    before = EBSegLoss()(layers, embeddings, attention, text, labels)
+    layers, embeddings, text, labels = random_batch(1)
+    before = EBSegLoss()(layers, embeddings, text, labels)
     masks = layers[0].masks.detach().clone()
     masks[(labels == 255)[:, None].expand_as(masks)] = 50.
-    other = [LayerPrediction(layers[0].logits, masks)]
-    after = EBSegLoss()(other, embeddings, attention, text, labels)
+    other = [layers[0]._replace(masks=masks)]
+    after = EBSegLoss()(other, embeddings, text, labels)
     for name in before:
         torch.testing.assert_close(after[name], before[name])
 
 
 def test_order_of_queries_does_not_matter():
-    layers, embeddings, attention, text, labels = random_batch(2)
+    layers, embeddings, text, labels = random_batch(2)
     order = torch.randperm(5)
-    before = EBSegLoss()(layers, embeddings, attention, text, labels)
+    before = EBSegLoss()(layers, embeddings, text, labels)
     layers = [LayerPrediction(*(x[:, order] for x in p)) for p in layers]
-    after = EBSegLoss()(layers, embeddings[:, order], attention[:, order],
-                        text, labels)
+    after = EBSegLoss()(layers, embeddings[:, order], text, labels)
     for name in before:
         torch.testing.assert_close(after[name], before[name])
 
 
 @pytest.mark.parametrize('ignored', [(0, ), (0, 1)])
 def test_images_without_any_mask(ignored):
-    layers, embeddings, attention, text, labels = random_batch(2)
+    layers, embeddings, text, labels = random_batch(2)
     for n in ignored:
         labels[n] = 255
-    losses = EBSegLoss()(layers, embeddings, attention, text, labels)
+    losses = EBSegLoss()(layers, embeddings, text, labels)
     assert all(v.isfinite() for v in losses.values())
     sum(losses.values()).backward()
-    leaves = [embeddings, attention, *(x for p in layers for x in p)]
+    leaves = [embeddings, *(x for p in layers for x in p)]
     # Each has a gradient, as distributed training asks for.
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
     zero = [n for n, v in losses.items() if v == 0]

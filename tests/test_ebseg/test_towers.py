@@ -19,13 +19,14 @@ SAM = dict(
     img_size=32,
     patch_size=8,
     embed_dim=16,
-    depth=2,
+    depth=6,
     num_heads=2,
     window_size=2,
-    global_attn_indexes=(1, ),
+    global_attn_indexes=(1, 2, 4, 5),
     use_rel_pos=True,
     neck_chans=8,
     num_classes=0)
+SAM_SIZES = dict(patch_size=8, embed_dims=16, grid_size=4)
 
 
 @pytest.fixture(scope='module')
@@ -60,9 +61,8 @@ def test_the_class_token_is_open_clips_image_embedding(clip, open_clip_model,
                   open_clip_model.visual.image_std))
     with torch.no_grad():
         expected = open_clip_model.encode_image((pixels / 255 - mean) / std)
-    # Mean and deviation are rounded to three digits.
     torch.testing.assert_close(
-        found._project(found.states[-1][:, 0]), expected, atol=2e-3, rtol=0)
+        found._project(found.states[-1][:, 0]), expected, atol=1e-5, rtol=1e-4)
     scale = open_clip_model.logit_scale.exp().item()
     assert found.logit_scale == pytest.approx(scale)
 
@@ -87,7 +87,7 @@ def naive_attention(attn, query, keys, values, bias=None):
     for h in range(heads):
         part = slice(h * width, (h + 1) * width)
         scores = q[:, part] @ k[:, part].T / width**.5
-        scores = scores if bias is None else scores + bias
+        scores = scores if bias is None else scores + bias[h]
         out.append(scores.softmax(dim=1) @ v[:, part])
     weight, shift = (
         p.double() for p in (attn.out_proj.weight, attn.out_proj.bias))
@@ -102,8 +102,10 @@ def norm(layer, x):
 @torch.no_grad()
 def test_mask_attention_against_a_naive_computation(clip, pixels):
     found = clip(pixels)
-    masks = 4 * torch.randn(2, 3, 4, 4)
-    embeddings = found.mask_attention(masks, first_block=1)
+    biases = 4 * torch.randn(2, 4, 3, 8, 8)  # a bias for each head
+    embeddings = found.mask_attention(biases, first_block=1)
+    # The largest of the four within a patch.
+    masks = biases.unflatten(3, (4, 2)).unflatten(5, (4, 2)).amax((4, 6))
     network = clip.network
     for n in range(2):
         for q in range(3):
@@ -113,7 +115,7 @@ def test_mask_attention_against_a_naive_computation(clip, pixels):
                 query = norm(block.ln_1, token)
                 patches = norm(block.ln_1, found.states[i][n, 1:].double())
                 keys = torch.cat([query, patches])
-                bias = torch.cat([torch.zeros(1), masks[n, q].flatten()])
+                bias = F.pad(masks[n, :, q].flatten(1), (1, 0))
                 token = token + naive_attention(block.attn, query, keys, keys,
                                                 bias.double())
                 hidden = norm(block.ln_2, token)
@@ -175,25 +177,57 @@ def test_positions_are_interpolated_and_trained(clip):
 
 
 def test_the_tower_sees_a_fraction_of_the_image():
-    tower = FrozenCLIPViT('toyclip', scale=.5, **SIZES)
-    assert tower(255 * torch.rand(1, 3, 70, 96)).size == (4, 6)
-    assert tower(255 * torch.rand(1, 3, 3, 3)).size == (1, 1)
+    tower = FrozenCLIPViT('toyclip', scale=.7, **SIZES)
+    taken = []
+    tower.network.conv1.register_forward_pre_hook(
+        lambda module, args: taken.append(args[0]))
+    pixels = 255 * torch.rand(1, 3, 65, 96)
+    # 45.5 and 67.2 pixels; what is no whole patch is let go.
+    assert tower(pixels).size == (5, 8)
+    small = tower.normalise(pixels)
+    torch.testing.assert_close(taken[0],
+                               F.interpolate(small, None, .7, 'bilinear'))
+    # All of the picture, as a teacher needs it.
+    assert tower(pixels, cover=True).size == (6, 8)
+    torch.testing.assert_close(
+        taken[1],
+        F.interpolate(small, (48, 64), mode='bilinear', antialias=True))
+    assert tower(pixels[..., :3, :3], cover=True).size == (1, 1)
 
 
-def test_sam_is_timms_encoder(tmp_path):
-    tower = FrozenSAMViT(SAM, seed=3, patch_size=8, out_channels=8)
-    pixels = 255 * torch.rand(1, 3, 32, 48)
-    images = tower.normalise(pixels)
+def test_sam_gives_its_blocks_of_global_attention(tmp_path):
+    tower = FrozenSAMViT(SAM, seed=3, **SAM_SIZES)
+    network = tower.network
     with torch.no_grad():
-        expected = tower.network.forward_features(images)
-    assert torch.equal(tower(pixels), expected)
-    assert expected.shape == (1, 8, 4, 6) and not expected.requires_grad
-    # Sizes that are no multiple of a patch are resized.
-    assert tower(pixels[..., :30, :45]).shape == (1, 8, 4, 6)
-    # Random weights are those of the seed, whatever was drawn before.
+        network.pos_embed.normal_()
+        tower.positional_embedding.copy_(network.pos_embed)
+        for block in network.blocks:
+            for name in ('rel_pos_h', 'rel_pos_w'):
+                getattr(block.attn, name).normal_()
+    # At its own size timm interpolates nothing.
+    pixels = 255 * torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = network.forward_intermediates(
+            tower.normalise(pixels), [1, 2, 4, 5], intermediates_only=True)
+    for own, theirs, scale in zip(tower(pixels), expected, (4, 2, 1, .5)):
+        assert own.shape == (1, 16, 4 * scale, 4 * scale)
+        torch.testing.assert_close(
+            own, F.interpolate(theirs, None, scale, 'bilinear'))
+    assert network.blocks[0].norm1.eps == 1e-6
+    # The position is interpolated and learns.
+    wide = tower(255 * torch.rand(1, 3, 32, 64))
+    assert wide[0].shape == (1, 16, 16, 32) and len(wide) == 4
+    sum(x.square().sum() for x in wide).backward()
+    assert tower.positional_embedding.grad.abs().sum() > 0
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_random_weights_are_those_of_the_seed():
+    tower = FrozenSAMViT(SAM, seed=3, **SAM_SIZES)
+    tower.network
     torch.rand(5)
-    again = FrozenSAMViT(SAM, seed=3, patch_size=8, out_channels=8)
-    other = FrozenSAMViT(SAM, seed=4, patch_size=8, out_channels=8)
+    again = FrozenSAMViT(SAM, seed=3, **SAM_SIZES)
+    other = FrozenSAMViT(SAM, seed=4, **SAM_SIZES)
     assert again.checksum() == tower.checksum() != other.checksum()
 
 
@@ -201,7 +235,7 @@ def test_loading_does_not_disturb_the_random_state():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    FrozenSAMViT(SAM, seed=3, patch_size=8, out_channels=8).network
+    FrozenSAMViT(SAM, seed=3, **SAM_SIZES).network
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -232,10 +266,11 @@ def test_sam_weights_from_a_local_file(small_sam, tmp_path, kind):
                     for k, v in state.items()
                 }
             }, file)
-    tower = FrozenSAMViT(pretrained=str(file), patch_size=8, out_channels=8)
-    assert all(
-        torch.equal(v, state[k])
-        for k, v in tower.network.state_dict().items())
+    tower = FrozenSAMViT(pretrained=str(file), **SAM_SIZES)
+    found = tower.network.state_dict()
+    assert found.keys() == {k for k in state if not k.startswith('neck.')}
+    assert all(torch.equal(v, state[k]) for k, v in found.items())
+    assert torch.equal(tower.positional_embedding, state['pos_embed'])
 
 
 def test_sam_weights_that_cannot_be_had(small_sam, tmp_path, monkeypatch):
@@ -253,6 +288,9 @@ def test_sam_weights_that_cannot_be_had(small_sam, tmp_path, monkeypatch):
         FrozenSAMViT('samvit_tiny').init_weights()
     with pytest.raises(ValueError, match="'patch_size': 8"):
         FrozenSAMViT(SAM, seed=0).init_weights()
+    three = dict(SAM, global_attn_indexes=(1, 2, 5))
+    with pytest.raises(ValueError, match='has 3 blocks of global attention'):
+        FrozenSAMViT(three, seed=0, **SAM_SIZES).init_weights()
 
 
 @pytest.mark.parametrize('args', [

@@ -320,7 +320,7 @@ def test_learned_text_is_in_the_checkpoint(tmp_path, residual):
     expected = torch.nn.functional.normalize(
         provider.base + 0.5 * saved[OFFSET], dim=1)
     torch.testing.assert_close(saved[key], expected)
-    assert provider.drift() > 0
+    assert provider.distance_from_start() > 0
     assert {k
             for k in saved if '.text.' in k
             } == {key, OFFSET, 'decode_head.conv_seg.text.started'}
@@ -731,7 +731,8 @@ def test_text_on_auxiliary_heads(tmp_path, residual):
         scale = hub.get_scalar(f'train/text_scale{i or ""}').current()
         assert scale == head.text_branch.scale().item() != 1
         drift = hub.get_scalar(f'train/text_drift{i or ""}').current()
-        assert drift == pytest.approx(head.text_branch.text.drift()) != 0
+        assert drift == pytest.approx(
+            head.text_branch.text.distance_from_start()) != 0
     # The checkpoint has the text of both; without the auxiliary heads, which
     # do not run at inference, it predicts the same.
     path = tmp_path / 'work' / 'iter_6.pth'

@@ -134,7 +134,7 @@ def test_defaults_are_those_of_the_source():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize('num_classes', [1, 7, 150])
+@each_case('num_classes', [1, 7, 150])
 def test_classes_can_come_in_any_order_and_number(num_classes):
     torch.manual_seed(0)
     module = stir(ContextAwareText(5, 16, 4, width=8)).eval()

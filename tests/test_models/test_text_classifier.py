@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from each_case import each_case
 from mmseg.registry import MODELS
 
-from mmseg_textkd.models import LogitScale, TextClassifier
+from mmseg_textkd.models import LogitScale, PixelProjection, TextClassifier
 from mmseg_textkd.text import TextEmbeddings
 
 CONTROL = dict(type='ControlEmbeddings', kind='random', dim=16)
@@ -173,7 +173,7 @@ def test_scale_is_clamped_and_can_come_back():
     assert scale.log_scale.grad.item() == pytest.approx(100., rel=1e-5)
 
 
-@pytest.mark.parametrize('init', [0., -1., 101.])
+@each_case('init', [0., -1., 101.])
 def test_bad_scale(init):
     with pytest.raises(ValueError, match='must start in'):
         LogitScale(init=init)
@@ -245,3 +245,15 @@ def test_fold_of_text_that_varies_in_training(make_embeddings, mode):
     torch.testing.assert_close(module.text.class_embeddings.float(), bank[:,
                                                                           0])
     torch.testing.assert_close(module.as_conv()(feat), module(feat))
+
+
+def test_l2_norm_of_half_precision_is_float32():
+    """Where the squares overflow and a half has two or three digits."""
+    projection = PixelProjection(7, 16, 'l2').bfloat16()
+    feat = torch.randn(2, 7, 4, 5).bfloat16()
+    with torch.no_grad():
+        found, embeddings = projection(feat), projection.conv(feat)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, F.normalize(embeddings.float(), dim=1))
+    torch.testing.assert_close(
+        found.norm(dim=1), torch.ones(2, 4, 5), rtol=0, atol=1e-6)

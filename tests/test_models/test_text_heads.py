@@ -2,6 +2,7 @@
 """What text adds to a stock head; whole networks are in test_networks."""
 import pytest
 import torch
+from each_case import each_case
 from mmseg.models.decode_heads import ASPPHead, FCNHead
 from network_tester import samples
 
@@ -95,7 +96,7 @@ def test_other_stock_heads_need_no_code():
     assert head([torch.randn(1, 8, 4, 4)]).shape == (1, 4, 4, 4)
 
 
-@pytest.mark.parametrize('kwargs, message', [
+@each_case('kwargs, message', [
     (dict(role='teacher'), "role.*must be one of.*'teacher'"),
     (dict(role='auxiliary', text_losses=[]), 'at least one loss'),
     (dict(num_classes=2, out_channels=1), 'one logit a class'),

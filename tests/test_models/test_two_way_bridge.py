@@ -174,7 +174,7 @@ def test_logits_are_those_of_the_definition(stride, norm):
     torch.testing.assert_close(module(feat), got, rtol=bound, atol=bound)
 
 
-@pytest.mark.parametrize('num_classes', [1, 2, 150])
+@each_case('num_classes', [1, 2, 150])
 def test_classes_can_come_in_any_order_and_number(num_classes):
     """One bridge for all of them: no weight knows how many there are."""
     torch.manual_seed(0)

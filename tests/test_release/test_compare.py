@@ -10,7 +10,7 @@ from mmengine.runner import Runner, load_state_dict
 from processes import load
 from tiny import CLASSES
 
-from mmseg_textkd.deploy.compare import compare
+from mmseg_textkd.analysis.compare import compare
 
 K = len(CLASSES)
 

@@ -17,7 +17,7 @@ from processes import ROOT
 from mmseg_textkd.deploy import to_stock_cfg
 
 TOOL = 'tools/analysis_tools/model_index.py'
-README = 'configs/textkd/README.md'
+README = 'configs/text_classifier/README.md'
 STOCK = 'bisenetv2_fcn_1xb8-10k_camvid-360x480'
 TEXT = 'textkd_bisenetv2_fcn_vit-b16_1xb8-10k_camvid-360x480'
 URL = 'https://example.org/weights'
@@ -103,8 +103,9 @@ def test_files_are_up_to_date():
 def test_nothing_is_claimed_that_was_not_measured():
     readmes = [
         Path(ROOT, 'configs', folder, 'README.md')
-        for folder in ('textkd', 'lseg', 'ebseg', 'fusion', 'distillation',
-                       'structure', 'diversification', 'balance')
+        for folder in ('text_classifier', 'textkd', 'lseg', 'ebseg', 'fusion',
+                       'distillation', 'structure', 'diversification',
+                       'balance')
     ]
     rows = [
         line.split('|')[1:-1] for path in readmes
@@ -159,12 +160,12 @@ def test_round_trip_of_a_measured_row(tree):
     metadata = {
         'Training Data': 'CamVid',
         'Batch Size': 8,
-        'Architecture': ['BiSeNetV2', 'TextKD']
+        'Architecture': ['BiSeNetV2', 'Text classifier']
     }
     assert old == {
         'Name': TEXT,
-        'In Collection': 'TextKD',
-        'Config': f'configs/textkd/{TEXT}.py',
+        'In Collection': 'Text classifier',
+        'Config': f'configs/text_classifier/{TEXT}.py',
         'Metadata': metadata,
         'Framework': 'PyTorch'
     }

@@ -225,7 +225,7 @@ def variants(checkpoint):
         averaged=dict(checkpoint, ema_state_dict=dict(steps=torch.tensor(3))))
 
 
-@each_case('form', ['bare', 'wrapped', 'old', 'averaged'])
+@pytest.mark.parametrize('form', ['bare', 'wrapped', 'old', 'averaged'])
 def test_other_forms_of_a_checkpoint(convert, trained, tmp_path, capsys, form):
     torch.save(variants(load(trained.checkpoint))[form], tmp_path / 'in.pth')
     made = load(convert(trained.textual, tmp_path / 'in.pth'))['state_dict']

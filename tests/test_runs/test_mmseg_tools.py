@@ -19,7 +19,7 @@ from mmseg_textkd.text.encode_classes import encode_classes
 
 pytestmark = pytest.mark.stacks
 
-FOLDER = osp.join(ROOT, 'configs', 'textkd')
+FOLDER = osp.join(ROOT, 'configs', 'text_classifier')
 TOY = osp.join(FOLDER,
                'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py')
 CAMVID = osp.join(FOLDER,

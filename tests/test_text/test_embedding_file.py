@@ -138,7 +138,7 @@ def test_cut_short_at_any_length(tmp_path):
         TextEmbeddings.load(file)
 
 
-@pytest.mark.parametrize('value, words', [
+@each_case('value, words', [
     (float('nan'), 'NaN or infinity .* rows .2.'),
     (float('inf'), 'NaN or infinity .* rows .2.'),
     (2., 'row 2 has length'),

@@ -53,7 +53,7 @@ def test_vectors_of_the_file(file, fixed):
     # In either mode and stage they stay what they are.
     provider.train().start_learning()
     assert torch.equal(provider(), provider.class_embeddings)
-    assert provider.drift() == 0
+    assert provider.distance_from_start() == 0
 
 
 def test_centering(file, fixed):
@@ -151,7 +151,7 @@ def test_onehot_control():
     assert torch.equal(wide(), torch.eye(4, 7))
 
 
-@pytest.mark.parametrize('num', [2, 3, 19])
+@each_case('num', [2, 3, 19])
 def test_shuffled_control_leaves_no_class_its_own(make_embeddings, num):
     source = dict(type='ClassEmbeddings', file=make_embeddings(num, DIM))
     vectors = build(**source, num_classes=num)()
@@ -217,7 +217,7 @@ def test_residual_starts_at_the_fixed_text(fixed):
     assert not before.requires_grad  # stage 1
     provider.start_learning()
     torch.testing.assert_close(provider(), build(**fixed)())
-    assert provider().requires_grad and provider.drift() < 1e-12
+    assert provider().requires_grad and provider.distance_from_start() < 1e-12
     provider.stop_learning()
     assert torch.equal(provider(), before)
 
@@ -233,7 +233,8 @@ def test_residual_equals_its_formula(file, fixed):
     torch.testing.assert_close(
         provider().double(), expected, atol=1e-6, rtol=0)
     drift = 1 - (expected * vectors).sum(1)
-    assert provider.drift() == pytest.approx(drift.mean().item(), abs=1e-6)
+    assert provider.distance_from_start() == pytest.approx(
+        drift.mean().item(), abs=1e-6)
     # In evaluation it is what has been refreshed last.
     provider.eval()
     torch.testing.assert_close(provider(), build(**fixed)())
@@ -265,7 +266,7 @@ def test_residual_checkpoint_holds_no_base(fixed):
     assert copy.started and torch.equal(copy(), provider.eval()())
 
 
-@pytest.mark.parametrize('scale', [0, -1, float('nan')])
+@each_case('scale', [0, -1, float('nan')])
 def test_residual_needs_a_scale(fixed, scale):
     with pytest.raises(ValueError, match='`scale` must be positive'):
         residual(fixed, scale=scale)
@@ -452,7 +453,7 @@ def test_context_of_words_equals_the_sentence(toy, tower):
     torch.testing.assert_close(provider(), expected, atol=1e-5, rtol=0)
     # As the fixed text was made with the same template, nothing jumps.
     torch.testing.assert_close(provider(), provider.base, atol=1e-5, rtol=0)
-    assert provider.drift() < 1e-6
+    assert provider.distance_from_start() < 1e-6
 
 
 def test_context_for_each_class(toy):
@@ -485,7 +486,7 @@ def test_the_tower_is_out_of_sight_and_untouched(toy, tower):
     for weight in loaded.parameters():
         assert weight.grad is None and not weight.requires_grad
     torch.optim.SGD(provider.parameters(), lr=1.).step()
-    assert provider.drift() > 1e-4
+    assert provider.distance_from_start() > 1e-4
     assert loaded.checksum() == tower.checksum()
     assert not loaded.training
 
@@ -504,7 +505,7 @@ def test_context_goes_on_from_a_checkpoint(toy):
     fresh = toy(init='a photo of a')
     fresh.load_state_dict(toy(init='a photo of a').state_dict())
     started(fresh)
-    assert fresh.drift() < 1e-6
+    assert fresh.distance_from_start() < 1e-6
 
 
 def test_random_context_is_small(toy):
@@ -600,13 +601,13 @@ def test_unequal_text_after_loading(make_embeddings, mixture, toy, tmp_path):
         assert (a() - wanted).abs().max() > 1e-2
         for provider in (b, c):
             provider.load_state_dict(a.state_dict())
-        assert b.reconcile(resumed=True) is None
+        assert b.check_loaded(resumed=True) is None
         with pytest.raises(ValueError, match='must keep its text'):
-            c.reconcile(resumed=True)
+            c.check_loaded(resumed=True)
         assert torch.equal(c(), a())  # refused, and left alone
-        assert "config's are used" in c.reconcile(resumed=False)
+        assert "config's are used" in c.check_loaded(resumed=False)
         torch.testing.assert_close(c(), wanted, atol=1e-6, rtol=0)
-        assert c.reconcile(resumed=True) is None
+        assert c.check_loaded(resumed=True) is None
 
 
 def test_learned_text_is_no_difference(fixed, mixture, toy):
@@ -616,11 +617,11 @@ def test_learned_text_is_no_difference(fixed, mixture, toy):
         for param in provider.parameters():
             param.data.add_(torch.randn_like(param))
         provider.refresh()
-        assert provider.drift() > 1e-3
+        assert provider.distance_from_start() > 1e-3
         loaded = make()
         loaded.load_state_dict(provider.state_dict())
         for resumed in (True, False):
-            assert loaded.reconcile(resumed) is None
+            assert loaded.check_loaded(resumed) is None
         torch.testing.assert_close(loaded.eval()(), provider.eval()())
 
 
@@ -629,7 +630,7 @@ def test_nan_in_a_checkpoint_is_a_difference(fixed):
     state = provider.state_dict()
     provider.load_state_dict({k: v * float('nan') for k, v in state.items()})
     with pytest.raises(ValueError, match='must keep its text'):
-        provider.reconcile(resumed=True)
+        provider.check_loaded(resumed=True)
 
 
 def test_shape_of_what_is_filled_in(fixed):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmseg.registry import MODELS
 from torch.nn.utils.rnn import pad_sequence
 
@@ -248,7 +249,7 @@ def test_learners_draw_in_stage_1_and_learn_in_stage_2(file, learner):
     drawn = provider(500)
     torch.manual_seed(0)
     assert torch.equal(drawn, build(file)(500))
-    assert provider.drift() == pytest.approx(
+    assert provider.distance_from_start() == pytest.approx(
         0, abs=1e-6) or learner['type'] == 'MixturePromptLearner'
     provider.start_learning()
     text = provider(5)
@@ -301,7 +302,7 @@ def test_controls(file):
 
 
 # ------------------------------------------------------------- bad input
-@pytest.mark.parametrize('options, words', [
+@each_case('options, words', [
     (dict(mode='best'), 'uniform'),
     (dict(confidence='image'), 'not known any more'),
     (dict(threshold=1.), r'\[0, 1\)'),

@@ -15,18 +15,18 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from mmseg_textkd.analysis.benchmark import (interleave, num_bytes,
+                                             peak_memory, random_text,
+                                             stopwatch, summarize)
+from mmseg_textkd.analysis.benchmark_backends import (BACKENDS, Backend,
+                                                      Skipped, onnxruntime)
+from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, add_options,
+                                                    parse_options, time_cells,
+                                                    write_results)
 from mmseg_textkd.deploy import fold, to_stock_cfg
-from mmseg_textkd.deploy.benchmark import (interleave, num_bytes, peak_memory,
-                                           random_text, stopwatch, summarize)
-from mmseg_textkd.deploy.benchmark_backends import (BACKENDS, Backend, Skipped,
-                                                    onnxruntime)
-from mmseg_textkd.deploy.benchmark_report import (TIME_HEADER, add_options,
-                                                  describe, environment,
-                                                  parse_options, table,
-                                                  time_cells, write_results)
 from mmseg_textkd.models.text_parameters import text_providers
+from mmseg_textkd.utils.report import count_cost, describe, environment, table
 
 STOCK = 'stock'
 
@@ -64,15 +64,6 @@ def build_networks(cfg: Config) -> Dict[str, nn.Module]:
         **folded
     }
     return {k: revert_sync_batchnorm(m).eval() for k, m in networks.items()}
-
-
-def count(model: nn.Module, inputs: Tensor) -> Dict[str, int]:
-    """Count parameters, all of them, and FLOPs of one picture."""
-    with FlopCounterMode(display=False) as counter:
-        model(inputs)
-    return dict(
-        params=sum(p.numel() for p in model.parameters()),
-        flops=counter.get_total_flops())
 
 
 def measure(networks: Mapping[str, nn.Module], backend: Backend,
@@ -180,7 +171,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         warmup=args.warmup,
         environment=where,
         networks={
-            k: count(m, inputs)
+            k: count_cost(m, lambda m=m: m(inputs))._asdict()
             for k, m in networks.items()
         },
         backends={})

@@ -16,17 +16,17 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
+from mmseg_textkd.analysis.benchmark import interleave, stopwatch, summarize
+from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, add_options,
+                                                    parse_options, time_cells,
+                                                    write_results)
 from mmseg_textkd.clip import TextTower
 from mmseg_textkd.clip.weights import (CONFIG_NAME, TextTowerError,
                                        import_open_clip)
-from mmseg_textkd.deploy.benchmark import interleave, stopwatch, summarize
-from mmseg_textkd.deploy.benchmark_report import (TIME_HEADER, add_options,
-                                                  describe, environment,
-                                                  parse_options, table,
-                                                  time_cells, write_results)
 from mmseg_textkd.text import Vocabulary
 from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.text.templates import get_templates
+from mmseg_textkd.utils.report import describe, environment, table
 
 OURS, THEIRS = 'mmseg_textkd', 'open_clip'
 

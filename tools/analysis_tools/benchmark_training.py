@@ -30,14 +30,17 @@ from mmengine.structures import InstanceData, PixelData
 from mmseg.structures import SegDataSample
 from torch import nn
 
+from mmseg_textkd.analysis.benchmark import (interleave, num_bytes,
+                                             peak_memory, random_clip,
+                                             random_text, stopwatch, summarize)
+from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, add_options,
+                                                    parse_options, time_cells,
+                                                    write_results)
 from mmseg_textkd.deploy import to_stock_cfg
-from mmseg_textkd.deploy.benchmark import (interleave, num_bytes, peak_memory,
-                                           random_text, stopwatch, summarize)
-from mmseg_textkd.deploy.benchmark_report import (TIME_HEADER, add_options,
-                                                  describe, environment,
-                                                  parse_options, table,
-                                                  time_cells, write_results)
+from mmseg_textkd.models.segmentors.frozen_clip_teacher import \
+    FrozenCLIPTeacher
 from mmseg_textkd.models.text_parameters import text_providers
+from mmseg_textkd.utils.report import describe, environment, table
 
 STOCK = 'stock'
 
@@ -64,6 +67,9 @@ class Training:
         torch.manual_seed(0)
         self.batch = batch
         self.model = revert_sync_batchnorm(MODELS.build(cfg.model)).to(device)
+        self.teacher = getattr(self.model, 'teacher', None)
+        if isinstance(self.teacher, FrozenCLIPTeacher):
+            random_clip(self.teacher.tower)
         self.optim_wrapper = build_optim_wrapper(self.model, cfg.optim_wrapper)
         self.hook = HOOKS.build(hook) if hook else Hook()
         # All of a runner that the hook asks for.
@@ -102,14 +108,17 @@ class Training:
             for value in values.values() if torch.is_tensor(value)
         ]
         own = [*self.model.parameters(), *self.model.buffers(), *state]
-        if hasattr(self.model, 'teacher'):
-            own += self.model.teacher.model.state_dict().values()
+        if isinstance(self.teacher, FrozenCLIPTeacher):
+            own += self.teacher.tower.network.state_dict().values()
+        elif self.teacher is not None:
+            own += self.teacher.model.state_dict().values()
         return num_bytes(own) + peak_memory(self.iterate, device)
 
 
 def random_batch(cfg: Config, size: Tuple[int, int], number: int,
                  device: str) -> dict:
     """Make random pictures with labels of all classes and edge maps."""
+    unseen = torch.tensor(_unseen(cfg), dtype=int)
     generator = torch.Generator().manual_seed(0)
     inputs, samples = [], []
     for _ in range(number):
@@ -119,6 +128,8 @@ def random_batch(cfg: Config, size: Tuple[int, int], number: int,
                 generator=generator).to(device))
         labels = torch.randint(
             cfg.model.decode_head.num_classes, (1, *size), generator=generator)
+        # As `HideClasses` does.
+        labels[torch.isin(labels, unseen)] = 255
         sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size))
         sample.gt_sem_seg = PixelData(data=labels)
         sample.gt_edge_map = PixelData(data=labels % 2)
@@ -126,15 +137,22 @@ def random_batch(cfg: Config, size: Tuple[int, int], number: int,
     return dict(inputs=inputs, data_samples=samples)
 
 
+def _unseen(cfg: Config) -> Sequence[int]:
+    """Classes that the text head must not see labels of."""
+    branch = cfg.model.decode_head.get('text_branch') or {}
+    return branch.get('unseen') or []
+
+
 def random_teacher(cfg: Config, folder: str) -> None:
     """Give the teacher of a config random weights, in place.
 
     Args:
-        cfg (Config): Config of a network; without a teacher it is left as it
-            is.
+        cfg (Config): Config of a network; without a segmentation network as
+            its teacher it is left as it is.
         folder (str): Where to write config and weights of the teacher.
     """
-    if 'teacher' not in cfg.model:
+    teacher = cfg.model.get('teacher') or {}
+    if 'config' not in teacher:
         return
     teacher = Config.fromfile(cfg.model.teacher.config)
     teacher.merge_from_dict(cfg.model.teacher.get('cfg_options') or {})
@@ -189,7 +207,8 @@ def build_trainings(cfg: Config, size: Tuple[int, int], number: int,
     with tempfile.TemporaryDirectory() as folder:
         random_teacher(cfg, folder)
         if has_text:
-            add_regions(batch, MODELS.build(cfg.model))
+            if not _unseen(cfg):  # regions would tell of them
+                add_regions(batch, MODELS.build(cfg.model))
             return _text_trainings(cfg, stock, batch, device)
         return {
             STOCK: Training(stock, batch, device),

@@ -18,18 +18,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from mmengine.config import DictAction
 
-from mmseg_textkd.deploy import write_files
-from mmseg_textkd.deploy.compare import compare, evaluate
-from mmseg_textkd.deploy.confusion_iou_metric import SUMMARY
+from mmseg_textkd.analysis.compare import compare, evaluate
+from mmseg_textkd.evaluation.confusion_iou_metric import SUMMARY
+from mmseg_textkd.utils.io import write_files
+from mmseg_textkd.utils.report import table
 
 NOTE = ('One pair of checkpoints says nothing about seeds: another seed of '
         'the same config may move a class by as much. Repeat it with several.')
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Write a table."""
-    lines = [header, ['---'] * len(header), *lines]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def number(value: Optional[float], sign: str = '') -> str:

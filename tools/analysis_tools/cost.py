@@ -21,14 +21,14 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from mmseg_textkd.analysis.benchmark import interleave, random_clip, stopwatch
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
-from mmseg_textkd.deploy.benchmark import interleave, stopwatch
-from mmseg_textkd.deploy.benchmark_report import describe, environment
 from mmseg_textkd.models import EBSeg
 from mmseg_textkd.models.ebseg.frozen_tower import FrozenTower
 from mmseg_textkd.models.text_parameters import text_providers
+from mmseg_textkd.utils.report import (count_params, describe, environment,
+                                       flops_by_module, table)
 
 COLUMNS = ('network', 'parameters (M)', 'GMACs', 'deployed: parameters (M)',
            'deployed: GMACs')
@@ -51,18 +51,14 @@ def build(cfg: Config) -> nn.Module:
 
 def build_ebseg(model: Dict) -> nn.Module:
     """Build EBSeg with towers whose weights are drawn."""
-    import open_clip
     import timm
     head = model['decode_head']
     head['text'] = dict(
         type='ControlEmbeddings', kind='random', dim=head['text']['dim'])
     head.pop('test_text', None)
     built = MODELS.build(model).requires_grad_(False).eval()
-    encoder, backbone = model['image_encoder'], model['backbone']
-    if encoder['model'] != 'toyclip':
-        clip = open_clip.create_model(encoder['model']).visual
-        clip.clip_scale = 100.
-        built.image_encoder.load_network = lambda: clip
+    random_clip(built.image_encoder)
+    backbone = model['backbone']
     if isinstance(backbone['model'], str):
         sam = timm.create_model(backbone['model'], num_classes=0)
         built.backbone.load_network = lambda: sam
@@ -93,13 +89,10 @@ def count(model: Optional[nn.Module], shape: Sequence[int]) -> List[str]:
     """
     if model is None:
         return ['-', '-']
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, *shape))
+    flops = flops_by_module(lambda: model(torch.zeros(1, 3, *shape)))
     towers = [m.network for m in model.modules() if isinstance(m, FrozenTower)]
-    number = sum(p.numel() for part in (model, *towers)
-                 for p in part.parameters())
-    flops = counter.get_total_flops()
-    return [f'{number / 1e6:.3f}', f'{flops / 2e9:.3f}']
+    number = count_params(model, *towers)
+    return [f'{number / 1e6:.3f}', f'{flops["Global"] / 2e9:.3f}']
 
 
 def measure(models: Dict[str, nn.Module], shape: Sequence[int],
@@ -183,9 +176,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         where += f'. {describe(environment())}'
         for name, cell in measure(timed, args.shape, args.runs).items():
             rows[name].append(cell)
-    print(f'{where}\n\n| {" | ".join(columns)} |\n{"| --- " * len(columns)}|')
-    for name, cells in rows.items():
-        print(f'| {name} | {" | ".join(cells)} |')
+    lines = [(name, *cells) for name, cells in rows.items()]
+    print(f'{where}\n\n{table(columns, lines)}')
 
 
 if __name__ == '__main__':

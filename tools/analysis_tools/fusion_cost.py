@@ -16,10 +16,10 @@ from mmengine.config import Config
 from mmengine.config.config import DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
-from torch.utils.flop_counter import FlopCounterMode
 
+from mmseg_textkd.analysis.benchmark import random_text
 from mmseg_textkd.deploy import to_stock_cfg
-from mmseg_textkd.deploy.benchmark import random_text
+from mmseg_textkd.utils.report import count_cost, table
 
 
 def cost(model: Dict, size: Sequence[int]) -> Tuple[float, float]:
@@ -33,10 +33,8 @@ def cost(model: Dict, size: Sequence[int]) -> Tuple[float, float]:
         tuple[float, float]: Both in units of 1e6 and 1e9.
     """
     built = revert_sync_batchnorm(MODELS.build(copy.deepcopy(model))).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        built(torch.zeros(1, 3, *size))
-    params = sum(p.numel() for p in built.parameters())
-    return params / 1e6, counter.get_total_flops() / 2e9
+    params, flops = count_cost(built, lambda: built(torch.zeros(1, 3, *size)))
+    return params / 1e6, flops / 2e9
 
 
 def combinations(vary: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -72,18 +70,17 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     cfg.model.pop('auxiliary_head', None)
     cfg.model.decode_head.pop('fusion', None)
     stock = cost(to_stock_cfg(cfg).model, args.size)
-    print(f'| {args.fusion}, {args.size[0]}x{args.size[1]} | parameters (M) | '
-          'GMACs | beside stock |\n| --- | --- | --- | --- |\n'
-          f'| none (stock) | {stock[0]:.2f} | {stock[1]:.2f} | |')
+    rows = [('none (stock)', f'{stock[0]:.2f}', f'{stock[1]:.2f}', '')]
     for settings in combinations(args.vary):
         cfg.model.decode_head.fusion = dict(
             type=args.fusion, use='inference', **settings)
         params, macs = cost(cfg.model, args.size)
         words = ', '.join(f'{k} {v}' for k, v in settings.items())
-        print(
-            f'| {words or "defaults"} | {params:.2f} | {macs:.2f} | '
-            f'{100 * (macs / stock[1] - 1):+.1f} % |',
-            flush=True)
+        rows.append((words or 'defaults', f'{params:.2f}', f'{macs:.2f}',
+                     f'{100 * (macs / stock[1] - 1):+.1f} %'))
+    print(
+        table((f'{args.fusion}, {args.size[0]}x{args.size[1]}',
+               'parameters (M)', 'GMACs', 'beside stock'), rows))
 
 
 if __name__ == '__main__':

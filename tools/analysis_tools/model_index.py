@@ -20,8 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 # README -> folders of its configs -> names of their collections. The last
 # folder is that of the method which the README is about.
 READMES = {
+    'configs/text_classifier/README.md': {
+        'stock': 'Stock networks',
+        'text_classifier': 'Text classifier'
+    },
     'configs/textkd/README.md': {
-        'stock': 'TextKD baselines',
         'textkd': 'TextKD'
     },
     'configs/lseg/README.md': {

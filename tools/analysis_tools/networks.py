@@ -22,9 +22,9 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import BaseDataElement, PixelData
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import mmseg_textkd  # noqa: F401  (registers the text heads)
+from mmseg_textkd.utils.report import count_params, flops_by_module, table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'en' / 'networks.md'
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 def text_configs() -> Dict[str, Path]:
     """Find the text configs on Cityscapes, by name of the network."""
-    folder = ROOT / 'configs' / 'textkd'
+    folder = ROOT / 'configs' / 'text_classifier'
     matches = [(NAME.fullmatch(p.name), p) for p in sorted(folder.iterdir())]
     return {match[1]: path for match, path in matches if match}
 
@@ -67,11 +67,6 @@ def build(cfg: dict, **head: str) -> nn.Module:
     return revert_sync_batchnorm(MODELS.build(cfg))
 
 
-def count_params(module: nn.Module) -> int:
-    """Count the parameters of a module."""
-    return sum(p.numel() for p in module.parameters())
-
-
 def count_macs(model: nn.Module, mode: str, batch: int) -> Dict[str, int]:
     """Count what each module multiplies in one forward.
 
@@ -84,17 +79,17 @@ def count_macs(model: nn.Module, mode: str, batch: int) -> Dict[str, int]:
         dict[str, int]: Multiply-accumulates for one picture, by name of the
         module; '' is the whole model.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         sample = BaseDataElement(metainfo=dict(img_shape=SIZE))
         labels = torch.zeros(1, *SIZE, dtype=torch.long)
         sample.gt_sem_seg = sample.gt_edge_map = PixelData(data=labels)
         inputs = torch.zeros(batch, 3, *SIZE)
-        with FlopCounterMode(display=False) as counter:
-            model(inputs, [sample] * batch, mode=mode)
+        counts = flops_by_module(
+            lambda: model(inputs, [sample] * batch, mode=mode))
     root = type(model).__name__
     return {
-        name[len(root) + 1:]: sum(flops.values()) // (2 * batch)
-        for name, flops in counter.get_flop_counts().items()
+        name[len(root) + 1:]: flops // (2 * batch)
+        for name, flops in counts.items()
         if name == root or name.startswith(f'{root}.')
     }
 
@@ -151,7 +146,7 @@ def training_only(stock: nn.Module, evaluation: Dict[str, int],
         type(part).__name__ if name.startswith('auxiliary_head.') else name
         for name, part in zip(names, parts))
     words = [f'`{k}`' if n == 1 else f'{n} `{k}`' for k, n in kinds.items()]
-    return ', '.join(words) or 'none', sum(map(count_params, parts))
+    return ', '.join(words) or 'none', count_params(*parts)
 
 
 def measure(name: str, path: Path) -> Row:
@@ -209,12 +204,6 @@ def measure(name: str, path: Path) -> Row:
         macs=macs)
 
 
-def table(*lines: Sequence[str]) -> str:
-    """Write a table; the first line is its header."""
-    lines = (lines[0], ['---'] * len(lines[0]), *lines[1:])
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-
-
 def millions(row: Row, key: str) -> str:
     """Write a number of parameters, and how it differs from stock."""
     more = row.params[key] - row.params['stock']
@@ -227,7 +216,7 @@ def page(rows: Sequence[Row]) -> str:
     attachment = [
         (
             # From docs/en.
-            f'[{row.name}](../../configs/textkd/{row.config})',
+            f'[{row.name}](../../configs/text_classifier/{row.config})',
             f'`{row.heads[0]}` → `{row.heads[1]}`',
             f'{row.channels} → {row.dim}',
             str(row.stride),
@@ -246,13 +235,13 @@ def page(rows: Sequence[Row]) -> str:
         width=SIZE[1],
         attachment=table(
             ('network', 'decode head', 'C → D', 'stride', 'in training only'),
-            *attachment),
+            attachment),
         params=table(('network', 'stock', 'training, `classifier`',
                       'training, `auxiliary`', 'deployed', 'in training only'),
-                     *params),
+                     params),
         macs=table(('network', 'evaluation, stock', 'text, unfolded',
                     'deployed', 'training, stock', 'training, `classifier`',
-                    'training, `auxiliary`'), *macs))
+                    'training, `auxiliary`'), macs))
 
 
 def differences(old: str, new: str, only: Sequence[str]) -> List[str]:

@@ -18,10 +18,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mmseg_textkd.deploy import write_files
 from mmseg_textkd.study import Ledger, LedgerError
 from mmseg_textkd.study.analysis import (Group, Interval, check_hypotheses,
                                          group, interval)
+from mmseg_textkd.utils.io import write_files
+from mmseg_textkd.utils.report import table
 
 NOTE = ('<!-- Made by tools/analysis_tools/study_table.py of {ledgers}; not '
         'to be edited. -->')
@@ -39,12 +40,6 @@ MARKS = ('<!-- results: begin -->\n\n', '\n\n<!-- results: end -->')
 OVERVIEW = ('study', 'network', 'arm', 'runs', 'mIoU', 'baseline',
             'difference', 'control', 'difference')
 KEY = 'ledger'  # of the text in a PNG that names the ledger's content
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a table."""
-    lines = [header, ['---'] * len(header), *rows]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def difference(value: Optional[Interval], read: bool = True) -> str:

@@ -17,12 +17,12 @@ import torch
 from mmengine.config import DictAction
 from torch import Tensor
 
-from mmseg_textkd.deploy import write_files
 from mmseg_textkd.deploy.export import OPSET, Exported, metadata, to_onnx
 from mmseg_textkd.deploy.export_check import check
 from mmseg_textkd.deploy.exportable import ExportableSegmentor, Size
 from mmseg_textkd.deploy.load_stock import load_stock
-from mmseg_textkd.deploy.onnx_network import list_images, read_image
+from mmseg_textkd.utils.io import (MAX_PIXELS, list_images, read_image,
+                                   write_files)
 
 NUM_IMAGES = 10
 # Added to the size for a second one, which the graph has not seen. The first
@@ -67,6 +67,12 @@ def parser(description: str, suffix: str) -> argparse.ArgumentParser:
         type=Path,
         help=f'folder; compare on its first {NUM_IMAGES} images as well')
     parser.add_argument(
+        '--max-pixels',
+        type=int,
+        default=MAX_PIXELS,
+        help='larger images are refused before they are read (default: '
+        '%(default)s)')
+    parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
@@ -96,14 +102,17 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace,
     return args
 
 
-def read_images(folder: Path, network: ExportableSegmentor,
-                size: Optional[Size]) -> List[Tensor]:
+def read_images(folder: Path,
+                network: ExportableSegmentor,
+                size: Optional[Size],
+                max_pixels: int = MAX_PIXELS) -> List[Tensor]:
     """Read the first images of a folder as inputs of the network.
 
     Args:
         folder (Path): The folder.
         network (ExportableSegmentor): The network.
         size (tuple[int, int], optional): Height and width to resize to.
+        max_pixels (int): Most pixels of an image. Defaults to 89478485.
 
     Returns:
         list[Tensor]: Inputs, one image each.
@@ -113,7 +122,7 @@ def read_images(folder: Path, network: ExportableSegmentor,
     """
     inputs = []
     for path in list_images(folder)[:NUM_IMAGES]:
-        image = read_image(path)
+        image = read_image(path, max_pixels)
         if size is not None:
             image = cv2.resize(image, size[::-1])
         image = torch.from_numpy(image)[None]
@@ -166,7 +175,7 @@ def export(args: argparse.Namespace, convert: Callable[..., Exported]) -> None:
     images = random_images(network, size, args.dynamic)
     if args.images:
         inputs = read_images(args.images, network,
-                             None if args.dynamic else size)
+                             None if args.dynamic else size, args.max_pixels)
         images[f'{len(inputs)} images of {args.images}'] = inputs
     exported = convert(network, size, args.dynamic, metadata(network, classes))
     lines = [check(k, network, exported, v) for k, v in images.items()]

@@ -20,10 +20,11 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, METRICS
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from mmseg_textkd.deploy import write_files
-from mmseg_textkd.deploy.onnx_network import (OnnxNetwork, list_images,
-                                              read_image)
+from mmseg_textkd.deploy.onnx_network import OnnxNetwork
+from mmseg_textkd.utils.io import (MAX_PIXELS, check_image, list_images,
+                                   read_image, write_files)
 
+CHECKED = sys.maxsize  # pixels: what is read has been checked
 OPERATORS = ['Conv', 'MatMul', 'Gemm', 'Relu', 'Add']
 
 
@@ -42,7 +43,9 @@ class ImageReader(ort.CalibrationDataReader):
     def get_next(self) -> Optional[Dict[str, np.ndarray]]:
         """Get the next input, or None after the last."""
         path = next(self.paths, None)
-        return path and dict(image=self.network.inputs(read_image(path)))
+        if path is None:
+            return None
+        return dict(image=self.network.inputs(read_image(path, CHECKED)))
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -63,6 +66,12 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         type=int,
         default=100,
         help='images to take from it, spread over all (default: 100)')
+    parser.add_argument(
+        '--max-pixels',
+        type=int,
+        default=MAX_PIXELS,
+        help='larger images are refused before they are read (default: '
+        '%(default)s)')
     parser.add_argument(
         '--eval',
         metavar='CONFIG',
@@ -102,7 +111,7 @@ def agreement(networks: Sequence[OnnxNetwork], images: List[Path]) -> float:
     """Share of the pixels to which two networks give the same class."""
     same = []
     for path in images:
-        image = read_image(path)
+        image = read_image(path, CHECKED)
         first, second = (network.labels(image) for network in networks)
         same.append((first == second).mean())
     return float(np.mean(same))
@@ -140,6 +149,8 @@ def run(args: argparse.Namespace) -> None:
     network = OnnxNetwork(args.model)
     images = list_images(args.calibration)
     images = images[::max(len(images) // args.num_images, 1)][:args.num_images]
+    for path in images:  # before hours of calibration
+        check_image(path, args.max_pixels)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, 'int8.onnx')
         quantize(args.model, network, images, out)

@@ -11,7 +11,6 @@ import copy
 import os
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Dict, Iterable, Iterator, Optional, Sequence, Tuple
 
 import torch
@@ -28,6 +27,8 @@ from mmseg_textkd.models.stock_init import (compare_with_stock, head_features,
                                             init_from_stock)
 from mmseg_textkd.models.text_parameters import check_classes
 from mmseg_textkd.text.encode_classes import ensure_embeddings
+from mmseg_textkd.utils.checkpoint import checkpoint_bytes
+from mmseg_textkd.utils.io import write_files
 
 SEED = 0  # the same images whenever the tool runs
 Names = Optional[Tuple[str, ...]]
@@ -72,7 +73,7 @@ def read_stock(path: str) -> Tuple[Dict[str, Tensor], Names]:
         # CLASSES: checkpoints of MMSegmentation 0.x.
         names = (meta.get('dataset_meta') or {}).get('classes',
                                                      meta.get('CLASSES'))
-    except (AttributeError, EOFError, RuntimeError, UnpicklingError) as error:
+    except AttributeError as error:
         raise ValueError(f'{path} is no checkpoint, or a damaged one: '
                          f'{error}') from error
     return state, None if names is None else tuple(names)
@@ -190,17 +191,6 @@ def fit(model: nn.Module, name: str, stock: Tuple[Tensor, Tensor],
               'feature map')
 
 
-def save(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def convert(args: argparse.Namespace) -> None:
     """Do what the command line says."""
     path = args.checkpoint
@@ -252,7 +242,8 @@ def convert(args: argparse.Namespace) -> None:
     classes = train.dataset.metainfo
     meta = {key: classes.get(key) for key in ('classes', 'palette')}
     meta = dict(dataset_meta=meta, stock_checkpoint=os.path.basename(path))
-    save(args.out, dict(state_dict=state, meta=meta))
+    data = checkpoint_bytes(dict(state_dict=state, meta=meta))
+    write_files({args.out: data})
     print(f'wrote {args.out}: train with load_from={args.out}')
 
 

@@ -22,9 +22,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 import mmseg_textkd
-from mmseg_textkd.deploy import load_strictly, read_checkpoint, write_files
 from mmseg_textkd.deploy.publish import check_weights, read_log, serialize
 from mmseg_textkd.models import DistilledEncoderDecoder
+from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
+from mmseg_textkd.utils.io import write_files
 
 CARD = Path(__file__).with_name('model_card.md.in')
 LIBRARIES = (torch, mmengine, mmcv, mmseg, mmseg_textkd)
@@ -114,6 +115,9 @@ def publish(args: argparse.Namespace) -> Path:
     has_text = check_weights(args.checkpoint, state, meta, args.keep_text)
     checks = ['all weights are finite', 'loads with `weights_only=True`']
     text = 'yes: it needs mmseg_textkd' if has_text else 'no'
+    # MMEngine's inferencers execute it, so it must be that of --config.
+    for key in ('cfg', 'config'):
+        meta.pop(key, None)
     cfg, params = None, UNKNOWN
     if args.config:
         cfg = Config.fromfile(args.config)
@@ -127,7 +131,7 @@ def publish(args: argparse.Namespace) -> Path:
                 f'{args.config} {args.checkpoint} OUT`.')
         load_strictly(model, state, args.checkpoint)
         params = f'{sum(p.numel() for p in model.parameters()):,}'
-        meta.setdefault('cfg', cfg.pretty_text)
+        meta['cfg'] = cfg.pretty_text
         ours = f'{mmseg_textkd.__name__}.'
         if not has_text and any(
                 type(m).__module__.startswith(ours) for m in model.modules()):
@@ -161,6 +165,8 @@ def publish(args: argparse.Namespace) -> Path:
         sha256=sha256,
         params=params,
         config=f'`{Path(args.config).name}`' if args.config else 'no config',
+        where_config=("in the file: `torch.load(FILE)['meta']['cfg']`"
+                      if args.config else 'not in the file'),
         text=text,
         checks=', '.join(checks)).encode()
     # Last, so that whoever sees the weights sees all.

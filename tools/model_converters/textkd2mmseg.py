@@ -9,7 +9,6 @@ A checkpoint with no text, folded already or stock, is checked and written as
 it is.
 """
 import argparse
-import io
 import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
@@ -24,10 +23,13 @@ from mmengine.registry import MODELS, init_default_scope
 from mmseg.registry import DATASETS
 
 import mmseg_textkd
-from mmseg_textkd.deploy import (fold_state_dict, load_strictly, mean_lengths,
-                                 read_checkpoint, to_stock_cfg, verify,
-                                 write_files)
+from mmseg_textkd.deploy import (fold_state_dict, mean_lengths, to_stock_cfg,
+                                 verify)
+from mmseg_textkd.deploy.load_stock import dataset_meta
 from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
+from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
+                                           read_checkpoint)
+from mmseg_textkd.utils.io import write_files
 
 # What MMEngine's runner and this tool note of a training.
 TRAINING = ('epoch', 'iter', 'seed', 'experiment_name', 'time', 'trained_with',
@@ -79,27 +81,6 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return args
 
 
-def dataset_config(cfg: Config) -> Dict:
-    """Get the config of the test set, the first of several."""
-    dataset = cfg.get('test_dataloader', {}).get('dataset', {})
-    while 'dataset' in dataset or 'datasets' in dataset:
-        dataset = dataset.get('dataset') or dataset['datasets'][0]
-    return dataset
-
-
-def dataset_meta(cfg: Config, saved: Optional[Dict]) -> Dict:
-    """Get classes and palette: the checkpoint's, else the config's."""
-    if not saved:
-        dataset = dataset_config(cfg)
-        if not dataset:
-            raise ValueError('neither the checkpoint nor a test_dataloader of '
-                             'the config names the classes.')
-        # As the dataset does itself, but its files need not be there.
-        kind = DATASETS.get(dataset['type'])
-        saved = kind._load_metainfo(dataset.get('metainfo'))
-    return {k: saved[k] for k in ('classes', 'palette') if k in saved}
-
-
 def training_meta(saved: Dict) -> Dict:
     """Get what a checkpoint tells of the run that it comes from."""
     meta = {k: saved[k] for k in TRAINING if k in saved}
@@ -116,7 +97,7 @@ def training_meta(saved: Dict) -> Dict:
 
 def test_images(cfg: Config, number: int) -> List[Dict]:
     """Read images of the test set, one a batch, spread over all of it."""
-    dataset = cfg.get('test_dataloader', {}).get('dataset')
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset')
     try:
         if dataset is None:
             raise ValueError('the config has no test_dataloader')
@@ -184,10 +165,9 @@ def convert(args: argparse.Namespace) -> None:
         mmengine_version=mmengine.__version__,
         mmseg_version=mmseg.__version__,
         torch_version=str(torch.__version__))
-    data = io.BytesIO()
-    torch.save(dict(state_dict=state, meta=meta), data)
+    data = checkpoint_bytes(dict(state_dict=state, meta=meta))
     out = args.out.with_suffix('.py')
-    write_files({out: text.encode(), args.out: data.getvalue()})
+    write_files({out: text.encode(), args.out: data})
     print(report)
     if lengths:
         print('THE FOLD IS APPROXIMATE, with mean lengths '

@@ -8,8 +8,7 @@ train_dataloader = dict(
             dict(
                 type=_base_.dataset_type,
                 data_root=_base_.data_root,
-                data_prefix=dict(
-                    img_path=split, seg_map_path=f'{split}annot'),
+                data_prefix=dict(img_path=split, seg_map_path=f'{split}annot'),
                 pipeline=_base_.train_pipeline) for split in ('train', 'val')
         ]))
 val_dataloader = _base_.test_dataloader

@@ -7,7 +7,7 @@ text_teachers = dict(
         checkpoint='work_dirs/ddrnet_23_in1k-pre_1xb8-10k_camvid-360x480/'
         'iter_10000.pth'),
     toy_scenes=dict(
-        config='{{fileDirname}}/../../textkd/'
+        config='{{fileDirname}}/../../text_classifier/'
         'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py',
         checkpoint='work_dirs/'
         'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256/'

@@ -23,7 +23,7 @@ model = dict(
     backbone=dict(type='FrozenSAMViT', model='samvit_base_patch16.sa1b'),
     neck=dict(
         type='CLIPSAMNeck',
-        in_channels=256,
+        in_channels=768,
         clip_channels=768,
         clip_depths=(3, 6, 9),
         channels=256,
@@ -45,7 +45,8 @@ model = dict(
         train_classes='coco_stuff',
         decoder=dict(type='MaskDecoder', num_queries=100, num_layers=9),
         attention_from=9,
-        surgery_blocks=6,
+        attention_heads=12,
+        surgery_blocks=10,
         balance=dict(alpha=0.09, beta=0.3, gamma=0.7),
         loss=dict(type='EBSegLoss')),
     train_cfg=dict(),

@@ -5,14 +5,12 @@ _base_ = './schedule_10k.py'
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=0.0005),
-    paramwise_cfg=dict(
-        custom_keys={
-            'backbone.backbone': dict(lr_mult=0.1),
-            '.bn.': dict(decay_mult=0.)
-        }))
+    paramwise_cfg=dict(custom_keys={
+        'backbone.backbone': dict(lr_mult=0.1),
+        '.bn.': dict(decay_mult=0.)
+    }))
 param_scheduler = [
-    dict(
-        type='LinearLR', by_epoch=False, start_factor=1e-5, begin=0, end=201),
+    dict(type='LinearLR', by_epoch=False, start_factor=1e-5, begin=0, end=201),
     dict(
         type='PolyLR',
         eta_min=1e-6,

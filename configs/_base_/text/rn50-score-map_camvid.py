@@ -17,3 +17,4 @@ text_fixed = dict(
             car='Car',
             pedestrian='Pedestrian',
             bicyclist='Bicyclist')))
+text_learned = dict(embeddings=text_fixed)

@@ -15,4 +15,13 @@ text_fixed = dict(
         model='RN50',
         pretrained='openai',
         templates='none'))
+# Stage 2: 16 tokens, of which 11 are learned vectors of each class.
+text_learned = dict(
+    type='ContextPromptLearner',
+    embeddings=text_fixed,
+    model='RN50',
+    pretrained='openai',
+    context_length=16,
+    class_specific=True,
+    suffix='')
 custom_hooks = [dict(type='PromptLearnerHook')]

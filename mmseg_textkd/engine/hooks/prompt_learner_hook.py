@@ -192,12 +192,12 @@ class PromptLearnerHook(Hook):
         model = unwrap(runner.model)
         check_classes(model, runner.train_dataloader.dataset)
         for name, provider in text_providers(model).items():
-            message = provider.reconcile(resumed=runner._resume)
+            message = provider.check_loaded(resumed=runner._resume)
             if message:
                 print_log(f'{name}: {message}', 'current', logging.WARNING)
         for ema in _ema_models(runner):
             for provider in text_providers(ema).values():
-                provider.reconcile(resumed=False)
+                provider.check_loaded(resumed=False)
         # Taken before any change: what the user froze stays frozen.
         self._trainable = {
             name

@@ -4,9 +4,10 @@
 MMSegmentation has them only through MMDetection and its compiled operators.
 """
 import math
-from typing import Optional, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -23,6 +24,7 @@ class AttentionLayer(nn.Module):
         self.attention = nn.MultiheadAttention(
             dims, num_heads, batch_first=True)
         self.norm = nn.LayerNorm(dims)
+        xavier_init(self)
 
     def forward(self,
                 x: Tensor,
@@ -56,6 +58,83 @@ class AttentionLayer(nn.Module):
         return self.norm(x + out)
 
 
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable self-attention, residual, layer norm.
+
+    Each pixel looks, in each level and head, at a few points that it chooses
+    beside its own place. Source: `Deformable DETR
+    <https://arxiv.org/abs/2010.04159>`_, equation 3, in plain PyTorch: a
+    ``grid_sample`` for each level.
+
+    Args:
+        dims (int): Width C.
+        num_heads (int): Number of heads.
+        num_levels (int): Number of feature levels.
+        num_points (int): Number of points in each level and head.
+    """
+
+    def __init__(self, dims: int, num_heads: int, num_levels: int,
+                 num_points: int) -> None:
+        super().__init__()
+        self.shape = (num_heads, num_levels, num_points)
+        self.value = nn.Linear(dims, dims)
+        self.offsets = nn.Linear(dims, 2 * math.prod(self.shape))
+        self.weights = nn.Linear(dims, math.prod(self.shape))
+        self.out = nn.Linear(dims, dims)
+        self.norm = nn.LayerNorm(dims)
+        xavier_init(self)
+        for layer in (self.value, self.offsets, self.weights, self.out):
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.offsets.weight)
+        nn.init.zeros_(self.weights.weight)
+        # The points lie on rays, one direction a head, 1, 2, ... pixels away.
+        angle = 2 * math.pi * torch.arange(num_heads) / num_heads
+        ray = torch.stack([angle.cos(), angle.sin()], dim=1)
+        ray = ray / ray.abs().amax(dim=1, keepdim=True)
+        steps = torch.arange(1, num_points + 1)
+        start = (ray[:, None] * steps[:, None])[:, None]
+        with torch.no_grad():
+            self.offsets.bias.view(*self.shape,
+                                   2).copy_(start.expand(*self.shape, 2))
+
+    def forward(self, x: Tensor, position: Tensor,
+                sizes: Sequence[Tuple[int, int]]) -> Tensor:
+        """Let the pixels of all levels attend to each other.
+
+        Args:
+            x (Tensor): Tokens of all levels, one after the other, shape
+                (N, L, C).
+            position (Tensor): Their positions, shape (1, L, C).
+            sizes (Sequence[tuple[int, int]]): Height and width of each level.
+
+        Returns:
+            Tensor: Tokens with shape (N, L, C).
+        """
+        heads, levels, points = self.shape
+        query = x + position
+        # (levels, N·heads, L, points, 2) and (levels, N·heads, 1, L, points)
+        offsets = self.offsets(query).unflatten(
+            2, (heads, levels, points, 2)).permute(3, 0, 2, 1, 4,
+                                                   5).flatten(1, 2)
+        weights = self.weights(query).unflatten(
+            2, (heads, levels * points)).softmax(dim=3).unflatten(
+                3, (levels, points)).permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :,
+                                                                          None]
+        centers = torch.cat([_centers(size, x) for size in sizes])
+        values = self.value(x).split([h * w for h, w in sizes], dim=1)
+        total = 0.
+        for size, value, offset, weight in zip(sizes, values, offsets,
+                                               weights):
+            value = value.unflatten(2,
+                                    (heads, -1)).permute(0, 2, 3, 1).flatten(
+                                        0, 1).unflatten(2, size)
+            place = centers[:, None] + offset / offset.new_tensor(size[::-1])
+            found = F.grid_sample(value, 2 * place - 1, align_corners=False)
+            total = total + (found * weight).sum(dim=3)
+        out = total.unflatten(0, (len(x), heads)).flatten(1, 2).transpose(1, 2)
+        return self.norm(x + self.out(out))
+
+
 class FeedForward(nn.Module):
     """Two linear layers, residual, layer norm.
 
@@ -68,6 +147,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.layers = mlp(dims, hidden, dims, 2)
         self.norm = nn.LayerNorm(dims)
+        xavier_init(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token.
@@ -120,13 +200,25 @@ def sine_position(size: Tuple[int, int], dims: int, like: Tensor) -> Tensor:
     for side in size:
         place = torch.arange(1, side + 1, device=like.device) / side
         angle = 2 * math.pi * place[:, None] / wave
-        axes.append(torch.cat([angle.sin(), angle.cos()], dim=1))
+        # Sine and cosine of a frequency lie side by side.
+        axes.append(torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1))
     rows, columns = axes
     grid = torch.cat([
         rows[:, None].expand(-1, size[1], -1),
         columns.expand(size[0], -1, -1)
     ], 2)
     return grid.flatten(0, 1)[None].to(like)
+
+
+def xavier_init(module: nn.Module) -> None:
+    """Draw all matrices of a module as Glorot and Bengio do.
+
+    Args:
+        module (nn.Module): The module.
+    """
+    for value in module.parameters():
+        if value.dim() > 1:
+            nn.init.xavier_uniform_(value)
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -139,3 +231,11 @@ def to_tokens(x: Tensor) -> Tensor:
         Tensor: Tokens with shape (N, h·w, C).
     """
     return x.flatten(2).transpose(1, 2)
+
+
+def _centers(size: Tuple[int, int], like: Tensor) -> Tensor:
+    """Centers (x, y) of pixels, in [0, 1], shape (h·w, 2)."""
+    y, x = ((torch.arange(side, device=like.device) + .5) / side
+            for side in size)
+    grid = torch.stack(torch.meshgrid(x, y, indexing='xy'), dim=2)
+    return grid.flatten(0, 1).to(like)

@@ -38,26 +38,29 @@ class CLIPFeatures:
         return self.states[depth][:, 1:].transpose(1,
                                                    2).unflatten(2, self.size)
 
-    def mask_attention(self, masks: Tensor, first_block: int) -> Tensor:
+    def mask_attention(self, bias: Tensor, first_block: int) -> Tensor:
         """Embed masks: class tokens of their own, drawn to their pixels.
 
         Each mask gets a copy of the class token. In the last blocks it attends
-        to itself and to the patches, whose attention logits the mask's logits
-        are added to. The image's own tokens do not see it. After `Side Adapter
-        Network <https://arxiv.org/abs/2302.12242>`_.
+        to itself and to the patches, to whose attention logits a bias is
+        added, the largest within each patch. The image's own tokens do not see
+        it. After `Side Adapter Network <https://arxiv.org/abs/2302.12242>`_.
 
         Args:
-            masks (Tensor): Mask logits with shape (N, Q, H, W).
+            bias (Tensor): Shape (N, heads, Q, H, W), or (N, Q, H, W) if it is
+                the same for all heads.
             first_block (int): Number of blocks before the copies are made.
 
         Returns:
             Tensor: Embeddings, not normalised, with shape (N, Q, D).
         """
-        bias = F.interpolate(
-            masks, self.size, mode='bilinear', align_corners=False).flatten(2)
-        num = bias.shape[1]
+        if bias.dim() == 4:
+            bias = bias[:, None]
+        heads, num = bias.shape[1:3]
+        bias = F.adaptive_max_pool2d(bias.flatten(1, 2), self.size)
+        bias = bias.unflatten(1, (heads, num)).flatten(3)
         others = bias.new_full((num, num), float('-inf')).fill_diagonal_(0)
-        bias = torch.cat([others.expand(len(bias), -1, -1), bias], dim=2)
+        bias = torch.cat([others.expand(*bias.shape[:2], -1, -1), bias], dim=3)
         tokens = self.states[first_block][:, :1].expand(-1, num, -1)
         blocks = self.network.transformer.resblocks
         for block, state in zip(blocks[first_block:],
@@ -154,7 +157,7 @@ def _heads(attn: nn.MultiheadAttention, x: Tensor) -> Tensor:
 
 def _attend(attn: nn.MultiheadAttention, query: Tensor, context: Tensor,
             bias: Tensor) -> Tensor:
-    """Multi-head attention with a bias (N, Q, L) for all heads."""
+    """Multi-head attention with a bias (N, heads or 1, Q, L)."""
     dim = attn.embed_dim
     weight, shift = attn.in_proj_weight, attn.in_proj_bias
     query = F.linear(query, weight[:dim], shift[:dim])
@@ -163,7 +166,7 @@ def _attend(attn: nn.MultiheadAttention, query: Tensor, context: Tensor,
         _heads(attn, query),
         _heads(attn, keys),
         _heads(attn, values),
-        attn_mask=bias[:, None].to(query.dtype))
+        attn_mask=bias.to(query.dtype))
     return attn.out_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -2,6 +2,7 @@
 from typing import Any, Mapping, Optional, Union
 
 import torch
+import torch.nn.functional as F
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.utils import ConfigType
@@ -12,7 +13,8 @@ from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.text.vocabulary import VocabularySpec
 from ..layers import pixel_text_similarity
 from .clip_sam_neck import FusedFeatures
-from .mask_scores import pixel_embeddings
+from .frozen_tower import FrozenTower
+from .mask_scores import padded_size, pixel_embeddings
 
 
 @MODELS.register_module()
@@ -23,7 +25,8 @@ class EBSeg(EncoderDecoder):
     Balancing <https://arxiv.org/abs/2406.09829>`_.
 
     Images must come as RGB; they are brought back to [0, 255], and each of
-    the two towers normalises them in its own way.
+    the two towers normalises them in its own way. Sizes that are no multiples
+    of 32 are padded on the right and at the bottom.
 
     Args:
         image_encoder (dict): Config of the :class:`FrozenCLIPViT`.
@@ -61,8 +64,10 @@ class EBSeg(EncoderDecoder):
             pixels = (
                 inputs * self.data_preprocessor.std +
                 self.data_preprocessor.mean)
-        clip = self.image_encoder(pixels)
-        return self.neck(self.backbone(pixels), clip)
+        sam, clip = (
+            tower(_padded(pixels, tower))
+            for tower in (self.backbone, self.image_encoder))
+        return self.neck(sam, clip, tuple(map(int, pixels.shape[2:])))
 
     def set_classes(self,
                     classes: Union[VocabularySpec, TextEmbeddings, None],
@@ -122,3 +127,12 @@ class EBSeg(EncoderDecoder):
         """
         text, _ = self.decode_head.text.vocabulary()
         return pixel_text_similarity(self.pixel_embeddings(inputs), text)
+
+
+def _padded(pixels: Tensor, tower: FrozenTower) -> Tensor:
+    """Pad images with what a tower takes for 0."""
+    size = pixels.shape[2:]
+    height, width = (p - s for p, s in zip(padded_size(size), size))
+    if not height and not width:
+        return pixels
+    return F.pad(pixels - tower.mean, (0, width, 0, height)) + tower.mean

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from ..layers.balance import balance_probabilities, check_exponents
 from .clip_sam_neck import FusedFeatures
 from .ebseg_loss import LayerPrediction
 from .mask_embedder import MaskEmbedder, MaskEmbeddings
-from .mask_scores import MaskScores
+from .mask_scores import MaskScores, padded_size
 from .switchable_text import SwitchableText
 
 
@@ -29,9 +29,11 @@ class EBSegHead(BaseModule):
     at inference. Class logits are CLIP's factor times the products with the
     text and a learned "no object" vector.
 
-    At inference the three are balanced (:func:`balance_probabilities`) with
-    regard to whether a class was seen in training, and
-    :math:`\sum_q p_{qk} \sigma(m_q)` is the score of class k at a pixel.
+    At inference the probabilities by the three, without "no object", are
+    balanced (:func:`balance_probabilities`) with regard to whether a class was
+    seen in training, brought to a sum of 1 and multiplied by the probability
+    by A that there is an object. :math:`\sum_q p_{qk} \sigma(m_q)` is the
+    score of class k at a pixel.
 
     Source: `EBSeg <https://arxiv.org/abs/2406.09829>`_.
 
@@ -43,7 +45,9 @@ class EBSegHead(BaseModule):
             Defaults to 256.
         attention_from (int): Number of CLIP's blocks before B begins.
             Defaults to 9.
-        surgery_blocks (int): See :meth:`CLIPFeatures.dense`. Defaults to 6.
+        attention_heads (int): Number of heads of CLIP's image tower.
+            Defaults to 12.
+        surgery_blocks (int): See :meth:`CLIPFeatures.dense`. Defaults to 10.
         balance (dict, optional): ``alpha``, ``beta`` and ``gamma`` of the
             balance. Defaults to None: those of ViT-B/16.
         loss (dict): Config of the losses. Defaults to EBSegLoss.
@@ -69,7 +73,8 @@ class EBSegHead(BaseModule):
                  decoder: ConfigType = dict(type='MaskDecoder'),
                  channels: int = 256,
                  attention_from: int = 9,
-                 surgery_blocks: int = 6,
+                 attention_heads: int = 12,
+                 surgery_blocks: int = 10,
                  balance: Optional[Dict[str, float]] = None,
                  loss: ConfigType = dict(type='EBSegLoss'),
                  train_classes: Optional[VocabularySpec] = None,
@@ -87,8 +92,10 @@ class EBSegHead(BaseModule):
         self.out_channels = self.text.num_classes
         self.decoder = MODELS.build(decoder)
         self.embedder = MaskEmbedder(channels, self.text.dim, attention_from,
-                                     surgery_blocks)
-        self.no_object = nn.Parameter(torch.randn(self.text.dim))
+                                     attention_heads, surgery_blocks)
+        # Of a length of about 1, as text.
+        self.no_object = nn.Parameter(
+            torch.randn(self.text.dim) / self.text.dim**.5)
         self.mask_scores: nn.Module = MaskScores()
         self.criterion = MODELS.build(loss)
 
@@ -105,17 +112,22 @@ class EBSegHead(BaseModule):
         self.text.set_classes(embeddings)
         self.out_channels = self.text.num_classes
 
-    def embed_masks(self, inputs: FusedFeatures) -> MaskEmbeddings:
+    def embed_masks(self,
+                    inputs: FusedFeatures,
+                    size: Optional[Tuple[int, int]] = None) -> MaskEmbeddings:
         """Find masks and embed each in three ways, for inference.
 
         Args:
             inputs (FusedFeatures): Features of the neck.
+            size (tuple[int, int], optional): Height and width at which scores
+                are wanted. Defaults to None: those of the images.
 
         Returns:
             MaskEmbeddings: Those of the last layer.
         """
         decoded = self.decoder(inputs.levels, inputs.pixels)[-1]
-        return self.embedder(decoded, inputs.pixels, inputs.clip)
+        return self.embedder(decoded, inputs.pixels, inputs.clip, inputs.image,
+                             size or inputs.image)
 
     def classify(self, embeddings: Tensor, text: Tensor,
                  scale: float) -> Tensor:
@@ -133,26 +145,44 @@ class EBSegHead(BaseModule):
         with torch.autocast(embeddings.device.type, enabled=False):
             return scale * embeddings @ torch.cat([text, nothing[None]]).T
 
-    def forward(self, inputs: FusedFeatures) -> Tensor:
+    def balanced(self, found: MaskEmbeddings, scale: float) -> Tensor:
+        """Tell of which classes masks are, by all three embeddings.
+
+        Args:
+            found (MaskEmbeddings): The masks.
+            scale (float): CLIP's factor.
+
+        Returns:
+            Tensor: Probabilities of the classes of inference with shape
+            (N, Q, K'); their sum is that of not being "no object".
+        """
+        text, seen = self.text.vocabulary()
+        a, b, d = (
+            self.classify(e, text, scale)
+            for e in (found.supervised, found.attention, found.frozen))
+        nothing = a.softmax(dim=2)[..., -1:]
+        # "No object" was learned for A and B alone.
+        a, b, d = (x[..., :-1].softmax(dim=2) for x in (a, b, d))
+        p = balance_probabilities(a, b, d, seen, **self.balance) + 1e-8
+        return (1 - nothing) * p / p.sum(dim=2, keepdim=True)
+
+    def forward(self,
+                inputs: FusedFeatures,
+                size: Optional[Tuple[int, int]] = None) -> Tensor:
         """Score the classes of inference at each pixel.
 
         Args:
             inputs (FusedFeatures): Features of the neck.
+            size (tuple[int, int], optional): Height and width of the scores.
+                Defaults to None: those of the images.
 
         Returns:
             Tensor: Scores with shape (N, K', H, W), not negative; for one
             class the logit of its score.
         """
-        text, seen = self.text.vocabulary()
-        found = self.embed_masks(inputs)
-        scale = inputs.clip.logit_scale
-        a, b = (
-            self.classify(e, text, scale).softmax(dim=2)[..., :-1]
-            for e in (found.supervised, found.attention))
-        # "No object" was never learned for D.
-        d = (scale * found.frozen @ text.T).softmax(dim=2)
-        classes = balance_probabilities(a, b, d, seen, **self.balance)
-        scores = self.mask_scores(found, classes)
+        found = self.embed_masks(inputs, size)
+        scores = self.mask_scores(
+            found, self.balanced(found, inputs.clip.logit_scale))
         if scores.shape[1] == 1:  # MMSegmentation takes it for a logit
             return scores.clamp(1e-6, 1 - 1e-6).logit()
         return scores
@@ -171,19 +201,23 @@ class EBSegHead(BaseModule):
         """
         text, scale = self.text(), inputs.clip.logit_scale
         decoded = self.decoder(inputs.levels, inputs.pixels)
-        embeddings = [
+        supervised = [
             self.embedder.supervised(d, inputs.pixels) for d in decoded
         ]
-        attention = self.embedder.attention(decoded[-1].masks, inputs.clip)
+        attention = self.embedder.attention(decoded, inputs.pixels,
+                                            inputs.clip)
         layers = [
-            LayerPrediction(self.classify(e, text, scale), d.masks)
-            for e, d in zip(embeddings, decoded)
+            LayerPrediction(
+                self.classify(a, text, scale), self.classify(b, text, scale),
+                d.masks) for a, b, d in zip(supervised, attention, decoded)
         ]
         labels = torch.cat([s.gt_sem_seg.data for s in batch_data_samples])
+        height, width = (
+            p - i for p, i in zip(padded_size(inputs.image), inputs.image))
+        labels = F.pad(labels, (0, width, 0, height), value=self.ignore_index)
         return self.criterion(
             layers,
-            embeddings[-1],
-            self.classify(attention, text, scale),
+            supervised[-1],
             text,
             labels,
             ignore_index=self.ignore_index)
@@ -194,18 +228,22 @@ class EBSegHead(BaseModule):
 
         Args:
             inputs (FusedFeatures): Features of the neck.
-            batch_img_metas (list[dict]): With ``img_shape`` or
-                ``pad_shape``.
+            batch_img_metas (list[dict]): With ``ori_shape`` and
+                ``img_shape``.
             test_cfg (dict): Not used.
 
         Returns:
-            Tensor: Scores with shape (N, K', H, W), see :meth:`forward`.
+            Tensor: Scores with shape (N, K', H, W), see :meth:`forward`. H
+            and W are the size of the file, so that mask logits are resized
+            once; that of the images where they slide over it, are padded, or
+            are of files of different sizes.
         """
-        return self.predict_by_feat(self.forward(inputs), batch_img_metas)
+        scores = self.forward(inputs, _wanted_size(batch_img_metas))
+        return self.predict_by_feat(scores, batch_img_metas)
 
     def predict_by_feat(self, scores: Tensor,
                         batch_img_metas: List[dict]) -> Tensor:
-        """Resize scores to the image.
+        """Resize scores, where they are not of the size wanted.
 
         Args:
             scores (Tensor): Shape (N, K', h, w).
@@ -214,12 +252,20 @@ class EBSegHead(BaseModule):
         Returns:
             Tensor: Scores with shape (N, K', H, W).
         """
-        meta = batch_img_metas[0]
-        size = meta['img_shape']
-        if not isinstance(size, torch.Size):  # set by sliding windows
-            size = meta.get('pad_shape', size)
         return resize(
             scores,
-            size=tuple(size[:2]),
+            size=_wanted_size(batch_img_metas),
             mode='bilinear',
             align_corners=self.align_corners)
+
+
+def _wanted_size(metas: List[dict]) -> Tuple[int, int]:
+    """Height and width of scores, see :meth:`EBSegHead.predict`."""
+    size = metas[0]['img_shape']
+    if isinstance(size, torch.Size):  # set by sliding windows
+        return tuple(size)
+    padding = metas[0].get('img_padding_size', metas[0].get('padding_size'))
+    files = {tuple(meta['ori_shape'][:2]) for meta in metas}
+    if any(padding or ()) or len(files) > 1:
+        return tuple(metas[0].get('pad_shape', size)[:2])
+    return files.pop()

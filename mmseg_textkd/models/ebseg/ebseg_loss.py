@@ -18,10 +18,12 @@ class LayerPrediction(NamedTuple):
 
     Attributes:
         logits (Tensor): Class logits by embedding A, shape (N, Q, K + 1).
+        attention (Tensor): Class logits by embedding B, same shape.
         masks (Tensor): Mask logits with shape (N, Q, H, W).
     """
 
     logits: Tensor
+    attention: Tensor
     masks: Tensor
 
 
@@ -29,11 +31,11 @@ class LayerPrediction(NamedTuple):
 class EBSegLoss(nn.Module):
     """All losses of EBSeg on matched queries.
 
-    On every decoder layer: cross entropy of the classes by embedding A,
-    binary cross entropy and dice of the matched masks. On the last layer also
-    the cross entropy by embedding B and the semantic structure consistency of
-    embedding A. Masks are compared at the size of the predictions, at all
-    pixels that are not ignored. Everything is in float32 or wider.
+    On every decoder layer: cross entropies of the classes by embeddings A and
+    B, binary cross entropy and dice of the matched masks. On the last layer
+    also the semantic structure consistency of embedding A. Masks are compared
+    at the size of the predictions, at all pixels that are not ignored.
+    Everything is in float32 or wider.
 
     Source: `EBSeg <https://arxiv.org/abs/2406.09829>`_ and its configs;
     `Mask2Former <https://arxiv.org/abs/2112.01527>`_ for matching and masks.
@@ -70,7 +72,6 @@ class EBSegLoss(nn.Module):
     def forward(self,
                 layers: Sequence[LayerPrediction],
                 embeddings: Tensor,
-                attention_logits: Tensor,
                 text: Tensor,
                 labels: Tensor,
                 ignore_index: int = 255) -> Dict[str, Tensor]:
@@ -80,8 +81,6 @@ class EBSegLoss(nn.Module):
             layers (Sequence[LayerPrediction]): Predictions of all layers.
             embeddings (Tensor): Embeddings A of the last layer with their
                 length, shape (N, Q, D).
-            attention_logits (Tensor): Class logits by embedding B, last
-                layer, shape (N, Q, K + 1).
             text (Tensor): Class embeddings with shape (K, D).
             labels (Tensor): Long tensor with shape (N, H', W').
             ignore_index (int): Label that is left out. Defaults to 255.
@@ -107,13 +106,13 @@ class EBSegLoss(nn.Module):
         with torch.autocast(labels.device.type, enabled=False):
             for i, layer in enumerate(layers):
                 prefix = f'd{i}.' if i < len(layers) - 1 else ''
-                logits, masks = (_float(x) for x in layer)
+                logits, attention, masks = (_float(x) for x in layer)
                 matches = self._match(logits, masks, targets)
                 own = self._mask_losses(masks, targets, matches, count)
                 own['loss_cls'] = self._class_loss(logits, targets, matches)
+                own['loss_cls_attention'] = self._class_loss(
+                    attention, targets, matches)
                 losses.update({prefix + k: v for k, v in own.items()})
-            losses['loss_cls_attention'] = self._class_loss(
-                _float(attention_logits), targets, matches)
             losses['loss_ssc'] = self.ssc_weight * mask_structure_loss(
                 [e[rows] for e, (rows, _) in zip(embeddings, matches)], [
                     text[t.classes[columns]]

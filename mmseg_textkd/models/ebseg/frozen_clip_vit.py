@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from typing import Optional, Sequence
 
-import torch
 import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor, nn
@@ -17,10 +16,8 @@ class FrozenCLIPViT(FrozenTower):
     """CLIP's image tower, of which only the positional embedding learns.
 
     It sees the image at a fraction of its size, with the positional embedding
-    interpolated. Source: `EBSeg <https://arxiv.org/abs/2406.09829>`_.
-
-    The sizes of the tower must be given, because the positional embedding is
-    in the optimizer before the tower is loaded; they are checked then.
+    interpolated. Source: `EBSeg <https://arxiv.org/abs/2406.09829>`_. The
+    sizes of the tower must be given, and are checked when it is loaded.
 
     Args:
         model (str): ``'toyclip'``, an architecture of open_clip, ``hf-hub:``
@@ -57,10 +54,10 @@ class FrozenCLIPViT(FrozenTower):
         grid_size: int = 14,
         out_dims: int = 512,
         scale: float = 0.5,
-        mean: Sequence[float] = (122.771, 116.746, 104.094),
-        std: Sequence[float] = (68.501, 66.632, 70.323)
+        mean: Sequence[float] = (122.7709383, 116.7460125, 104.09373615),
+        std: Sequence[float] = (68.5005327, 66.6321579, 70.32316305)
     ) -> None:
-        super().__init__(mean, std)
+        super().__init__(mean, std, (1 + grid_size**2, embed_dims))
         if scale <= 0:
             raise ValueError(f'`scale` must be positive, but got {scale}.')
         self.model, self.pretrained = model, pretrained
@@ -68,9 +65,6 @@ class FrozenCLIPViT(FrozenTower):
         self.embed_dims, self.num_layers = embed_dims, num_layers
         self.patch_size, self.grid_size = patch_size, grid_size
         self.out_dims, self.scale = out_dims, scale
-        self.positional_embedding = nn.Parameter(
-            torch.zeros(1 + grid_size**2, embed_dims))
-        self._filled = False
 
     def load_network(self) -> nn.Module:
         """Load the image tower with open_clip.
@@ -108,44 +102,34 @@ class FrozenCLIPViT(FrozenTower):
                 f'The image tower of {self.model!r} has {found} (and a grid '
                 f'of {network.grid_size}); set {wrong} in `image_encoder`.')
 
-    @torch.no_grad()
-    def prepare(self, network: nn.Module) -> None:
-        """Start the positional embedding from CLIP's, once.
-
-        Args:
-            network (nn.Module): The tower.
-        """
-        if not self._filled:
-            self.positional_embedding.copy_(network.positional_embedding)
-            self._filled = True
-
-    def _load_from_state_dict(self, state_dict, prefix, *args,
-                              **kwargs) -> None:
-        """Note that a checkpoint has filled the positional embedding."""
-        value = state_dict.get(prefix + 'positional_embedding')
-        if value is not None and (value.shape
-                                  == self.positional_embedding.shape):
-            self._filled = True
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def forward(self, pixels: Tensor) -> CLIPFeatures:
+    def forward(self, pixels: Tensor, cover: bool = False) -> CLIPFeatures:
         """Run the tower.
 
         Args:
             pixels (Tensor): RGB in [0, 255], shape (N, 3, H, W).
+            cover (bool): Whether the patches are to cover all of the image,
+                which is stretched to whole patches then, with antialiasing.
+                EBSeg lets go of what is less than a patch, and resizes
+                without. Defaults to False.
 
         Returns:
             CLIPFeatures: Tokens of all depths, with gradient to the
             positional embedding.
         """
         network = self.network_for(pixels)
-        size = tuple(
-            max(1, round(int(side) * self.scale / self.patch_size))
-            for side in pixels.shape[2:])
+        how = dict(scale_factor=self.scale)
+        if cover:
+            how = dict(
+                size=[
+                    self.patch_size *
+                    max(1, round(int(side) * self.scale / self.patch_size))
+                    for side in pixels.shape[2:]
+                ],
+                antialias=True)
         images = F.interpolate(
-            self.normalise(pixels), [self.patch_size * side for side in size],
+            self.normalise(pixels),
             mode='bilinear',
             align_corners=False,
-            antialias=True)
+            **how)
         return encode_image(network, images, self.positional_embedding,
                             network.clip_scale)

@@ -20,20 +20,29 @@ class _Keeper:
 
 
 class FrozenTower(BaseModule, metaclass=ABCMeta):
-    """A pre-trained image encoder that training cannot change.
+    """A pre-trained image encoder, of which only the position is trained.
 
-    The network is no part of the module tree: it is in no optimizer, no
-    checkpoint and no broadcast of distributed training, and an averaged model
-    shares it. It is loaded by :meth:`init_weights`, or on first use in
-    inference, so that building needs neither its library nor its weights.
+    Its positional embedding is a parameter here, which starts from the
+    network's own. The network is no part of the module tree: it is in no
+    optimizer, no checkpoint and no broadcast of distributed training, and an
+    averaged model shares it. It is loaded by :meth:`init_weights`, or on first
+    use in inference, so that building needs neither its library nor its
+    weights.
 
     Args:
         mean (Sequence[float]): Mean of each channel that the network was
             trained with, RGB, in [0, 255].
         std (Sequence[float]): Standard deviation of each channel, likewise.
+        position (Sequence[int]): Shape of the positional embedding. It must
+            be known before the network is loaded, because the embedding is in
+            the optimizer by then.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    # What the positional embedding is called in the network.
+    position_name = 'positional_embedding'
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float],
+                 position: Sequence[int]) -> None:
         super().__init__()
         for name, value in (('mean', mean), ('std', std)):
             self.register_buffer(
@@ -41,6 +50,8 @@ class FrozenTower(BaseModule, metaclass=ABCMeta):
                 torch.tensor(value, dtype=torch.float).view(-1, 1, 1),
                 persistent=False)
         self._keeper = _Keeper()
+        self.positional_embedding = nn.Parameter(torch.zeros(*position))
+        self._filled = False
 
     @abstractmethod
     def load_network(self) -> nn.Module:
@@ -50,21 +61,27 @@ class FrozenTower(BaseModule, metaclass=ABCMeta):
             nn.Module: The network.
         """
 
-    def prepare(self, network: nn.Module) -> None:
-        """Take from the loaded network what is trained; nothing here.
-
-        Args:
-            network (nn.Module): The network.
-        """
-
     @property
     def network(self) -> nn.Module:
         """nn.Module: The frozen network, loaded on first use."""
         if self._keeper.network is None:
             network = self.load_network()
             self._keeper.network = network.requires_grad_(False).eval()
-        self.prepare(self._keeper.network)
+        if not self._filled:
+            with torch.no_grad():
+                self.positional_embedding.copy_(
+                    getattr(self._keeper.network, self.position_name))
+            self._filled = True
         return self._keeper.network
+
+    def _load_from_state_dict(self, state_dict, prefix, *args,
+                              **kwargs) -> None:
+        """Note that a checkpoint has filled the positional embedding."""
+        value = state_dict.get(prefix + 'positional_embedding')
+        if value is not None and (value.shape
+                                  == self.positional_embedding.shape):
+            self._filled = True
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def init_weights(self) -> None:
         """Load the network, so that what is missing is missed at once."""

@@ -15,10 +15,13 @@ class DecodedMasks(NamedTuple):
 
     Attributes:
         queries (Tensor): Normed queries with shape (N, Q, C).
+        kernels (Tensor): What the pixel features are multiplied by to get
+            the masks, shape (N, Q, C).
         masks (Tensor): Mask logits with shape (N, Q, H, W).
     """
 
     queries: Tensor
+    kernels: Tensor
     masks: Tensor
 
 
@@ -93,8 +96,10 @@ class MaskDecoder(BaseModule):
     def _predict(self, query: Tensor, pixels: Tensor) -> DecodedMasks:
         """Turn queries into masks."""
         query = self.norm(query)
-        masks = self.mask_embed(query) @ pixels.flatten(2)
-        return DecodedMasks(query, masks.unflatten(2, pixels.shape[2:]))
+        kernels = self.mask_embed(query)
+        masks = kernels @ pixels.flatten(2)
+        return DecodedMasks(query, kernels,
+                            masks.unflatten(2, pixels.shape[2:]))
 
     def _outside(self, masks: Tensor, level: Tensor) -> Tensor:
         """Where queries must not look: outside their masks."""

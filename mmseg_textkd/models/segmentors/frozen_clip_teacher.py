@@ -72,5 +72,6 @@ class FrozenCLIPTeacher:
             (N, D, h, w).
         """
         tower = self.tower.to(inputs.device)
-        dense = tower(to_rgb(inputs, preprocessor)).dense(self.surgery_blocks)
+        features = tower(to_rgb(inputs, preprocessor), cover=True)
+        dense = features.dense(self.surgery_blocks)
         return dict(embeddings=F.normalize(dense, dim=1))

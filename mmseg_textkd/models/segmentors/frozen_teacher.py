@@ -5,13 +5,12 @@ from typing import Dict, Optional, Tuple
 
 import torch
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
 from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_textkd.checkpoint import load_strictly, read_checkpoint
 from mmseg_textkd.text.checksum import checksum
+from mmseg_textkd.utils.checkpoint import build_segmentor, read_checkpoint
 from ..calls import calls_of
 from .pictures import renormalise
 
@@ -101,18 +100,10 @@ class FrozenTeacher:
         cfg = Config.fromfile(self.config)
         cfg.merge_from_dict(self.cfg_options or {})
         saved = read_checkpoint(path)
-        state = {
-            k: v
-            for k, v in saved['state_dict'].items()
-            if not k.startswith('auxiliary_head.')
-        }
-        cfg.model.pop('auxiliary_head', None)
         # What the student draws must not depend on its teacher.
         with torch.random.fork_rng(devices=[]):
-            model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        load_strictly(model, state, path)
-        model.requires_grad_(False)
-        self._model = model.eval()
+            model = build_segmentor(cfg.model, saved['state_dict'], path)
+        self._model = model.requires_grad_(False)
         classes = (saved['meta'].get('dataset_meta') or {}).get('classes')
         self._classes = tuple(classes) if classes else None
 

@@ -1,6 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import warnings
-from typing import List, Optional, Sequence, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
@@ -142,41 +142,29 @@ class ContextPromptLearner(PromptLearner):
                 f'embeddings have width {self.dim}. Use embeddings made with '
                 f'this tower and token_dim={tower.token_dim}.')
         self.__dict__['tower'] = tower.to(self.context.device)
-        self.__dict__['prompt_ids'] = self._lay_out(tower, self.phrases(),
-                                                    self.context_length)
+        self.__dict__['prompts'] = self._lay_out(tower, self.phrases(),
+                                                 self.context_length)
         if self.init is not None and not self.started:
             self._init_from_words(tower)
 
     def _lay_out(self,
                  tower: TextTower,
                  phrases: Sequence[str],
-                 room: Optional[int] = None) -> Tensor:
-        """Get the token ids of the prompts, with room for the context."""
-        ids = tower.tokenize([phrase + self.suffix for phrase in phrases])
-        room = min(room or ids.shape[1], ids.shape[1])
-        for phrase, length in zip(phrases, _lengths(tower, ids)):
-            if length + self.n_ctx > room:
-                raise ValueError(
-                    f'the prompt of class {phrase!r} has {length} tokens and '
-                    f'{self.n_ctx} context vectors, but there is room for '
-                    f'{room}. Give a shorter phrase, a smaller `n_ctx`, or a '
-                    'greater `context_length`, if the tower allows it.')
-        # The ids tell the tower where EOS is; those of the context, 0, are
-        # replaced by the vectors.
-        context = ids.new_zeros(len(ids), self.n_ctx)
-        return torch.cat([ids[:, :1], context, ids[:, 1:]],
-                         dim=1)[:, :ids.shape[1]]
+                 room: Optional[int] = None) -> Tuple[Tensor, int]:
+        """Get the token ids of the prompts, with room for the context, and
+        where it starts.
+        """
+        return tower.lay_out_prompts(phrases, self.n_ctx, self.suffix, room)
 
     @torch.no_grad()
     def _init_from_words(self, tower: TextTower) -> None:
-        ids = tower.tokenize([self.init])
-        num = _lengths(tower, ids)[0] - 2
+        ids, start, (num, ) = tower.find_words([self.init])
         if num != self.n_ctx:
             raise ValueError(
                 f'init={self.init!r} has {num} tokens, so set n_ctx={num} '
                 f'(it is {self.n_ctx}).')
         words = tower.embed_tokens(ids)
-        self.context.copy_(words[0, 1:1 + num].expand_as(self.context))
+        self.context.copy_(words[0, start:start + num].expand_as(self.context))
         print_log(
             f'Prompt context starts from the words {self.init!r}.',
             logger='current')
@@ -187,7 +175,7 @@ class ContextPromptLearner(PromptLearner):
         Returns:
             Tensor: Unit rows, float32, with shape (K, D).
         """
-        return self._encode(self.tower, self.prompt_ids)
+        return self._encode(self.tower, *self.prompts)
 
     @torch.no_grad()
     def encode_phrases(self, tower: TextTower,
@@ -204,19 +192,15 @@ class ContextPromptLearner(PromptLearner):
         Raises:
             ValueError: If a prompt is longer than the tower's context.
         """
-        return self._encode(tower, self._lay_out(tower, phrases))
+        return self._encode(tower, *self._lay_out(tower, phrases))
 
-    def _encode(self, tower: TextTower, ids: Tensor) -> Tensor:
+    def _encode(self, tower: TextTower, ids: Tensor, start: int) -> Tensor:
         """Put the context into the prompts and encode them."""
         device = self.context.device
         tower, ids = tower.to(device), ids.to(device)
         tokens = tower.embed_tokens(ids)
         context = self.context.expand(len(ids), -1, -1).to(tokens.dtype)
         tokens = torch.cat(
-            [tokens[:, :1], context, tokens[:, 1 + self.n_ctx:]], dim=1)
-        return self._centred(tower.encode_prompts(tokens, ids))
-
-
-def _lengths(tower: TextTower, ids: Tensor) -> List[int]:
-    """Count the tokens of each prompt, SOS and EOS included."""
-    return (tower.end_positions(ids) + 1).tolist()
+            [tokens[:, :start], context, tokens[:, start + self.n_ctx:]],
+            dim=1)
+        return self._center(tower.encode_prompts(tokens, ids))

@@ -52,7 +52,7 @@ class MixturePromptLearner(PromptLearner):
         """
         logits = self.weights.masked_fill(~self.bank_mask, float('-inf'))
         mixed = torch.einsum('kr,krd->kd', logits.softmax(dim=1), self.bank)
-        return self._centred(mixed)
+        return self._center(mixed)
 
     def _load_from_state_dict(self, state_dict, prefix, *args,
                               **kwargs) -> None:

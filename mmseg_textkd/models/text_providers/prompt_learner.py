@@ -75,7 +75,7 @@ class PromptLearner(TextProvider):
         self.started.fill_(True)
 
     def prepare(self) -> None:
-        """Load what stage 2 needs and stage 1 must not hold."""
+        """Load what only stage 2 needs."""
 
     @abstractmethod
     def compute(self) -> Tensor:
@@ -86,7 +86,7 @@ class PromptLearner(TextProvider):
         """
 
     def expected(self) -> Optional[Tensor]:
-        """Get the embeddings that the config and the parameters stand for.
+        """Compute the embeddings from the config and the parameters.
 
         Returns:
             Tensor, optional: Unit rows with shape (K, D); None if they cannot
@@ -97,8 +97,8 @@ class PromptLearner(TextProvider):
             return self.base if self.has_base else None
         return super().expected()
 
-    def _centred(self, vectors: Tensor) -> Tensor:
-        """Treat learned vectors as the fixed ones have been treated.
+    def _center(self, vectors: Tensor) -> Tensor:
+        """Normalize vectors, centered if the fixed ones are.
 
         Args:
             vectors (Tensor): Float32 tensor with shape (K, D), of any length.
@@ -112,8 +112,8 @@ class PromptLearner(TextProvider):
         return F.normalize(vectors - self.shift, dim=1)
 
     @torch.no_grad()
-    def drift(self) -> float:
-        """Measure how far the text has moved from where it started.
+    def distance_from_start(self) -> float:
+        """Mean cosine distance of the embeddings from those of stage 1.
 
         Returns:
             float: Mean over the classes of 1 - cosine between the current

@@ -11,7 +11,7 @@ from .phrase_bank import PhraseBank
 
 
 class TextProvider(BaseModule, metaclass=ABCMeta):
-    """Where the class-text matrix comes from.
+    """Base of the modules that provide the class embeddings.
 
     Everything the vision side knows about language is the matrix that
     :meth:`forward` returns. Fixed vectors, controls and learned prompts are
@@ -143,13 +143,13 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring the buffer up to date with the parameters."""
+        """Recompute the buffer from the parameters."""
         if self.can_compute:
             self.fill(self.compute())
 
     @torch.no_grad()
-    def drift(self) -> float:
-        """Measure how far the text has moved from where it started.
+    def distance_from_start(self) -> float:
+        """Mean cosine distance of the embeddings from those of stage 1.
 
         Returns:
             float: Mean over the classes of 1 - cosine between the current
@@ -158,7 +158,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         return 0.
 
     def expected(self) -> Optional[Tensor]:
-        """Get the embeddings that the config and the parameters stand for.
+        """Compute the embeddings from the config and the parameters.
 
         Returns:
             Tensor, optional: Unit rows with shape (K, D); None if they cannot
@@ -167,8 +167,8 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         return self.compute() if self.can_compute else None
 
     @torch.no_grad()
-    def reconcile(self, resumed: bool) -> Optional[str]:
-        """Settle a difference between a loaded checkpoint and the file.
+    def check_loaded(self, resumed: bool) -> Optional[str]:
+        """Compare loaded class embeddings with those of the config.
 
         A resumed run must go on with the text that it began with, so a
         difference is an error. A run that only starts from other weights

@@ -1,67 +1,16 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Where something was measured, and what came out, as tables and files."""
+"""Options and output that all benchmarks have."""
 import argparse
 import json
-import os
-import platform
-from datetime import datetime, timezone
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
+from typing import Any, List, Mapping, Optional, Sequence
 
-import mmcv
-import mmengine
-import mmseg
 import torch
 
-import mmseg_textkd
-from .checkpoint import write_files
+from ..utils.io import write_files
 
 TIME_HEADER = ('median [quartiles], ms', 'minimum, ms',
                'ratio [95 % interval]')
-
-
-def environment(*libraries: ModuleType) -> Dict[str, Any]:
-    """Describe where and when something is measured.
-
-    Args:
-        *libraries (module): Further libraries whose versions matter.
-
-    Returns:
-        dict[str, Any]: Machine, versions, threads, date, and the load (mean
-        number of running processes in the last minute) before the start.
-    """
-    cpu = platform.processor()
-    info = Path('/proc/cpuinfo')
-    if info.exists():
-        names = [
-            line.split(':', 1)[1].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith('model name')
-        ]
-        cpu = names[0] if names else cpu
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    modules = (torch, mmengine, mmcv, mmseg, mmseg_textkd, *libraries)
-    return dict(
-        date=datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
-        cpu=cpu or platform.machine(),
-        cores=os.cpu_count(),
-        gpu=gpu,
-        threads=torch.get_num_threads(),
-        load=round(os.getloadavg()[0], 2),
-        versions=dict(
-            python=platform.python_version(),
-            **{m.__name__: str(m.__version__)
-               for m in modules}))
-
-
-def describe(where: Mapping[str, Any]) -> str:
-    """Write what :func:`environment` gives as a paragraph."""
-    versions = ', '.join(f'{k} {v}' for k, v in where['versions'].items())
-    gpu = f', {where["gpu"]}' if where['gpu'] else ''
-    return (f'{where["date"]}; {where["cpu"]}, {where["cores"]} cores{gpu}, '
-            f'{where["threads"]} threads, load {where["load"]} before the '
-            f'start; {versions}.')
 
 
 def time_cells(summary: Mapping[str, Any]) -> List[str]:
@@ -73,12 +22,6 @@ def time_cells(summary: Mapping[str, Any]) -> List[str]:
         f'{summary["min_ms"]:.2f}',
         f'{summary["ratio"]:.3f} [{low:.3f}, {high:.3f}]'
     ]
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a Markdown table."""
-    lines = (header, ['---'] * len(header), *rows)
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def write_results(results: Mapping[str,

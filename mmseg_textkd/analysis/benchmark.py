@@ -14,7 +14,9 @@ from mmengine.config import Config
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mmseg_textkd.text.encode_classes import FILE_PROVIDERS
+from ..models.ebseg.frozen_clip_vit import FrozenCLIPViT
+from ..text.encode_classes import FILE_PROVIDERS
+from ..utils.config import dicts, type_name
 
 Device = Union[str, torch.device]
 # For each class, where a bank of phrases is replaced: about as many as the
@@ -188,25 +190,33 @@ def random_text(cfg: Config) -> Config:
     """
     cfg = copy.deepcopy(cfg)
 
-    def walk(value: Any) -> None:
-        if isinstance(value, (list, tuple)):
-            for item in value:
-                walk(item)
-        if not isinstance(value, dict):
-            return
-        for key, item in value.items():
-            if (isinstance(item, dict) and item.get('type') in FILE_PROVIDERS
-                    and item.get('dim')
-                    and value.get('type') != 'MixturePromptLearner'):
-                if value.get('type') == 'ContextPromptLearner':
-                    # It takes its phrases from the file otherwise.
-                    value.setdefault('vocabulary', item.get('classes'))
-                value[key] = dict(
-                    type='ControlEmbeddings', kind='random', dim=item.dim)
-                if item.type == 'SynonymSampler':
-                    value[key].update(phrases=PHRASES)
-            else:
-                walk(item)
-
-    walk(cfg.model)
+    for part in list(dicts(cfg.model)):
+        for key, item in list(part.items()):
+            if (type_name(item) not in FILE_PROVIDERS or not item.get('dim')
+                    or type_name(part) == 'MixturePromptLearner'):
+                continue
+            if type_name(part) == 'ContextPromptLearner':
+                # It takes its phrases from the file otherwise.
+                part.setdefault('vocabulary', item.get('classes'))
+            part[key] = dict(
+                type='ControlEmbeddings', kind='random', dim=item.dim)
+            if type_name(item) == 'SynonymSampler':
+                part[key].update(phrases=PHRASES)
     return cfg
+
+
+def random_clip(tower: FrozenCLIPViT) -> None:
+    """Let a frozen image tower of CLIP draw its weights, in place.
+
+    What is measured is that of trained weights, which need not be there. The
+    tower that comes with the package keeps its own.
+
+    Args:
+        tower (FrozenCLIPViT): The tower, not loaded yet.
+    """
+    if tower.model == 'toyclip':
+        return
+    from open_clip import create_model
+    clip = create_model(tower.model).visual
+    clip.clip_scale = 100.
+    tower.load_network = lambda: clip

@@ -8,8 +8,9 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from .checkpoint import load_strictly, read_checkpoint
-from .confusion_iou_metric import SUMMARY, ConfusionIoUMetric
+from ..evaluation.confusion_iou_metric import SUMMARY, ConfusionIoUMetric
+from ..utils.checkpoint import load_strictly, read_checkpoint
+from ..utils.config import as_list
 
 PAIRS = 10  # how many confusable pairs are listed
 
@@ -41,9 +42,7 @@ def evaluate(config: str,
     cfg.work_dir, cfg.load_from, cfg.resume = str(work_dir), None, False
     # MMEngine keeps the log of a name for the whole process.
     cfg.experiment_name = f'compare_{time.time_ns()}'
-    evaluators = cfg.val_evaluator
-    if isinstance(evaluators, dict):
-        evaluators = [evaluators]
+    evaluators = as_list(cfg.val_evaluator)
     kinds = [evaluator.type for evaluator in evaluators]
     if 'IoUMetric' not in kinds:
         raise ValueError(f'val_evaluator of {config} has no IoUMetric, but '

@@ -1,0 +1,45 @@
+# LSeg as its authors released it: ViT-L/16 of 384x384 pictures, DPT's decoder,
+# and CLIP ViT-B/32's text. https://github.com/isl-org/lang-seg
+data_preprocessor = dict(
+    type='SegDataPreProcessor',
+    mean=[127.5, 127.5, 127.5],
+    std=[127.5, 127.5, 127.5],
+    bgr_to_rgb=True,
+    size=(480, 480),
+    # Black, as their pictures are padded, also where a test picture is small.
+    pad_val=-1,
+    seg_pad_val=255,
+    test_cfg=dict(size=(480, 480)))
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=data_preprocessor,
+    backbone=dict(
+        type='VisionTransformer',
+        img_size=384,
+        patch_size=16,
+        patch_bias=True,
+        embed_dims=1024,
+        num_layers=24,
+        num_heads=16,
+        out_indices=(5, 11, 17, 23),
+        norm_cfg=dict(type='LN', eps=1e-6),
+        interpolate_mode='bilinear',
+        with_cls_token=True,
+        output_cls_token=True),
+    decode_head=dict(
+        type='LSegDPTHead',
+        in_channels=(1024, 1024, 1024, 1024),
+        in_index=(0, 1, 2, 3),
+        input_transform='multiple_select',
+        channels=256,
+        num_classes=150,
+        patch_size=16,
+        embed_dims=1024,
+        post_process_channels=(256, 512, 1024, 1024),
+        readout_type='project',
+        dropout_ratio=0.,
+        norm_cfg=dict(type='SyncBN', requires_grad=True),
+        text_branch=dict(type='LSegTextClassifier'),
+        loss_decode=dict(type='CrossEntropyLoss')),
+    train_cfg=dict(),
+    test_cfg=dict(mode='slide', crop_size=(480, 480), stride=(320, 320)))

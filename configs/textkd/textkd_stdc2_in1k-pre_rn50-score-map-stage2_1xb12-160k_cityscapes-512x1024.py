@@ -1,0 +1,11 @@
+# Stage 2, a run of its own from the best checkpoint of stage 1:
+# `--cfg-options load_from=...`.
+_base_ = [
+    './textkd_stdc2_in1k-pre_rn50-score-map_1xb12-160k_cityscapes-512x1024.py',
+    '../_base_/text/published_stage2.py'
+]
+model = dict(score_map=dict(text=dict(_delete_=True, **_base_.text_learned)))
+optim_wrapper = dict(
+    paramwise_cfg=dict(
+        custom_keys={'.text.': dict(lr_mult=2., decay_mult=0.)}))
+custom_hooks = _base_.text_stage2_hooks

@@ -1,0 +1,269 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Checkpoints: read without running code, loaded all or not at all."""
+import errno
+import io
+import logging
+import os
+import re
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, Mapping, Optional, Union
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import revert_sync_batchnorm
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from ..compat import allow_runner_checkpoints
+
+SHOWN = 5
+# What torch reads from the environment whenever it loads something.
+FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+FORBID = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+NUMBERED = re.compile(r'(?:iter|epoch)_(\d+)\.pth')
+
+
+@contextmanager
+def weights_only(path: Union[str, os.PathLike]) -> Iterator[None]:
+    """Let ``torch.load`` run no code, whoever calls it and however.
+
+    OneDL's MMEngine falls back to ``weights_only=False``, ``torch.hub`` asks
+    for it, and it is the default before torch 2.6; torch has a variable of
+    the environment that overrules all of them.
+
+    Args:
+        path (str or PathLike): What is read: a file, whose checksums torch
+            does not look at, or a URL.
+
+    Yields:
+        None: Once, to read it.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is damaged or holds more than weights and logs.
+    """
+    before = {name: os.environ.pop(name, None) for name in (FORCE, FORBID)}
+    try:
+        if os.path.isfile(path) and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken:
+                raise ValueError(f'the checksum of {broken} does not fit')
+        os.environ[FORCE] = '1'
+        allow_runner_checkpoints()
+        yield
+    except Exception as error:  # a damaged pickle raises anything
+        # EINVAL: torch has looked for something before the file's beginning.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise ValueError(
+            f'{path} is no checkpoint, a damaged one, or one that is not safe '
+            f'to read: {_reason(error)}') from error
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without torch's advice to run the code all the same."""
+    found = re.search(r'(?:GLOBAL|global) ([\w.]+\.\w+)', str(error))
+    if found:
+        return (f'it names {found[1]}, which is no part of weights or logs '
+                'and is not run')
+    lines = [
+        line for line in str(error).splitlines()
+        if line.strip() and 'eights' not in line
+    ]
+    return lines[0] if lines else type(error).__name__
+
+
+def load_file(path: Union[str, os.PathLike], map_location: Any = 'cpu') -> Any:
+    """Read what ``torch.save`` wrote, without running code that is in it.
+
+    Args:
+        path (str or PathLike): The file.
+        map_location: As in ``torch.load``. Defaults to 'cpu'.
+
+    Returns:
+        Any: Its content.
+
+    Raises:
+        OSError: As of :func:`weights_only`.
+        ValueError: As of :func:`weights_only`.
+    """
+    with weights_only(path):
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def read_checkpoint(path: Union[str, os.PathLike]) -> Dict[str, Any]:
+    """Read a checkpoint without running any code that may be in it.
+
+    With MMEngine's ``EMAHook`` the ``state_dict`` of a checkpoint holds the
+    averaged weights, text included, and ``ema_state_dict`` the others: it
+    swaps them when it saves.
+
+    Args:
+        path (str or PathLike): The file.
+
+    Returns:
+        dict: With ``state_dict``, whose names begin with no ``module.``, and
+        ``meta``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, holds more than weights and logs, or is
+            no checkpoint.
+    """
+    checkpoint = load_file(path)
+    state = checkpoint
+    if isinstance(checkpoint, dict) and 'state_dict' in checkpoint:
+        state = checkpoint['state_dict']
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f'{path} has no weights: a `state_dict`, by name, '
+                         'was expected.')
+    return dict(
+        state_dict={
+            k.removeprefix('module.'): v
+            for k, v in state.items()
+        },
+        meta=dict(checkpoint.get('meta') or {}))
+
+
+def find_checkpoint(folder: Path) -> Optional[Path]:
+    """Find the newest checkpoint of a run that can be read.
+
+    That is the one that ``last_checkpoint`` names. A kill may leave that file
+    empty, and a full disk half a checkpoint; then it is the one with the
+    highest number that is whole, and a warning says what was passed over.
+
+    Args:
+        folder (Path): Work directory of the run.
+
+    Returns:
+        Path, optional: The checkpoint; None if none can be read.
+    """
+    numbers = {
+        path: int(NUMBERED.fullmatch(path.name)[1])
+        for path in folder.glob('*.pth') if NUMBERED.fullmatch(path.name)
+    }
+    candidates = sorted(numbers, key=numbers.get, reverse=True)
+    note, faults = folder / 'last_checkpoint', []
+    if note.is_file():
+        # A path of the machine that wrote it; the run may have been moved.
+        named = folder / Path(note.read_text().strip() or '-').name
+        if named.is_file():
+            candidates.insert(0, named)
+        else:
+            faults.append(f'{note} names no checkpoint that is there')
+    for path in dict.fromkeys(candidates):
+        try:
+            load_file(path)
+        except (OSError, ValueError) as error:
+            faults.append(str(error))
+            continue
+        if faults:
+            print_log(
+                f'{"; ".join(faults)}. Instead {path} is taken, the newest '
+                'that can be read.', 'current', logging.WARNING)
+        return path
+    if faults:
+        print_log('; '.join(faults), 'current', logging.WARNING)
+    return None
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor],
+                  path: Union[str, os.PathLike]) -> None:
+    """Load weights that must be those of the model, all of them.
+
+    Args:
+        model (nn.Module): The model.
+        state (Mapping[str, Tensor]): Weights by name.
+        path (str or PathLike): Where they come from, for messages.
+
+    Raises:
+        ValueError: If names or shapes differ, with the first of them.
+    """
+    own = model.state_dict()
+    # Old batch norms have none, and torch does not mind.
+    missing = [
+        k for k in own
+        if k not in state and not k.endswith('num_batches_tracked')
+    ]
+    shapes = [
+        f'{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}'
+        for k, v in own.items() if k in state and state[k].shape != v.shape
+    ]
+    faults = [
+        f'{len(names)} {what}: {", ".join(names[:SHOWN])}' +
+        (', ...' if len(names) > SHOWN else '')
+        for what, names in (('missing', missing),
+                            ('unexpected', [k for k in state if k not in own]),
+                            ('of another shape', shapes)) if names
+    ]
+    if faults:
+        raise ValueError(f'{path} is not of the network of the config:\n  ' +
+                         '\n  '.join(faults))
+    model.load_state_dict(state, strict=True)
+
+
+def build_segmentor(model: Dict, state: Mapping[str, Tensor],
+                    path: Union[str, os.PathLike]) -> nn.Module:
+    """Build a network without auxiliary heads, and load it strictly.
+
+    Args:
+        model (dict): Config of the segmentor. Its ``auxiliary_head``, which
+            only training needs, is removed.
+        state (Mapping[str, Tensor]): Weights by name, with those of auxiliary
+            heads or without.
+        path (str or PathLike): Where they come from, for messages.
+
+    Returns:
+        nn.Module: The network in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: As of :func:`load_strictly`.
+    """
+    model.pop('auxiliary_head', None)
+    segmentor = revert_sync_batchnorm(MODELS.build(model))
+    load_strictly(segmentor, {
+        k: v
+        for k, v in state.items() if not k.startswith('auxiliary_head.')
+    }, path)
+    return segmentor.eval()
+
+
+def non_finite(state: Mapping[str, Tensor]) -> str:
+    """Name the weights that are NaN or infinite.
+
+    Args:
+        state (Mapping[str, Tensor]): Weights by name.
+
+    Returns:
+        str: How many they are and the first of them; '' if there is none.
+    """
+    odd = [
+        k for k, v in state.items()
+        if v.is_floating_point() and not v.isfinite().all()
+    ]
+    if not odd:
+        return ''
+    return f'{len(odd)} weights have NaN or infinite values: {odd[:SHOWN]}'
+
+
+def checkpoint_bytes(checkpoint: Dict[str, Any]) -> bytes:
+    """Make what ``torch.save`` would write.
+
+    Args:
+        checkpoint (dict): The checkpoint.
+
+    Returns:
+        bytes: The content of the file.
+    """
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,206 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Episodes of few-shot work: which ones, and their labels."""
+import copy
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from mmseg.datasets import COCOStuffDataset, PascalVOCDataset
+from mmseg.registry import DATASETS, TRANSFORMS
+from network_tester import CONFIGS, load_config
+from PIL import Image
+
+from mmseg_textkd.datasets import (COCO20iEpisodes, FSS1000Episodes,
+                                   PASCAL5iEpisodes)
+
+pytestmark = pytest.mark.stacks
+
+PREFIX = dict(img_path='img', seg_map_path='ann')
+
+
+def write_coco(folder, fold=0, **pictures):
+    names = {k: [] for k in range(80)}
+    for k in range(fold, 80, 4):
+        names[k] = [f'val2014/{k}_{i}.jpg' for i in range(3 + k % 5)]
+    path = folder / f'fold{fold}.pkl'
+    path.write_bytes(pickle.dumps(names, 3))
+    return names
+
+
+def coco(folder, **options):
+    options.setdefault('num_episodes', 200)
+    return COCO20iEpisodes(
+        ann_file=str(folder / 'fold{fold}.pkl'),
+        data_prefix=PREFIX,
+        serialize_data=False,
+        **options)
+
+
+@pytest.mark.parametrize('shot', [0, 2])
+def test_coco_draws_as_the_literature_does(tmp_path, shot):
+    """numpy's global generator from its seed on: class, query, supports."""
+    pictures, ids = write_coco(tmp_path), list(range(0, 80, 4))
+    state = np.random.get_state()
+    np.random.seed(0)
+    expected = []
+    for _ in range(200):
+        k = np.random.choice(ids, 1, replace=False)[0]
+        query = np.random.choice(pictures[k], 1, replace=False)[0]
+        support = []
+        while len(support) < shot:
+            name = np.random.choice(pictures[k], 1, replace=False)[0]
+            support += [name] * (name != query)
+        expected.append(
+            (k, f'img/{query}', f'ann/{query.replace(".jpg", ".png")}'))
+    np.random.set_state(state)
+    found = coco(tmp_path, shot=shot)
+    assert expected == [(e['class_id'], e['img_path'], e['seg_map_path'])
+                        for e in found.data_list]
+    assert found.metainfo['class_ids'] == ids
+    names = COCOStuffDataset.METAINFO['classes']
+    assert found.metainfo['classes'] == ('others', *names[:80])
+    # The generator of the process is left alone.
+    assert np.array_equal(np.random.get_state()[1], state[1])
+    other = coco(tmp_path, shot=shot, seed=1).data_list
+    assert [e['img_path'] for e in other] != [e[1] for e in expected]
+
+
+class Harmful:
+
+    def __reduce__(self):
+        return print, ('imported', )
+
+
+@pytest.mark.parametrize('content, fault', [
+    (Harmful(), 'asks for builtins.print'),
+    ([1, 2], 'no list of file names by class'),
+    ({
+        k: ['a.jpg', 'b.jpg']
+        for k in range(1, 80, 4)
+    }, 'no .* of class 0; it may be the list of another fold'),
+])
+def test_a_list_that_is_none_of_coco(tmp_path, content, fault, capsys):
+    (tmp_path / 'fold0.pkl').write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=fault):
+        coco(tmp_path)
+    assert 'imported' not in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match='juhongm999/hsnet'):
+        coco(tmp_path, fold=1)
+    with pytest.raises(ValueError, match='0, 1, 2 or 3, but got 4'):
+        coco(tmp_path, fold=4)
+
+
+def pascal(folder, lines, **options):
+    (folder / 'fold1.txt').write_text('\n'.join(lines) + '\n')
+    return PASCAL5iEpisodes(
+        fold=1,
+        ann_file=str(folder / 'fold{fold}.txt'),
+        data_prefix=PREFIX,
+        serialize_data=False,
+        **options)
+
+
+def test_pascal_goes_round_its_list(tmp_path):
+    found = pascal(tmp_path, ['2007_01__06', '2007_01__10', '2008_02__08'])
+    assert len(found) == 1000
+    counts = Counter((e['img_path'], e['class_id'], e['foreground'])
+                     for e in found.data_list)
+    assert counts == {
+        ('img/2007_01.jpg', 5, 6): 334,
+        ('img/2007_01.jpg', 9, 10): 333,
+        ('img/2008_02.jpg', 7, 8): 333
+    }
+    assert found.metainfo['class_ids'] == [5, 6, 7, 8, 9]
+    names = PascalVOCDataset.METAINFO['classes']
+    assert found.metainfo['classes'] == ('others', *names[1:])
+    with pytest.raises(ValueError, match="'a__05'.*list of another fold"):
+        pascal(tmp_path, ['a__06', 'a__05'])
+
+
+def test_fss_has_ten_pictures_of_a_class(tmp_path):
+    names = FSS1000Episodes.METAINFO['classes'][1:]
+    assert len(set(names)) == 1000
+    for part in (names[:520], names[520:760], names[760:]):
+        assert list(part) == sorted(part)
+    for name in names[760:]:
+        (tmp_path / name).mkdir()
+
+    def build(**options):
+        return FSS1000Episodes(
+            data_root=str(tmp_path), serialize_data=False, **options)
+
+    found = build()
+    assert len(found) == 2400 and len(build(shot=1)) == 2160
+    assert found.metainfo['class_ids'] == list(range(760, 1000))
+    # In the order of the file names; the first is HSNet's support.
+    assert [e['img_path'].split('/')[-1]
+            for e in found.data_list[:3]] == ['1.jpg', '10.jpg', '2.jpg']
+    assert not any(e['img_path'].endswith('/1.jpg')
+                   for e in build(shot=1).data_list)
+    assert found.data_list[-1]['seg_map_path'] == str(tmp_path / names[-1] /
+                                                      '9.png')
+    with pytest.raises(FileNotFoundError, match='520 of 520 folders'):
+        build(split='train')
+    with pytest.raises(ValueError, match="'train', 'val', 'test'"):
+        build(split='trn')
+
+
+def test_labels_are_of_the_class_at_the_size_of_the_input():
+    transform = TRANSFORMS.build(dict(type='EpisodeLabels'))
+    labels = np.array([[7, 3, 255], [7, 7, 0]], np.uint8)
+    base = dict(gt_seg_map=labels, img_shape=(4, 6), class_id=6)
+    mine = transform(dict(base, foreground=7, ignored=255))
+    expected = np.array([[1, 0, 255], [1, 1, 0]]).repeat(2, 0).repeat(2, 1)
+    assert (mine['gt_seg_map'] == expected).all()
+    assert mine['ori_shape'] == (4, 6)
+    # COCO-20i has no pixels that are not scored.
+    mine = transform(dict(base, foreground=7, ignored=None))
+    assert (mine['gt_seg_map'] == expected % 255).all()
+    # Smaller: the pixel that a place begins in.
+    mine = transform(dict(base, foreground=7, ignored=255, img_shape=(1, 2)))
+    assert mine['gt_seg_map'].tolist() == [[1, 0]]
+    # FSS-1000's masks are colored.
+    gray = np.array([[127, 128, 255]], np.uint8)
+    mine = transform(
+        dict(
+            gt_seg_map=gray[..., None].repeat(3, 2),
+            img_shape=(1, 3),
+            foreground=None,
+            ignored=None))
+    assert mine['gt_seg_map'].tolist() == [[0, 1, 1]]
+
+
+def test_pipeline_reads_pictures_as_torchvision_does(tmp_path):
+    """Whole: what the config makes of a picture and its label map."""
+    rng = np.random.default_rng(0)
+    for folder in ('img', 'ann'):
+        (tmp_path / folder).mkdir()
+    picture = Image.fromarray(rng.integers(0, 256, (60, 90, 3), np.uint8))
+    picture.save(tmp_path / 'img/a.jpg')
+    Image.fromarray(rng.integers(5, 8, (60, 90),
+                                 np.uint8)).save(tmp_path / 'ann/a.png')
+    (tmp_path / 'fold1.txt').write_text('a__06\n')
+    path = 'lseg/lseg_dpt_r101_vit-b32_pascal-5i-episodes-480x480.py'
+    cfg = copy.deepcopy(load_config(CONFIGS / path))
+    cfg.test_dataloader.dataset.update(
+        fold=1,
+        data_root=str(tmp_path),
+        ann_file='fold{fold}.txt',
+        data_prefix=PREFIX,
+        num_episodes=2)
+    data = DATASETS.build(cfg.test_dataloader.dataset)[1]
+    with Image.open(tmp_path / 'img/a.jpg') as file:
+        expected = np.array(
+            file.convert('RGB').resize((480, 480), Image.BILINEAR))
+    assert np.array_equal(data['inputs'].numpy()[::-1].transpose(1, 2, 0),
+                          expected)
+    sample = data['data_samples']
+    assert sample.class_id == 5 and sample.ori_shape == (480, 480)
+    with Image.open(tmp_path / 'ann/a.png') as file:
+        labels = torch.from_numpy(np.array(file))
+    expected = labels[torch.arange(480) * 60 // 480][:,
+                                                     torch.arange(480) * 90 //
+                                                     480] == 6
+    assert torch.equal(sample.gt_sem_seg.data[0].bool(), expected)

@@ -1,0 +1,194 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Checkpoints of anybody: no code of theirs runs, no damage goes unseen."""
+import importlib.util
+import os
+import pickle
+import sys
+from collections import OrderedDict
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import MMLogger
+from mmengine.runner.checkpoint import CheckpointLoader
+from processes import TOOLS
+from tiny import run, tiny_config
+
+from mmseg_textkd.utils.checkpoint import find_checkpoint, read_checkpoint
+
+pytestmark = pytest.mark.stacks
+WEIGHTS = dict(weight=torch.arange(4000.))
+
+
+class Bomb:
+    """Unpickling this leaves a trace."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path, )
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    """A checkpoint with code in it, and what tells that the code has run."""
+    trace = tmp_path / 'trace'
+    path = tmp_path / 'bomb.pth'
+    torch.save(dict(state_dict=WEIGHTS, meta=dict(a=Bomb(trace))), path)
+    return path, trace
+
+
+@pytest.fixture
+def url(tmp_path, monkeypatch):
+    """Address of the folder of the test, on this machine."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *args: None
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}/'
+        server.shutdown()
+
+
+def test_no_loader_runs_code(bomb, url, monkeypatch):
+    path, trace = bomb
+    # So torch asks for nothing by default before version 2.6.
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    readers = [
+        partial(read_checkpoint, path),
+        partial(CheckpointLoader.load_checkpoint, str(path)),
+        partial(CheckpointLoader.load_checkpoint, url + path.name),
+        partial(CheckpointLoader.load_checkpoint, url + path.name, 'cpu'),
+    ]
+    for reader in readers:
+        with pytest.raises(ValueError, match='bomb.pth.*safe.*mkdir') as info:
+            reader()
+        assert not trace.exists()
+        # torch advises to run the code.
+        assert 'eights_only' not in str(info.value)
+    # What the user has set is as it was, and the bomb is one.
+    assert os.environ['TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'] == '1'
+    assert 'TORCH_FORCE_WEIGHTS_ONLY_LOAD' not in os.environ
+    torch.load(path, weights_only=False)
+    assert trace.is_dir()
+
+
+def test_sound_checkpoints_are_read_from_everywhere(tmp_path, url):
+    path = tmp_path / 'sound.pth'
+    torch.save(
+        dict(
+            state_dict={
+                f'module.{k}': v
+                for k, v in WEIGHTS.items()
+            },
+            meta=dict(iter=3, empty=np.zeros(0))), path)
+    for found in (CheckpointLoader.load_checkpoint(str(path)),
+                  CheckpointLoader.load_checkpoint(url + path.name)):
+        assert found['meta']['iter'] == 3
+        assert found['state_dict']['module.weight'].equal(WEIGHTS['weight'])
+    assert read_checkpoint(path)['state_dict']['weight'].equal(
+        WEIGHTS['weight'])
+    with pytest.raises(FileNotFoundError, match='none.pth'):
+        CheckpointLoader.load_checkpoint(str(tmp_path / 'none.pth'))
+
+
+def test_getattr_is_not_allowed_anywhere(tmp_path):
+    # OneDL allows it.
+    class Sly:
+
+        def __reduce__(self):
+            return getattr, (OrderedDict, 'clear')
+
+    torch.save(dict(state_dict=WEIGHTS, meta=Sly()), tmp_path / 'sly.pth')
+    with pytest.raises(ValueError, match="'clear' is not allowed"):
+        CheckpointLoader.load_checkpoint(str(tmp_path / 'sly.pth'))
+
+
+@pytest.mark.parametrize('damage', ['cut', 'flipped', 'empty', 'pickle'])
+def test_damage_is_seen(tmp_path, damage):
+    path = tmp_path / 'damaged.pth'
+    torch.save(dict(state_dict=WEIGHTS), path)
+    data = bytearray(path.read_bytes())
+    data[data.index(WEIGHTS['weight'].numpy().tobytes()) + 7] ^= 1
+    path.write_bytes(
+        dict(
+            cut=data[:-1000],
+            flipped=data,
+            empty=b'',
+            pickle=pickle.dumps(dict(state_dict=os.system)))[damage])
+    for read in (read_checkpoint, CheckpointLoader.load_checkpoint):
+        with pytest.raises(ValueError, match='damaged.pth is no checkpoint'):
+            read(str(path))
+
+
+def write_run(folder, names, last):
+    """Write a work directory; the content of a file that is not whole."""
+    for name, whole in names.items():
+        torch.save(dict(state_dict=WEIGHTS), folder / name)
+        if not whole:
+            (folder / name).write_bytes((folder / name).read_bytes()[:500])
+    if last is not None:
+        (folder / 'last_checkpoint').write_text(last)
+
+
+@pytest.mark.parametrize('names, last, found, said', [
+    ({}, None, None, ''),
+    ({'iter_20.pth': 1, 'iter_100.pth': 1}, None, 'iter_100.pth', ''),
+    ({'iter_20.pth': 1, 'iter_100.pth': 1}, '/gone/iter_20.pth',
+     'iter_20.pth', ''),
+    ({'iter_20.pth': 1, 'iter_100.pth': 1}, '', 'iter_100.pth',
+     'last_checkpoint names no'),
+    ({'iter_20.pth': 1, 'iter_100.pth': 0}, 'iter_100.pth', 'iter_20.pth',
+     'iter_100.pth is no checkpoint'),
+    ({'epoch_2.pth': 1, 'best_mIoU_iter_9.pth': 1}, '', 'epoch_2.pth',
+     'names no'),
+    ({'iter_20.pth': 0}, 'iter_20.pth', None, 'iter_20.pth is no checkpoint'),
+])  # yapf: disable
+def test_newest_checkpoint_that_can_be_read(tmp_path, monkeypatch, names, last,
+                                            found, said):
+    lines = []
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'handle',
+                        lambda record: lines.append(record.getMessage()))
+    write_run(tmp_path, names, last)
+    path = find_checkpoint(tmp_path)
+    assert path == (None if found is None else tmp_path / found)
+    output = ''.join(lines)
+    assert said in output
+    assert ('Instead' in output) == bool(said and found)
+
+
+def test_resume_executes_nothing_and_passes_over_damage(
+        tmp_path, monkeypatch, bomb):
+    path, trace = bomb
+    cfg = tiny_config(tmp_path, max_iters=2, log_level='INFO')
+    for name in [k for k in cfg if k.startswith(('val', 'test'))]:
+        cfg.pop(name)
+    cfg.train_cfg.pop('val_interval')
+    run(cfg)
+    work, code = tmp_path / 'work', f'import os\nos.mkdir({str(trace)!r})'
+    first = torch.load(work / 'iter_1.pth', weights_only=True)
+    first['meta'].update(config=code, cfg=code)
+    torch.save(first, work / 'iter_1.pth')
+    # As a full disk leaves it.
+    (work / 'iter_2.pth').write_bytes((work / 'iter_2.pth').read_bytes()[:999])
+    (work / 'last_checkpoint').write_text('')
+    cfg.dump(str(tmp_path / 'config.py'))
+    spec = importlib.util.spec_from_file_location('textkd_train',
+                                                  f'{TOOLS}/train.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    words = ['train.py', str(tmp_path / 'config.py'), '--resume']
+    monkeypatch.setattr(sys, 'argv', list(words))
+    tool.main()
+    logs = ''.join(p.read_text() for p in work.rglob('*.log'))
+    assert 'resumed epoch: 0, iter: 1' in logs
+    assert read_checkpoint(work / 'iter_2.pth')['meta']['iter'] == 2
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    monkeypatch.setattr(sys, 'argv', [*words, str(path)])
+    with pytest.raises(ValueError, match='bomb.pth is no checkpoint'):
+        tool.main()
+    assert not trace.exists()
