@@ -1,14 +1,14 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .decode_heads import (LSegDPTHead, LSegEpisodeHead, ScoreMapHead,
-                           TextDDRHead, TextDepthwiseSeparableFCNHead, TextDPTHead,
-                           TextFCNHead, TextHeadMixin, TextLightHamHead,
-                           TextPIDHead, TextSegformerHead)
+                           TextDDRHead, TextDepthwiseSeparableFCNHead,
+                           TextDPTHead, TextFCNHead, TextHeadMixin,
+                           TextLightHamHead, TextPIDHead, TextSegformerHead)
 from .ebseg import (CLIPSAMNeck, EBSeg, EBSegHead, EBSegLoss, FrozenCLIPViT,
                     FrozenSAMViT, MaskDecoder)
 from .fusion import ContextAwareText, TwoWayBridge
 from .layers import (BalancedTextClassifier, LogitScale, LSegTextClassifier,
-                     PixelProjection, ScoreMap, SpatialRegularization, TextBranch,
-                     TextClassifier, TextFusion)
+                     PixelProjection, ScoreMap, SpatialRegularization,
+                     TextBranch, TextClassifier, TextFusion)
 from .losses import (ChannelWiseDistillationLoss,
                      ImageEmbeddingDistillationLoss, LogitDistillationLoss,
                      SemanticStructureLoss, TextAlignmentLoss,

@@ -26,9 +26,9 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 import mmseg_textkd
-from mmseg_textkd.deploy import write_files
 from mmseg_textkd.text import TextEmbeddings
-from mmseg_textkd.text.build import encode_classes
+from mmseg_textkd.text.encode_classes import encode_classes
+from mmseg_textkd.utils.io import write_files
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs/ebseg'
 VARIANTS = ('vit-b16', 'vit-l14-336')

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from mmseg_textkd.clip import TextTower
 from mmseg_textkd.clip.weights import import_open_clip
-from mmseg_textkd.deploy import load_strictly, read_checkpoint, write_files
 from mmseg_textkd.models import LSegDPTHead
 from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.text.vocabulary import Vocabulary
+from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
+from mmseg_textkd.utils.io import write_files
 
 NET, CLIP = 'net.', 'clip_pretrained.'
 # OpenAI's, with its QuickGELU.

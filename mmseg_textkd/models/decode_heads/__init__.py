@@ -12,7 +12,7 @@ from .text_pid_head import TextPIDHead
 from .text_segformer_head import TextSegformerHead
 
 __all__ = [
-    'LSegDPTHead', 'LSegEpisodeHead', 'ScoreMapHead', 'TextDDRHead', 'TextDepthwiseSeparableFCNHead',
-    'TextDPTHead', 'TextFCNHead', 'TextHeadMixin', 'TextLightHamHead',
-    'TextPIDHead', 'TextSegformerHead'
+    'LSegDPTHead', 'LSegEpisodeHead', 'ScoreMapHead', 'TextDDRHead',
+    'TextDepthwiseSeparableFCNHead', 'TextDPTHead', 'TextFCNHead',
+    'TextHeadMixin', 'TextLightHamHead', 'TextPIDHead', 'TextSegformerHead'
 ]

@@ -13,8 +13,8 @@ from .text_classifier import TextClassifier
 from .text_fusion import TextFusion
 
 __all__ = [
-    'BalancedTextClassifier', 'LSegTextClassifier', 'LogitScale', 'PixelProjection', 'ScoreMap',
-    'SpatialRegularization', 'TextBranch', 'TextClassifier', 'TextFusion',
-    'balance_probabilities', 'class_masks', 'seen_classes', 'class_means',
-    'pixel_text_similarity', 'text_of_batch'
+    'BalancedTextClassifier', 'LSegTextClassifier', 'LogitScale',
+    'PixelProjection', 'ScoreMap', 'SpatialRegularization', 'TextBranch',
+    'TextClassifier', 'TextFusion', 'balance_probabilities', 'class_masks',
+    'seen_classes', 'class_means', 'pixel_text_similarity', 'text_of_batch'
 ]
