@@ -293,7 +293,7 @@ def test_learned_vectors():
     provider = build(**learned)
     torch.testing.assert_close(provider(), control())
     assert keys(provider) == ['class_embeddings', 'vectors']
-    assert provider.drift() < 1e-12 and not provider.learnable()
+    assert provider.distance_from_start() < 1e-12 and not provider.learnable()
     provider.stop_learning()
     # Their gradient is that of normalize: length does not count.
     provider.vectors.data.mul_(2.)
@@ -307,12 +307,12 @@ def test_learned_vectors():
     rows = vectors / vectors.square().sum(1, keepdim=True).sqrt()
     torch.testing.assert_close(provider.eval()(), rows)
     drift = 1 - (rows * control()).sum(1).mean().item()
-    assert provider.drift() == pytest.approx(drift, abs=1e-6)
+    assert provider.distance_from_start() == pytest.approx(drift, abs=1e-6)
     provider.refresh()
     copy = build(**learned)
     copy.load_state_dict(provider.state_dict())
     torch.testing.assert_close(copy.class_embeddings, rows)
-    assert torch.equal(copy(), provider()) and not copy.reconcile(True)
+    assert torch.equal(copy(), provider()) and not copy.check_loaded(True)
     with pytest.raises(TypeError, match='got LearnedEmbeddings'):
         residual(learned)
     with pytest.raises(ValueError, match='4 orthogonal rows.*dim=3'):

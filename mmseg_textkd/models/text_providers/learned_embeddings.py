@@ -66,8 +66,8 @@ class LearnedEmbeddings(TextProvider):
         """Nothing: they learn in stage 1."""
 
     @torch.no_grad()
-    def drift(self) -> float:
-        """Measure how far the vectors have moved from where they started.
+    def distance_from_start(self) -> float:
+        """Mean cosine distance of the vectors from those at the start.
 
         Returns:
             float: Mean over the classes of 1 - cosine.
