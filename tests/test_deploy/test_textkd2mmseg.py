@@ -179,7 +179,7 @@ def test_what_is_written(trained, convert, tmp_path):
     assert cfg.to_dict() == to_stock_cfg(run.cfg).to_dict()
     relative = [float(v) for v in re.findall(r'relative (\S+) \(', printed)]
     assert len(relative) == 3 and all(0 < v < 1e-5 for v in relative)
-    assert printed.count(' parameters, ') == 3
+    assert printed.count(' parameters, ') == 2
     assert '4 images: max' in printed
 
 

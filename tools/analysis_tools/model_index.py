@@ -58,8 +58,9 @@ COLLECTIONS = {k: v for c in READMES.values() for k, v in c.items()}
 NAME = re.compile(r'(?:(?:textkd|lseg)_)?(.+?)_(?P<gpus>\d+)xb(?P<batch>\d+)'
                   r'-(?P<number>\d+)(?P<unit>k|i)_.+-(?P<crop>\d+x\d+)')
 # Trained with text that folds or with a teacher: deployed as a stock network.
-# What is `-kept` does not fold.
-STOCK_TWIN = re.compile(r'(?:textkd_(?P<text>.+)_[^_]+(?<!-kept)|'
+# What is `-kept` or a score map does not fold.
+STOCK_TWIN = re.compile(r'(?:textkd_(?P<text>.+)_(?!.*(?:score-map|cosine))'
+                        r'[^_]+(?<!-kept)|'
                         r'(?P<peer>.+)-(?:kd|cwd))(?P<rest>_\d+xb\d+-.+)')
 # A mean, and the spread over seeds.
 VALUE = re.compile(r'(\d+(?:\.\d+)?)(?: ± \d+(?:\.\d+)?)?')

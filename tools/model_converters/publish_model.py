@@ -116,7 +116,8 @@ def publish(args: argparse.Namespace) -> Path:
     checks = ['all weights are finite', 'loads with `weights_only=True`']
     text = 'yes: it needs mmseg_textkd' if has_text else 'no'
     # MMEngine's inferencers execute it, so it must be that of --config.
-    for key in ('cfg', 'config'):
+    # Both are put in again below, so that the order is the same.
+    for key in ('cfg', 'config', 'published_with'):
         meta.pop(key, None)
     cfg, params = None, UNKNOWN
     if args.config:

@@ -190,7 +190,7 @@ class PromptLearnerHook(Hook):
                 the stages cannot be carried out, and why.
         """
         model = unwrap(runner.model)
-        check_classes(model, runner.train_dataloader.dataset)
+        check_classes(model, getattr(runner.train_dataloader, 'dataset', None))
         for name, provider in text_providers(model).items():
             message = provider.check_loaded(resumed=runner._resume)
             if message:
