@@ -154,8 +154,8 @@ KEPT = ('bridge-kept', 'score-map', 'rn50-score-map', 'rn50-score-map-decoder',
 # EBSeg's and the published LSeg's have tests of their own.
 PATHS = sorted(
     path for path in CONFIGS.rglob('*.py')
-    if path.relative_to(CONFIGS).parts[0] not in ('_base_', 'ebseg')
-    and '_vit-b32_' not in path.name)
+    if path.relative_to(CONFIGS).parts[0] not in (
+        '_base_', 'ebseg') and '_vit-b32_' not in path.name)
 STOCK = [path for path in PATHS if path.parent.name == 'stock']
 
 

@@ -19,8 +19,7 @@ from tiny import CLASSES
 pytestmark = pytest.mark.stacks
 
 DATASETS = [
-    path for path in sorted(
-        glob.glob(f'{ROOT}/configs/_base_/datasets/*.py'))
+    path for path in sorted(glob.glob(f'{ROOT}/configs/_base_/datasets/*.py'))
     if 'episodes' not in path
 ]
 TOY = f'{ROOT}/configs/_base_/datasets/toy_scenes-128x256.py'

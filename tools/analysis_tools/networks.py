@@ -9,6 +9,7 @@ about a minute.
 import argparse
 import copy
 import difflib
+import os
 import re
 import sys
 from collections import Counter
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'en' / 'networks.md'
 # Network, and what follows the text encoder.
 NAME = re.compile(r'textkd_(.+)_vit-b16_(.+_cityscapes-.+\.py)')
+SCORE_MAP = re.compile(r'textkd_(.+)_vit-b16-score-map_(.+_camvid-.+\.py)')
 SIZE = (1024, 2048)
 TEMPLATE = Path(__file__).with_name('networks.md.in')
 
@@ -204,6 +206,42 @@ def measure(name: str, path: Path) -> Row:
         macs=macs)
 
 
+def score_map_row(path: Path) -> Tuple[str, ...]:
+    """Count what the score map of one network costs, deployed.
+
+    Args:
+        path (Path): Its config, which has a stock twin.
+
+    Returns:
+        tuple[str]: A row of the table.
+    """
+    name, rest = SCORE_MAP.fullmatch(path.name).groups()
+    cfg = Config.fromfile(path).model
+    cfg.score_map.text = dict(
+        type='ControlEmbeddings',
+        kind='random',
+        dim=cfg.score_map.text.embeddings.dim)
+    model, stock = (
+        revert_sync_batchnorm(MODELS.build(c)).eval()
+        for c in (cfg,
+                  Config.fromfile(path.parents[1] / 'stock' /
+                                  f'{name}_{rest}').model))
+    shapes: List[torch.Size] = []
+    model.score_map.register_forward_pre_hook(
+        lambda module, args: shapes.append(args[0].shape))
+    macs, before = (evaluation_macs(m)[''] for m in (model, stock))
+    params = count_params(model) - count_params(stock)
+    readers = [key.replace('/', '.') for key in model.score_map.convs]
+    place = os.path.commonprefix([r.split('.') for r in readers])
+    text = f'`{readers[0]}`'
+    if len(readers) > 1:
+        text = f'{len(readers)} convolutions of `{".".join(place)}`'
+    return (f'[{name}](../../configs/textkd/{path.name})', f'{shapes[0][1]}',
+            str(SIZE[0] // shapes[0][2]), text, f'+{params / 1e6:.3f}',
+            f'+{(macs - before) / 1e9:.3f}',
+            f'+{100 * (macs / before - 1):.2f} %')
+
+
 def millions(row: Row, key: str) -> str:
     """Write a number of parameters, and how it differs from stock."""
     more = row.params[key] - row.params['stock']
@@ -211,7 +249,7 @@ def millions(row: Row, key: str) -> str:
     return f'{text} (+{more / 1e6:.3f})' if more else text
 
 
-def page(rows: Sequence[Row]) -> str:
+def page(rows: Sequence[Row], score_maps: Sequence[Tuple[str, ...]]) -> str:
     """Write the whole page."""
     attachment = [
         (
@@ -241,7 +279,9 @@ def page(rows: Sequence[Row]) -> str:
                      params),
         macs=table(('network', 'evaluation, stock', 'text, unfolded',
                     'deployed', 'training, stock', 'training, `classifier`',
-                    'training, `auxiliary`'), macs))
+                    'training, `auxiliary`'), macs),
+        score_maps=table(('network', 'C', 'stride', 'read by', 'parameters',
+                          'GMACs', 'of stock'), score_maps))
 
 
 def differences(old: str, new: str, only: Sequence[str]) -> List[str]:
@@ -294,7 +334,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         measure(name, path) for name, path in text_configs().items()
         if name in (args.only or [name])
     ]
-    text = page(rows)
+    folder = ROOT / 'configs' / 'textkd'
+    score_maps = [
+        score_map_row(path) for path in sorted(folder.iterdir())
+        if (match := SCORE_MAP.fullmatch(path.name)) and match[1] in (
+            args.only or [match[1]])
+    ]
+    text = page(rows, score_maps)
     if not args.check:
         args.out.write_text(text, encoding='utf-8')
         print(f'wrote {args.out}: {len(rows)} networks')

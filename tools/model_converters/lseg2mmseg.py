@@ -4,8 +4,9 @@
 CHECKPOINT is a Lightning checkpoint of https://github.com/isl-org/lang-seg:
 `demo_e200.ckpt` and the like, or one of the zero-shot part (PASCAL-5i,
 COCO-20i, FSS-1000). CONFIG is the config in configs/lseg of the same network;
-its words are encoded with the CLIP in CHECKPOINT. Every weight must be known: used, of
-that CLIP, or one that their network does not use. Else nothing is written.
+its words are encoded with the CLIP in CHECKPOINT. Every weight must be known:
+used, of that CLIP, or one that their network does not use. Else nothing is
+written.
 """
 import argparse
 import io
