@@ -38,15 +38,15 @@ def rows(tool):
 
 
 def tables():
-    """The three tables of the page: cells by name of the network."""
+    """The tables of the page: cells by name of the network."""
     found = []
     for block in re.findall(r'(?:^\|.*\n)+', PAGE, re.MULTILINE):
         lines = [line.strip('| ').split(' | ') for line in block.splitlines()]
         found.append(
             {line[0].strip('[').split(']')[0]: line[1:]
              for line in lines[2:]})
-    attachment, params, macs = found
-    return attachment, params, macs
+    assert len(found) == 4
+    return found
 
 
 def fails(tool, capsys, *argv):
@@ -60,17 +60,19 @@ def fails(tool, capsys, *argv):
 def test_every_network_is_in_every_table(tool):
     configs = tool.text_configs()
     assert len(configs) == 15
-    for table in tables():
+    *of_all, score_maps = tables()
+    for table in of_all:
         assert list(table) == list(configs)
+    assert {*score_maps} < {*configs} and len(score_maps) == 9
     for name, path in configs.items():
-        link, = re.findall(rf'\[{re.escape(name)}\]\((.*?)\)', PAGE)
+        link, *_ = re.findall(rf'\[{re.escape(name)}\]\((.*?)\)', PAGE)
         assert (ROOT / 'docs' / 'en' / link).resolve() == path
 
 
 def test_page_is_what_is_measured(tool, rows):
-    page = tool.page(list(rows.values()))
+    page = tool.page(list(rows.values()), tool.score_map_rows(MEASURED))
     assert tool.differences(PAGE, page, MEASURED) == []
-    assert sum(line.startswith('|') for line in page.splitlines()) == 6 + 9
+    assert sum(line.startswith('|') for line in page.splitlines()) == 8 + 9 + 2
 
     def prose(text):
         return [line for line in text.splitlines() if line[:1] != '|']
@@ -79,7 +81,7 @@ def test_page_is_what_is_measured(tool, rows):
 
 
 def test_nothing_is_left_of_text_when_deployed():
-    _, params, macs = tables()
+    _, params, macs, _ = tables()
     for name in params:
         stock, classifier, auxiliary, deployed, _ = params[name]
         assert deployed == stock and '+' in classifier and '+' in auxiliary
@@ -177,3 +179,13 @@ def test_bad_arguments(tool, capsys, tmp_path):
     assert f'there is no {tmp_path / "no.md"}' in said
     said = fails(tool, capsys, '--out', tmp_path / 'no' / 'networks.md')
     assert f'there is no {tmp_path / "no"}' in said
+
+
+def test_a_score_map_costs_what_arithmetic_says():
+    """A projection, the products with 11 vectors, and what reads them."""
+    pixels = 32 * 64
+    # STDC: 3x3 to 128 channels, and 1x1 on one pooled pixel.
+    macs = pixels * (1024 * 512 + 512 * 11 + 9 * 11 * 128) + 11 * 128
+    params = 1024 * 512 + 9 * 11 * 128 + 11 * 128
+    found = tables()[3]['stdc1_in1k-pre']
+    assert found[3:5] == [f'+{params / 1e6:.3f}', f'+{macs / 1e9:.3f}']

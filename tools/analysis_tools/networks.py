@@ -242,6 +242,17 @@ def score_map_row(path: Path) -> Tuple[str, ...]:
             f'+{100 * (macs / before - 1):.2f} %')
 
 
+def score_map_rows(only: Sequence[str]) -> List[Tuple[str, ...]]:
+    """Count what the score maps cost, of all networks or of some."""
+    folder = ROOT / 'configs' / 'textkd'
+    found = [(SCORE_MAP.fullmatch(p.name), p)
+             for p in sorted(folder.iterdir())]
+    return [
+        score_map_row(path) for match, path in found
+        if match and match[1] in (only or [match[1]])
+    ]
+
+
 def millions(row: Row, key: str) -> str:
     """Write a number of parameters, and how it differs from stock."""
     more = row.params[key] - row.params['stock']
@@ -334,13 +345,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         measure(name, path) for name, path in text_configs().items()
         if name in (args.only or [name])
     ]
-    folder = ROOT / 'configs' / 'textkd'
-    score_maps = [
-        score_map_row(path) for path in sorted(folder.iterdir())
-        if (match := SCORE_MAP.fullmatch(path.name)) and match[1] in (
-            args.only or [match[1]])
-    ]
-    text = page(rows, score_maps)
+    text = page(rows, score_map_rows(args.only))
     if not args.check:
         args.out.write_text(text, encoding='utf-8')
         print(f'wrote {args.out}: {len(rows)} networks')
