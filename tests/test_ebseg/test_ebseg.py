@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.registry import MODELS
 from network_tester import samples
+from processes import load
 from tiny import CLASSES, SIZE, assert_equal, run, tiny_config
 
 from mmseg_textkd.deploy.stock_cfg import to_stock_cfg
@@ -63,7 +64,7 @@ def test_it_learns(trained):
     _, runner = trained
     assert len(logged(runner)) == 20
     # Colours say the classes: masks and both classifiers learn it.
-    for name, factor in (('loss', .7), ('decode.loss_mask', .8),
+    for name, factor in (('loss', .75), ('decode.loss_mask', .8),
                          ('decode.loss_cls', .7), ('decode.loss_cls_attention',
                                                    .9)):
         values = logged(runner, name)
@@ -92,7 +93,7 @@ def test_the_towers_are_untouched(trained, model):
 
 def test_only_positional_embeddings_of_the_towers_are_trained(trained):
     cfg, runner = trained
-    checkpoint = torch.load(f'{cfg.work_dir}/iter_20.pth', weights_only=True)
+    checkpoint = load(f'{cfg.work_dir}/iter_20.pth')
     state = checkpoint['state_dict']
     assert sorted(
         k for k in state if k.startswith(('image_encoder', 'backbone'))) == [
@@ -110,14 +111,14 @@ def test_only_positional_embeddings_of_the_towers_are_trained(trained):
         start = getattr(tower.network, tower.position_name)
         assert learned.shape == start.shape
         assert not torch.equal(learned, start)
-    half = torch.load(f'{cfg.work_dir}/iter_10.pth', weights_only=True)
+    half = load(f'{cfg.work_dir}/iter_10.pth')
     for name, _ in runner.model.named_parameters():
         assert not torch.equal(state[name], half['state_dict'][name]), name
 
 
 def test_a_checkpoint_brings_everything_back(trained, model_cfg):
     cfg, runner = trained
-    checkpoint = torch.load(f'{cfg.work_dir}/iter_20.pth', weights_only=True)
+    checkpoint = load(f'{cfg.work_dir}/iter_20.pth')
     fresh = MODELS.build(model_cfg())
     fresh.load_state_dict(checkpoint['state_dict'], strict=True)
     twin = MODELS.build(model_cfg())

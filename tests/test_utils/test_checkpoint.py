@@ -104,7 +104,7 @@ def test_getattr_is_not_allowed_anywhere(tmp_path):
             return getattr, (OrderedDict, 'clear')
 
     torch.save(dict(state_dict=WEIGHTS, meta=Sly()), tmp_path / 'sly.pth')
-    with pytest.raises(ValueError, match="'clear' is not allowed"):
+    with pytest.raises(ValueError, match='clear|not safe to read'):
         CheckpointLoader.load_checkpoint(str(tmp_path / 'sly.pth'))
 
 
