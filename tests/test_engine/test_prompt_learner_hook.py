@@ -270,7 +270,7 @@ def test_rates_of_stage_2(tmp_path, residual):
         param_scheduler=[warmup, decay])
     cfg = tiny_config(tmp_path, residual, hook)
     _, recorder = record(cfg)
-    backbone = next(n for n in recorder.rows[0]['learns'] if 'backbone' in n)
+    backbone = 'backbone.detail.detail_branch.0.0.conv.weight'
     for name, rate in ((OFFSET, 0.1), (backbone, 0.005), (SCALE, 0.05)):
         lrs = [row['lr'][name] for row in recorder.rows[2:]]
         # Half, full, (1 - 1 / 2)^2 of what is above eta_min, eta_min; the
