@@ -183,7 +183,7 @@ def test_it_ends_as_if_nothing_had_happened(runs, name):
         curves = [log[key].data[0] for log in logs]
         assert len(curves[0]) == ITERS
         np.testing.assert_array_equal(*curves)
-    for key in ('train/text_stage', 'train/text_drift', 'train/text_scale'):
+    for key in ('train/text_stage', 'train/text_distance', 'train/text_scale'):
         if kind == 'score_map' and key == 'train/text_scale':
             continue  # it has none: the temperature is fixed
         ends = [log[key].current() for log in logs]
