@@ -15,7 +15,7 @@ from .losses import (ChannelWiseDistillationLoss,
                      TextGuidedDistillationLoss,
                      TextSimilarityDistillationLoss)
 from .segmentors import (DistilledEncoderDecoder, FrozenCLIPTeacher,
-                         FrozenTeacher, TextKD)
+                         FrozenTeacher, MultiDatasetEncoderDecoder, TextKD)
 
 __all__ = [
     'BalancedTextClassifier', 'CLIPSAMNeck', 'ChannelWiseDistillationLoss',
@@ -23,7 +23,8 @@ __all__ = [
     'EBSegLoss', 'FrozenCLIPTeacher', 'FrozenCLIPViT', 'FrozenSAMViT',
     'FrozenTeacher', 'ImageEmbeddingDistillationLoss', 'LSegDPTHead',
     'LSegEpisodeHead', 'LSegTextClassifier', 'LogitDistillationLoss',
-    'LogitScale', 'MaskDecoder', 'PixelProjection', 'ScoreMap', 'ScoreMapHead',
+    'LogitScale', 'MaskDecoder', 'MultiDatasetEncoderDecoder',
+    'PixelProjection', 'ScoreMap', 'ScoreMapHead',
     'SemanticStructureLoss', 'SpatialRegularization', 'TextAlignmentLoss',
     'TextBranch', 'TextClassifier', 'TextDDRHead', 'TextDPTHead',
     'TextDepthwiseSeparableFCNHead', 'TextFCNHead', 'TextFusion',
