@@ -44,8 +44,8 @@ class BalancedDatasetSampler(InfiniteSampler):
         self.sizes = [len(part) for part in dataset.datasets]
         names = getattr(dataset, 'names', list(range(len(self.sizes))))
         shares = dict.fromkeys(names, 1.) if weights is None else weights
-        if set(shares) != set(names) or min(shares.values()) < 0 or not sum(
-                shares.values()) > 0:
+        if set(shares) != set(names) or min(
+                shares.values()) < 0 or not sum(shares.values()) > 0:
             raise ValueError(f'`weights` must be a share for each of {names}, '
                              f'not negative and not all 0, but are {shares}.')
         self.shares = torch.tensor([float(shares[name]) for name in names])

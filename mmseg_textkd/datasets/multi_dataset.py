@@ -8,7 +8,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from ..utils.config import as_list
-from .label_spaces import (Relations, all_words, label_space, narrower_words)
+from .label_spaces import Relations, all_words, label_space, narrower_words
 
 
 @DATASETS.register_module()
@@ -98,7 +98,8 @@ class MultiDataset(ConcatDataset):
             classes=union,
             palette=[colors.get(word, [0, 0, 0]) for word in union],
             label_spaces={
-                name: dict(
+                name:
+                dict(
                     words=list(dict.fromkeys(labels)),
                     space=label_space(labels, union, below))
                 for name, labels in zip(names, own)

@@ -51,8 +51,8 @@ def set_words(model: nn.Module, vectors: Tensor,
         stock = head.conv_seg
         rows = torch.tensor(trained, device=stock.weight.device)
         conv = nn.Conv2d(
-            stock.in_channels, number, 1,
-            bias=stock.bias is not None).to(stock.weight)
+            stock.in_channels, number, 1, bias=stock.bias
+            is not None).to(stock.weight)
         for name, value in stock.named_parameters():
             getattr(conv, name).copy_(value[rows])
         head.conv_seg = conv
@@ -93,8 +93,9 @@ def to_words_cfg(cfg: Config,
         Config: The new config.
     """
     cfg = copy.deepcopy(cfg)
-    for head in [cfg.model.decode_head, *as_list(cfg.model.get(
-            'auxiliary_head'))]:
+    for head in [
+            cfg.model.decode_head, *as_list(cfg.model.get('auxiliary_head'))
+    ]:
         if head.num_classes == cfg.model.decode_head.num_classes:
             head.num_classes = len(words)
     if type_name(cfg.model) == 'MultiDatasetEncoderDecoder':

@@ -78,8 +78,8 @@ class DatasetIoUMetric(ConfusionIoUMetric):
             rows = self.rows.to(logits.device)
             own = own_logits(logits[None], self.space[None])[0, rows]
             labels = sample['gt_sem_seg']['data']
-            to_own = labels.new_full((int(max(labels.max(), rows.max())) + 1, ),
-                                     self.ignore_index)
+            to_own = labels.new_full(
+                (int(max(labels.max(), rows.max())) + 1, ), self.ignore_index)
             to_own[self.rows.to(labels.device)] = torch.arange(
                 len(rows), device=labels.device, dtype=labels.dtype)
             super().process(data_batch, [

@@ -77,10 +77,9 @@ def _report(paths: Sequence[PathLike],
                 cosine = F.cosine_similarity(
                     record.vectors[i], later.vectors[j], dim=0).item()
                 if not cosine >= SAME:
-                    found.append(
-                        f'{name!r} ({", ".join(record.phrases[i])}, '
-                        f'{paths[a]}; {", ".join(later.phrases[j])}, '
-                        f'{paths[b]}): cosine {cosine:.3f}')
+                    found.append(f'{name!r} ({", ".join(record.phrases[i])}, '
+                                 f'{paths[a]}; {", ".join(later.phrases[j])}, '
+                                 f'{paths[b]}): cosine {cosine:.3f}')
     if found:
         print_log(
             'These names have another vector in a later file, and get that '

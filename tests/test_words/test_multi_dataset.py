@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from words_data import OWN, SPACES, WORDS, dataset_cfg, multi_cfg
 from mmengine.dataset import pseudo_collate
 from mmseg.registry import DATA_SAMPLERS, DATASETS, MODELS
+from words_data import OWN, SPACES, WORDS, dataset_cfg, multi_cfg
 
 from mmseg_textkd.datasets.label_spaces import label_space, narrower_words
 from mmseg_textkd.models.label_spaces import own_logits
@@ -58,8 +58,8 @@ def test_labels_become_words(data):
         raw = cv2.imread(str(data.root / name / 'ann' / f'{number}.png'), 0)
         for value, word in zip(raw.ravel(),
                                sample.gt_sem_seg.data[0].ravel().tolist()):
-            assert word == (255 if value == 255 else WORDS.index(
-                OWN[name][value]))
+            assert word == (255
+                            if value == 255 else WORDS.index(OWN[name][value]))
 
 
 def test_classes_get_other_words(data):
@@ -72,8 +72,10 @@ def test_classes_get_other_words(data):
     assert dataset.metainfo['classes'] == (*WORDS[:4], 'car')
     assert dataset.metainfo['label_spaces']['lane'] == dict(
         words=['road', 'car', 'sky'], space=[0, 1, -1, -1, 4])
-    assert set(dataset[7]['data_samples'].gt_sem_seg.data.unique().tolist()
-               ) <= {0, 1, 4, 255}
+    assert set(
+        dataset[7]['data_samples'].gt_sem_seg.data.unique().tolist()) <= {
+            0, 1, 4, 255
+        }
 
 
 @pytest.mark.parametrize('changes, message', [
@@ -94,8 +96,7 @@ def test_a_label_beyond_the_classes_is_told(data, tmp_path):
     cv2.imwrite(str(tmp_path / 'img/0.png'), np.zeros((4, 4, 3), np.uint8))
     cv2.imwrite(str(tmp_path / 'ann/0.png'), np.full((4, 4), 9, np.uint8))
     dataset = DATASETS.build(
-        multi_cfg(
-            data.root, datasets=[dataset_cfg(data.root, 'town'), one]))
+        multi_cfg(data.root, datasets=[dataset_cfg(data.root, 'town'), one]))
     with pytest.raises(ValueError, match=r'0.png has the labels \[9\]'):
         dataset[5]
 
@@ -106,7 +107,9 @@ def test_the_sampler_gives_each_data_set_its_share(data):
     def draw(number, **kwargs):
         sampler = DATA_SAMPLERS.build(
             dict(
-                type='BalancedDatasetSampler', dataset=dataset, seed=3,
+                type='BalancedDatasetSampler',
+                dataset=dataset,
+                seed=3,
                 **kwargs))
         return [i for i, _ in zip(sampler, range(number))]
 
@@ -117,8 +120,8 @@ def test_the_sampler_gives_each_data_set_its_share(data):
     first = [i for i in drawn if i < 5]
     assert all(
         sorted(first[k:k + 5]) == list(range(5)) for k in range(0, 500, 5))
-    assert drawn[:50] == draw(50) and drawn != draw(4000, weights=dict(
-        town=1, lane=3))
+    assert drawn[:50] == draw(50) and drawn != draw(
+        4000, weights=dict(town=1, lane=3))
     assert set(draw(99, weights=dict(town=0, lane=1))) == {5, 6, 7}
     with pytest.raises(ValueError, match='a share for each of'):
         draw(1, weights=dict(town=1))
@@ -127,11 +130,13 @@ def test_the_sampler_gives_each_data_set_its_share(data):
 # -------------------------------------------------------------------- words
 def test_files_are_united_and_colliding_words_told(tmp_path, monkeypatch):
     rows = F.normalize(torch.tensor([[1., 0, 0], [0, 1, 0], [3, 0, 4]]), dim=1)
-    TextEmbeddings(rows[:2], ('light', 'road'), (('lamp', ), ('road', )),
-                   model='m').save(tmp_path / 'a')
-    TextEmbeddings(rows[[1, 2, 0]], ('road', 'light', 'sky'),
-                   (('road', ), ('traffic light', ), ('sky', )),
-                   model='m').save(tmp_path / 'b')
+    TextEmbeddings(
+        rows[:2], ('light', 'road'), (('lamp', ), ('road', )),
+        model='m').save(tmp_path / 'a')
+    TextEmbeddings(
+        rows[[1, 2, 0]], ('road', 'light', 'sky'),
+        (('road', ), ('traffic light', ), ('sky', )),
+        model='m').save(tmp_path / 'b')
     messages = []
     monkeypatch.setattr(united_embeddings, 'print_log',
                         lambda text, *args: messages.append(text))
@@ -213,8 +218,7 @@ def test_every_head_learns_in_the_own_label_space(network_cfg, data, role):
 
     number = sum(label.numel() for label in labels)
     aux = by_hand(model.auxiliary_head[0](features)) / number
-    torch.testing.assert_close(
-        losses['aux_0.loss_ce'], aux, rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses['aux_0.loss_ce'], aux, rtol=1e-6, atol=0)
     main = by_hand(model.decode_head(features)) / number
     torch.testing.assert_close(
         losses['decode.loss_ce'], main, rtol=1e-6, atol=0)
@@ -226,8 +230,8 @@ def test_every_head_learns_in_the_own_label_space(network_cfg, data, role):
                                head.text_branch.text().double())
         scale = head.text_losses[0].scale()
         labels = [
-            F.interpolate(
-                label[None, None].float(), size=cosines.shape[2:])[0, 0].long()
+            F.interpolate(label[None, None].float(),
+                          size=cosines.shape[2:])[0, 0].long()
             for label in labels
         ]
         own = sum(map(naive, scale * cosines, labels, spaces))
@@ -247,7 +251,7 @@ def test_heads_of_another_number_of_classes_are_told(network_cfg):
     model = MODELS.build(cfg.model)
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     batch = model.data_preprocessor(pseudo_collate([dataset[0]]), True)
-    with pytest.raises(ValueError, match='auxiliary_head.0 has num_classes=4, .* 7 words'):
+    with pytest.raises(
+            ValueError,
+            match='auxiliary_head.0 has num_classes=4, .* 7 words'):
         model(**batch, mode='loss')
-
-

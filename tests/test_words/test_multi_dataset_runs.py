@@ -23,11 +23,10 @@ from mmseg_textkd.text import TextEmbeddings
 @pytest.fixture
 def trained(network_cfg, tmp_path):
     """A run through both stages, with its config as a file."""
-    cfg = network_cfg(
-        **{
-            'default_hooks.checkpoint.interval': 2,
-            'optim_wrapper.optimizer.lr': 0.3
-        })
+    cfg = network_cfg(**{
+        'default_hooks.checkpoint.interval': 2,
+        'optim_wrapper.optimizer.lr': 0.3
+    })
     cfg.dump(str(tmp_path / 'config.py'))
     return run(cfg)
 
@@ -171,12 +170,15 @@ def test_fold_for_any_list_of_words(network_cfg, tmp_path, fold, data):
     common = [str(tmp_path / 'config.py'), str(tmp_path / 'w.pth')]
     fold([*common, str(tmp_path / 'all.pth')])
     fold([
-        *common, str(tmp_path / 'lane.pth'), '--classes',
+        *common,
+        str(tmp_path / 'lane.pth'), '--classes',
         str(tmp_path / 'lane.txt')
     ])
     fold([
-        *common, str(tmp_path / 'new.pth'), '--classes',
-        str(tmp_path / 'new.txt'), '--embeddings', str(tmp_path / 'new.st')
+        *common,
+        str(tmp_path / 'new.pth'), '--classes',
+        str(tmp_path / 'new.txt'), '--embeddings',
+        str(tmp_path / 'new.st')
     ])
     sample = pseudo_collate([dataset[6]])
     logits = model.test_step(sample)[0].seg_logits.data
@@ -226,7 +228,8 @@ def test_only_trained_words_in_the_role_auxiliary(network_cfg, tmp_path, fold):
         (tmp_path / f'{name}.txt').write_text(words)
     common = [str(tmp_path / 'config.py'), str(tmp_path / 'w.pth')]
     fold([
-        *common, str(tmp_path / 'own.pth'), '--classes',
+        *common,
+        str(tmp_path / 'own.pth'), '--classes',
         str(tmp_path / 'own.txt')
     ])
     state = torch.load(tmp_path / 'own.pth', weights_only=True)['state_dict']
@@ -234,7 +237,9 @@ def test_only_trained_words_in_the_role_auxiliary(network_cfg, tmp_path, fold):
                        model.decode_head.conv_seg.weight[[4, 0]])
     with pytest.raises(SystemExit, match='knows no text'):
         fold([
-            *common, str(tmp_path / 'new.pth'), '--classes',
-            str(tmp_path / 'new.txt'), '--embeddings', str(tmp_path / 'new.st')
+            *common,
+            str(tmp_path / 'new.pth'), '--classes',
+            str(tmp_path / 'new.txt'), '--embeddings',
+            str(tmp_path / 'new.st')
         ])
     assert not (tmp_path / 'new.pth').exists()
