@@ -9,7 +9,7 @@ from mmseg.models.utils import resize
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from .layers.text_classifier import HIDDEN_LOGIT
+from .layers.text_classifier import UNSEEN_LOGIT
 
 
 def label_spaces_of(samples: Sequence[SegDataSample]) -> Optional[Tensor]:
@@ -56,7 +56,7 @@ def own_logits(logits: Tensor, spaces: Tensor) -> Tensor:
     spaces = spaces.to(logits.device)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     itself = spaces == torch.arange(spaces.shape[1], device=logits.device)
-    own = logits.masked_fill(~itself[:, :, None, None], HIDDEN_LOGIT)
+    own = logits.masked_fill(~itself[:, :, None, None], UNSEEN_LOGIT)
     for space in _wide(spaces, itself).unique(dim=0):
         images = (spaces == space).all(dim=1).nonzero().flatten()
         for word in space[space >= 0].unique():

@@ -200,7 +200,7 @@ class Group:
                    other: str,
                    label: Optional[int] = None,
                    dataset: Optional[str] = None) -> Optional[Interval]:
-        """Summarise :meth:`differences`.
+        """Summarize :meth:`differences`.
 
         Args:
             arm (str): The arm.
