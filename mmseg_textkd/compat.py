@@ -246,9 +246,10 @@ def _runner_globals() -> List[Any]:
     """All that a runner's checkpoint needs besides tensors."""
     import numpy as np
     from mmengine.logging import HistoryBuffer
-    core = np._core if hasattr(np, '_core') else np.core
     dtypes = {type(np.dtype(code)) for code in '?bBhHiIlLqQefdg'}
-    functions = [core.multiarray._reconstruct, core.multiarray.scalar]
+    # As numpy itself pickles an array and a scalar: their module's name
+    # differs, and numpy 1.26 has an empty one of numpy 2's name.
+    functions = [x.__reduce__()[0] for x in (np.empty(0), np.float32())]
     return [
         HistoryBuffer,
         np.ndarray,

@@ -15,7 +15,9 @@ import tempfile
 import textwrap
 from collections import OrderedDict
 from importlib.util import find_spec
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -296,6 +298,18 @@ def test_resume_from_a_runner_checkpoint(tmp_path):
         for key, buffer in saved['message_hub']['log_scalars'].items():
             assert (again['message_hub']['log_scalars'][key].data[0] ==
                     buffer.data[0]).all()
+
+
+def test_numpy_1_has_an_empty_module_of_numpy_2s_name(monkeypatch):
+    monkeypatch.setattr(np, '_core', ModuleType('numpy._core'), raising=False)
+    names = {
+        f'{x.__module__}.{x.__name__}'
+        for x in compat._runner_globals.__wrapped__()
+    }
+    assert {
+        f'numpy.{core}.multiarray.{name}'
+        for core in ('core', '_core') for name in ('_reconstruct', 'scalar')
+    } <= names
 
 
 def test_what_is_allowed_to_load_is_no_more_than_that(tmp_path):
