@@ -1,10 +1,14 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Make ToyScenes: seeded street-like scenes, about 15 s on one core."""
+"""Make ToyScenes: seeded street-like scenes, about 15 s on one core.
+
+With --video the camera moves: folders of frames, each with its labels.
+"""
 import argparse
 import sys
 import time
 
-from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
+from mmseg_textkd.datasets.toy_scenes_generator import (generate_toy_scenes,
+                                                        generate_toy_videos)
 
 
 def parse_args() -> argparse.Namespace:
@@ -13,8 +17,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'root',
         nargs='?',
-        default='data/toy_scenes',
-        help='where to write it (default: data/toy_scenes)')
+        help='where to write it (default: data/toy_scenes, with --video '
+        'data/toy_videos)')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--num-train', type=int, default=400)
     parser.add_argument('--num-val', type=int, default=100)
@@ -26,7 +30,15 @@ def parse_args() -> argparse.Namespace:
         '--force',
         action='store_true',
         help='replace a ToyScenes folder that is there already')
-    return parser.parse_args()
+    parser.add_argument(
+        '--video', action='store_true', help='videos of a moving camera')
+    parser.add_argument('--num-videos', type=int, default=8, help='default: 8')
+    parser.add_argument(
+        '--num-frames', type=int, default=48, help='of each (default: 48)')
+    args = parser.parse_args()
+    if args.root is None:
+        args.root = 'data/toy_videos' if args.video else 'data/toy_scenes'
+    return args
 
 
 def main() -> int:
@@ -34,7 +46,15 @@ def main() -> int:
     args = parse_args()
     start = time.time()
     try:
-        written = generate_toy_scenes(**vars(args))
+        if args.video:
+            generate_toy_videos(args.root, args.num_videos, args.num_frames,
+                                args.seed, args.height, args.width)
+            print(f'{args.num_videos} videos of {args.num_frames} frames in '
+                  f'{args.root} ({time.time() - start:.0f} s)')
+            return 0
+        written = generate_toy_scenes(args.root, args.num_train, args.num_val,
+                                      args.seed, args.height, args.width,
+                                      args.workers, args.force)
     except (ValueError, OSError) as error:
         print(f'toy_scenes: {error}', file=sys.stderr)
         return 1
