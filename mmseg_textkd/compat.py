@@ -9,9 +9,11 @@ import functools
 import importlib
 import importlib.metadata as metadata
 import os.path as osp
+import re
 import sys
 import warnings
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from logging import FileHandler, LogRecord, StreamHandler
 from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any, Callable, Dict, List, Tuple
@@ -46,6 +48,7 @@ def apply() -> Tuple[str, ...]:
     global _done
     if not _done:
         check_versions()
+        _silence()
         for name, cure in (('mmseg assertion',
                             _import_mmseg), ('mmcv.ops', _stand_in_for_ops),
                            ('safe globals', allow_runner_checkpoints),
@@ -177,6 +180,49 @@ def _version(module: str) -> str:
     version = module_from_spec(spec)
     spec.loader.exec_module(version)
     return version.__version__
+
+
+# What the libraries below say of themselves in every run: nothing that a
+# user could act upon.
+_WARNINGS = (
+    'Fail to import ``MultiScaleDeformableAttention``',  # mmcv-lite
+    '``build_loss`` would be deprecated soon',
+    'Default ``avg_non_ignore`` is False',
+    'The draw is False, it means that the hook for visualization',
+)
+_LOGGED = ('The prefix is not set in metric class',
+           '"FileClient" will be deprecated', '"HardDiskBackend" is the alias')
+# Hundreds of lines of each run, which its log file has too.
+_LONG = ('Config:\n', 'Hooks will be executed in the following order:',
+         f'\n{"-" * 60}\nSystem environment:')
+
+
+def _silence() -> None:
+    """Leave out warnings of MMSegmentation and MMEngine about themselves."""
+    from mmengine.logging import MMLogger
+    for message in _WARNINGS:
+        warnings.filterwarnings('ignore', message=re.escape(message))
+
+    def is_wanted(self, record: LogRecord) -> bool:
+        return (not record.getMessage().startswith(_LOGGED)
+                and super(MMLogger, self).filter(record))
+
+    MMLogger.filter = is_wanted
+
+
+def shorten_console() -> None:
+    """Write config, environment and hooks of a run to its log file alone."""
+    from mmengine.logging import MMLogger
+
+    def call_handlers(self, record: LogRecord) -> None:
+        is_long = record.getMessage().startswith(_LONG)
+        for handler in self.handlers:
+            if record.levelno >= handler.level and not (is_long and isinstance(
+                    handler, StreamHandler) and not isinstance(
+                        handler, FileHandler)):
+                handler.handle(record)
+
+    MMLogger.callHandlers = call_handlers
 
 
 def _import_mmseg() -> bool:

@@ -14,6 +14,27 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('ledgers', nargs='+', type=Path, help='ledgers')
+    parser.add_argument(
+        '--out', type=Path, required=True, help='page to write (.md)')
+    parser.add_argument(
+        '--overview',
+        type=Path,
+        metavar='PAGE',
+        help='another page (.md) whose marked part gets the first table')
+    parser.add_argument(
+        '--check', action='store_true', help='only compare with what is there')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
@@ -452,18 +473,7 @@ def outdated(path: Path, data: bytes) -> bool:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Write or check the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('ledgers', nargs='+', type=Path, help='ledgers')
-    parser.add_argument(
-        '--out', type=Path, required=True, help='page to write (.md)')
-    parser.add_argument(
-        '--overview',
-        type=Path,
-        metavar='PAGE',
-        help='another page (.md) whose marked part gets the first table')
-    parser.add_argument(
-        '--check', action='store_true', help='only compare with what is there')
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     try:
         files = make(args.ledgers, args.out, args.overview)
     except ValueError as error:

@@ -13,30 +13,8 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-import mmengine
-import mmseg
-import torch
-from mmengine.config import Config, DictAction
-from mmengine.dataset import pseudo_collate
-from mmengine.device import get_device
-from mmengine.registry import MODELS, init_default_scope
-from mmseg.registry import DATASETS
 
-import mmseg_textkd
-from mmseg_textkd.deploy import (fold_state_dict, mean_lengths, to_stock_cfg,
-                                 verify)
-from mmseg_textkd.deploy.load_stock import dataset_meta
-from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
-from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
-                                           read_checkpoint)
-from mmseg_textkd.utils.io import write_files
-
-# What MMEngine's runner and this tool note of a training.
-TRAINING = ('epoch', 'iter', 'seed', 'experiment_name', 'time', 'trained_with',
-            'training_cfg')
-
-
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -44,7 +22,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument('config', help='config of the text network')
     parser.add_argument('checkpoint', type=Path, help='its checkpoint')
     parser.add_argument(
-        'out', type=Path, help='checkpoint to write, *.pth; beside it *.py')
+        '--out', type=Path, help='checkpoint to write, *.pth; beside it *.py')
+    parser.add_argument('old_out', nargs='?', help=argparse.SUPPRESS)
     parser.add_argument(
         '--strip-auxiliary',
         action='store_true',
@@ -62,23 +41,54 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help='images of test_dataloader to compare on, if they are there, '
         'and with `--l2 approximate` as many before (default: 10)')
     parser.add_argument(
-        '--device', default=get_device(), help='default: %(default)s')
+        '--device', help='such as cpu or cuda:1 (default: a GPU, or the CPU)')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
-        help='settings of the config to override, as key=value')
-    args = parser.parse_args(argv)
+        metavar='KEY=VALUE',
+        help='settings of the config to override')
+    args = parser.parse_intermixed_args(argv)
+    args.out = args.out or args.old_out and Path(args.old_out)
+    if args.out is None:
+        parser.error('--out is needed')
     if args.num_images < 1:
         parser.error('--num-images must be at least 1')
     if args.out.suffix != '.pth':
-        parser.error(f'OUT must end in .pth, but got {args.out}')
+        parser.error(f'--out must end in .pth, but got {args.out}')
     if not args.out.parent.is_dir():
         parser.error(f'there is no folder {args.out.parent}')
     for path in (args.out, args.out.with_suffix('.py')):
         if path.exists():
             parser.error(f'{path} exists; remove it or write elsewhere')
     return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
+import mmengine
+import mmseg
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.device import get_device
+from mmengine.registry import MODELS, init_default_scope
+from mmseg.registry import DATASETS
+
+import mmseg_textkd
+from mmseg_textkd.deploy import (fold_state_dict, mean_lengths, to_stock_cfg,
+                                 verify)
+from mmseg_textkd.deploy.load_stock import dataset_meta
+from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
+from mmseg_textkd.utils.arguments import merge_options, warn_renamed
+from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
+                                           read_checkpoint)
+from mmseg_textkd.utils.io import write_files
+
+# What MMEngine's runner and this tool note of a training.
+TRAINING = ('epoch', 'iter', 'seed', 'experiment_name', 'time', 'trained_with',
+            'training_cfg')
 
 
 def training_meta(saved: Dict) -> Dict:
@@ -117,7 +127,7 @@ def test_images(cfg: Config, number: int) -> List[Dict]:
 def convert(args: argparse.Namespace) -> None:
     """Do what the command line says."""
     cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    merge_options(cfg, args.cfg_options)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     # TF32 would be measured in place of the fold.
     torch.backends.cudnn.allow_tf32 = False
@@ -140,7 +150,7 @@ def convert(args: argparse.Namespace) -> None:
     stock_cfg = Config.fromstring(text, '.py')
     model = MODELS.build((stock_cfg if folded else cfg).model)
     load_strictly(model, state, args.checkpoint)
-    model.to(args.device).eval()
+    model.to(args.device or get_device()).eval()
 
     lengths = None
     if args.l2 == 'approximate':
@@ -182,6 +192,7 @@ def convert(args: argparse.Namespace) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
+    warn_renamed(args, out='--out')
     try:
         convert(args)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError,
