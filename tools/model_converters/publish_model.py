@@ -23,9 +23,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('checkpoint', type=Path, help='a folded or stock one')
     parser.add_argument(
         '--out',
-        type=Path,
-        help='folder, where the files are named after --config; or folder and '
-        'name of the config, without date and hash')
+        help='folder, where the files are named after --config (it is made '
+        'if it ends in a slash); or folder and name of the config, without '
+        'date and hash')
     parser.add_argument('old_out', nargs='?', help=argparse.SUPPRESS)
     parser.add_argument(
         '--config',
@@ -40,10 +40,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         action='store_true',
         help='publish weights that still have text in them')
     args = parser.parse_intermixed_args(argv)
-    args.out = args.out or args.old_out and Path(args.old_out)
-    if args.out is None:
+    words = args.out or args.old_out
+    if not words:
         parser.error('--out is needed')
-    if args.out.is_dir():
+    args.out = Path(words)
+    if args.out.is_dir() or words.endswith('/'):
         if args.config is None:
             parser.error(f'{args.out} is a folder: give --config, after which '
                          'the file is named, or a name as well')
@@ -137,7 +138,7 @@ def publish(args: argparse.Namespace) -> Path:
                 f'{args.config} has a teacher, which only training needs. '
                 'Make the stock config and its weights first, `python '
                 'tools/model_converters/textkd2mmseg.py '
-                f'{args.config} {args.checkpoint} OUT`.')
+                f'{args.config} {args.checkpoint} --out OUT`.')
         load_strictly(model, state, args.checkpoint)
         params = f'{sum(p.numel() for p in model.parameters()):,}'
         meta['cfg'] = cfg.pretty_text
