@@ -67,7 +67,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--opacity',
         type=float,
         default=0.5,
-        help='of the classes over the picture (default: 0.5)')
+        help='of the classes over the image (default: 0.5)')
     parser.add_argument(
         '--no-legend', action='store_true', help='draw no names of classes')
     parser.add_argument(
@@ -225,7 +225,7 @@ def run(args: argparse.Namespace) -> None:
             opacity=args.opacity,
             legend=not args.no_legend,
             similarity=split(args.similarity) if args.similarity else ())
-    print(f'{len(inputs)} pictures')
+    print(f'{len(inputs)} images')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -24,7 +24,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--show', action='store_true', help='open windows of predictions')
     parser.add_argument(
-        '--show-dir', help='folder of pictures of predictions, below the log')
+        '--show-dir', help='folder of drawn predictions, below the log')
     parser.add_argument(
         '--wait-time',
         type=float,

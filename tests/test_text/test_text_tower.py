@@ -285,7 +285,7 @@ def test_architecture_with_a_weights_file(tmp_path, monkeypatch, clip_dirs):
         TextTower('tiny-test-arch', str(tmp_path / 'missing.pt'))
 
 
-def test_unknown_architecture_names_its_neighbours():
+def test_unknown_architecture_names_its_neighbors():
     with pytest.raises(TextTowerError, match="'ViT-B-16'"):
         TextTower('ViT-B16', 'openai')
 

@@ -18,13 +18,13 @@ def parse_args() -> argparse.Namespace:
             f'--num-{split}',
             type=int,
             default=number,
-            help=f'pictures of the {split} split (default: {number})')
+            help=f'images of the {split} split (default: {number})')
     parser.add_argument(
         '--size',
         type=int,
         nargs=2,
         metavar=('HEIGHT', 'WIDTH'),
-        help='of the pictures (default: 128 256)')
+        help='of the images (default: 128 256)')
     for name in ('height', 'width'):
         parser.add_argument(
             f'--{name}', dest=f'old_{name}', type=int, help=argparse.SUPPRESS)
@@ -69,7 +69,7 @@ def main() -> int:
         return 1
     if written:
         print(f'ToyScenes: {args.num_train} training and {args.num_val} '
-              f'validation pictures in {args.out} '
+              f'validation images in {args.out} '
               f'({time.time() - start:.0f} s)')
     else:
         print(f'ToyScenes is complete in {args.out}; nothing to do')
