@@ -26,8 +26,7 @@ copyright = author
 release = version = scope['__version__']
 
 extensions = [
-    'myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon',
-    'sphinx_copybutton'
+    'myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx_copybutton'
 ]
 myst_enable_extensions = ['dollarmath']
 # Links to headings, as on a code host.
@@ -50,8 +49,9 @@ PAGES = {
     f'methods/{path.parent.name}': path
     for path in sorted(ROOT.glob('configs/*/README.md'))
 }
-PAGES.update((f'results/{"index" if path.stem == "README" else path.stem}',
-              path) for path in sorted(ROOT.glob('docs/results/*.md')))
+PAGES.update(
+    (f'results/{"index" if path.stem == "README" else path.stem}', path)
+    for path in sorted(ROOT.glob('docs/results/*.md')))
 PAGES['contributing'] = ROOT / 'CONTRIBUTING.md'
 ZOO = """# Model zoo
 
@@ -70,13 +70,12 @@ def model_zoo() -> str:
         meta = yaml.safe_load((ROOT / name).read_text())
         where = Path(name).parent.name
         title = meta['Collections'][0]['Name']
-        page = (f'methods/{where}.md'
-                if f'methods/{where}' in PAGES else None)
+        page = (f'methods/{where}.md' if f'methods/{where}' in PAGES else None)
         rows = []
         for model in meta['Models']:
-            results = '; '.join(
-                f'{key} {value}' for result in model.get('Results', [])
-                for key, value in result['Metrics'].items())
+            results = '; '.join(f'{key} {value}'
+                                for result in model.get('Results', [])
+                                for key, value in result['Metrics'].items())
             weights = model.get('Weights')
             rows.append('| [{}]({}/blob/main/{}) | {} | {} | {} |'.format(
                 model['Name'], REPOSITORY, model['Config'],

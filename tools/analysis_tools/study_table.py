@@ -37,6 +37,7 @@ if __name__ == '__main__':
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from mmseg_textkd.study import Ledger, LedgerError
@@ -306,16 +307,18 @@ class Study:
             line.set_label('one seed')
             for x, arm in enumerate(arms):
                 values = list(part.scores(arm).values())
-                axis.plot([x] * len(values),
-                          values,
-                          linestyle='none',
-                          markersize=5,
-                          label=f'_{arm}',
-                          **self.style(arm))
-                bar, = axis.plot([x - .3, x + .3], [part.spread(arm)[0]] * 2,
-                                 color=self.style(arm)['color'],
-                                 linewidth=2.5)
-            axis.legend([line, bar], ['one seed', 'mean'], fontsize='small')
+                axis.plot(
+                    [x] * len(values),
+                    values,
+                    linestyle='none',
+                    markersize=5,
+                    label=f'_{arm}',
+                    **self.style(arm))
+                axis.plot([x - .3, x + .3], [part.spread(arm)[0]] * 2,
+                          color=self.style(arm)['color'],
+                          linewidth=2.5)
+            mean = Line2D([], [], color='.3', linewidth=2.5)
+            axis.legend([line, mean], ['one seed', 'mean'], fontsize='small')
             axis.set_xticks(range(len(arms)), arms, rotation=45, ha='right')
             axis.set_ylabel(f'{self.split} mIoU (%)')
         return figure
@@ -325,7 +328,7 @@ class Study:
         others = max(1, len(self.arms) - 1)
         number = max(len(part.classes) for part in self.groups.values())
         figure, axes = self._panels(
-            width=4.5, height=1.5 + number * (.2 + .11 * others))
+            width=4.5, height=1.5 + number * (.2 + .08 * others))
         for axis, part in zip(axes, self.groups.values()):
             arms = [a for a in self.ordered(part) if a != self.baseline]
             step = .75 / max(len(arms), 1)
@@ -336,17 +339,17 @@ class Study:
                 ]
                 known = [(y + step * (i - (len(arms) - 1) / 2), g)
                          for y, g in enumerate(gains) if g]
-                axis.errorbar(
-                    [g.mean for _, g in known], [y for y, _ in known],
-                    xerr=[
-                        0 if math.isinf(g.high) else g.high - g.mean
-                        for _, g in known
-                    ],
-                    linestyle='none',
-                    elinewidth=1,
-                    markersize=4,
-                    label=arm,
-                    **self.style(arm))
+                axis.errorbar([g.mean for _, g in known],
+                              [y for y, _ in known],
+                              xerr=[
+                                  0 if math.isinf(g.high) else g.high - g.mean
+                                  for _, g in known
+                              ],
+                              linestyle='none',
+                              elinewidth=1,
+                              markersize=4,
+                              label=arm,
+                              **self.style(arm))
             for y in range(1, len(part.classes)):
                 axis.axhline(y - .5, color='.9', linewidth=.8)
             axis.grid(False, axis='y')
