@@ -55,10 +55,11 @@ PAGES.update(
 PAGES['contributing'] = ROOT / 'CONTRIBUTING.md'
 ZOO = """# Model zoo
 
-All configs for which a method is described, from `model-index.yml`. **No weights
+All configs for which a method is described. **No weights
 have been published yet**: train with `python tools/train.py CONFIG`, fold and
-[publish](user_guides/release.md) them. What has been measured so far is under
-[results](results/index.md), what each network costs under [networks](networks.md).
+[publish](user_guides/release.md) them. What has been measured is under
+[results](results/index.md), what each network costs under
+[networks](networks.md).
 """
 
 
