@@ -39,7 +39,7 @@ def apply() -> Tuple[str, ...]:
     Returns:
         tuple[str, ...]: Names of the cures that were needed, out of
         'mmseg assertion', 'mmcv.ops', 'safe globals', 'code in checkpoints',
-        'distribution name', 'pkg_resources' and 'class weights'.
+        'distribution name', 'pkg_resources', 'class weights' and 'palette'.
 
     Raises:
         ImportError: If a library is missing or unsuitable; one line says
@@ -53,9 +53,11 @@ def apply() -> Tuple[str, ...]:
                             _import_mmseg), ('mmcv.ops', _stand_in_for_ops),
                            ('safe globals', allow_runner_checkpoints),
                            ('code in checkpoints', _load_without_code),
-                           ('distribution name', _name_distribution),
-                           ('pkg_resources', _find_without_pkg_resources),
-                           ('class weights', _weigh_with_ignored_pixels)):
+                           ('distribution name',
+                            _name_distribution), ('pkg_resources',
+                                                  _find_without_pkg_resources),
+                           ('class weights', _weigh_with_ignored_pixels),
+                           ('palette', _draw_array_palettes)):
             if cure():
                 _applied.append(name)
         _done = True
@@ -217,9 +219,9 @@ def shorten_console() -> None:
     def call_handlers(self, record: LogRecord) -> None:
         is_long = record.getMessage().startswith(_LONG)
         for handler in self.handlers:
-            if record.levelno >= handler.level and not (is_long and isinstance(
-                    handler, StreamHandler) and not isinstance(
-                        handler, FileHandler)):
+            if record.levelno >= handler.level and not (
+                    is_long and isinstance(handler, StreamHandler)
+                    and not isinstance(handler, FileHandler)):
                 handler.handle(record)
 
     MMLogger.callHandlers = call_handlers
@@ -469,6 +471,33 @@ def swaps_channels(preprocessor: Any) -> bool:
             return bool(getattr(preprocessor, name))
     raise AttributeError(f'{type(preprocessor).__name__} does not tell '
                          'whether it swaps channels.')
+
+
+def _draw_array_palettes() -> bool:
+    """Let MMSegmentation draw classes whose colors are arrays.
+
+    Where a data set has no palette it makes one of NumPy's integers, which
+    ``cv2.rectangle`` of OpenCV 5 refuses.
+    """
+    import cv2
+    import numpy as np
+    from mmseg.visualization import SegLocalVisualizer
+    try:
+        cv2.rectangle(
+            np.zeros((2, 2, 3), np.uint8), (0, 0), (1, 1), np.array([1, 2, 3]),
+            -1)
+        return False
+    except cv2.error:
+        pass
+    stock = SegLocalVisualizer._draw_sem_seg
+
+    @functools.wraps(stock)
+    def draw(self, image, sem_seg, classes, palette, *args, **kwargs):
+        palette = [[int(c) for c in color] for color in palette]
+        return stock(self, image, sem_seg, classes, palette, *args, **kwargs)
+
+    SegLocalVisualizer._draw_sem_seg = draw
+    return True
 
 
 def is_installed(package: str) -> bool:
