@@ -35,6 +35,8 @@ suppress_warnings = ['myst.header']  # READMEs begin below a badge
 exclude_patterns = ['_build', 'jupyter_execute']
 html_theme = 'furo'
 html_title = f'{project} {release}'
+# NamedTuples have members of the same names.
+napoleon_use_ivar = True
 autodoc_typehints = 'description'
 autodoc_typehints_description_target = 'documented'
 autodoc_default_options = dict(members=True, undoc_members=False)
