@@ -39,7 +39,7 @@ def apply() -> Tuple[str, ...]:
     Returns:
         tuple[str, ...]: Names of the cures that were needed, out of
         'mmseg assertion', 'mmcv.ops', 'safe globals', 'code in checkpoints',
-        'distribution name', 'pkg_resources', 'class weights' and 'palette'.
+        'distribution name', 'pkg_resources', 'class weights' and 'drawing'.
 
     Raises:
         ImportError: If a library is missing or unsuitable; one line says
@@ -53,11 +53,11 @@ def apply() -> Tuple[str, ...]:
                             _import_mmseg), ('mmcv.ops', _stand_in_for_ops),
                            ('safe globals', allow_runner_checkpoints),
                            ('code in checkpoints', _load_without_code),
-                           ('distribution name',
-                            _name_distribution), ('pkg_resources',
-                                                  _find_without_pkg_resources),
-                           ('class weights', _weigh_with_ignored_pixels),
-                           ('palette', _draw_array_palettes)):
+                           ('distribution name', _name_distribution),
+                           ('pkg_resources', _find_without_pkg_resources),
+                           ('class weights',
+                            _weigh_with_ignored_pixels), ('drawing',
+                                                          _draw_all)):
             if cure():
                 _applied.append(name)
         _done = True
@@ -473,11 +473,12 @@ def swaps_channels(preprocessor: Any) -> bool:
                          'whether it swaps channels.')
 
 
-def _draw_array_palettes() -> bool:
-    """Let MMSegmentation draw classes whose colors are arrays.
+def _draw_all() -> bool:
+    """Let MMSegmentation draw classes with OpenCV 5.
 
-    Where a data set has no palette it makes one of NumPy's integers, which
-    ``cv2.rectangle`` of OpenCV 5 refuses.
+    Its ``cv2.rectangle`` refuses colors of NumPy's integers, which a data set
+    without a palette gets, and images in another layout, which
+    `browse_dataset.py` hands over.
     """
     import cv2
     import numpy as np
@@ -494,7 +495,8 @@ def _draw_array_palettes() -> bool:
     @functools.wraps(stock)
     def draw(self, image, sem_seg, classes, palette, *args, **kwargs):
         palette = [[int(c) for c in color] for color in palette]
-        return stock(self, image, sem_seg, classes, palette, *args, **kwargs)
+        return stock(self, np.ascontiguousarray(image), sem_seg, classes,
+                     palette, *args, **kwargs)
 
     SegLocalVisualizer._draw_sem_seg = draw
     return True

@@ -50,7 +50,7 @@ BROKEN = {
     'mmseg assertion': False,
     # Upstream always, OneDL only with `avg_non_ignore`.
     'class weights': True,
-    'palette': int(cv2.__version__.split('.')[0]) >= 5,
+    'drawing': int(cv2.__version__.split('.')[0]) >= 5,
 }
 
 

@@ -53,8 +53,8 @@ def test_confusion_matrix(tool, toys):
     shutil.copytree(truth, 'predictions')
     taken = []
     plot = tool.plot_confusion_matrix
-    tool.plot_confusion_matrix = lambda matrix, *args, **kwargs: (
-        taken.append(matrix), plot(matrix, *args, **kwargs))
+    tool.plot_confusion_matrix = lambda matrix, *args, **kwargs: (taken.append(
+        matrix), plot(matrix, *args, **kwargs))
     words = ['confusion_matrix', CONFIG, 'predictions', 'out']
     tool.main(words)
     labels = np.stack([cv2.imread(str(p), 0) for p in truth.glob('*.png')])
@@ -69,5 +69,5 @@ def test_confusion_matrix(tool, toys):
 
 
 def test_what_is_no_tool_is_said(tool):
-    with pytest.raises(SystemExit, match='has no tools/browse.*Near'):
+    with pytest.raises(SystemExit, match='has no tools/browse'):
         tool.main(['browse', CONFIG])

@@ -6,6 +6,7 @@ import os.path as osp
 import subprocess
 import sys
 from glob import glob
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config, DictAction
@@ -18,7 +19,7 @@ from mmseg_textkd.utils.arguments import merge_options, read_options
 TOOLS = sorted(
     path for pattern in ('tools/*.py', 'tools/*/*.py', 'demo/*.py')
     for path in glob(osp.join(ROOT, pattern))
-    if "__name__ == '__main__'" in open(path, encoding='utf-8').read())
+    if "__name__ == '__main__'" in Path(path).read_text(encoding='utf-8'))
 # Runs `--help` of each; what takes time to import does not import here.
 CODE = """
 import argparse, contextlib, io, json, runpy, sys, os
@@ -79,7 +80,8 @@ def test_one_thing_has_one_spelling(helps):
         '--json', '--markdown', 'out'
     }
     shown = {(tool, name)
-             for tool, options in helps.items() for name in options}
+             for tool, options in helps.items()
+             for name in options}
     assert not [(tool, name) for tool, name in shown if name in old]
     for name in ('--size', '--cfg-options', '--device', '--num-images',
                  '--max-pixels', '--model'):
