@@ -44,7 +44,7 @@ def test_browse_dataset(tool, toys):
         *options
     ])
     image, = toys.glob('shown/**/*.png')
-    assert cv2.imread(str(image)).shape == (128, 256, 3)
+    assert cv2.imread(str(image)).shape == (64, 128, 3)
 
 
 def test_confusion_matrix(tool, toys):
