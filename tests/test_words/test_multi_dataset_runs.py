@@ -181,14 +181,14 @@ def test_fold_for_any_list_of_words(network_cfg, tmp_path, fold, data):
     (tmp_path / 'new.txt').write_text('road\ntree house\ncar\n')
     (tmp_path / 'lane.txt').write_text('\n'.join(OWN['lane']))
     common = [str(tmp_path / 'config.py'), str(tmp_path / 'w.pth')]
-    fold([*common, str(tmp_path / 'all.pth')])
+    fold([*common, '--out', str(tmp_path / 'all.pth')])
     fold([
-        *common,
+        *common, '--out',
         str(tmp_path / 'lane.pth'), '--classes',
         str(tmp_path / 'lane.txt')
     ])
     fold([
-        *common,
+        *common, '--out',
         str(tmp_path / 'new.pth'), '--classes',
         str(tmp_path / 'new.txt'), '--embeddings',
         str(tmp_path / 'new.st')
@@ -241,7 +241,7 @@ def test_only_trained_words_in_the_role_auxiliary(network_cfg, tmp_path, fold):
         (tmp_path / f'{name}.txt').write_text(words)
     common = [str(tmp_path / 'config.py'), str(tmp_path / 'w.pth')]
     fold([
-        *common,
+        *common, '--out',
         str(tmp_path / 'own.pth'), '--classes',
         str(tmp_path / 'own.txt')
     ])
@@ -250,7 +250,7 @@ def test_only_trained_words_in_the_role_auxiliary(network_cfg, tmp_path, fold):
                        model.decode_head.conv_seg.weight[[4, 0]])
     with pytest.raises(SystemExit, match='knows no text'):
         fold([
-            *common,
+            *common, '--out',
             str(tmp_path / 'new.pth'), '--classes',
             str(tmp_path / 'new.txt'), '--embeddings',
             str(tmp_path / 'new.st')
