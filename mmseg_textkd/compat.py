@@ -279,12 +279,9 @@ def allow_runner_checkpoints() -> bool:
     loader takes back what it allows, so once is not enough.
 
     Returns:
-        bool: Whether anything had to be allowed; False also before torch 2.4,
-        which can allow nothing.
+        bool: Whether anything had to be allowed.
     """
     import torch
-    if not hasattr(torch.serialization, 'add_safe_globals'):
-        return False
     torch.serialization.add_safe_globals(_runner_globals())
     from packaging.version import parse
     return parse(torch.__version__).release >= (2, 6)
