@@ -63,9 +63,9 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         type=Path,
         nargs='*',
         default=[],
-        help='pictures (default: random ones, noise and smooth ones in turn)')
+        help='images (default: random ones, noise and smooth ones in turn)')
     parser.add_argument(
-        '--number', type=int, default=10, help='random pictures (default: 10)')
+        '--number', type=int, default=10, help='random images (default: 10)')
     parser.add_argument(
         '--size', type=int, default=480, help='side (default: 480)')
     return parser.parse_args(argv)
@@ -124,7 +124,7 @@ def build_reference(repo: Path, name: str, labels: List[str]) -> nn.Module:
             arch_option=0,
             block_depth=0,
             activation='relu')
-    # Wider than initial weights, whose features hardly differ in a picture.
+    # Wider than initial weights, whose features hardly differ in a image.
     for key, layer in net.named_modules():
         if 'clip_pretrained' in key:
             continue
@@ -167,7 +167,7 @@ def build_ours(config: Path, checkpoint: Path) -> nn.Module:
     cfg = Config.fromfile(config)
     init_default_scope('mmseg')
     cfg.model.backbone.pop('init_cfg', None)
-    # One process; whole pictures.
+    # One process; whole images.
     cfg.model.decode_head.norm_cfg.type = 'BN'
     if 'ResNet' in cfg.model.backbone.type:
         cfg.model.backbone.norm_cfg.type = 'BN'
@@ -178,7 +178,7 @@ def build_ours(config: Path, checkpoint: Path) -> nn.Module:
     return model
 
 
-def pictures(args: argparse.Namespace) -> List[Tensor]:
+def load_images(args: argparse.Namespace) -> List[Tensor]:
     """BGR, float, with shape (3, size, size)."""
     size = args.size
     found = [
@@ -212,7 +212,7 @@ def compare(args: argparse.Namespace) -> str:
     mean = model.data_preprocessor.mean.view(3, 1, 1)
     std = model.data_preprocessor.std.view(3, 1, 1)
     worst = relative = same = total = 0.
-    for i, image in enumerate(pictures(args)):
+    for i, image in enumerate(load_images(args)):
         rgb = ((image.flip(0) - mean) / std)[None]
         theirs = net(rgb, [i % 20]) if episodes else net(rgb)
         shape = image.shape[1:]
@@ -235,7 +235,7 @@ def compare(args: argparse.Namespace) -> str:
             f'{i}: {difference:.3g}, {100 * equal.float().mean():.4f} % same, '
             f'{len(theirs.argmax(1).unique())} classes',
             file=sys.stderr)
-    what = 'pictures' if args.images else 'random images'
+    what = 'images' if args.images else 'random images'
     return (f'| {args.network} | {i + 1} {what} of {args.size}x{args.size} | '
             f'{worst:.3g} | {100 * relative:.2g} % | '
             f'{100 * same / total:.3f} % |')
