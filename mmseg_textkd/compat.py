@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""All that this package knows of versions and forks of the OpenMMLab stack.
+"""Compatibility with versions and forks of the OpenMMLab stack.
 
 :func:`apply` runs on ``import mmseg_textkd``. Every cure looks for the fault
 itself (not for a version number) and does nothing where there is none.
@@ -32,7 +32,7 @@ _done = False
 
 
 def apply() -> Tuple[str, ...]:
-    """Check what is installed and cure what needs it, once per process.
+    """Check the installed versions and apply all patches, once per process.
 
     Returns:
         tuple[str, ...]: Names of the cures that were needed, out of
@@ -60,7 +60,7 @@ def apply() -> Tuple[str, ...]:
 
 
 def check_versions() -> None:
-    """Refuse what is missing or too old, warn of what is untested.
+    """Raise for missing or too old packages, warn of untested ones.
 
     Raises:
         ImportError: If mmengine, mmcv or mmseg is missing, too old, or is
@@ -201,7 +201,7 @@ def _import_mmseg() -> bool:
 
 
 def _stand_in_for_ops() -> bool:
-    """Put our ``mmcv.ops`` where mmseg needs one and mmcv has none.
+    """Register replacements of ``mmcv.ops`` where mmcv has no ops.
 
     See :mod:`mmseg_textkd._mmcv_ops`. OneDL's mmseg guards all its imports
     from ``mmcv.ops`` and therefore does not need it.
@@ -243,7 +243,7 @@ def allow_runner_checkpoints() -> bool:
 
 @functools.lru_cache(maxsize=None)
 def _runner_globals() -> List[Any]:
-    """All that a runner's checkpoint needs besides tensors."""
+    """Globals of a runner's checkpoint besides tensors."""
     import numpy as np
     from mmengine.logging import HistoryBuffer
     core = np._core if hasattr(np, '_core') else np.core
@@ -263,7 +263,7 @@ def _runner_globals() -> List[Any]:
 
 
 def _under_name(function: Callable, name: str) -> Callable:
-    """A function that torch finds under another name in a pickle."""
+    """Copy of a function under another name, for pickles."""
 
     def renamed(*args: Any) -> Any:
         return function(*args)
@@ -275,7 +275,7 @@ def _under_name(function: Callable, name: str) -> Callable:
 
 
 def _history_method(owner: type, name: str) -> Callable:
-    """All that a runner's checkpoint needs of ``getattr``.
+    """Attributes that a runner's checkpoint needs from ``getattr``.
 
     A ``HistoryBuffer`` saves its methods (min, max, mean, current), which
     pickle writes as ``getattr(HistoryBuffer, 'min')``. To allow ``getattr``
@@ -288,7 +288,7 @@ def _history_method(owner: type, name: str) -> Callable:
 
 
 def _load_without_code() -> bool:
-    """Let MMEngine's loaders run no code that is in a checkpoint.
+    """Patch MMEngine's loaders to run no code from checkpoints.
 
     OneDL's fall back to ``weights_only=False``, all that load from a URL ask
     for it, and before torch 2.6 it is the default. A runner that resumes also
@@ -317,7 +317,7 @@ def _load_without_code() -> bool:
 
 
 def _name_distribution() -> bool:
-    """Tell MMEngine how the distributions behind ``x::`` bases are named."""
+    """Register the distribution names of ``x::`` bases in MMEngine."""
     from mmengine.config.utils import MODULE2PACKAGE
     MODULE2PACKAGE.setdefault('mmseg_textkd', 'mmseg_textkd')
     try:
@@ -332,7 +332,7 @@ def _name_distribution() -> bool:
 
 
 def _find_without_pkg_resources() -> bool:
-    """Replace MMEngine's package lookup where it cannot work.
+    """Replace MMEngine's package lookup where pkg_resources is missing.
 
     MMEngine 0.10.7 uses ``pkg_resources``, which setuptools 82 dropped; its
     main branch returns a wrong folder. Only these two functions of MMEngine
@@ -363,7 +363,7 @@ def _find_without_pkg_resources() -> bool:
 
 
 def _weigh_with_ignored_pixels() -> bool:
-    """Let cross entropy have class weights and ignored pixels at once.
+    """Patch cross entropy to support class weights with ignored pixels.
 
     MMSegmentation 1.2.2 looks up the class weight of every pixel, of ignored
     ones (255) too: an IndexError, or on a GPU a device-side assertion. OneDL
@@ -471,5 +471,5 @@ def get_installed_path(package: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """A distribution's name as packaging tools compare it."""
+    """Normalized name of a distribution."""
     return name.lower().replace('_', '-').replace('.', '-')

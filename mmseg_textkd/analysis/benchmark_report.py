@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Options and output that all benchmarks have."""
+"""Command line options and reports of the benchmarks."""
 import argparse
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ TIME_HEADER = ('median [quartiles], ms', 'minimum, ms',
 
 
 def time_cells(summary: Mapping[str, Any]) -> List[str]:
-    """Write median, quartiles, minimum and ratio as cells of a table."""
+    """Format median, quartiles, minimum and ratio as table cells."""
     low, high = summary['ratio_ci95']
     return [
         f'{summary["median_ms"]:.2f} '
@@ -27,7 +27,7 @@ def time_cells(summary: Mapping[str, Any]) -> List[str]:
 def write_results(results: Mapping[str,
                                    Any], page: str, json_path: Optional[Path],
                   markdown_path: Optional[Path]) -> None:
-    """Print a page and write the files that are asked for, whole."""
+    """Print a report and write the requested files atomically."""
     print(page)
     files = {}
     if json_path:
@@ -39,7 +39,7 @@ def write_results(results: Mapping[str,
 
 def add_options(parser: argparse.ArgumentParser, runs: int,
                 warmup: int) -> None:
-    """Add the options that all benchmarks have.
+    """Add the common options of the benchmarks.
 
     Args:
         parser (ArgumentParser): Parser of the tool.
@@ -65,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser, runs: int,
 
 def parse_options(parser: argparse.ArgumentParser,
                   argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Read a command line, check its common options, set the threads.
+    """Parse a command line, check the common options, set the threads.
 
     Args:
         parser (ArgumentParser): Parser with :func:`add_options`.

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Adapters that let a trained network predict new classes, by its kind."""
+"""Adapters that let each kind of trained network predict new classes."""
 import copy
 from abc import ABCMeta, abstractmethod
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from .label_maps import select_classes
 def build_adapter(model: nn.Module,
                   names: Sequence[str],
                   cache_dir: Optional[PathLike] = None) -> 'NetworkAdapter':
-    """Make the adapter for the kind of a network.
+    """Build the adapter of a network.
 
     Args:
         model (nn.Module): The segmentor, with its weights and its config as
@@ -49,7 +49,7 @@ def build_adapter(model: nn.Module,
 
 
 class NetworkAdapter(metaclass=ABCMeta):
-    """Base of the adapters between class names and a kind of network.
+    """Base of the adapters, one for each kind of network.
 
     Args:
         model (nn.Module): The segmentor.
@@ -73,7 +73,7 @@ class NetworkAdapter(metaclass=ABCMeta):
         self.vectors: Optional[Tensor] = None
 
     def encode(self, classes: Any, **options: Any) -> EncodedClasses:
-        """Encode classes; the network stays as it is.
+        """Encode classes without changing the network.
 
         See :meth:`ClassEncoder.encode`.
         """
@@ -81,7 +81,7 @@ class NetworkAdapter(metaclass=ABCMeta):
 
     @abstractmethod
     def set_classes(self, found: EncodedClasses, new_bias: float = 0) -> None:
-        """Make encoded classes those of the network.
+        """Let the network predict encoded classes.
 
         Args:
             found (EncodedClasses): What :meth:`encode` has returned.
@@ -93,26 +93,26 @@ class NetworkAdapter(metaclass=ABCMeta):
         """
 
     def select(self, rows: Tensor) -> nn.Module:
-        """Make the layer for n classes, whose indices may repeat."""
+        """Build the layer of n classes, whose indices may repeat."""
         return select_classes(self.model.decode_head.conv_seg, rows)
 
     @abstractmethod
     def cosine(self, rows: Sequence[int]) -> nn.Module:
-        """Make a layer that gives the cosines of pixels with n classes.
+        """Build a layer of the cosines between pixels and n classes.
 
         Raises:
             ValueError: If the network has no embeddings of pixels.
         """
 
     def _install(self, layer: nn.Module, number: int) -> None:
-        """Put the layer of other classes into the network."""
+        """Set the classification layer of the network."""
         setattr(self.model.decode_head, self.layer, layer)
         for module in (self.model.decode_head, self.model):
             module.num_classes = module.out_channels = number
 
     @contextmanager
     def replaced(self, layer: nn.Module, number: int) -> Iterator[nn.Module]:
-        """Put a layer of so many maps in for a while; yields the head."""
+        """Temporarily replace the classification layer; yields the head."""
         head, model = self.model.decode_head, self.model
         before = getattr(head, self.layer), model.out_channels
         setattr(head, self.layer, layer)
@@ -126,7 +126,7 @@ class NetworkAdapter(metaclass=ABCMeta):
     @torch.no_grad()
     def similarities(self, images: Tensor, samples: List[SegDataSample],
                      rows: List[int]) -> List[Tensor]:
-        """Compare pixels with the text of classes.
+        """Compute the cosines between pixels and the text of classes.
 
         Args:
             images (Tensor): Preprocessed images with shape (N, 3, H, W).
@@ -147,7 +147,7 @@ class NetworkAdapter(metaclass=ABCMeta):
 
 
 class TextHeadAdapter(NetworkAdapter):
-    """Adapter of a text head: its projection is folded with new vectors.
+    """Adapter of a text head, which folds its projection with new vectors.
 
     In the role 'auxiliary' the head's own classifier knows no text. It stays
     until there are other classes. Then the cosine classifier of the text
@@ -181,13 +181,13 @@ class TextHeadAdapter(NetworkAdapter):
         head.conv_seg = self.fold(self.vectors, range(len(names)))
 
     def set_classes(self, found: EncodedClasses, new_bias: float = 0) -> None:
-        """Fold the vectors in."""
+        """Fold the projection with the vectors."""
         layer = self.fold(found.vectors, found.trained, new_bias)
         self._install(layer, len(found.names))
         self.vectors = found.vectors
 
     def cosine(self, rows: Sequence[int]) -> nn.Module:
-        """Compare the projection of a pixel with the vectors."""
+        """Build a layer of the cosines of projected pixels and vectors."""
         return _PixelTextCosine(self.branch.projection, self.vectors[rows])
 
     @torch.no_grad()
@@ -195,7 +195,7 @@ class TextHeadAdapter(NetworkAdapter):
              vectors: Tensor,
              trained: Sequence[Optional[int]],
              new_bias: float = 0) -> nn.Module:
-        """Make the classifier of a stock head.
+        """Fold the projection with class vectors into a stock classifier.
 
         A trained class keeps its bias. A new one gets the mean of all biases,
         so that a bias that is common to all, which no softmax sees, favors
@@ -254,7 +254,7 @@ class _PixelTextCosine(nn.Module):
 
 
 class EBSegAdapter(NetworkAdapter):
-    """Adapter of an EBSeg: its masks are compared with new vectors.
+    """Adapter of an EBSeg, which compares its masks with new vectors.
 
     Names are encoded by the text tower that belongs to its image tower.
     """
@@ -277,7 +277,7 @@ class EBSegAdapter(NetworkAdapter):
         self.vectors = text.class_embeddings.detach().clone()
 
     def set_classes(self, found: EncodedClasses, new_bias: float = 0) -> None:
-        """Hand the vectors to :meth:`EBSeg.set_classes`."""
+        """Set the vectors by :meth:`EBSeg.set_classes`."""
         if new_bias:
             raise ValueError(
                 '`new_bias` is for classifiers that are trained on the seen '
@@ -288,11 +288,11 @@ class EBSegAdapter(NetworkAdapter):
         self.vectors = found.vectors
 
     def select(self, rows: Tensor) -> nn.Module:
-        """Sum up the scores of some of the classes."""
+        """Build the layer that scores some of the classes."""
         return MaskScores(rows)
 
     def cosine(self, rows: Sequence[int]) -> nn.Module:
-        """Compare the mean embedding B of a pixel's masks with the vectors."""
+        """Build a layer of the cosines between a pixel's masks and vectors."""
         return _MaskTextCosine(self.vectors[rows])
 
 
@@ -310,14 +310,14 @@ class _MaskTextCosine(nn.Module):
 
 
 class FoldedAdapter(NetworkAdapter):
-    """Adapter of a folded or stock network: only its own classes."""
+    """Adapter of a folded or stock network, for its trained classes only."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__(model, names)
         self.conv_seg = model.decode_head.conv_seg
 
     def encode(self, classes: Any, **options: Any) -> EncodedClasses:
-        """Choose among the classes of the network."""
+        """Look up the classes among the trained ones."""
         words = Vocabulary.from_spec(classes)
         new = [name for name in words.names if name not in self.names]
         if new:
@@ -332,7 +332,7 @@ class FoldedAdapter(NetworkAdapter):
                               'as trained')
 
     def set_classes(self, found: EncodedClasses, new_bias: float = 0) -> None:
-        """Take the rows of these classes."""
+        """Select the rows of the classifier."""
         device = next(self.conv_seg.parameters()).device
         rows = torch.tensor(found.trained, device=device)
         self._install(select_classes(self.conv_seg, rows), len(rows))

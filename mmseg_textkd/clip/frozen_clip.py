@@ -4,7 +4,7 @@ from typing import Optional
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmseg_textkd.text.checksum import checksum
+from mmseg_textkd.utils.checkpoint import checksum
 from .weights import TextTowerError
 
 
@@ -50,13 +50,13 @@ class FrozenCLIP(nn.Module):
         return sample.shape[1]
 
     def train(self, mode: bool = True) -> 'FrozenCLIP':
-        """Stay in evaluation mode: a frozen encoder has no other."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def checksum(self) -> str:
-        """Hash all weights, to prove that training has not touched them.
+        """Hash all weights, to prove that training has not changed them.
 
         Returns:
-            str: See :func:`.checksum.checksum`.
+            str: See :func:`.checkpoint.checksum`.
         """
         return checksum(self)

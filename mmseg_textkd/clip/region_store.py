@@ -16,7 +16,7 @@ from .weights import PathLike, hash_weights
 
 
 class RegionStore:
-    """A folder of region embeddings, a file for each image.
+    """Folder of region embeddings, with one file for each image.
 
     A file is named after the hash of all that it was made of: image and label
     map as they are in memory, weights of the tower, parameters. So what is
@@ -72,14 +72,14 @@ class RegionStore:
         return self.folder / f'tower-{short}.json'
 
     def _noted(self) -> Optional[str]:
-        """Read the hash that the folder notes; None if it has none."""
+        """Read the hash of the weights in the folder, None if it has none."""
         try:
             return str(json.loads(self._note.read_text('utf-8'))['weights'])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def check_weights(self) -> None:
-        """Note the weights that are on this machine.
+        """Compare the weights with those that the folder was made with.
 
         To be called before a run, by one process after the other: entries of
         other weights count no more. Without weights on this machine the note
@@ -101,7 +101,7 @@ class RegionStore:
 
     @property
     def settings(self) -> Dict:
-        """dict: All that the embeddings of any image depend on."""
+        """dict: Settings that the embeddings depend on."""
         if self._weights is None:
             self._weights = self._noted()
         if self._weights is None:
@@ -116,7 +116,7 @@ class RegionStore:
 
     # ---------------------------------------------------- the entries
     def key(self, image: np.ndarray, labels: np.ndarray) -> str:
-        """Get the name of the entry of an image.
+        """Compute the name of the file of an image.
 
         Args:
             image (np.ndarray): uint8, BGR, with shape (H, W, 3).
@@ -128,7 +128,7 @@ class RegionStore:
         return region_key(image, labels, self.settings)
 
     def path(self, key: str) -> Path:
-        """Get the file of an entry.
+        """Get the path of a file.
 
         Args:
             key (str): Its name.
@@ -139,7 +139,7 @@ class RegionStore:
         return self.folder / key[:2] / f'{key}.safetensors'
 
     def get(self, image: np.ndarray, labels: np.ndarray) -> RegionEmbeddings:
-        """Read the entry of an image, or make it.
+        """Load the embeddings of an image, or compute and save them.
 
         Args:
             image (np.ndarray): uint8, BGR, with shape (H, W, 3).

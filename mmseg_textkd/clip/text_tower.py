@@ -60,7 +60,7 @@ class TextTower(FrozenCLIP):
         self.dim = self._freeze(self.encode_text(['a'], cut=False))
 
     def _inspect(self) -> None:
-        """Read context length, pooling and mask of the tower."""
+        """Determine context length, pooling and mask of the tower."""
         text = self._text
         # The tokenizer knows it better: Hugging Face's text models only tell
         # how many positions they have.
@@ -100,17 +100,17 @@ class TextTower(FrozenCLIP):
 
     @property
     def _text(self) -> nn.Module:
-        """nn.Module: What holds the layers of the text side."""
+        """nn.Module: Module that holds the layers of the text encoder."""
         # open_clip's CLIP holds the text layers itself, all others in `text`.
         return getattr(self.clip, 'text', self.clip)
 
     @property
     def device(self) -> torch.device:
-        """torch.device: Where the weights are."""
+        """torch.device: Device of the weights."""
         return self.clip.logit_scale.device
 
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
-        """Turn sentences into token ids.
+        """Tokenize sentences.
 
         Args:
             sentences (Sequence[str]): N sentences.
@@ -185,7 +185,7 @@ class TextTower(FrozenCLIP):
         return torch.cat(parts)[order.argsort().to(self.device)]
 
     def _encode_ids(self, ids: Tensor, cut: bool) -> Tensor:
-        """Encode one batch of token ids, cut or as open_clip does it."""
+        """Encode one batch of token ids, truncated to its longest sentence."""
         with torch.autocast(self.device.type, enabled=False):
             if cut:
                 ids = ids[:, :int(self.end_positions(ids).max()) + 1]
@@ -201,7 +201,7 @@ class TextTower(FrozenCLIP):
         return features.float()
 
     def end_positions(self, ids: Tensor) -> Tensor:
-        """Find the token that is pooled, where that is the end token.
+        """Find the end token of each sentence, where it is pooled.
 
         Args:
             ids (Tensor): Token ids with shape (N, L).
@@ -215,7 +215,7 @@ class TextTower(FrozenCLIP):
 
     def find_words(self,
                    sentences: Sequence[str]) -> Tuple[Tensor, int, List[int]]:
-        """Tell the words of sentences from what the tokenizer puts around.
+        """Find the tokens of the words, without special tokens and padding.
 
         Start, end and padding tokens differ: CLIP has all three, SigLIP no
         start token and its end token for padding, CLIPA no end token. They
@@ -261,7 +261,7 @@ class TextTower(FrozenCLIP):
                         num_context: int,
                         suffix: str = '.',
                         room: Optional[int] = None) -> Tuple[Tensor, int]:
-        """Make room for context vectors in front of phrases.
+        """Build token ids of prompts with placeholders for context vectors.
 
         Args:
             phrases (Sequence[str]): K phrases.
@@ -299,11 +299,11 @@ class TextTower(FrozenCLIP):
         return ids[:, :len(frame)], start
 
     def _frame(self) -> Tensor:
-        """Token ids of the empty sentence, shape (L, )."""
+        """Get the token ids of the empty sentence, shape (L, )."""
         return self.tokenize([''])[0]
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
-        """Look up token embeddings, without positions.
+        """Look up token embeddings, without positional embeddings.
 
         Args:
             ids (Tensor): Token ids with shape (N, L).
@@ -315,7 +315,7 @@ class TextTower(FrozenCLIP):
         return self._text.token_embedding(ids.to(self.device))
 
     def encode_prompts(self, token_embeddings: Tensor, ids: Tensor) -> Tensor:
-        """Encode prompts that are given in token space, with gradient.
+        """Encode prompts given as token embeddings, with gradient.
 
         Args:
             token_embeddings (Tensor): Float tensor with shape (N, L, d).
@@ -351,7 +351,7 @@ class TextTower(FrozenCLIP):
                 ids[:, :length])
 
     def _forward(self, tokens: Tensor, ids: Tensor) -> Tensor:
-        """The text transformer from token embeddings on, at any length."""
+        """Run the text transformer on token embeddings of any length."""
         from open_clip.transformer import text_global_pool
         text, length = self._text, tokens.shape[1]
         mask = text.attn_mask
@@ -369,7 +369,7 @@ class TextTower(FrozenCLIP):
         return x @ projection
 
     def _require_soft(self) -> None:
-        """Require a tower that takes soft prompts."""
+        """Require a tower that supports soft prompts."""
         if not self._soft:
             raise TextTowerError(
                 f'{self.model!r} ({type(self._text).__name__}) takes no soft '
@@ -386,7 +386,7 @@ class TextTower(FrozenCLIP):
 def load_tower(model: str,
                pretrained: Optional[str] = None,
                cache_dir: Optional[PathLike] = None) -> TextTower:
-    """Get a tower, shared by all callers with the same arguments.
+    """Load a tower, shared by all callers with the same arguments.
 
     It is kept for as long as there is a reference to it.
 

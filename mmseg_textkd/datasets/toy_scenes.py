@@ -10,7 +10,7 @@ from .toy_scenes_painter import CLASSES, PALETTE
 
 @DATASETS.register_module()
 class ToyScenesDataset(BaseSegDataset):
-    """Generated street-like scenes: 8 classes, 255 is unlabeled.
+    """ToyScenes dataset of generated street scenes: 8 classes, 255 unlabeled.
 
     The data set is made, not downloaded:
     ``python tools/dataset_converters/toy_scenes.py``. Its layout is
@@ -41,7 +41,7 @@ class ToyScenesDataset(BaseSegDataset):
             **kwargs)
 
     def load_data_list(self) -> List[dict]:
-        """List the images; say how to make them where there are none.
+        """Load annotations; missing files raise with how to make them.
 
         Returns:
             list[dict]: All data info of the data set.

@@ -21,7 +21,7 @@ META = 'mmseg_textkd'
 
 
 class Exported(NamedTuple):
-    """A network in another format.
+    """Exported network.
 
     Attributes:
         data (bytes): What the file will hold.
@@ -33,7 +33,7 @@ class Exported(NamedTuple):
 
 
 def metadata(network: ExportableSegmentor, classes: Dict) -> str:
-    """What a program needs to know beside the graph, as JSON.
+    """Make the metadata of an exported graph, as JSON.
 
     Args:
         network (ExportableSegmentor): The network.
@@ -56,7 +56,7 @@ def to_onnx(network: ExportableSegmentor,
             dynamic: bool,
             meta: str,
             opset: int = OPSET) -> Exported:
-    """Export to ONNX, by way of ``torch.export``.
+    """Export to ONNX by ``torch.export``.
 
     Args:
         network (ExportableSegmentor): The network.
@@ -126,7 +126,7 @@ def _no_advice() -> Iterator[None]:
 
 
 def _tidy(graph) -> None:
-    """Remove what torch writes about its work, such as paths of sources."""
+    """Remove metadata of torch, such as paths of sources, from the graph."""
     graph = graph.graph
     for part in (graph, *graph.node, *graph.input, *graph.output,
                  *graph.initializer, *graph.value_info):
@@ -135,7 +135,7 @@ def _tidy(graph) -> None:
 
 
 def _onnx_runner(model) -> Callable:
-    """Run an ONNX model, whose logits are an output too if it has labels."""
+    """Make a function that runs an ONNX model, with logits as output."""
     import onnx
     import onnxruntime
     model, extra = copy.deepcopy(model), []
@@ -198,7 +198,7 @@ def to_torchscript(network: ExportableSegmentor, size: Size, dynamic: bool,
 
 
 def _why(error: Exception, dynamic: bool) -> str:
-    """Say what does not export and where it stands."""
+    """Describe the operation that cannot be exported, with its location."""
     while error.__cause__ is not None:
         error = error.__cause__
     frames = [

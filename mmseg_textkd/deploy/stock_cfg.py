@@ -17,7 +17,7 @@ TEXT_PARAMETERS = ('.text.', 'text_branch', 'text_losses', 'log_scale',
 def to_stock_cfg(cfg: Config,
                  strip_auxiliary: bool = False,
                  keep_l2: bool = False) -> Config:
-    """Take text and plugin out of a config.
+    """Convert a config to one of stock MMSegmentation.
 
     Text heads become their stock heads, the plugin's datasets a
     ``BaseSegDataset`` each. Hook, text variables, settings of text
@@ -80,7 +80,7 @@ def to_stock_cfg(cfg: Config,
 
 
 def _drop_pretrained(model: Dict) -> None:
-    """Remove weights of pre-training from a model's config, in place."""
+    """Remove pre-trained weights from the config of a model, in place."""
     for part in dicts(model):
         if part.get('pretrained'):
             part['pretrained'] = None
@@ -106,7 +106,7 @@ def _drop_text_parameters(optim_wrapper: Dict) -> None:
 
 def _ignore_unlabeled(cfg: Config, stock: Dict, split: str,
                       forms: StockForms) -> None:
-    """Let the evaluator ignore the label that the dataset turned to 255.
+    """Let the evaluator ignore the label that the dataset mapped to 255.
 
     ``BaseSegDataset`` cannot turn it.
     """

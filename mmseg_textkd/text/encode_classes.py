@@ -82,7 +82,7 @@ def encode_classes(vocabulary: VocabularySpec,
 def look_up_phrases(vocabulary: VocabularySpec,
                     found: TextEmbeddings,
                     keep_bank: bool = False) -> TextEmbeddings:
-    """Class embeddings from the vectors of single phrases.
+    """Make class embeddings from the vectors of single phrases.
 
     For vectors that were made elsewhere, where no tower is at hand. Phrases
     that have no vector are left out.
@@ -131,7 +131,7 @@ def look_up_phrases(vocabulary: VocabularySpec,
 def _assemble(names: Sequence[str], phrases: Sequence[Sequence[str]],
               groups: Sequence[Tensor], keep_bank: bool,
               **origin: Any) -> TextEmbeddings:
-    """Average the vectors of each class, with or without a bank of them."""
+    """Average the vectors of each class, with or without a phrase bank."""
     bank = mask = None
     if keep_bank:
         bank = pad_sequence(groups, batch_first=True)
@@ -194,7 +194,7 @@ def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
 
 
 def build_command(file: str, build: Optional[Mapping] = None) -> str:
-    """Command that makes an embeddings file, as a sentence.
+    """Describe the command that makes an embeddings file.
 
     Args:
         file (str): The embeddings file.
@@ -229,7 +229,7 @@ def build_command(file: str, build: Optional[Mapping] = None) -> str:
 
 
 def _check_build(file: str, build: Mapping) -> None:
-    """Check the keys of a `build`, before anything is loaded."""
+    """Check the keys of ``build`` before anything is loaded."""
     unknown = sorted(set(build) - set(BUILD_KEYS))
     missing = [key for key in ('model', 'vocabulary') if not build.get(key)]
     if unknown or missing:
@@ -278,7 +278,7 @@ def _make(path: Path, build: Mapping, progress: bool) -> bool:
 
 
 def _check_fit(file: str, build: Mapping) -> None:
-    """Compare an existing file with what the config would have made."""
+    """Compare an existing file with the settings of the config."""
     found = TextEmbeddings.load(file)
     vocabulary = Vocabulary.from_spec(build['vocabulary'])
     remedy = f'Delete or rename it. {build_command(file, build)}'

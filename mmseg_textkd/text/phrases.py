@@ -91,5 +91,5 @@ def ambiguous_phrases(record: TextEmbeddings) -> Dict[int, Set[str]]:
 
 
 def _plain(words: str) -> str:
-    """Words without case and underscores."""
+    """Normalize a phrase to lower case without underscores."""
     return words.strip().lower().replace('_', ' ')

@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Checkpoints: read without running code, loaded all or not at all."""
+"""Loading of checkpoints, without running code and strictly."""
 import errno
+import hashlib
 import io
 import logging
 import os
@@ -8,7 +9,7 @@ import re
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
@@ -27,7 +28,7 @@ NUMBERED = re.compile(r'(?:iter|epoch)_(\d+)\.pth')
 
 @contextmanager
 def weights_only(path: Union[str, os.PathLike]) -> Iterator[None]:
-    """Let ``torch.load`` run no code, whoever calls it and however.
+    """Context in which every ``torch.load`` runs no code.
 
     OneDL's MMEngine falls back to ``weights_only=False``, ``torch.hub`` asks
     for it, and it is the default before torch 2.6; torch has a variable of
@@ -69,7 +70,7 @@ def weights_only(path: Union[str, os.PathLike]) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, without torch's advice to run the code all the same."""
+    """Get the message of an error, without torch's advice to run the code."""
     found = re.search(r'(?:GLOBAL|global) ([\w.]+\.\w+)', str(error))
     if found:
         return (f'it names {found[1]}, which is no part of weights or logs '
@@ -82,7 +83,7 @@ def _reason(error: Exception) -> str:
 
 
 def load_file(path: Union[str, os.PathLike], map_location: Any = 'cpu') -> Any:
-    """Read what ``torch.save`` wrote, without running code that is in it.
+    """Load a file of ``torch.save`` without running code in it.
 
     Args:
         path (str or PathLike): The file.
@@ -100,7 +101,7 @@ def load_file(path: Union[str, os.PathLike], map_location: Any = 'cpu') -> Any:
 
 
 def read_checkpoint(path: Union[str, os.PathLike]) -> Dict[str, Any]:
-    """Read a checkpoint without running any code that may be in it.
+    """Load a checkpoint without running code in it.
 
     With MMEngine's ``EMAHook`` the ``state_dict`` of a checkpoint holds the
     averaged weights, text included, and ``ema_state_dict`` the others: it
@@ -178,7 +179,7 @@ def find_checkpoint(folder: Path) -> Optional[Path]:
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor],
                   path: Union[str, os.PathLike]) -> None:
-    """Load weights that must be those of the model, all of them.
+    """Load a state dict whose keys and shapes must match the model.
 
     Args:
         model (nn.Module): The model.
@@ -238,7 +239,7 @@ def build_segmentor(model: Dict, state: Mapping[str, Tensor],
 
 
 def non_finite(state: Mapping[str, Tensor]) -> str:
-    """Name the weights that are NaN or infinite.
+    """Find weights that are NaN or infinite.
 
     Args:
         state (Mapping[str, Tensor]): Weights by name.
@@ -256,7 +257,7 @@ def non_finite(state: Mapping[str, Tensor]) -> str:
 
 
 def checkpoint_bytes(checkpoint: Dict[str, Any]) -> bytes:
-    """Make what ``torch.save`` would write.
+    """Serialize a checkpoint as ``torch.save`` does.
 
     Args:
         checkpoint (dict): The checkpoint.
@@ -267,3 +268,24 @@ def checkpoint_bytes(checkpoint: Dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     return buffer.getvalue()
+
+
+def checksum(module: nn.Module) -> str:
+    """Hash all weights of a module, to prove that they are unchanged.
+
+    Args:
+        module (nn.Module): The module.
+
+    Returns:
+        str: SHA-256 over names, types, shapes and bytes of all parameters and
+        buffers, in hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    tensors: List[Tuple[str, Tensor]] = [
+        *module.named_parameters(), *module.named_buffers()
+    ]
+    for name, value in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f'{name} {value.dtype} {tuple(value.shape)};'.encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -17,7 +17,7 @@ from mmengine.config.config import DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 
-from mmseg_textkd.analysis.benchmark import random_text
+from mmseg_textkd.analysis.benchmark import randomize_text
 from mmseg_textkd.deploy import to_stock_cfg
 from mmseg_textkd.utils.report import count_cost, table
 
@@ -65,7 +65,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         metavar=('H', 'W'),
         help='size of the image (default: 1024 2048)')
     args = parser.parse_args(argv)
-    cfg = random_text(Config.fromfile(args.config))
+    cfg = randomize_text(Config.fromfile(args.config))
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     cfg.model.pop('auxiliary_head', None)
     cfg.model.decode_head.pop('fusion', None)

@@ -9,7 +9,7 @@ from mmseg_textkd.text import Vocabulary
 
 @HOOKS.register_module()
 class TeacherHook(Hook):
-    """See that a frozen teacher fits the data and stays as it is.
+    """Check that a frozen teacher fits the data and stays unchanged.
 
     Without it ``DistilledEncoderDecoder`` trains too, but only the number of
     classes is compared. A teacher of embeddings may have other classes, if
@@ -62,7 +62,7 @@ class TeacherHook(Hook):
 
     @staticmethod
     def _check_hidden(teacher, hidden) -> None:
-        """Refuse a teacher that has been told of what is hidden."""
+        """Require a teacher that was not trained with unseen classes."""
         if not hidden:
             return
         known = seen_classes(*(Vocabulary.from_spec(list(names))
@@ -74,7 +74,7 @@ class TeacherHook(Hook):
                 'from the student (`unseen`). Take one that was not.')
 
     def after_train(self, runner) -> None:
-        """Prove that the teacher is unchanged.
+        """Check that the teacher is unchanged.
 
         Args:
             runner (Runner): The runner of the training process.

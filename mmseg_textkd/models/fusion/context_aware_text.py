@@ -12,7 +12,7 @@ from ..layers import (TextBranch, TextClassifier, TextFusion,
 
 @MODELS.register_module()
 class ContextAwareText(TextFusion):
-    r"""Text that has looked at the image, and its score map.
+    r"""Context-aware prompting of DenseCLIP, with its score map.
 
     A decoder lets the class embeddings attend to the features; what it finds
     is added with a small learned factor, and the pixels are compared with
@@ -110,7 +110,7 @@ class ContextAwareText(TextFusion):
                 torch.zeros(num_classes, num_classes))
 
     def forward(self, feat: Tensor, text: Tensor) -> Tensor:
-        """Let the text look at the image.
+        """Update the text by cross-attention to the image.
 
         Args:
             feat (Tensor): Features with shape (N, C, H, W).
@@ -136,7 +136,7 @@ class ContextAwareText(TextFusion):
         return text.to(dtype) + self.gamma.to(dtype) * gain
 
     def score(self, embeddings: Tensor, feat: Tensor, text: Tensor) -> Tensor:
-        """Compare the pixels with the text that has looked at them.
+        """Compute the score map of pixels and updated text.
 
         Args:
             embeddings (Tensor): Pixel embeddings, shape (N, D, H, W).

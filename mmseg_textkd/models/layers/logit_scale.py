@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class LogitScale(nn.Module):
-    r"""A positive factor on similarities, learned as its logarithm.
+    r"""Positive factor on similarities, learned as its logarithm.
 
     A fixed :math:`1/0.07` leaves a cross entropy that no network can remove,
     because CLIP's class names lie close together; so it is learned by

@@ -17,7 +17,7 @@ UNSEEN_LOGIT = -1e4
 
 @MODELS.register_module()
 class TextClassifier(TextBranch):
-    r"""Classify pixels by their similarity to the text of the classes.
+    r"""Classifier of pixels by their similarity to the text of the classes.
 
     It takes the place of a head's ``conv_seg`` and is called as that is:
 

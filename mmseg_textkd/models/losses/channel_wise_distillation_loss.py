@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @MODELS.register_module()
 class ChannelWiseDistillationLoss(nn.Module):
-    r"""Let each channel look where the same channel of the teacher looks.
+    r"""Channel-wise knowledge distillation loss.
 
     .. math::
         L = \frac{T^2}{N C} \sum_{n, c} \sum_{p \in V_n}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @MODELS.register_module()
 class ImageEmbeddingDistillationLoss(nn.Module):
-    r"""Bring the image embedding of each pixel to that of frozen CLIP.
+    r"""Squared distance between pixel embeddings and those of frozen CLIP.
 
     .. math::
         L = \frac{1}{|P|} \sum_{p \in P} \lVert u_p - v_p \rVert^2

@@ -123,7 +123,7 @@ class TextAlignmentLoss(nn.Module):
 
     def _sample(self, labels: Tensor, num_classes: int,
                 ignore_index: int) -> Tensor:
-        """Ignore all but a random few pixels of each class."""
+        """Sample pixels of each class and ignore the others."""
         flat = labels.flatten()
         # Ignored pixels sort behind all classes.
         classes = flat.where(flat != ignore_index, num_classes)

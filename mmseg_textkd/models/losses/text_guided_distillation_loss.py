@@ -7,14 +7,14 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ..layers import LogitScale, class_means
-from .teacher_logits import teacher_logits
+from .logit_distillation_loss import teacher_logits
 
 TEACHERS = ('regions', 'segmentor')
 
 
 @MODELS.register_module()
 class TextGuidedDistillationLoss(nn.Module):
-    r"""Bring the classes of an image to their teacher as far as text says.
+    r"""Text-guided knowledge distillation of class prototypes.
 
     .. math::
         L_i = \frac{1}{R_i^2} \Big( \sum_a \lVert s_a - v_a \rVert^2 +
@@ -134,7 +134,7 @@ class TextGuidedDistillationLoss(nn.Module):
 
     def _compare(self, students: Tensor, teachers: Tensor, text: Tensor,
                  known: Tensor) -> Tensor:
-        """The loss of unit vectors (N, K, D), of the known classes (N, K)."""
+        """Compute the loss of unit vectors (N, K, D), known classes (N, K)."""
         own = (students - teachers).square().sum(dim=2)
         target = self.gamma().to(text) * text @ text.transpose(1, 2)
         pairs = (target - students @ teachers.transpose(1, 2)).square()
@@ -148,7 +148,7 @@ class TextGuidedDistillationLoss(nn.Module):
 
     @staticmethod
     def _regions(samples: Sequence, text: Tensor) -> Tuple[Tensor, Tensor]:
-        """Vectors of the image tower (N, K, D), and where there are any."""
+        """Get region embeddings (N, K, D) and the mask of known classes."""
         teachers = torch.zeros_like(text)
         known = torch.zeros(
             text.shape[:2], dtype=torch.bool, device=text.device)
@@ -176,7 +176,7 @@ class TextGuidedDistillationLoss(nn.Module):
 
     def _prototypes(self, samples: Sequence, text: Tensor, labels: Tensor,
                     ignore_index: int) -> Tuple[Tensor, Tensor]:
-        """What a segmentor takes the classes for, as text (N, K, D)."""
+        """Compute prototypes (N, K, D) in text space from the logits."""
         logits = teacher_logits(samples, labels.shape[1:], text.shape[1])
         maps = (logits.to(text) / self.temperature).softmax(dim=1)
         shares, counts = class_means(maps, labels, text.shape[1], ignore_index)

@@ -15,7 +15,7 @@ from ..record_calls import record_calls
 
 @MODELS.register_module()
 class DistilledEncoderDecoder(EncoderDecoder):
-    """``EncoderDecoder`` that learns from a frozen teacher.
+    """``EncoderDecoder`` with knowledge distillation from a frozen teacher.
 
     In training the teacher looks at the same images. What it sees goes into
     the data samples, as ``teacher``, a :obj:`PixelData` with ``logits`` and

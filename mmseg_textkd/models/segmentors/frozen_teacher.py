@@ -9,15 +9,15 @@ from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_textkd.text.checksum import checksum
-from mmseg_textkd.utils.checkpoint import build_segmentor, read_checkpoint
+from mmseg_textkd.utils.checkpoint import (build_segmentor, checksum,
+                                           read_checkpoint)
 from ..record_calls import record_calls
 from .normalization import renormalize
 
 
 @MODELS.register_module()
 class FrozenTeacher:
-    """A trained segmentation network that tells what it sees.
+    """Frozen segmentation network used as teacher.
 
     No module: it is in no module tree, state dict or optimizer, and takes no
     gradient. It is loaded when it is first needed, and moves to the device of
@@ -69,12 +69,12 @@ class FrozenTeacher:
 
     @property
     def name(self) -> str:
-        """str: What it is called in messages."""
+        """str: Name of the teacher in messages."""
         return self.config
 
     @property
     def num_classes(self) -> Optional[int]:
-        """int, optional: Number of classes of its logits, if it gives them."""
+        """int, optional: Number of classes of its logits, if it has any."""
         if self.embeddings:
             return None
         head = self.model.decode_head
@@ -82,10 +82,10 @@ class FrozenTeacher:
         return head.out_channels
 
     def checksum(self) -> str:
-        """Hash all weights, to prove that training has not touched them.
+        """Hash all weights, to prove that training has not changed them.
 
         Returns:
-            str: See :func:`mmseg_textkd.text.checksum.checksum`.
+            str: See :func:`mmseg_textkd.utils.checkpoint.checksum`.
         """
         return checksum(self.model)
 
@@ -110,7 +110,7 @@ class FrozenTeacher:
     @torch.no_grad()
     def __call__(self, inputs: Tensor,
                  preprocessor: SegDataPreProcessor) -> Dict[str, Tensor]:
-        """Look at a batch.
+        """Compute logits and features, or embeddings, of a batch.
 
         Args:
             inputs (Tensor): Images as the student gets them, with shape

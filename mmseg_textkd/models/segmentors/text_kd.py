@@ -131,7 +131,7 @@ class TextKD(EncoderDecoder):
             conv.register_forward_hook(partial(self._add_scores, name))
 
     def _find(self, name: str) -> nn.Module:
-        """Get a module by its name, or say which there are."""
+        """Get a module by its name, or raise with the names that exist."""
         found: nn.Module = self
         for i, part in enumerate(parts := name.split('.')):
             children = dict(found.named_children())

@@ -98,7 +98,7 @@ class ContextPromptLearner(PromptLearner):
         return self.__dict__['tower'] is not None
 
     def phrases(self) -> List[str]:
-        """Get the words that stand for each class in its prompt.
+        """Get the phrase of each class in its prompt.
 
         Returns:
             list[str]: One phrase for each class.
@@ -126,7 +126,7 @@ class ContextPromptLearner(PromptLearner):
         return phrases
 
     def prepare(self) -> None:
-        """Load the tower and lay out the prompts.
+        """Load the tower and tokenize the prompts.
 
         Raises:
             ValueError: If the widths differ, a prompt is longer than the
@@ -195,7 +195,7 @@ class ContextPromptLearner(PromptLearner):
         return self._encode(tower, *self._lay_out(tower, phrases))
 
     def _encode(self, tower: TextTower, ids: Tensor, start: int) -> Tensor:
-        """Put the context into the prompts and encode them."""
+        """Insert the context into the prompts and encode them."""
         device = self.context.device
         tower, ids = tower.to(device), ids.to(device)
         tokens = tower.embed_tokens(ids)

@@ -58,7 +58,7 @@ class PromptLearner(TextProvider):
 
     @property
     def can_compute(self) -> bool:
-        """bool: Whether the vectors to start from are at hand."""
+        """bool: Whether the initial vectors are loaded."""
         return self.has_base
 
     def start_learning(self) -> None:
@@ -75,7 +75,7 @@ class PromptLearner(TextProvider):
         self.started.fill_(True)
 
     def prepare(self) -> None:
-        """Load what only stage 2 needs."""
+        """Prepare stage 2."""
 
     @abstractmethod
     def compute(self) -> Tensor:

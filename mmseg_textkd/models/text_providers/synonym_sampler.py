@@ -82,14 +82,14 @@ class SynonymSampler(ClassEmbeddings):
             self.phrase_bank = self._make_bank(phrase_confidence(self.record))
 
     def _rows(self, record: TextEmbeddings) -> Tensor:
-        """Vectors of the plain names."""
+        """Get the vectors of the class names."""
         try:
             return phrase_vectors(record)[0][:, 0]
         except ValueError as error:
             raise ValueError(f'{self.file}: {error}') from None
 
     def _make_bank(self, scores: Tensor) -> PhraseBank:
-        """Bank of the phrases that may be drawn, with their probabilities."""
+        """Build the bank of phrases to sample with their probabilities."""
         vectors, mask = phrase_vectors(self.record)
         if self.shift is not None:
             vectors = F.normalize(vectors - self.shift, dim=2)

@@ -49,7 +49,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
 
     @property
     def filled(self) -> bool:
-        """bool: Whether the embeddings are there and may be used."""
+        """bool: Whether the embeddings have been set."""
         return self._filled
 
     def fill(self, vectors: Tensor) -> None:
@@ -122,7 +122,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
 
     @property
     def can_compute(self) -> bool:
-        """bool: Whether :meth:`compute` has all that it needs now."""
+        """bool: Whether :meth:`compute` can be called."""
         return self._filled
 
     def learnable(self) -> Dict[str, nn.Parameter]:
@@ -138,7 +138,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         """Enter stage 2; a fixed provider stays as it is."""
 
     def stop_learning(self) -> None:
-        """Go back to stage 1, in which the embeddings are fixed."""
+        """Enter stage 1, in which the embeddings are fixed."""
         self.learning = False
 
     @torch.no_grad()
@@ -204,7 +204,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
 
     def _load_from_state_dict(self, state_dict, prefix, *args,
                               **kwargs) -> None:
-        """Note that a checkpoint has filled the embeddings."""
+        """Load the embeddings, which are set then."""
         value = state_dict.get(prefix + 'class_embeddings')
         if value is not None and value.shape == self.class_embeddings.shape:
             self._filled = True
