@@ -151,7 +151,7 @@ def _stock_file(kind: str, path: str) -> str:
             return found
     stock = []
     for root in filter(osp.isdir, roots):
-        # Imported here: nobody walks the folders unless something is wrong.
+        # Imported here: the folders are only searched for an error message.
         from mmengine.utils import scandir
         stock += scandir(root, osp.splitext(path)[1] or None, recursive=True)
     near = difflib.get_close_matches(path, stock, n=3)
@@ -337,7 +337,7 @@ def _find_without_pkg_resources() -> bool:
     MMEngine 0.10.7 uses ``pkg_resources``, which setuptools 82 dropped; its
     main branch returns a wrong folder. Only these two functions of MMEngine
     are replaced; no module called ``pkg_resources`` is made up, for others
-    may ask whether there is one.
+    may check whether it is installed.
     """
     from mmengine.config.utils import MODULE2PACKAGE
     from mmengine.utils import package_utils
@@ -354,7 +354,7 @@ def _find_without_pkg_resources() -> bool:
         return False
     for ours in (is_installed, get_installed_path):
         theirs = getattr(package_utils, ours.__name__)
-        # They are imported by name, so every module has to be told.
+        # They are imported by name, so every module has to be patched.
         for name, module in list(sys.modules.items()):
             if (name.startswith('mmengine')
                     and vars(module).get(ours.__name__) is theirs):
@@ -421,8 +421,8 @@ def swaps_channels(preprocessor: Any) -> bool:
     for name in ('channel_conversion', '_channel_conversion'):
         if hasattr(preprocessor, name):
             return bool(getattr(preprocessor, name))
-    raise AttributeError(f'{type(preprocessor).__name__} does not tell '
-                         'whether it swaps channels.')
+    raise AttributeError(f'{type(preprocessor).__name__} has no '
+                         'attribute for the order of channels.')
 
 
 def is_installed(package: str) -> bool:

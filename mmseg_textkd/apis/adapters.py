@@ -149,9 +149,9 @@ class NetworkAdapter(metaclass=ABCMeta):
 class TextHeadAdapter(NetworkAdapter):
     """Adapter of a text head, which folds its projection with new vectors.
 
-    In the role 'auxiliary' the head's own classifier knows no text. It stays
-    until there are other classes. Then the cosine classifier of the text
-    branch, which the alignment loss has trained, takes its place.
+    In the role 'auxiliary' the head's own classifier does not depend on text.
+    For other classes it is replaced by the cosine classifier of the text
+    branch, which the alignment loss has trained.
     """
 
     def __init__(self,
@@ -198,11 +198,11 @@ class TextHeadAdapter(NetworkAdapter):
         """Fold the projection with class vectors into a stock classifier.
 
         A trained class keeps its bias. A new one gets the mean of all biases,
-        so that a bias that is common to all, which no softmax sees, favors
+        so that a bias that is common to all, which the softmax cancels, favors
         neither. (Cross entropy leaves that mean where it began, at 0: the
         gradients of the biases sum to 0.) ``new_bias`` is added to it, as in
-        `calibrated stacking <https://arxiv.org/abs/1605.04253>`_: the
-        training has taught the network to prefer the trained classes.
+        `calibrated stacking <https://arxiv.org/abs/1605.04253>`_: the training
+        has taught the network to prefer the trained classes.
 
         Args:
             vectors (Tensor): Class vectors, shape (K, D).

@@ -79,7 +79,7 @@ class ClassEncoder:
         cache_dir (str or PathLike, optional): Folder of the cache of vectors.
             Defaults to None, see :func:`default_cache_dir`.
         tower (Mapping, optional): ``model``, ``pretrained`` and ``cache_dir``
-            of the tower, where the network itself tells them. Defaults to
+            of the tower, where the network defines them. Defaults to
             None.
     """
 
@@ -168,8 +168,8 @@ class ClassEncoder:
         if _type_name(self.embeddings) == 'ControlEmbeddings':
             raise ValueError(
                 'this network was trained with ControlEmbeddings, vectors '
-                'that know nothing of language: only the names of its own '
-                f'classes mean something to it, {list(self.names)}.')
+                'without language: it can only predict its own classes, '
+                f'{list(self.names)}.')
         if record is not None:
             vectors = self._from_file(record, words, tower)
             return self._center(vectors), 'from the embeddings file'
@@ -236,7 +236,7 @@ class ClassEncoder:
             raise ValueError(
                 f'the vectors in the embeddings file are of the tower '
                 f'{made_by}, but this network was trained with those of '
-                f'{known}. They do not lie in the same space.')
+                f'{known}. They are not in the same space.')
         return record.vectors[[row[name] for name in words.names]]
 
     def _load(self, tower: Tower) -> TextTower:
@@ -315,7 +315,7 @@ class ClassEncoder:
                 f'The tower {tower} gives for the classes that this network '
                 'was trained with other vectors than those it learned with '
                 f'(mean cosine {cosine:.2f}). Unless prompts have moved them '
-                'that far, it is another tower, and new names mean nothing.',
+                'that far, it is another tower, unfit for new classes.',
                 'current', logging.WARNING)
 
 

@@ -11,8 +11,8 @@ from .weights import TextTowerError
 class FrozenCLIP(nn.Module):
     """Base of the frozen encoders of a CLIP model.
 
-    The weights take no gradient, and the module stays in evaluation mode
-    whatever :meth:`train` is told.
+    The weights get no gradient, and the module always stays in evaluation
+    mode.
 
     Args:
         model (str): See :func:`.weights.find_weights`.
@@ -27,7 +27,7 @@ class FrozenCLIP(nn.Module):
             print_log(
                 f'The {type(self).__name__} is ToyCLIP, a tiny model trained '
                 'on generated street scenes for tests and the quickstart. It '
-                'is not CLIP and knows next to nothing.', 'current')
+                'is not CLIP and of no use for real images.', 'current')
 
     def _freeze(self, sample: Tensor) -> int:
         """Freeze the weights and get the width of the embeddings.

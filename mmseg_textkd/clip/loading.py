@@ -72,7 +72,7 @@ def _load_model(open_clip: Any, model: str,
             pretrained=location.pretrained,
             precision='fp32',
             device='cpu',
-            # With a file in place of the tag, open_clip cannot know.
+            # With a file in place of the tag, open_clip cannot infer it.
             force_quick_gelu=location.quick_gelu,
             require_pretrained=True)
     except Exception as error:

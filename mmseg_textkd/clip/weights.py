@@ -1,8 +1,8 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Local weights of CLIP models, downloaded where there is a network.
 
-Weights are always opened from local files. open_clip on its own asks the hub
-first, which costs half a minute of retries per file on a machine without a
+Weights are always opened from local files. open_clip on its own queries the
+hub first, which costs half a minute of retries per file on a machine without a
 network even if everything is in the cache, and goes on with random weights
 when a download fails.
 """
@@ -300,9 +300,9 @@ def _hub_files(repo: str,
     from huggingface_hub import constants, try_to_load_from_cache
     from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
     if filename:
-        # open_clip's download prefers the safetensors twin of a file.
-        twin = os.path.splitext(filename)[0] + '.safetensors'
-        wanted = [(twin, filename)]
+        # open_clip's download prefers the safetensors version of a file.
+        safetensors = os.path.splitext(filename)[0] + '.safetensors'
+        wanted = [(safetensors, filename)]
     else:
         wanted = [(HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)]
     if config:

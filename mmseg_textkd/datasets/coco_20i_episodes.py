@@ -131,4 +131,4 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> None:
         """Raise for anything that would be imported."""
-        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+        raise pickle.UnpicklingError(f'it imports {module}.{name}')

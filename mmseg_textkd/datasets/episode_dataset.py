@@ -7,7 +7,7 @@ from mmseg.datasets import BaseSegDataset
 class EpisodeDataset(BaseSegDataset):
     """Base of few-shot datasets, with one class for each image.
 
-    An episode asks where one class is in one image (the "query"); all else
+    An episode is to segment one class in one image (the "query"); all else
     is the other. The episodes are those that `HSNet
     <https://arxiv.org/abs/2104.01538>`_ tests on, so that figures can be
     compared; its support images are not loaded, for text takes their place.

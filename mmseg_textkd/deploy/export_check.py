@@ -23,7 +23,7 @@ def check(name: str, network: ExportableSegmentor, exported: Exported,
         images (Iterable[Tensor]): Inputs.
 
     Returns:
-        str: One line that says how near they come.
+        str: One line with the largest difference.
 
     Raises:
         ValueError: If they differ by more, something is not finite, or it

@@ -84,7 +84,7 @@ def look_up_phrases(vocabulary: VocabularySpec,
                     keep_bank: bool = False) -> TextEmbeddings:
     """Make class embeddings from the vectors of single phrases.
 
-    For vectors that were made elsewhere, where no tower is at hand. Phrases
+    For vectors that were made elsewhere, without a tower. Phrases
     that have no vector are left out.
 
     Args:
@@ -182,7 +182,7 @@ def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
         file = str(node['file'])
         build = dict(node['build'])
         if nodes.setdefault(file, build) != build:
-            raise ValueError(f'The config tells two ways to build {file}: '
+            raise ValueError(f'The config has two ways to build {file}: '
                              f'{nodes[file]} and {build}.')
     for file, build in nodes.items():
         _check_build(file, build)

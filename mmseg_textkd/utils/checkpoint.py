@@ -140,7 +140,7 @@ def find_checkpoint(folder: Path) -> Optional[Path]:
 
     That is the one that ``last_checkpoint`` names. A kill may leave that file
     empty, and a full disk half a checkpoint; then it is the one with the
-    highest number that is whole, and a warning says what was passed over.
+    highest number that is whole, and a warning names those that were skipped.
 
     Args:
         folder (Path): Work directory of the run.

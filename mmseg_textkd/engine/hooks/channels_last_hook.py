@@ -10,7 +10,7 @@ from mmseg_textkd.models.text_parameters import unwrap
 class ChannelsLastHook(Hook):
     """Train and evaluate with weights in PyTorch's channels-last layout.
 
-    Convolutions then hand on features in the same layout, without a
+    Convolutions then output features in the same layout, without a
     conversion of the images. Values stay what they are, up to the order of
     sums. On a CPU, light networks with depthwise convolutions train faster so.
 

@@ -89,7 +89,7 @@ class LSegEpisodeHead(LSegDPTHead):
         rows = self.text_branch.text.num_classes
         if not all(0 <= k < rows - 1 for k in classes):
             raise ValueError(f'the text has the others and {rows - 1} classes,'
-                             f' but the images ask for {classes}.')
+                             f' but the images have {classes}.')
         self.text_branch.episode = torch.tensor(classes)
         try:
             yield

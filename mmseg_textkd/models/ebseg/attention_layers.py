@@ -87,7 +87,7 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.offsets.weight)
         nn.init.zeros_(self.weights.weight)
-        # The points lie on rays, one direction a head, 1, 2, ... pixels away.
+        # The points are on rays, one direction a head, 1, 2, ... pixels away.
         angle = 2 * math.pi * torch.arange(num_heads) / num_heads
         ray = torch.stack([angle.cos(), angle.sin()], dim=1)
         ray = ray / ray.abs().amax(dim=1, keepdim=True)
@@ -200,7 +200,7 @@ def sine_position(size: Tuple[int, int], dims: int, like: Tensor) -> Tensor:
     for side in size:
         place = torch.arange(1, side + 1, device=like.device) / side
         angle = 2 * math.pi * place[:, None] / wave
-        # Sine and cosine of a frequency lie side by side.
+        # Sine and cosine of a frequency are adjacent.
         axes.append(torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1))
     rows, columns = axes
     grid = torch.cat([

@@ -50,7 +50,7 @@ class CLIPSAMNeck(BaseModule):
         channels (int): Width C. Defaults to 256.
         num_layers (int): Number of layers of attention. Defaults to 6.
         num_heads (int): Their heads. Defaults to 8.
-        num_points (int): Points that a head looks at in each level. Defaults
+        num_points (int): Sampling points of a head in each level. Defaults
             to 4.
         feedforward (int): Their inner width. Defaults to 1024.
         norm_cfg (dict): Config of the norms. Defaults to GN of 32 groups.

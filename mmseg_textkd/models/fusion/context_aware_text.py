@@ -157,7 +157,7 @@ class ContextAwareText(TextFusion):
         """Classify each pixel with the score map as a further input.
 
         Args:
-            classifier (TextClassifier): The classifier that it lies in.
+            classifier (TextClassifier): The classifier that has it.
             feat (Tensor): Features with shape (N, C, H, W).
             text (Tensor): Class embeddings, shape (K, D) or (N, K, D).
 
@@ -177,11 +177,11 @@ class ContextAwareText(TextFusion):
         """Compute the cross entropy of the score map.
 
         Args:
-            branch (TextBranch): The branch that it lies in.
+            branch (TextBranch): The branch that has it.
             feat (Tensor): Features with shape (N, C, H, W).
             embeddings (Tensor): Pixel embeddings, shape (N, D, H, W).
             text (Tensor): Class embeddings, shape (K, D) or (N, K, D).
-            logits (Tensor): Not looked at.
+            logits (Tensor): Not used.
             labels (Tensor): Long tensor with shape (N, H, W).
             ignore_index (int): Label of the pixels that are left out.
 

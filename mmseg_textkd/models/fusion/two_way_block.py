@@ -87,5 +87,5 @@ class TwoWayBlock(BaseModule):
         pixels = self.conv(pixels)
         key, value = self.key_value(self.norm_told(tokens)).chunk(2, dim=2)
         flat = pixels.flatten(2).transpose(1, 2)
-        told = attend(flat, key, value, heads)
-        return pixels + told.transpose(1, 2).reshape(pixels.shape), tokens
+        update = attend(flat, key, value, heads)
+        return pixels + update.transpose(1, 2).reshape(pixels.shape), tokens

@@ -160,7 +160,7 @@ class TwoWayBridge(TextFusion):
         """Classify each pixel with the fusion.
 
         Args:
-            classifier (TextClassifier): The classifier that it lies in.
+            classifier (TextClassifier): The classifier that has it.
             feat (Tensor): Features with shape (N, C, H, W).
             text (Tensor): Class embeddings, shape (K, D) or (N, K, D).
 
@@ -183,7 +183,7 @@ class TwoWayBridge(TextFusion):
         """Compute the losses of ``use='training'``.
 
         Args:
-            branch (TextClassifier): The classifier that it lies in.
+            branch (TextClassifier): The classifier that has it.
             feat (Tensor): Features with shape (N, C, H, W).
             embeddings (Tensor): Pixel embeddings, shape (N, D, H, W).
             text (Tensor): Class embeddings, shape (K, D) or (N, K, D).

@@ -144,7 +144,7 @@ class ScoreMap(BaseModule):
                 '`score_map` to the channels of the module that `feature` '
                 'names, or name another module.')
         text = self.text(feat.shape[0])
-        # Under AMP too: half precision cannot tell class names apart whose
+        # Under AMP too: half precision does not resolve class names whose
         # cosines differ in the third digit.
         with torch.autocast(feat.device.type, enabled=False):
             dtype = torch.promote_types(feat.dtype, torch.float32)

@@ -28,8 +28,8 @@ def text_of_batch(text: Tensor) -> Tensor:
     """Get one class embedding for each class of a batch.
 
     Where images have text of their own, or a class has several phrases, it
-    is their mean, brought back to unit length: what is compared with it, such
-    as a mean over the pixels of all images, has no image of its own either.
+    is their normalized mean, since it is compared with
+    values of the whole batch, such as means over the pixels of all images.
 
     Args:
         text (Tensor): Class embeddings with unit rows, of a shape that

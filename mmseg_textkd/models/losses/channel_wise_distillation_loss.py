@@ -71,7 +71,7 @@ class ChannelWiseDistillationLoss(nn.Module):
         Args:
             student (Tensor): Logits or features, shape (N, C, H, W).
             teacher (Tensor): Those of the teacher, which get no gradient,
-                with the same shape but for what ``align`` tells.
+                with the same shape, or the channels that ``align`` gives.
             labels (Tensor): Long tensor with shape (N, H, W).
             ignore_index (int): Label of the pixels that are left out.
                 Defaults to 255.

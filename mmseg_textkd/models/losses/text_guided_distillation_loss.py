@@ -31,14 +31,14 @@ class TextGuidedDistillationLoss(nn.Module):
 
     The teacher is
 
-    - 'regions': a frozen CLIP image tower, which has seen the region of the
-      class in the image as it is on the disk
+    - 'regions': a frozen CLIP image tower, whose input is the region of the
+      class in the original image
       (:class:`LoadRegionEmbeddings`). It must be the tower that belongs to
       the text.
     - 'segmentor': a segmentation network (``DistilledEncoderDecoder``), text
       or stock, of any width. The mean of its softmax over the pixels of class
-      a, :math:`q_a`, tells what it takes the class for; in the space of the
-      text that is :math:`v_a \propto \sum_k q_{ak} t_k`.
+      a, :math:`q_a`, is its mean prediction for the class; in the space of
+      the text that is :math:`v_a \propto \sum_k q_{ak} t_k`.
 
     Source: `Global Knowledge Calibration for Fast Open-Vocabulary
     Segmentation <https://arxiv.org/abs/2303.09181>`_ (text-guided knowledge
@@ -103,16 +103,16 @@ class TextGuidedDistillationLoss(nn.Module):
             labels (Tensor): Long tensor with shape (N, h, w).
             ignore_index (int): Label of the pixels that are left out.
                 Defaults to 255.
-            batch_data_samples (Sequence[:obj:`SegDataSample`]): With what
-                the teacher knows.
+            batch_data_samples (Sequence[:obj:`SegDataSample`]): With the
+                outputs of the teacher.
 
         Returns:
             Tensor: Scalar; 0 with a graph if no image has a class that
             student and teacher know.
 
         Raises:
-            ValueError: If the data samples bring nothing of the teacher, or
-                what does not fit the text.
+            ValueError: If the data samples have no outputs of the teacher, or
+                these do not fit the text.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(embeddings.dtype, torch.float32)
@@ -155,7 +155,7 @@ class TextGuidedDistillationLoss(nn.Module):
         if len(samples) != len(text) or not all('region_embeddings' in s
                                                 for s in samples):
             raise ValueError(
-                'the data samples bring no region embeddings. Put '
+                'the data samples have no region embeddings. Put '
                 'LoadRegionEmbeddings and PackRegionInputs into the pipeline '
                 'of train_dataloader (mmseg_textkd.add_region_embeddings).')
         for i, sample in enumerate(samples):

@@ -19,9 +19,9 @@ from .normalization import renormalize
 class FrozenTeacher:
     """Frozen segmentation network used as teacher.
 
-    No module: it is in no module tree, state dict or optimizer, and takes no
-    gradient. It is loaded when it is first needed, and moves to the device of
-    its inputs. Copies of a student share it.
+    It is no module: it is in no module tree, state dict or optimizer, and
+    gets no gradient. It is loaded on first use and moved to the device of its
+    inputs. Copies of a student share it.
 
     Args:
         config (str): Path of its config, of a stock network or one of ours.
@@ -29,10 +29,9 @@ class FrozenTeacher:
             not needed, may be missing.
         cfg_options (dict, optional): Settings of the config to override.
             Defaults to None.
-        embeddings (bool): Whether it tells of its pixel embeddings in the
-            space of text, as :class:`EBSeg` has them, in place of logits and
-            features. It may have other classes than the student then.
-            Defaults to False.
+        embeddings (bool): Whether it outputs pixel embeddings in the space of
+            text, as :class:`EBSeg` has them, instead of logits and features.
+            It may have other classes than the student then. Defaults to False.
     """
 
     def __init__(self,
@@ -100,7 +99,7 @@ class FrozenTeacher:
         cfg = Config.fromfile(self.config)
         cfg.merge_from_dict(self.cfg_options or {})
         saved = read_checkpoint(path)
-        # What the student draws must not depend on its teacher.
+        # The random numbers of the student must not depend on its teacher.
         with torch.random.fork_rng(devices=[]):
             model = build_segmentor(cfg.model, saved['state_dict'], path)
         self._model = model.requires_grad_(False)
@@ -113,10 +112,9 @@ class FrozenTeacher:
         """Compute logits and features, or embeddings, of a batch.
 
         Args:
-            inputs (Tensor): Images as the student gets them, with shape
+            inputs (Tensor): Normalized images of the student, with shape
                 (N, 3, H, W).
-            preprocessor (SegDataPreProcessor): The student's, which says how
-                they were normalized.
+            preprocessor (SegDataPreProcessor): That of the student.
 
         Returns:
             dict[str, Tensor]: ``logits`` with shape (N, K, h, w) and, of a
@@ -132,7 +130,7 @@ class FrozenTeacher:
             if not hasattr(model, 'pixel_embeddings'):
                 raise ValueError(
                     f'the {type(model).__name__} of the teacher {self.config} '
-                    'has no pixel embeddings, as EBSeg has them, to teach; '
+                    'has no pixel embeddings, as EBSeg has them, to distill; '
                     'leave `embeddings` out.')
             return dict(embeddings=model.pixel_embeddings(inputs))
         head = model.decode_head
@@ -144,7 +142,7 @@ class FrozenTeacher:
             raise ValueError(
                 f'the head {type(head).__name__} of the teacher '
                 f'{self.config} gives no logits for each pixel and class and '
-                'cannot teach.')
+                'cannot be a teacher.')
         if len(calls) != 1:
             return dict(logits=logits)
         return dict(logits=logits, features=calls[0][0])

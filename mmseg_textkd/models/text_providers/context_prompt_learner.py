@@ -117,9 +117,8 @@ class ContextPromptLearner(PromptLearner):
         elif self.record is not None:
             phrases = [words[0] for words in self.record.phrases]
         else:
-            raise ValueError(
-                'ContextPromptLearner does not know the class names; give '
-                '`vocabulary`.')
+            raise ValueError('ContextPromptLearner has no class names; give '
+                             '`vocabulary`.')
         if len(phrases) != self.num_classes:
             raise ValueError(f'{len(phrases)} class names for '
                              f'{self.num_classes} classes: {phrases}')

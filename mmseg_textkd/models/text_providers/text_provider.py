@@ -13,15 +13,15 @@ from .phrase_bank import PhraseBank
 class TextProvider(BaseModule, metaclass=ABCMeta):
     """Base of the modules that provide the class embeddings.
 
-    Everything the vision side knows about language is the matrix that
-    :meth:`forward` returns. Fixed vectors, controls and learned prompts are
-    all providers, so that no classifier or loss needs a branch for them.
+    The matrix that :meth:`forward` returns is the only interface between
+    language and vision. Fixed vectors, controls and learned prompts are all
+    providers, so that no classifier or loss depends on their kind.
 
     The matrix is a plain persistent buffer, ``class_embeddings``: a
     checkpoint can be tested with neither the vectors' file nor a text tower.
     A provider whose file is missing can still be built (inference tools build
-    the model before they load the checkpoint), but refuses to be used until
-    its buffer has been filled.
+    the model before they load the checkpoint), but raises an error if used
+    before its buffer has been set.
 
     Args:
         num_classes (int): Number of classes K.
@@ -41,9 +41,9 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         self.learning = False
         self._filled = False
         self._missing_hint = 'no class embeddings were given.'
-        # Phrases for training to take in the place of the class embeddings.
+        # Phrases that replace the class embeddings in training.
         self.phrase_bank: Optional[PhraseBank] = None
-        self._bank_hint = ''  # why they are missing, if they must not
+        self._bank_hint = ''  # the error if they are needed but missing
         self.register_buffer('class_embeddings',
                              torch.full((num_classes, dim), float('nan')))
 
@@ -162,7 +162,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
 
         Returns:
             Tensor, optional: Unit rows with shape (K, D); None if they cannot
-            be told here.
+            be computed.
         """
         return self.compute() if self.can_compute else None
 
@@ -172,7 +172,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
 
         A resumed run must go on with the text that it began with, so a
         difference is an error. A run that only starts from other weights
-        uses what its config says.
+        uses the text of its config.
 
         Args:
             resumed (bool): Whether the run is a resumed one.
