@@ -4,8 +4,6 @@ import copy
 import functools
 import math
 import re
-import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -311,26 +309,6 @@ class BaseNetworkTester:
             return copy.deepcopy(built[key])
 
         return build
-
-    @pytest.fixture
-    def bare(self, monkeypatch, tmp_path):
-        """No embeddings files, no network, no open_clip."""
-
-        class Blocker:
-
-            def find_spec(self, name, path=None, target=None):
-                if name.split('.')[0] in ('open_clip', 'huggingface_hub'):
-                    raise AssertionError(f'{name} was imported')
-
-        def refuse(*args, **kwargs):
-            raise AssertionError('the network was used')
-
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(socket, 'socket', refuse)
-        for name in list(sys.modules):
-            if name.split('.')[0] in ('open_clip', 'huggingface_hub'):
-                monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setattr(sys, 'meta_path', [Blocker(), *sys.meta_path])
 
     def losses(self, model):
         """Losses on the same image, with the same random numbers."""

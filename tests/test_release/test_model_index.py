@@ -105,7 +105,7 @@ def test_nothing_is_claimed_that_was_not_measured():
         Path(ROOT, 'configs', folder, 'README.md')
         for folder in ('text_classifier', 'textkd', 'lseg', 'ebseg', 'fusion',
                        'distillation', 'structure', 'diversification',
-                       'balance')
+                       'balance', 'multi_dataset')
     ]
     rows = [
         line.split('|')[1:-1] for path in readmes
