@@ -1,20 +1,25 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Compatibility with versions and forks of the OpenMMLab stack.
 
-:func:`apply` runs on ``import mmseg_textkd``. Every cure looks for the fault
-itself (not for a version number) and does nothing where there is none.
+:func:`apply` runs on ``import mmseg_textkd``. Every patch tests for the fault
+itself (not for a version number) and is skipped where there is none.
 """
 import difflib
+import errno
 import functools
 import importlib
 import importlib.metadata as metadata
+import os
 import os.path as osp
+import re
 import sys
 import warnings
+import zipfile
+from contextlib import contextmanager
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pickle import UnpicklingError
 from types import ModuleType
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
 
 # The oldest that can work and the newest that the tests have seen.
 VERSIONS: Dict[str, Tuple[str, str]] = {
@@ -27,6 +32,10 @@ INSTALL = (
     '"mmsegmentation>=1.2.2" ftfy regex` or `pip install onedl-mmengine '
     'onedl-mmcv onedl-mmsegmentation`')
 
+# Variables of the environment that torch reads on every load.
+FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+FORBID = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+
 _applied: List[str] = []
 _done = False
 
@@ -35,7 +44,7 @@ def apply() -> Tuple[str, ...]:
     """Check the installed versions and apply all patches, once per process.
 
     Returns:
-        tuple[str, ...]: Names of the cures that were needed, out of
+        tuple[str, ...]: Names of the patches that were needed, out of
         'mmseg assertion', 'mmcv.ops', 'safe globals', 'code in checkpoints',
         'distribution name', 'pkg_resources' and 'class weights'.
 
@@ -46,14 +55,14 @@ def apply() -> Tuple[str, ...]:
     global _done
     if not _done:
         check_versions()
-        for name, cure in (('mmseg assertion',
-                            _import_mmseg), ('mmcv.ops', _stand_in_for_ops),
-                           ('safe globals', allow_runner_checkpoints),
-                           ('code in checkpoints', _load_without_code),
-                           ('distribution name', _name_distribution),
-                           ('pkg_resources', _find_without_pkg_resources),
-                           ('class weights', _weigh_with_ignored_pixels)):
-            if cure():
+        for name, patch in (('mmseg assertion',
+                             _import_mmseg), ('mmcv.ops', _stand_in_for_ops),
+                            ('safe globals', allow_runner_checkpoints),
+                            ('code in checkpoints', _load_without_code),
+                            ('distribution name', _name_distribution),
+                            ('pkg_resources', _find_without_pkg_resources),
+                            ('class weights', _weigh_with_ignored_pixels)):
+            if patch():
                 _applied.append(name)
         _done = True
     return tuple(_applied)
@@ -287,6 +296,62 @@ def _history_method(owner: type, name: str) -> Callable:
     raise UnpicklingError(f'getattr of {owner!r}, {name!r} is not allowed')
 
 
+@contextmanager
+def weights_only(path: Union[str, os.PathLike]) -> Iterator[None]:
+    """Context in which every ``torch.load`` runs no code.
+
+    OneDL's MMEngine falls back to ``weights_only=False``, ``torch.hub`` asks
+    for it, and it is the default before torch 2.6; torch has a variable of
+    the environment that overrules all of them.
+
+    Args:
+        path (str or PathLike): What is read: a file, whose checksums torch
+            does not look at, or a URL.
+
+    Yields:
+        None: Once, to read it.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is damaged or holds more than weights and logs.
+    """
+    before = {name: os.environ.pop(name, None) for name in (FORCE, FORBID)}
+    try:
+        if os.path.isfile(path) and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken:
+                raise ValueError(f'the checksum of {broken} does not fit')
+        os.environ[FORCE] = '1'
+        allow_runner_checkpoints()
+        yield
+    except Exception as error:  # a damaged pickle raises anything
+        # EINVAL: torch has looked for something before the file's beginning.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise ValueError(
+            f'{path} is no checkpoint, a damaged one, or one that is not safe '
+            f'to read: {_safe_message(error)}') from error
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _safe_message(error: Exception) -> str:
+    """Get the message of an error, without torch's advice to run the code."""
+    found = re.search(r'(?:GLOBAL|global) ([\w.]+\.\w+)', str(error))
+    if found:
+        return (f'it names {found[1]}, which is no part of weights or logs '
+                'and is not run')
+    lines = [
+        line for line in str(error).splitlines()
+        if line.strip() and 'eights' not in line
+    ]
+    return lines[0] if lines else type(error).__name__
+
+
 def _load_without_code() -> bool:
     """Patch MMEngine's loaders to run no code from checkpoints.
 
@@ -303,7 +368,6 @@ def _load_without_code() -> bool:
 
     @functools.wraps(stock)
     def load_checkpoint(cls, filename, *args, **kwargs):
-        from .utils.checkpoint import weights_only
         with weights_only(filename):
             checkpoint = stock(cls, filename, *args, **kwargs)
         if isinstance(checkpoint, dict):
@@ -370,7 +434,7 @@ def _weigh_with_ignored_pixels() -> bool:
     1.4.2 leaves them out, but then fails with ``avg_non_ignore=True``.
     """
     import torch
-    from mmseg.models import losses  # needs the cures before this one
+    from mmseg.models import losses  # needs the patches before this one
     stock = losses.cross_entropy
     scores, labels = torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 255]]])
     try:

@@ -46,7 +46,7 @@ class ToyScenesDataset(BaseSegDataset):
         Returns:
             list[dict]: All data info of the data set.
         """
-        cure = (f'Make the data set with "python tools/dataset_converters/'
+        hint = (f'Make the data set with "python tools/dataset_converters/'
                 f'toy_scenes.py {self.data_root or "data/toy_scenes"}", or '
                 'set data_root to where it is.')
         for key in ('img_path', 'seg_map_path'):
@@ -54,9 +54,9 @@ class ToyScenesDataset(BaseSegDataset):
             if folder and not osp.isdir(folder):
                 raise FileNotFoundError(
                     f'ToyScenes: no folder {osp.abspath(folder)} '
-                    f'(data_prefix[{key!r}]). {cure}')
+                    f'(data_prefix[{key!r}]). {hint}')
         data_list = super().load_data_list()
         if not data_list:
             raise FileNotFoundError(f'ToyScenes: no *{self.img_suffix} in '
-                                    f'{self.data_prefix["img_path"]}. {cure}')
+                                    f'{self.data_prefix["img_path"]}. {hint}')
         return data_list

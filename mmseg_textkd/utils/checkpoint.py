@@ -1,15 +1,12 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Loading of checkpoints, without running code and strictly."""
-import errno
 import hashlib
 import io
 import logging
 import os
 import re
-import zipfile
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
@@ -17,69 +14,10 @@ from mmengine.model import revert_sync_batchnorm
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ..compat import allow_runner_checkpoints
+from ..compat import weights_only
 
 SHOWN = 5
-# What torch reads from the environment whenever it loads something.
-FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
-FORBID = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 NUMBERED = re.compile(r'(?:iter|epoch)_(\d+)\.pth')
-
-
-@contextmanager
-def weights_only(path: Union[str, os.PathLike]) -> Iterator[None]:
-    """Context in which every ``torch.load`` runs no code.
-
-    OneDL's MMEngine falls back to ``weights_only=False``, ``torch.hub`` asks
-    for it, and it is the default before torch 2.6; torch has a variable of
-    the environment that overrules all of them.
-
-    Args:
-        path (str or PathLike): What is read: a file, whose checksums torch
-            does not look at, or a URL.
-
-    Yields:
-        None: Once, to read it.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is damaged or holds more than weights and logs.
-    """
-    before = {name: os.environ.pop(name, None) for name in (FORCE, FORBID)}
-    try:
-        if os.path.isfile(path) and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-            if broken:
-                raise ValueError(f'the checksum of {broken} does not fit')
-        os.environ[FORCE] = '1'
-        allow_runner_checkpoints()
-        yield
-    except Exception as error:  # a damaged pickle raises anything
-        # EINVAL: torch has looked for something before the file's beginning.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        raise ValueError(
-            f'{path} is no checkpoint, a damaged one, or one that is not safe '
-            f'to read: {_reason(error)}') from error
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-def _reason(error: Exception) -> str:
-    """Get the message of an error, without torch's advice to run the code."""
-    found = re.search(r'(?:GLOBAL|global) ([\w.]+\.\w+)', str(error))
-    if found:
-        return (f'it names {found[1]}, which is no part of weights or logs '
-                'and is not run')
-    lines = [
-        line for line in str(error).splitlines()
-        if line.strip() and 'eights' not in line
-    ]
-    return lines[0] if lines else type(error).__name__
 
 
 def load_file(path: Union[str, os.PathLike], map_location: Any = 'cpu') -> Any:
