@@ -109,7 +109,6 @@ class SemanticStructureLoss(nn.Module):
                 embeddings: Tensor,
                 text: Tensor,
                 labels: Tensor,
-                weight: Optional[Tensor] = None,
                 ignore_index: int = 255,
                 **kwargs) -> Tensor:
         """Compute the loss.
@@ -122,8 +121,6 @@ class SemanticStructureLoss(nn.Module):
             labels (Tensor): Long tensor with shape (N, H, W), of values in
                 [0, K) or ``ignore_index``. Where H, W differ from h, w the
                 nearest labels are taken.
-            weight (Tensor, optional): Weight of each pixel in the mean, shape
-                (N, h, w). Defaults to None.
             ignore_index (int): Label of the pixels that are left out.
                 Defaults to 255.
 
@@ -140,7 +137,7 @@ class SemanticStructureLoss(nn.Module):
             dtype = torch.promote_types(embeddings.dtype, torch.float32)
             text = self._text(text.detach().to(dtype))
             prototypes, present = self._prototypes(
-                embeddings.to(dtype), labels, weight, len(text), ignore_index)
+                embeddings.to(dtype), labels, len(text), ignore_index)
             known, prototypes = self._remember(prototypes, present)
             # At least one of a pair must be present, or nothing learns.
             pairs = known[:, None] & known & (present[:, None] | present)
@@ -157,14 +154,11 @@ class SemanticStructureLoss(nn.Module):
             all_reduce(text)
         return text_of_batch(text)
 
-    def _prototypes(self, embeddings: Tensor, labels: Tensor,
-                    weight: Optional[Tensor], num_classes: int,
+    def _prototypes(self, embeddings: Tensor, labels: Tensor, num_classes: int,
                     ignore_index: int) -> Tuple[Tensor, Tensor]:
         """Compute unit prototypes (K, D) and the present classes (K, )."""
         masks = class_masks(labels, num_classes, ignore_index)
         masks = masks.flatten(0, 1).to(embeddings)  # (P, K)
-        if weight is not None:
-            masks = masks * weight.flatten()[:, None].to(masks)
         counts = masks.count_nonzero(dim=0)
         sums = masks.T @ embeddings.permute(0, 2, 3, 1).flatten(0, 2)
         if self.gather and get_world_size() > 1:
