@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict, NamedTuple, Sequence
+from typing import Callable, Dict, NamedTuple, Optional, Sequence
 from unittest import mock
 
 import torch
@@ -91,12 +91,13 @@ def _fork(words, env, cwd, timeout):
 def start(*words: str,
           cwd: str,
           timeout: float = 300.,
-          fork: bool = True,
+          fork: Optional[bool] = None,
           **variables: str) -> Done:
     """Run a command to its end, without a GPU and without a hub.
 
-    ``python`` is the one that runs the tests, also in shell scripts. It is
-    forked, or with ``fork=False`` started as a user does.
+    ``python`` is the one that runs the tests, also in shell scripts. With
+    ``fork``, by default for all but ``-c``, it has the libraries and the
+    package imported already; else it is started as a user does.
     """
     path = [osp.dirname(sys.executable), os.environ.get('PATH', '')]
     env = dict(
@@ -109,6 +110,8 @@ def start(*words: str,
         MKL_NUM_THREADS='1')
     env.update(variables)
     words = [str(w) for w in words]
+    if fork is None:
+        fork = words[1] != '-c'
     if fork and words[0] == 'python':
         return _fork(words[1:], env, str(cwd), timeout)
     done = subprocess.run(

@@ -71,8 +71,8 @@ def runs(tmp_path_factory):
 
     # What is blocked must not have been imported before.
     return root, dict(
-        bare=python('bare', BARE, None, 2, fork=False),
-        both_stages=python('both_stages', 2))
+        bare=python('bare', BARE, None, 2),
+        both_stages=python('both_stages', 2, fork=True))
 
 
 def read(root, name, file):
