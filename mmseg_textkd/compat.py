@@ -520,7 +520,7 @@ def get_installed_path(package: str) -> str:
     """
     modules = [
         module for module, names in metadata.packages_distributions().items()
-        if _plain(package) in map(_plain, names)
+        if _normalize_name(package) in map(_normalize_name, names)
     ]
     # A distribution may bring several (mmsegmentation also brings `tests`).
     from mmengine.config.utils import MODULE2PACKAGE
@@ -534,6 +534,6 @@ def get_installed_path(package: str) -> str:
     return osp.dirname(spec.origin)
 
 
-def _plain(name: str) -> str:
+def _normalize_name(name: str) -> str:
     """Normalized name of a distribution."""
     return name.lower().replace('_', '-').replace('.', '-')

@@ -66,44 +66,45 @@ class RegionStore:
 
     # ------------------------------------------------------ the tower
     @property
-    def _note(self) -> Path:
+    def _hash_file(self) -> Path:
         name = json.dumps([self.model, self.pretrained])
         short = hashlib.sha256(name.encode()).hexdigest()[:12]
         return self.folder / f'tower-{short}.json'
 
-    def _noted(self) -> Optional[str]:
+    def _read_hash(self) -> Optional[str]:
         """Read the hash of the weights in the folder, None if it has none."""
         try:
-            return str(json.loads(self._note.read_text('utf-8'))['weights'])
+            return str(
+                json.loads(self._hash_file.read_text('utf-8'))['weights'])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def check_weights(self) -> None:
         """Compare the weights with those that the folder was made with.
 
-        To be called before a run, by one process after the other: entries of
-        other weights count no more. Without weights on this machine the note
-        of the folder holds.
+        To be called before a run, by one process after the other: files of
+        other weights are not used any more. Without weights on this machine
+        the hash in the folder is used.
 
         Raises:
-            TextTowerError: If there are neither weights nor a note.
+            TextTowerError: If there are neither weights nor a hash.
         """
         weights = hash_weights(self.model, self.pretrained, self.cache_dir)
-        noted = self._noted()
-        if weights is None and noted is None:
+        known = self._read_hash()
+        if weights is None and known is None:
             self._load()  # downloads, or says what is missing
             weights = hash_weights(self.model, self.pretrained, self.cache_dir)
-        if weights is not None and weights != noted:
+        if weights is not None and weights != known:
             note = dict(
                 model=self.model, pretrained=self.pretrained, weights=weights)
-            write_files({self._note: json.dumps(note, indent=1).encode()})
-        self._weights = weights or noted
+            write_files({self._hash_file: json.dumps(note, indent=1).encode()})
+        self._weights = weights or known
 
     @property
     def settings(self) -> Dict:
         """dict: Settings that the embeddings depend on."""
         if self._weights is None:
-            self._weights = self._noted()
+            self._weights = self._read_hash()
         if self._weights is None:
             self.check_weights()
         return dict(weights=self._weights, **self.options)

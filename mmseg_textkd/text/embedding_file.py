@@ -239,8 +239,8 @@ class TextEmbeddings:
         """
         if tuple(names) == self.names:
             return self
-        mine = [_bare(name) for name in self.names]
-        bare = [_bare(name) for name in names]
+        mine = [_normalize_name(name) for name in self.names]
+        bare = [_normalize_name(name) for name in names]
         if sorted(mine) != sorted(bare) or len(set(mine)) < len(mine):
             self.check_names(names, 'the wanted names')
         rows = [mine.index(name) for name in bare]
@@ -317,7 +317,7 @@ class TextEmbeddings:
                 f'Vectors {path}: {error}') from error.__cause__
 
 
-def _bare(name: str) -> str:
+def _normalize_name(name: str) -> str:
     """Normalize a name to lower case without spaces and punctuation."""
     return re.sub(r'[\W_]+', '', name.lower())
 

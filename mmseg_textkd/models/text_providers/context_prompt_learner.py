@@ -141,23 +141,24 @@ class ContextPromptLearner(PromptLearner):
                 f'embeddings have width {self.dim}. Use embeddings made with '
                 f'this tower and token_dim={tower.token_dim}.')
         self.__dict__['tower'] = tower.to(self.context.device)
-        self.__dict__['prompts'] = self._lay_out(tower, self.phrases(),
-                                                 self.context_length)
+        self.__dict__['prompts'] = self._build_prompts(tower, self.phrases(),
+                                                       self.context_length)
         if self.init is not None and not self.started:
             self._init_from_words(tower)
 
-    def _lay_out(self,
-                 tower: TextTower,
-                 phrases: Sequence[str],
-                 room: Optional[int] = None) -> Tuple[Tensor, int]:
+    def _build_prompts(self,
+                       tower: TextTower,
+                       phrases: Sequence[str],
+                       max_length: Optional[int] = None) -> Tuple[Tensor, int]:
         """Get the token ids of the prompts, with room for the context, and
         where it starts.
         """
-        return tower.lay_out_prompts(phrases, self.n_ctx, self.suffix, room)
+        return tower.build_prompts(phrases, self.n_ctx, self.suffix,
+                                   max_length)
 
     @torch.no_grad()
     def _init_from_words(self, tower: TextTower) -> None:
-        ids, start, (num, ) = tower.find_words([self.init])
+        ids, start, (num, ) = tower.find_word_tokens([self.init])
         if num != self.n_ctx:
             raise ValueError(
                 f'init={self.init!r} has {num} tokens, so set n_ctx={num} '
@@ -191,7 +192,7 @@ class ContextPromptLearner(PromptLearner):
         Raises:
             ValueError: If a prompt is longer than the tower's context.
         """
-        return self._encode(tower, *self._lay_out(tower, phrases))
+        return self._encode(tower, *self._build_prompts(tower, phrases))
 
     def _encode(self, tower: TextTower, ids: Tensor, start: int) -> Tensor:
         """Insert the context into the prompts and encode them."""

@@ -25,7 +25,7 @@ class PhraseBank:
     probability: Tensor
     mode: str = 'draw'
 
-    def take(self, num_images: int, device: torch.device) -> Tensor:
+    def sample(self, num_images: int, device: torch.device) -> Tensor:
         """Sample the text of one training iteration.
 
         Draws are made on the CPU by torch's global generator: of a given

@@ -105,8 +105,8 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
                                f'{self._missing_hint}')
         if self.training and not self.learning:
             if self.phrase_bank is not None:
-                return self.phrase_bank.take(num_images,
-                                             self.class_embeddings.device)
+                return self.phrase_bank.sample(num_images,
+                                               self.class_embeddings.device)
             if self._bank_hint:
                 raise RuntimeError('Training needs the phrases of the '
                                    f'classes: {self._bank_hint}')

@@ -41,7 +41,7 @@ STOCK_FORMS = {
 }
 
 
-class StockForms:
+class StockConverter:
     """Converter of the modules of a config that need the plugin.
 
     Args:
@@ -104,7 +104,7 @@ class StockForms:
         if isinstance(value, dict):
             kind = self.find(value.get('type'))
             if kind is not None:
-                value = self._stock_form(kind, value, where)
+                value = self._convert_module(kind, value, where)
                 if value is DROPPED:
                     return DROPPED
             items = {
@@ -120,7 +120,7 @@ class StockForms:
             return type(value)(items) if items else DROPPED
         return value
 
-    def _stock_form(self, kind: Any, value: Dict, where: str) -> Any:
+    def _convert_module(self, kind: Any, value: Dict, where: str) -> Any:
         if kind in NOT_DEPLOYED:
             return DROPPED
         if kind is TextKD and value['score_map'].get('norm') != 'rms':
