@@ -249,7 +249,7 @@ class TextTower(FrozenCLIP):
             if count is None:
                 raise TextTowerError(
                     f'{self.model!r} takes no soft prompts: its tokenizer '
-                    f'({type(self.tokenizer).__name__}) tokenizes {sentence!r} '
+                    f'({type(self.tokenizer).__name__}) encodes {sentence!r} '
                     f'to {row[:16].tolist()}, which differs in more than the '
                     'words from the empty sentence. '
                     'Use the `residual` or `mixture` prompts, which need no '
