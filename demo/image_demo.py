@@ -10,19 +10,12 @@ import os
 import sys
 from typing import Any, Iterator, Optional, Sequence
 
-import cv2
-import numpy as np
-
-import mmseg_textkd  # noqa: F401  (before mmseg.apis)
-from mmseg_textkd.apis import TextSegInferencer
-from mmseg_textkd.text import Vocabulary
-from mmseg_textkd.utils.io import (MAX_PIXELS, SUFFIXES, check_image,
-                                   list_images)
-
+# Those of mmseg_textkd.utils.io.
+SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 CODECS = {'.mp4': 'mp4v', '.avi': 'MJPG'}
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -50,7 +43,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help='added to the logits of new classes, which the training has '
         'taught the network to avoid (default: 0)')
     parser.add_argument(
-        '--tower', help='text tower (default: that of the training)')
+        '--model', help='text model (default: that of the training)')
+    parser.add_argument('--tower', dest='old_tower', help=argparse.SUPPRESS)
     parser.add_argument('--pretrained', help='its tag or file of weights')
     parser.add_argument(
         '--templates', help='prompt templates (default: of the training)')
@@ -66,11 +60,16 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument(
         '--max-pixels',
         type=int,
-        default=MAX_PIXELS,
+        default=89_478_485,
         help='larger images are refused before they are read (default: '
         '%(default)s)')
-    parser.add_argument('--opacity', type=float, default=0.5)
-    parser.add_argument('--no-legend', action='store_true')
+    parser.add_argument(
+        '--opacity',
+        type=float,
+        default=0.5,
+        help='of the classes over the image (default: 0.5)')
+    parser.add_argument(
+        '--no-legend', action='store_true', help='draw no names of classes')
     parser.add_argument(
         '--font', help='TrueType font of the legend, for other scripts')
     parser.add_argument('--show', action='store_true', help='open a window')
@@ -81,8 +80,10 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         const=0,
         metavar='NUMBER',
         help='take the camera of this number (default: 0) as the input')
-    parser.add_argument('--device', help='default: a GPU if there is one')
+    parser.add_argument(
+        '--device', help='such as cpu or cuda:1 (default: a GPU, or the CPU)')
     args = parser.parse_args(argv)
+    args.model = args.model or args.old_tower
     if (args.input is None) == (args.webcam is None):
         parser.error('give an input or --webcam, one of them')
     if not args.out and not args.show:
@@ -98,7 +99,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     if overwrites(args):
         parser.error(f'--out would write over the input {args.input}')
     if not (args.classes or args.embeddings or args.other):
-        for name in ('tower', 'pretrained', 'templates', 'new_bias'):
+        for name in ('model', 'pretrained', 'templates', 'new_bias'):
             if getattr(args, name):
                 parser.error(f'--{name.replace("_", "-")} is for new classes: '
                              'it belongs to --classes or --embeddings')
@@ -117,6 +118,20 @@ def overwrites(args: argparse.Namespace) -> bool:
     return os.path.exists(source) and any(
         os.path.exists(path) and os.path.samefile(source, path)
         for path in targets)
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
+import cv2
+import numpy as np
+
+import mmseg_textkd  # noqa: F401  (before mmseg.apis)
+from mmseg_textkd.apis import TextSegInferencer
+from mmseg_textkd.text import Vocabulary
+from mmseg_textkd.utils.arguments import warn_renamed
+from mmseg_textkd.utils.io import check_image, list_images
 
 
 def split(words: str) -> Any:
@@ -190,7 +205,7 @@ def run(args: argparse.Namespace) -> None:
             other=args.other,
             threshold=args.threshold,
             new_bias=args.new_bias,
-            tower=args.tower,
+            tower=args.model,
             pretrained=args.pretrained,
             templates=args.templates,
             embeddings=args.embeddings)
@@ -216,6 +231,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the demo."""
     args = parse_args(argv)
+    warn_renamed(args, tower='--model')
     try:
         run(args)
     except (AssertionError, OSError, ValueError, RuntimeError,
