@@ -203,7 +203,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                  'requirements/web.txt`.')
     except (OSError, ValueError) as error:
         sys.exit(f'Error: {error}')
-    page.launch(server_name='127.0.0.1', server_port=args.port, share=False)
+    # Also errors of what gradio does itself, as to read an upload.
+    page.launch(
+        server_name='127.0.0.1',
+        server_port=args.port,
+        share=False,
+        show_error=True)
 
 
 if __name__ == '__main__':

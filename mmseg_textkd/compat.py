@@ -39,7 +39,8 @@ def apply() -> Tuple[str, ...]:
     Returns:
         tuple[str, ...]: Names of the cures that were needed, out of
         'mmseg assertion', 'mmcv.ops', 'safe globals', 'code in checkpoints',
-        'distribution name', 'pkg_resources', 'class weights' and 'drawing'.
+        'distribution name', 'pkg_resources', 'class weights', 'drawing' and
+        'unnamed files'.
 
     Raises:
         ImportError: If a library is missing or unsuitable; one line says
@@ -53,11 +54,12 @@ def apply() -> Tuple[str, ...]:
                             _import_mmseg), ('mmcv.ops', _stand_in_for_ops),
                            ('safe globals', allow_runner_checkpoints),
                            ('code in checkpoints', _load_without_code),
-                           ('distribution name', _name_distribution),
-                           ('pkg_resources', _find_without_pkg_resources),
-                           ('class weights',
-                            _weigh_with_ignored_pixels), ('drawing',
-                                                          _draw_all)):
+                           ('distribution name',
+                            _name_distribution), ('pkg_resources',
+                                                  _find_without_pkg_resources),
+                           ('class weights', _weigh_with_ignored_pixels),
+                           ('drawing', _draw_all), ('unnamed files',
+                                                    _name_files)):
             if cure():
                 _applied.append(name)
         _done = True
@@ -499,6 +501,40 @@ def _draw_all() -> bool:
                      palette, *args, **kwargs)
 
     SegLocalVisualizer._draw_sem_seg = draw
+    return True
+
+
+def _name_files() -> bool:
+    """Let errors of images and label maps that cannot be read name the file.
+
+    MMCV decodes bytes: its errors are of ``<_io.BytesIO object>`` or of
+    ``!buf.empty()``.
+    """
+    from mmcv.transforms import LoadImageFromFile
+    from mmseg.datasets.transforms import LoadAnnotations
+
+    def name(owner: type, method: str, key: str, what: str) -> None:
+        stock = getattr(owner, method)
+
+        @functools.wraps(stock)
+        def named(self, results: Dict) -> Any:
+            try:
+                return stock(self, results)
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # each backend has its own
+                path = results.get(key)
+                if path is None or str(path) in str(error):
+                    raise
+                raise ValueError(
+                    f'{path} cannot be read as {what}: '
+                    f'{type(error).__name__}: {error}. Is it empty, cut '
+                    'short or another kind of file?') from error
+
+        setattr(owner, method, named)
+
+    name(LoadImageFromFile, 'transform', 'img_path', 'an image')
+    name(LoadAnnotations, '_load_seg_map', 'seg_map_path', 'a label map')
     return True
 
 
