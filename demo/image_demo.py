@@ -8,9 +8,10 @@ is trained.
 import argparse
 import os
 import sys
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Optional, Sequence
 
-# Those of mmseg_textkd.utils.io.
+# Those of mmseg_textkd: models.new_words, utils.io, apis.video.
+NEW_WORDS = ('unit', 'projected', 'ridge', 'raw')
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 CODECS = {'.mp4': 'mp4v', '.avi': 'MJPG'}
 
@@ -43,6 +44,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='added to the logits of new classes, which the training has '
         'taught the network to avoid (default: 0)')
     parser.add_argument(
+        '--new-words',
+        choices=NEW_WORDS,
+        help='how vectors of new classes are used (default: what fits the '
+        'network)')
+    parser.add_argument(
         '--model', help='text model (default: that of the training)')
     parser.add_argument('--tower', dest='old_tower', help=argparse.SUPPRESS)
     parser.add_argument('--pretrained', help='its tag or file of weights')
@@ -63,6 +69,17 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         default=89_478_485,
         help='larger images are refused before they are read (default: '
         '%(default)s)')
+    parser.add_argument(
+        '--batch-size',
+        type=int,
+        default=4,
+        help='frames of a video at a time (default: 4)')
+    parser.add_argument(
+        '--smoothing',
+        type=float,
+        metavar='A',
+        help='average the logits of a video over its frames: weight of the '
+        'past, between 0 and 1; begun anew at scene cuts')
     parser.add_argument(
         '--opacity',
         type=float,
@@ -102,7 +119,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if overwrites(args):
         parser.error(f'--out would write over the input {args.input}')
     if not (args.classes or args.embeddings or args.other):
-        for name in ('model', 'pretrained', 'templates', 'new_bias'):
+        for name in ('model', 'pretrained', 'templates', 'new_bias',
+                     'new_words'):
             if getattr(args, name):
                 parser.error(f'--{name.replace("_", "-")} is for new classes: '
                              'it belongs to --classes or --embeddings')
@@ -132,6 +150,7 @@ import numpy as np
 
 import mmseg_textkd  # noqa: F401  (before mmseg.apis)
 from mmseg_textkd.apis import TextSegInferencer
+from mmseg_textkd.apis.video import segment_video
 from mmseg_textkd.text import Vocabulary
 from mmseg_textkd.utils.arguments import warn_renamed
 from mmseg_textkd.utils.io import check_image, list_images
@@ -144,56 +163,26 @@ def split(words: str) -> Any:
     return [word.strip() for word in words.split(',')]
 
 
-def frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
-    """Yield the frames of a video or a camera until it ends."""
-    while True:
-        there, frame = capture.read()
-        if not there:
-            return
-        yield frame
-
-
 def run_video(inferencer: TextSegInferencer, args: argparse.Namespace) -> int:
     """Segment a video.
 
     Returns:
         int: Number of its frames.
     """
-    source = args.input if args.webcam is None else args.webcam
-    capture = cv2.VideoCapture(source)
-    if not capture.isOpened():
-        raise ValueError(f'cannot open {source} as a video or camera')
-    fps, writer, count = capture.get(cv2.CAP_PROP_FPS) or 25, None, 0
-    try:
-        for frame in frames(capture):
-            shown = inferencer(
-                frame,
-                return_vis=True,
-                opacity=args.opacity,
-                legend=not args.no_legend)['visualization'][..., ::-1]
-            count += 1
-            if args.out:
-                if writer is None:
-                    codec = CODECS[os.path.splitext(args.out)[1]]
-                    writer = cv2.VideoWriter(args.out,
-                                             cv2.VideoWriter_fourcc(*codec),
-                                             fps, shown.shape[1::-1])
-                    if not writer.isOpened():
-                        raise OSError(f'cannot write {args.out}')
-                writer.write(np.ascontiguousarray(shown))
-            if args.show:
-                cv2.imshow('mmseg_textkd', shown)
-                if cv2.waitKey(1) & 0xff in (27, ord('q')):
-                    break
-    except KeyboardInterrupt:
-        pass
-    finally:
-        capture.release()
-        if writer is not None:
-            writer.release()
-    if not count:
-        raise ValueError('the input has no frames')
-    return count
+
+    def show(image: np.ndarray) -> bool:
+        cv2.imshow('mmseg_textkd', image)
+        return cv2.waitKey(1) & 0xff in (27, ord('q'))
+
+    return segment_video(
+        inferencer,
+        args.input if args.webcam is None else args.webcam,
+        args.out,
+        show if args.show else None,
+        batch_size=args.batch_size if args.webcam is None else 1,
+        smoothing=args.smoothing,
+        opacity=args.opacity,
+        legend=not args.no_legend)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -208,6 +197,7 @@ def run(args: argparse.Namespace) -> None:
             other=args.other,
             threshold=args.threshold,
             new_bias=args.new_bias,
+            new_words=args.new_words,
             tower=args.model,
             pretrained=args.pretrained,
             templates=args.templates,

@@ -1,5 +1,8 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Make ToyScenes: seeded street-like scenes, about 15 s on one core."""
+"""Make ToyScenes: seeded street-like scenes, about 15 s on one core.
+
+With --video the camera moves: folders of frames, each with its labels.
+"""
 import argparse
 import sys
 import time
@@ -9,7 +12,9 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        '--out', help='folder to write (default: data/toy_scenes)')
+        '--out',
+        help='folder to write (default: data/toy_scenes, with --video '
+        'data/toy_videos)')
     parser.add_argument('old_out', nargs='?', help=argparse.SUPPRESS)
     parser.add_argument(
         '--seed', type=int, default=0, help='of the scenes (default: 0)')
@@ -34,8 +39,14 @@ def parse_args() -> argparse.Namespace:
         '--force',
         action='store_true',
         help='replace a ToyScenes folder that is there already')
+    parser.add_argument(
+        '--video', action='store_true', help='videos of a moving camera')
+    parser.add_argument('--num-videos', type=int, default=8, help='default: 8')
+    parser.add_argument(
+        '--num-frames', type=int, default=48, help='of each (default: 48)')
     args = parser.parse_intermixed_args()
-    args.out = args.out or args.old_out or 'data/toy_scenes'
+    default = 'data/toy_videos' if args.video else 'data/toy_scenes'
+    args.out = args.out or args.old_out or default
     args.size = args.size or (args.old_height or 128, args.old_width or 256)
     return args
 
@@ -44,7 +55,8 @@ if __name__ == '__main__':
     # Before the imports below, which take seconds.
     parse_args()
 
-from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
+from mmseg_textkd.datasets.toy_scenes_generator import (generate_toy_scenes,
+                                                        generate_toy_videos)
 from mmseg_textkd.utils.arguments import warn_renamed
 
 
@@ -54,6 +66,12 @@ def main() -> int:
     warn_renamed(args, out='--out', height='--size', width='--size')
     start = time.time()
     try:
+        if args.video:
+            generate_toy_videos(args.out, args.num_videos, args.num_frames,
+                                args.seed, *args.size)
+            print(f'{args.num_videos} videos of {args.num_frames} frames in '
+                  f'{args.out} ({time.time() - start:.0f} s)')
+            return 0
         written = generate_toy_scenes(
             args.out,
             seed=args.seed,
