@@ -46,7 +46,7 @@ import torch
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 
-from mmseg_textkd.analysis.benchmark import random_text
+from mmseg_textkd.analysis.benchmark import randomize_text
 from mmseg_textkd.deploy import to_stock_cfg
 from mmseg_textkd.utils.arguments import read_config, read_options
 from mmseg_textkd.utils.report import count_cost, table
@@ -77,7 +77,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
     try:
-        cfg = random_text(read_config(args.config))
+        cfg = randomize_text(read_config(args.config))
         settings = combinations(read_options(args.vary))
     except (OSError, ValueError) as error:
         sys.exit(f'Error: {error}')
