@@ -42,7 +42,6 @@ import cv2
 import numpy as np
 from PIL import Image
 
-import mmseg_textkd  # noqa: F401  (before mmseg.apis)
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.apis.drawing import draw_labels
 

@@ -148,7 +148,6 @@ if __name__ == '__main__':
 import cv2
 import numpy as np
 
-import mmseg_textkd  # noqa: F401  (before mmseg.apis)
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.apis.video import segment_video
 from mmseg_textkd.text import Vocabulary

@@ -244,7 +244,7 @@ def _import_mmseg() -> bool:
     """
     import mmcv
     try:
-        import mmseg  # noqa: F401
+        importlib.import_module('mmseg')
         return False
     except AssertionError as error:
         if 'MMCV' not in str(error):
@@ -267,7 +267,7 @@ def _stand_in_for_ops() -> bool:
     if find_spec('mmcv._ext') is not None:
         return False
     try:
-        import mmseg.utils  # noqa: F401
+        importlib.import_module('mmseg.utils')
         return False
     except ModuleNotFoundError as error:
         if error.name not in ('mmcv._ext', 'mmcv.ops'):
