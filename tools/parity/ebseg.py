@@ -22,22 +22,6 @@ import warnings
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
-import mmcv
-import numpy as np
-import torch
-import torch.nn.functional as F
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
-from torch import Tensor, nn
-
-from mmseg_textkd.text import TextEmbeddings
-from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
-
-# After this package, which makes the ops of MMCV that mmcv-lite lacks.
-from mmseg.apis import inference_model  # isort: skip
-from mmseg.datasets import COCOStuffDataset  # isort: skip
-
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = 'ebseg_{}_4xb4-120k_coco-stuff164k-640x640.py'
 # Height and width, most of which are no multiples of 32.
@@ -45,7 +29,7 @@ SIZES = ((192, 192), (192, 256), (192, 253), (128, 160), (128, 171),
          (140, 128), (133, 128), (128, 149), (128, 192), (128, 128))
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -65,7 +49,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument(
         '--images', nargs='*', default=[], help='images beside random ones')
     parser.add_argument(
-        '--number',
+        '--num-images',
         type=int,
         default=len(SIZES),
         help='random images (default: %(default)s)')
@@ -77,11 +61,33 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
+# isort: split
+import mmcv
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from mmseg_textkd.text import TextEmbeddings
+from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
+
+# After this package, which makes the ops of MMCV that mmcv-lite lacks.
+from mmseg.apis import inference_model  # isort: skip
+from mmseg.datasets import COCOStuffDataset  # isort: skip
+
+
 def list_images(args: argparse.Namespace) -> List[Tuple[str, int]]:
     """Make the random images; paths and short sides of all."""
     rng = np.random.default_rng(0)
     found = []
-    for i, (height, width) in enumerate(SIZES[:args.number]):
+    for i, (height, width) in enumerate(SIZES[:args.num_images]):
         low = rng.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3))
         image = mmcv.imresize(
             low.astype(np.uint8), (width, height), interpolation='bicubic')
@@ -105,7 +111,7 @@ def convert(args: argparse.Namespace) -> Tuple[Config, nn.Module]:
         names=names).save(folder / 'ours_text.safetensors')
     tool = runpy.run_path(str(ROOT / 'tools/model_converters/ebseg2mmseg.py'))
     tool['main']([
-        str(folder / 'theirs.pth'),
+        str(folder / 'theirs.pth'), '--out',
         str(folder / 'ours.pth'), '--model', args.model, '--text',
         str(folder / 'ours_text.safetensors'), '--towers'
     ])
@@ -164,13 +170,17 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     images = list_images(args)
     (args.work_dir / 'images.json').write_text(json.dumps(images))
     subprocess.run([
-        sys.executable,
-        str(Path(__file__).with_name('ebseg_reference.py')),
+        sys.executable, '-c', 'import sys; from ebseg_reference import run; '
+        'run(*sys.argv[1:])',
         str(args.repo.resolve()),
         str(args.work_dir.resolve()), args.model
     ],
                    env=dict(
-                       os.environ, PYTHONPATH=str(args.open_clip.resolve())),
+                       os.environ,
+                       PYTHONPATH=os.pathsep.join([
+                           str(args.open_clip.resolve()),
+                           str(Path(__file__).parent)
+                       ])),
                    check=True)
     cfg, model = convert(args)
     print('| image | seen classes: difference | same class | classes | '

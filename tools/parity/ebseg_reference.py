@@ -8,6 +8,7 @@ network finds in it, as FOLDER/theirs_N.pt.
 """
 import ast
 import functools
+import importlib
 import json
 import math
 import sys
@@ -227,8 +228,8 @@ def build(repo: Path, large: bool) -> nn.Module:
     """Build their network at its configuration, with random weights."""
     stub(repo)
     sys.path.insert(0, str(repo))
-    import ebseg.model.mask2former.modeling  # noqa: F401
-    import ebseg.model.segment_anything as sam
+    importlib.import_module('ebseg.model.mask2former.modeling')
+    sam: Any = importlib.import_module('ebseg.model.segment_anything')
     from ebseg.config import add_ebseg_config
     from ebseg.model.EBSeg import EBSeg
     build_sam = sys.modules['ebseg.model.segment_anything.build_sam']
@@ -267,8 +268,10 @@ def vectors(found: Dict[str, Tensor], number: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def main(repo: Path, folder: Path, large: bool) -> None:
-    model = build(repo, large)
+def run(repo: str, work_dir: str, name: str) -> None:
+    """Write what their network `name` finds in the images of a folder."""
+    folder, large = Path(work_dir), name == 'vit-l14-336'
+    model = build(Path(repo), large)
     torch.save(
         dict(model=model.state_dict(), iteration=119999),
         folder / 'theirs.pth')
@@ -322,7 +325,3 @@ def main(repo: Path, folder: Path, large: bool) -> None:
                     for k, v in found.items()
                 }), folder / f'theirs_{i}.pt')
         print(f'reference: image {i} {size}', file=sys.stderr, flush=True)
-
-
-if __name__ == '__main__':
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == 'vit-l14-336')

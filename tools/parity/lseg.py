@@ -16,20 +16,6 @@ import warnings
 from pathlib import Path
 from typing import Any, List, Optional, Sequence
 
-import mmcv
-import open_clip
-import timm
-import torch
-import torch.nn.functional as F
-import torchvision
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
-from mmseg.structures import SegDataSample
-from torch import Tensor, nn
-
-from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
-
 ROOT = Path(__file__).resolve().parents[2]
 CLIP = 'ViT-B-32-quickgelu'
 # Their class and name of the network, their words, our config.
@@ -46,7 +32,7 @@ NETWORKS = {
 }
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -65,10 +51,38 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         default=[],
         help='images (default: random ones, noise and smooth ones in turn)')
     parser.add_argument(
-        '--number', type=int, default=10, help='random images (default: 10)')
+        '--num-images',
+        type=int,
+        default=10,
+        help='random images (default: %(default)s)')
     parser.add_argument(
-        '--size', type=int, default=480, help='side (default: 480)')
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('HEIGHT', 'WIDTH'),
+        default=(480, 480),
+        help='of the images (default: %(default)s)')
     return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
+# isort: split
+import mmcv
+import open_clip
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+from torch import Tensor, nn
+
+from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
 
 
 def fake_clip() -> types.ModuleType:
@@ -158,7 +172,7 @@ def convert(net: nn.Module, config: Path, folder: Path) -> Path:
             }), theirs)
     ours.unlink(missing_ok=True)
     tool = runpy.run_path(str(ROOT / 'tools/model_converters/lseg2mmseg.py'))
-    tool['main']([str(config), str(theirs), str(ours)])
+    tool['main']([str(config), str(theirs), '--out', str(ours)])
     return ours
 
 
@@ -179,18 +193,18 @@ def build_ours(config: Path, checkpoint: Path) -> nn.Module:
 
 
 def load_images(args: argparse.Namespace) -> List[Tensor]:
-    """BGR, float, with shape (3, size, size)."""
-    size = args.size
+    """BGR, float, with shape (3, H, W)."""
+    size = tuple(args.size)
     found = [
         torch.from_numpy(mmcv.imresize(mmcv.imread(str(path)),
-                                       (size, size))).permute(2, 0, 1).float()
+                                       size[::-1])).permute(2, 0, 1).float()
         for path in args.images
     ]
     torch.manual_seed(5)
-    for i in range(0 if found else args.number):
-        noise = torch.randint(0, 256, (3, size, size)).float()
+    for i in range(0 if found else args.num_images):
+        noise = torch.randint(0, 256, (3, *size)).float()
         smooth = F.interpolate(
-            torch.rand(1, 3, 8, 8) * 255, (size, size), mode='bicubic')[0]
+            torch.rand(1, 3, 8, 8) * 255, size, mode='bicubic')[0]
         found.append(smooth.clamp(0, 255).round() if i % 2 else noise)
     return found
 
@@ -236,9 +250,9 @@ def compare(args: argparse.Namespace) -> str:
             f'{len(theirs.argmax(1).unique())} classes',
             file=sys.stderr)
     what = 'images' if args.images else 'random images'
-    return (f'| {args.network} | {i + 1} {what} of {args.size}x{args.size} | '
-            f'{worst:.3g} | {100 * relative:.2g} % | '
-            f'{100 * same / total:.3f} % |')
+    size = 'x'.join(map(str, args.size))
+    return (f'| {args.network} | {i + 1} {what} of {size} | {worst:.3g} | '
+            f'{100 * relative:.2g} % | {100 * same / total:.3f} % |')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
