@@ -372,7 +372,11 @@ def test_the_published_pages_are_what_the_ledgers_say():
     left = {path.name for path in results.glob('*.jsonl')}
     for page in results.glob('*.md'):
         with open(page, encoding='utf-8') as file:
-            names = re.findall(r'[\w-]+\.jsonl', file.readline())
+            first = file.readline()
+        names = re.findall(r'[\w-]+\.jsonl', first)
+        if 'new_words.py' in first:  # tested with that tool
+            left -= {*names}
+            continue
         if not names:
             continue
         words = [*(str(results / n) for n in names), '--out', str(page)]
