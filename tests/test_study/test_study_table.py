@@ -374,10 +374,8 @@ def test_the_published_pages_are_what_the_ledgers_say():
         with open(page, encoding='utf-8') as file:
             first = file.readline()
         names = re.findall(r'[\w-]+\.jsonl', first)
-        if 'new_words.py' in first:  # tested with that tool
+        if 'study_table.py' not in first:  # by hand, or by another tool
             left -= {*names}
-            continue
-        if not names:
             continue
         words = [*(str(results / n) for n in names), '--out', str(page)]
         if page.name == 'camvid.md':
