@@ -16,8 +16,7 @@ import numpy as np
 import mmseg_textkd  # noqa: F401  (before mmseg.apis)
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.text import Vocabulary
-from mmseg_textkd.utils.io import (MAX_PIXELS, SUFFIXES, check_image,
-                                   list_images)
+from mmseg_textkd.utils.io import MAX_PIXELS, SUFFIXES, list_images
 
 CODECS = {'.mp4': 'mp4v', '.avi': 'MJPG'}
 
@@ -181,7 +180,11 @@ def run_video(inferencer: TextSegInferencer, args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> None:
     """Do what the command line says."""
     inferencer = TextSegInferencer(
-        args.config, args.checkpoint, device=args.device, font=args.font)
+        args.config,
+        args.checkpoint,
+        device=args.device,
+        font=args.font,
+        max_pixels=args.max_pixels)
     inferencer.show_progress = False
     if (args.classes or args.embeddings or args.other
             or args.threshold is not None):
@@ -202,7 +205,6 @@ def run(args: argparse.Namespace) -> None:
     if os.path.isdir(args.input):
         inputs = [str(path) for path in list_images(args.input)]
     for path in inputs:  # one by one: results are not kept in memory
-        check_image(path, args.max_pixels)
         inferencer(
             path,
             out_dir=args.out or '',

@@ -62,6 +62,8 @@ class NetworkAdapter(metaclass=ABCMeta):
             probabilities, or scores in [0, 1].
         vectors (Tensor, optional): Vectors of the present classes, shape
             (K, D); None where there is no text.
+        binary (bool): Whether the network has, of its present classes, one
+            logit, whose sigmoid is compared with the head's threshold.
     """
 
     layer = 'conv_seg'
@@ -71,6 +73,7 @@ class NetworkAdapter(metaclass=ABCMeta):
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.model, self.names = model, tuple(names)
         self.vectors: Optional[Tensor] = None
+        self.binary = self._has_one_logit = model.out_channels == 1
 
     def encode(self, classes: Any, **options: Any) -> EncodedClasses:
         """Encode classes; the network stays as it is.
@@ -91,6 +94,18 @@ class NetworkAdapter(metaclass=ABCMeta):
         Raises:
             ValueError: If there is no such bias; nothing has changed then.
         """
+
+    def stays_binary(self, found: EncodedClasses) -> bool:
+        """Whether these classes are those of one logit, in their order.
+
+        Args:
+            found (EncodedClasses): What :meth:`encode` has returned.
+
+        Returns:
+            bool: True if a threshold decides between them.
+        """
+        own = list(range(len(self.names)))
+        return self._has_one_logit and list(found.trained) == own
 
     def select(self, rows: Tensor) -> nn.Module:
         """Make the layer for n classes, whose indices may repeat."""
@@ -167,6 +182,7 @@ class TextHeadAdapter(NetworkAdapter):
         self.vectors = branch.text.class_embeddings.detach().clone()
         self.bias = self.vectors.new_zeros(len(names))
         self.regularization = None
+        self.trained_layer = head.conv_seg
         if head.role == 'auxiliary':
             self.uses_cosine = True
             scales = [m.scale for m in head.text_losses if hasattr(m, 'scale')]
@@ -178,12 +194,20 @@ class TextHeadAdapter(NetworkAdapter):
         self.scale, self.regularization = branch.scale(), branch.regularization
         if branch.logit_bias is not None:
             self.bias = branch.logit_bias.detach().clone()
-        head.conv_seg = self.fold(self.vectors, range(len(names)))
+        if self.binary:
+            self.trained_layer = branch.as_conv()
+            head.conv_seg = self.trained_layer
+        else:
+            head.conv_seg = self.fold(self.vectors, range(len(names)))
 
     def set_classes(self, found: EncodedClasses, new_bias: float = 0) -> None:
         """Fold the vectors in."""
-        layer = self.fold(found.vectors, found.trained, new_bias)
-        self._install(layer, len(found.names))
+        self.binary = self.stays_binary(found)
+        if self.binary:
+            self._install(self.trained_layer, 1)
+        else:
+            layer = self.fold(found.vectors, found.trained, new_bias)
+            self._install(layer, len(found.names))
         self.vectors = found.vectors
 
     def cosine(self, rows: Sequence[int]) -> nn.Module:
@@ -335,6 +359,12 @@ class FoldedAdapter(NetworkAdapter):
         """Take the rows of these classes."""
         device = next(self.conv_seg.parameters()).device
         rows = torch.tensor(found.trained, device=device)
+        if self.binary:
+            if not self.stays_binary(found):
+                raise ValueError(
+                    'this network has one logit for its classes '
+                    f'{list(self.names)}: none of them can be left out.')
+            return
         self._install(select_classes(self.conv_seg, rows), len(rows))
 
     def cosine(self, rows: Sequence[int]) -> nn.Module:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from mmseg_textkd.models.input_channels import input_channels
+
 Size = Tuple[int, int]
 
 
@@ -45,6 +47,7 @@ class ExportableSegmentor(nn.Module):
             raise ValueError(f'labels are uint8, but there are {classes} '
                              "classes: export 'logits'.")
         self.model = model
+        self.channels = input_channels(model)
         self.output = output
         self.preprocess = preprocess
         # Without the padding, which does not export.
@@ -105,19 +108,22 @@ class ExportableSegmentor(nn.Module):
         generator = torch.Generator().manual_seed(0)
         if self.preprocess:
             return torch.randint(
-                0, 256, (1, *size, 3), dtype=torch.uint8, generator=generator)
-        return torch.randn(1, 3, *size, generator=generator)
+                0,
+                256, (1, *size, self.channels),
+                dtype=torch.uint8,
+                generator=generator)
+        return torch.randn(1, self.channels, *size, generator=generator)
 
     def spec(self) -> Dict:
         """What a user of a graph without preprocessing has to do.
 
         Returns:
-            dict: ``mean`` and ``std`` (lists of 3, or None), and
-            ``swap_channels``: whether the network sees RGB.
+            dict: ``mean`` and ``std`` (lists, one value a channel, or
+            None), and ``swap_channels``: whether the network sees RGB.
         """
         # Each MMSegmentation has its own name for it, so a test: is the first
         # channel that comes out blind to the first that goes in?
-        images = torch.zeros(2, 3, 1, 1, dtype=torch.uint8)
+        images = torch.zeros(2, self.channels, 1, 1, dtype=torch.uint8)
         images[1, 0] = 255
         first, second = self.preprocessor(dict(inputs=list(images)))['inputs']
         swapped = first[0] == second[0]

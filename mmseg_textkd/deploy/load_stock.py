@@ -11,8 +11,10 @@ from mmseg.registry import DATASETS, MODELS
 from torch import nn
 
 from ..models import TextHeadMixin
-from ..utils.checkpoint import build_segmentor, non_finite, read_checkpoint
-from ..utils.config import first_dataset
+from ..models.input_channels import input_channels
+from ..utils.checkpoint import (build_segmentor, class_differences,
+                                read_checkpoint)
+from ..utils.config import first_dataset, load_config
 
 FOLD = 'fold it first: tools/model_converters/textkd2mmseg.py'
 
@@ -42,8 +44,7 @@ def load_stock(
         ValueError: If config or checkpoint is one of a text network that
             folds, or the checkpoint is not of the network of the config.
     """
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict(cfg_options or {})
+    cfg = load_config(config, cfg_options)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     head = cfg.model.decode_head
     if isinstance(head, list):
@@ -61,9 +62,6 @@ def load_stock(
         raise ValueError(
             f'{checkpoint} is the checkpoint of a text network; {FOLD}.')
     model = build_segmentor(cfg.model, state, checkpoint)
-    odd = non_finite(model.state_dict())
-    if odd:
-        raise ValueError(f'{checkpoint}: {odd}.')
     # Windows would be another computation than that of the graph.
     model.test_cfg = ConfigDict(mode='whole')
     meta = _complete_meta(
@@ -81,7 +79,7 @@ def _fix_bases(model: nn.Module) -> nn.Module:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             # It draws them when it first runs.
-            model(torch.zeros(1, 3, 64, 64))
+            model(torch.zeros(1, input_channels(model), 64, 64))
         print('The head draws random bases for every image; in the graph they '
               'are drawn once.')
     return model
@@ -98,16 +96,24 @@ def dataset_meta(cfg: Config, saved: Optional[Dict]) -> Dict:
         dict: ``classes`` and, if it is known, ``palette``.
 
     Raises:
-        ValueError: If neither names the classes.
+        ValueError: If neither names the classes, or they name others.
     """
-    if not saved:
-        dataset = first_dataset(cfg)
-        if not dataset:
-            raise ValueError('neither the checkpoint nor a test_dataloader of '
-                             'the config names the classes.')
-        kind = DATASETS.get(dataset['type'])
+    own, dataset = None, first_dataset(cfg)
+    kind = DATASETS.get(dataset['type']) if dataset else None
+    if kind is not None:
         # As the dataset does itself, but its files need not be there.
-        saved = kind._load_metainfo(dataset.get('metainfo'))
+        own = kind._load_metainfo(dataset.get('metainfo'))
+    if not (saved or own):
+        raise ValueError('neither the checkpoint nor a test_dataloader of '
+                         'the config names the classes.')
+    faults = class_differences((saved or {}).get('classes'),
+                               (own or {}).get('classes'))
+    if faults:
+        raise ValueError('\n  '.join([
+            'the checkpoint is for other classes than the test_dataloader of '
+            'the config, or in another order:', *faults
+        ]))
+    saved = saved or own
     return {k: saved[k] for k in ('classes', 'palette') if k in saved}
 
 

@@ -15,7 +15,8 @@ from mmseg.registry import MODELS
 from mmseg_textkd.datasets import (CheckLabels, HideClasses,
                                    LoadRegionEmbeddings, PackRegionInputs)
 from mmseg_textkd.engine import (CPUAmpOptimWrapper,
-                                 CPUDistributedDataParallel, PromptLearnerHook,
+                                 CPUDistributedDataParallel,
+                                 LoadedCheckpointHook, PromptLearnerHook,
                                  TeacherHook)
 from mmseg_textkd.evaluation import ZeroShotIoUMetric
 from mmseg_textkd.models import DistilledEncoderDecoder, TextHeadMixin, TextKD
@@ -27,7 +28,8 @@ PLUGIN = 'mmseg_textkd'
 DROPPED = object()
 # What only training needs.
 NOT_DEPLOYED = (CheckLabels, CPUDistributedDataParallel, HideClasses,
-                LoadRegionEmbeddings, PromptLearnerHook, TeacherHook)
+                LoadedCheckpointHook, LoadRegionEmbeddings, PromptLearnerHook,
+                TeacherHook)
 # What is a stock thing with additions: its name, and their arguments.
 STOCK_FORMS = {
     CPUAmpOptimWrapper: ('OptimWrapper', ()),

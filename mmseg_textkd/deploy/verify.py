@@ -7,6 +7,7 @@ from mmengine.config import Config
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
 from ..utils.report import Cost, count_cost
 
@@ -135,9 +136,17 @@ def _logits(model: nn.Module, source: Union[Size, dict]) -> List[Tensor]:
             # A copy: the results are written into the samples.
             samples = model.test_step(copy.deepcopy(source))
             return [sample.seg_logits.data for sample in samples]
-        inputs = torch.randn(1, 3, *source).to(next(model.parameters()))
+        inputs = torch.randn(1, input_channels(model), *source)
+        inputs = inputs.to(next(model.parameters()))
         metas = [dict(img_shape=source, ori_shape=source, pad_shape=source)]
         return list(model.encode_decode(inputs, metas))
+
+
+def _labels(model: nn.Module, logits: Tensor) -> Tensor:
+    """Labels (H, W) of logits (K, H, W), as MMSegmentation decides."""
+    if len(logits) > 1:
+        return logits.argmax(0)
+    return logits[0].sigmoid() > model.decode_head.threshold
 
 
 def _compare(inputs: str, models: Tuple[nn.Module, nn.Module],
@@ -149,7 +158,7 @@ def _compare(inputs: str, models: Tuple[nn.Module, nn.Module],
             # Python's max() would lose a NaN.
             difference = gap if not gap <= difference else difference
             largest = max(largest, expected.abs().max().item())
-            wrong = got.argmax(0) != expected.argmax(0)
+            wrong = _labels(models[1], got) != _labels(models[1], expected)
             differing += int(wrong.sum())
             pixels += wrong.numel()
     return Agreement(inputs, difference, largest, differing, pixels)

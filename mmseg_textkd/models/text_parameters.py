@@ -119,6 +119,29 @@ def tower_checksums(model: nn.Module) -> Dict[str, str]:
     }
 
 
+def check_text_losses(model: nn.Module) -> None:
+    """Require that heads with text losses have computed them.
+
+    They are computed in ``head.loss``. A segmentor that calls the head's
+    ``forward`` and ``loss_by_feat`` itself leaves them out, and in the role
+    'auxiliary' no text would be learned.
+
+    Args:
+        model (nn.Module): The model after an iteration, not wrapped.
+
+    Raises:
+        RuntimeError: If a head has not computed them.
+    """
+    for name, head in model.named_modules():
+        if getattr(head, 'text_losses_computed', None) is False:
+            raise RuntimeError(
+                f'{name} has text losses that {type(model).__name__} does not '
+                f'compute: it does not call `{name}.loss`, but its '
+                'parts. Let its own `loss` call `self.decode_head.loss(inputs,'
+                ' data_samples, self.train_cfg)`, as EncoderDecoder does, or '
+                "use role='classifier' without `text_losses`.")
+
+
 def check_classes(model: nn.Module, dataset: Dataset) -> None:
     """Require the text to be for the classes of a dataset, in its order.
 

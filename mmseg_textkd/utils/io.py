@@ -24,6 +24,10 @@ class DamagedFileError(ValueError):
     """A file is not what was written: cut short, changed, or another kind."""
 
 
+class UnknownImageError(ValueError):
+    """A file is no image of a format that is known."""
+
+
 def write_files(files: Mapping[PathLike, bytes]) -> None:
     """Write files so that none is there before all are whole.
 
@@ -186,7 +190,8 @@ def check_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> None:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no image, or has more pixels.
+        UnknownImageError: If it is no image.
+        ValueError: If it has more pixels.
     """
     from PIL import Image
     limit = Image.MAX_IMAGE_PIXELS
@@ -198,7 +203,7 @@ def check_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> None:
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
+        raise UnknownImageError(
             f'{path} cannot be read as an image: {error}') from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit

@@ -25,7 +25,9 @@ from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, add_options,
                                                     parse_options, time_cells,
                                                     write_results)
 from mmseg_textkd.deploy import fold, to_stock_cfg
+from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.models.text_parameters import text_providers
+from mmseg_textkd.utils.config import load_config
 from mmseg_textkd.utils.report import count_cost, describe, environment, table
 
 STOCK = 'stock'
@@ -160,10 +162,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     where = environment(*[onnxruntime] * (onnxruntime is not None))
     init_default_scope('mmseg')
     try:
-        networks = build_networks(Config.fromfile(args.config))
+        networks = build_networks(load_config(args.config))
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         sys.exit(f'Error: {error}')
-    inputs = torch.randn(1, 3, *args.size)
+    channels = input_channels(next(iter(networks.values())))
+    inputs = torch.randn(1, channels, *args.size)
     results = dict(
         config=args.config,
         size=list(args.size),

@@ -26,7 +26,9 @@ from mmseg_textkd.analysis.benchmark import interleave, random_clip, stopwatch
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
 from mmseg_textkd.models import EBSeg
 from mmseg_textkd.models.ebseg.frozen_tower import FrozenTower
+from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.models.text_parameters import text_providers
+from mmseg_textkd.utils.config import load_config
 from mmseg_textkd.utils.report import (count_params, describe, environment,
                                        flops_by_module, table)
 
@@ -89,7 +91,8 @@ def count(model: Optional[nn.Module], shape: Sequence[int]) -> List[str]:
     """
     if model is None:
         return ['-', '-']
-    flops = flops_by_module(lambda: model(torch.zeros(1, 3, *shape)))
+    channels = input_channels(model)
+    flops = flops_by_module(lambda: model(torch.zeros(1, channels, *shape)))
     towers = [m.network for m in model.modules() if isinstance(m, FrozenTower)]
     number = count_params(model, *towers)
     return [f'{number / 1e6:.3f}', f'{flops["Global"] / 2e9:.3f}']
@@ -107,10 +110,13 @@ def measure(models: Dict[str, nn.Module], shape: Sequence[int],
     Returns:
         dict[str, str]: Seconds.
     """
-    picture = torch.rand(1, 3, *shape)
-    arms = {
-        name: stopwatch(lambda model=model: model(picture), 'cpu')
+    pictures = {
+        name: torch.rand(1, input_channels(model), *shape)
         for name, model in models.items()
+    }
+    arms = {
+        name: stopwatch(lambda name=name: models[name](pictures[name]), 'cpu')
+        for name in models
     }
     with torch.no_grad():
         seconds = interleave(arms, runs, warmup=1)
@@ -160,8 +166,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         torch.set_num_threads(args.threads)
     rows, timed = {}, {}
     for path in args.configs:
-        cfg = Config.fromfile(path)
-        cfg.merge_from_dict(args.cfg_options or {})
+        cfg = load_config(path, args.cfg_options)
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         model = build(cfg)
         rows[path.stem] = count(model, args.shape)

@@ -28,6 +28,7 @@ from mmseg_textkd.models.stock_init import (compare_with_stock, head_features,
 from mmseg_textkd.models.text_parameters import check_classes
 from mmseg_textkd.text.encode_classes import ensure_embeddings
 from mmseg_textkd.utils.checkpoint import checkpoint_bytes
+from mmseg_textkd.utils.config import load_config
 from mmseg_textkd.utils.io import write_files
 
 SEED = 0  # the same images whenever the tool runs
@@ -194,8 +195,7 @@ def fit(model: nn.Module, name: str, stock: Tuple[Tensor, Tensor],
 def convert(args: argparse.Namespace) -> None:
     """Do what the command line says."""
     path = args.checkpoint
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    cfg = load_config(args.config, args.cfg_options)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     state, names = read_stock(path)
     ensure_embeddings(cfg)
@@ -215,7 +215,13 @@ def convert(args: argparse.Namespace) -> None:
         name: stock_classifier(path, state, names, name, head)
         for name, head in heads.items()
     }
-    train = Runner.build_dataloader(cfg.train_dataloader, seed=SEED)
+    loader = cfg.train_dataloader
+    if loader.get('batch_size', 1) < 2:
+        # Networks with pooled features have no batch statistics of one image.
+        loader = dict(loader, batch_size=2)
+        print('Images are taken two at a time: batch norms in training mode '
+              'need more than one, also in the training itself.')
+    train = Runner.build_dataloader(loader, seed=SEED)
     # As at the start of a run, and of the checkpoint in addition.
     check_classes(model, train.dataset)
     check_names(path, names, train.dataset)

@@ -25,6 +25,7 @@ import mmseg_textkd
 from mmseg_textkd.deploy.publish import check_weights, read_log, serialize
 from mmseg_textkd.models import DistilledEncoderDecoder
 from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
+from mmseg_textkd.utils.config import load_config
 from mmseg_textkd.utils.io import write_files
 
 CARD = Path(__file__).with_name('model_card.md.in')
@@ -121,7 +122,7 @@ def publish(args: argparse.Namespace) -> Path:
         meta.pop(key, None)
     cfg, params = None, UNKNOWN
     if args.config:
-        cfg = Config.fromfile(args.config)
+        cfg = load_config(args.config)
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         model = MODELS.build(cfg.model)
         if isinstance(model, DistilledEncoderDecoder):

@@ -29,6 +29,7 @@ from mmseg_textkd.deploy.load_stock import dataset_meta
 from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
 from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
                                            read_checkpoint)
+from mmseg_textkd.utils.config import load_config
 from mmseg_textkd.utils.io import write_files
 
 # What MMEngine's runner and this tool note of a training.
@@ -116,8 +117,7 @@ def test_images(cfg: Config, number: int) -> List[Dict]:
 
 def convert(args: argparse.Namespace) -> None:
     """Do what the command line says."""
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    cfg = load_config(args.config, args.cfg_options)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     # TF32 would be measured in place of the fold.
     torch.backends.cudnn.allow_tf32 = False

@@ -42,7 +42,7 @@ class DistilledEncoderDecoder(EncoderDecoder):
                  **kwargs) -> None:
         super().__init__(**kwargs)
         self.teacher = MODELS.build(
-            dict(dict(type='FrozenTeacher'), **teacher))
+            dict(dict(type='mmseg.FrozenTeacher'), **teacher))
         # With the same seed the network begins as it would without them.
         with torch.random.fork_rng(devices=[]):
             self.distill_losses = nn.ModuleList(

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Dict, Optional, Tuple
 
 import torch
-from mmengine.config import Config
 from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_textkd.text.checksum import checksum
 from mmseg_textkd.utils.checkpoint import build_segmentor, read_checkpoint
+from mmseg_textkd.utils.config import load_config
 from ..calls import calls_of
 from .pictures import renormalise
 
@@ -97,8 +97,7 @@ class FrozenTeacher:
                 f'{self.config}. Train it (`python tools/train.py '
                 f'{self.config}`), or name another: --cfg-options '
                 'model.teacher.checkpoint=PATH')
-        cfg = Config.fromfile(self.config)
-        cfg.merge_from_dict(self.cfg_options or {})
+        cfg = load_config(self.config, self.cfg_options)
         saved = read_checkpoint(path)
         # What the student draws must not depend on its teacher.
         with torch.random.fork_rng(devices=[]):

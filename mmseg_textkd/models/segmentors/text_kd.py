@@ -163,11 +163,11 @@ class TextKD(EncoderDecoder):
     def _alignment_cfg(self, decode_head: dict,
                        changes: Optional[dict]) -> Dict[str, Any]:
         cfg = dict(
-            type='ScoreMapHead',
+            type='mmseg.ScoreMapHead',
             num_classes=self.num_classes,
             ignore_index=self.decode_head.ignore_index,
             sampler=copy.deepcopy(decode_head.get('sampler')),
-            loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0))
+            loss_decode=dict(type='mmseg.CrossEntropyLoss', loss_weight=1.0))
         losses = decode_head.get('loss_decode', [])
         for loss in [losses] if isinstance(losses, dict) else losses:
             if loss['type'] == 'OhemCrossEntropy':
