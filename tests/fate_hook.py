@@ -108,7 +108,7 @@ class FateHook(Hook):
 
 @HOOKS.register_module()
 class FrozenNormHook(Hook):
-    """Keep batch norm in evaluation mode: no picture looks at another."""
+    """Keep batch norm in evaluation mode: no image looks at another."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         for module in unwrap(runner.model).modules():

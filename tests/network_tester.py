@@ -63,7 +63,7 @@ def each_head(model):
 
 
 def load_model(path):
-    """Config of the model in a file, for small pictures and no network."""
+    """Config of the model in a file, for small images and no network."""
     model = offline(copy.deepcopy(load_config(path).model))
     for head in each_head(model):
         losses = head.loss_decode
@@ -140,7 +140,7 @@ def in_bfloat16(classifier):
             value.copy_(value.bfloat16())
 
 
-def not_normalised(classifier):
+def not_normalized(classifier):
     """Vectors of other lengths than 1."""
     classifier.text.class_embeddings.mul_(
         torch.rand(len(classifier.logit_bias), 1) + .5)
@@ -159,14 +159,14 @@ STATES = {
     'stage 2': after_stage2,
     'EMA': averaged,
     'bfloat16': in_bfloat16,
-    'not normalised': not_normalised,
+    'not normalized': not_normalized,
     'K = 7': of_seven_classes,
 }
 
 
 @DATASETS.register_module()
 class RandomScenes(Dataset):
-    """Two random pictures, with labels of all classes and edge maps."""
+    """Two random images, with labels of all classes and edge maps."""
 
     def __init__(self, size, num_classes):
         torch.manual_seed(4)
@@ -192,7 +192,7 @@ class WatchHook(Hook):
         self.noise, self.changed, self.losses = noise, [], []
 
     def before_train(self, runner):
-        # Some are initialised to keep the gradient of others at zero.
+        # Some are initialized to keep the gradient of others at zero.
         with torch.no_grad():
             for param in runner.model.parameters():
                 if param.requires_grad:
@@ -333,7 +333,7 @@ class BaseNetworkTester:
         monkeypatch.setattr(sys, 'meta_path', [Blocker(), *sys.meta_path])
 
     def losses(self, model):
-        """Losses on the same picture, with the same random numbers."""
+        """Losses on the same image, with the same random numbers."""
         torch.manual_seed(1)
         inputs = torch.randn(2, 3, *self.size)
         labels = samples(self.size, model.decode_head.num_classes)
@@ -357,7 +357,7 @@ class BaseNetworkTester:
         return model.eval()
 
     def logits(self, model, size):
-        """Full-size logits in evaluation mode, always of one picture."""
+        """Full-size logits in evaluation mode, always of one image."""
         torch.manual_seed(3)
         inputs = torch.randn(1, 3, *size)
         with torch.no_grad():

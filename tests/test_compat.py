@@ -462,7 +462,7 @@ def test_missing_library_is_one_line_that_says_what_to_install(
 
 
 @pytest.mark.parametrize('name', ['mmseg/__init__.py', 'mmseg.py'])
-def test_the_word_segmenter_is_recognised(tmp_path, name):
+def test_the_word_segmenter_is_recognized(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('def seg_txt(text): return text.split()')
     status, output = python('import mmseg_textkd', tmp_path, str(tmp_path))

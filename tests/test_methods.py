@@ -34,7 +34,7 @@ def test_both_stages_of_a_fusion(tmp_path, name, kind, kept):
     path = CONFIGS / f'fusion/textkd_bisenetv2_fcn_toyclip-{name}_{TOY}'
     runner, watch = two_iterations(path, tmp_path, (64, 128))
     built = runner.model.decode_head.text_branch.fusion
-    assert type(built) is kind and built.kept == kept
+    assert type(built) is kind and built.used_at_inference == kept
     first, second = watch.changed
     params = dict(runner.model.named_parameters())
     fusion = {n for n in params if '.fusion.' in n}

@@ -48,7 +48,7 @@ class OnnxNetwork:
                 graph takes one size only.
 
         Returns:
-            np.ndarray: The image, normalised unless the graph does that.
+            np.ndarray: The image, normalized unless the graph does that.
         """
         if self.size is not None:
             image = cv2.resize(image, self.size[::-1])

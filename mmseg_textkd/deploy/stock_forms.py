@@ -21,7 +21,7 @@ from mmseg_textkd.engine import (CPUAmpOptimWrapper,
 from mmseg_textkd.evaluation import ZeroShotIoUMetric
 from mmseg_textkd.models import DistilledEncoderDecoder, TextHeadMixin, TextKD
 from mmseg_textkd.models.layers.score_map import KEPT_AS_IT_IS
-from mmseg_textkd.models.layers.text_fusion import WAYS_OUT
+from mmseg_textkd.models.layers.text_fusion import CANNOT_FOLD
 from .l2_conv_seg import l2_conv_seg_head
 
 PLUGIN = 'mmseg_textkd'
@@ -158,7 +158,7 @@ class StockForms:
                 f'defined in a module that does not import {PLUGIN}.')
         fusion = value.get('fusion') or {}
         if fusion.get('use') == 'inference':
-            raise ValueError(f'{where}: a {fusion["type"]} {WAYS_OUT}')
+            raise ValueError(f'{where}: a {fusion["type"]} {CANNOT_FOLD}')
         head = {
             k: v
             for k, v in value.items()

@@ -190,7 +190,7 @@ class Group:
                    arm: str,
                    other: str,
                    label: Optional[int] = None) -> Optional[Interval]:
-        """Summarise :meth:`differences`.
+        """Summarize :meth:`differences`.
 
         Args:
             arm (str): The arm.

@@ -79,9 +79,9 @@ def picture(seed=0):
 
 
 def blend(image, opacity):
-    """What the picture and its classes give together."""
-    colours = PALETTE[image.argmax(2)][..., ::-1]
-    return ((1 - opacity) * image + opacity * colours).astype(np.uint8)
+    """What the image and its classes give together."""
+    colors = PALETTE[image.argmax(2)][..., ::-1]
+    return ((1 - opacity) * image + opacity * colors).astype(np.uint8)
 
 
 def test_picture_in_a_process_without_torch(model, tmp_path):
@@ -100,7 +100,7 @@ def test_picture_in_a_process_without_torch(model, tmp_path):
         cwd=str(tmp_path))
     assert done.status == 0, done.output
     assert re.match(
-        r'1 pictures: [\d.]+ fps with reading.*alone [\d.]+ fps \(median\)\n$',
+        r'1 images: [\d.]+ fps with reading.*alone [\d.]+ fps \(median\)\n$',
         done.output)
     shown = cv2.imread(str(tmp_path / 'out.png'))
     assert np.array_equal(shown[:, :96], blend(image, 0.25))
@@ -110,7 +110,7 @@ def test_picture_in_a_process_without_torch(model, tmp_path):
     assert counts[order].all()
     patches = shown[[11, 33], 96 + 18]
     assert np.array_equal(patches[:, ::-1], PALETTE[order])
-    # Beside each colour stands something.
+    # Beside each color stands something.
     assert all((shown[row:row + 22, 96 + 36:] < 128).any() for row in (0, 22))
 
 
@@ -132,7 +132,7 @@ def test_large_picture_is_refused(model, tmp_path):
 
 def test_folder(model, tmp_path):
     (tmp_path / 'in').mkdir()
-    (tmp_path / 'in' / 'notes.txt').write_text('no picture')
+    (tmp_path / 'in' / 'notes.txt').write_text('no image')
     for seed, name in enumerate(('b.png', 'a.png', 'c.bmp')):
         cv2.imwrite(str(tmp_path / 'in' / name), picture(seed))
     out = tmp_path / 'new' / 'folder'
@@ -151,7 +151,7 @@ def test_video_round_trip(model, tmp_path, capsys):
         writer.write(picture(seed))
     writer.release()
     onnx_runtime_demo.main([model, paths[0], '--out', paths[1]])
-    assert capsys.readouterr().out.startswith('3 pictures: ')
+    assert capsys.readouterr().out.startswith('3 images: ')
     before, after = (cv2.VideoCapture(path) for path in paths)
     assert after.get(cv2.CAP_PROP_FPS) == 10
     for _ in range(3):
@@ -163,7 +163,7 @@ def test_video_round_trip(model, tmp_path, capsys):
     assert not after.read()[0]
 
 
-def test_graph_that_takes_normalised_input(tmp_path):
+def test_graph_that_takes_normalized_input(tmp_path):
     spec = dict(mean=[100., 0., 0.], std=[1., 2., 1.], swap_channels=True)
     network = onnx_runtime_demo.Network(
         save_graph(tmp_path / 'a.onnx', preprocess=spec))

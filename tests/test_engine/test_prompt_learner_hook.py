@@ -542,7 +542,7 @@ def test_log_of_the_text(tmp_path, residual):
     # At the start, after each iteration and at the switch.
     stage = hub.get_scalar('train/text_stage').data[0]
     assert stage.tolist() == [1] * 4 + [2] * 4
-    drift = hub.get_scalar('train/text_drift').data[0]
+    drift = hub.get_scalar('train/text_distance').data[0]
     assert drift[:5] == pytest.approx(0, abs=1e-12)
     assert (drift[5:] > 1e-12).all() and drift[7] > drift[5]
     assert hub.get_scalar('train/text_scale').current() != 1
@@ -554,7 +554,7 @@ def test_log_of_the_text(tmp_path, residual):
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows = [row for row in rows if 'loss' in row]
     assert [row['text_stage'] for row in rows] == [1, 1, 1, 2, 2, 2]
-    assert rows[-1]['text_drift'] == pytest.approx(drift[-1])
+    assert rows[-1]['text_distance'] == pytest.approx(drift[-1])
     assert rows[-1]['text_scale'] == hub.get_scalar(
         'train/text_scale').current()
 
@@ -796,7 +796,7 @@ def test_text_on_auxiliary_heads(tmp_path, residual):
     for i, head in enumerate(heads):
         scale = hub.get_scalar(f'train/text_scale{i or ""}').current()
         assert scale == head.text_branch.scale().item() != 1
-        drift = hub.get_scalar(f'train/text_drift{i or ""}').current()
+        drift = hub.get_scalar(f'train/text_distance{i or ""}').current()
         assert drift == pytest.approx(
             head.text_branch.text.distance_from_start()) != 0
     # The checkpoint has the text of both; without the auxiliary heads, which

@@ -143,7 +143,7 @@ def test_all_losses_go_through_both_stages(root, whole):
     for values in losses:
         assert names <= set(values)
         assert all(0 < values[n] < float('inf') for n in names)
-        # All of them are optimised.
+        # All of them are optimized.
         total = sum(v for k, v in values.items() if 'loss_' in k)
         assert values['loss'] == pytest.approx(total, rel=1e-5)
     states = [
@@ -306,7 +306,7 @@ def test_a_stock_network_learns_from_the_teacher_too(root):
 
 
 def test_the_student_gets_nearer_to_the_teacher(root):
-    """By logit distillation alone, on the same pictures."""
+    """By logit distillation alone, on the same images."""
     cfg = stock_student(root, DISTILL_LOSSES[:1])
     cfg.model.decode_head.loss_decode.loss_weight = 0.
     model, batch = fresh(cfg), first_batch(cfg)
@@ -320,7 +320,7 @@ def test_the_student_gets_nearer_to_the_teacher(root):
 
 @pytest.mark.stacks
 def test_what_the_teacher_sees(root):
-    """Its own normalisation, its own logits, on the student's inputs."""
+    """Its own normalization, its own logits, on the student's inputs."""
     cfg = stock_student(root)
     model = MODELS.build(cfg.model)
     teacher = model.teacher.model

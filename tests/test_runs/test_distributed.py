@@ -59,8 +59,8 @@ def runs(tmp_path_factory):
             'model.decode_head.norm_cfg': sync
         })
     write_config(root, 'without', find_unused_parameters=False)
-    # Batches of the same four pictures, in two processes or in one; the
-    # frozen norms do not normalise yet, so it takes large steps to learn.
+    # Batches of the same four images, in two processes or in one; the
+    # frozen norms do not normalize yet, so it takes large steps to learn.
     frozen = {'hooks': ['FrozenNormHook'], 'optim_wrapper.optimizer.lr': 0.5}
     write_config(root, 'two', **frozen)
     write_config(root, 'one', batch_size=4, **frozen)
@@ -101,7 +101,7 @@ def test_both_ranks_go_through_the_switch_and_stay_equal(runs):
     assert len(params) > 100
     for name in params:
         assert first['sums'][name] == second['sums'][name], name
-    # They have seen different pictures: each rank has its own statistics.
+    # They have seen different images: each rank has its own statistics.
     means = [n for n in first['sums'] if 'running_mean' in n]
     assert any(first['sums'][n] != second['sums'][n] for n in means)
     assert done.output.count('each rank has statistics of its own') == 1

@@ -55,7 +55,7 @@ groups = runner.optim_wrapper.optimizer.param_groups
 names = {{id(p): n for n, p in runner.model.named_parameters()}}
 json.dump(
     dict(
-        optimised=[names.get(id(p), 'UNKNOWN')
+        optimized=[names.get(id(p), 'UNKNOWN')
                    for g in groups for p in g['params']],
         inside=[type(m).__name__ for m in runner.model.modules()],
         tower_graded=[
@@ -131,8 +131,8 @@ def test_stage_2_leaves_no_trace_of_the_tower(runs):
     assert facts['tower_graded'] == []
     assert 'ContextPromptLearner' in facts['inside']
     assert not {'TextTower', 'Transformer', 'CLIP'} & set(facts['inside'])
-    assert 'UNKNOWN' not in facts['optimised']
-    assert 'decode_head.conv_seg.text.context' in facts['optimised']
+    assert 'UNKNOWN' not in facts['optimized']
+    assert 'decode_head.conv_seg.text.context' in facts['optimized']
     path = root / 'both_stages' / 'work' / 'iter_4.pth'
     saved = load(path)
     assert {k
@@ -142,7 +142,7 @@ def test_stage_2_leaves_no_trace_of_the_tower(runs):
             }
     # One entry for each parameter that has ever had a step.
     params = saved['optimizer']['param_groups']
-    assert sum(len(g['params']) for g in params) == len(facts['optimised'])
+    assert sum(len(g['params']) for g in params) == len(facts['optimized'])
     tower = sum(p.numel() for p in TextTower('toyclip').parameters())
     own = sum(v.numel() for v in saved['state_dict'].values())
     assert path.stat().st_size < 4 * (3 * own + tower)

@@ -176,7 +176,7 @@ def test_looking_at_a_file(tool, tmp_path, capsys):
     # No label is cut off: the rim is white.
     for rim in (image[:2], image[-2:], image[:, :2], image[:, -2:]):
         assert (rim == 1).all()
-    # A drawn matrix: many colours, and as large as its labels need.
+    # A drawn matrix: many colors, and as large as its labels need.
     assert min(image.shape[:2]) > 1000
     assert len({tuple(c) for c in image[::7, ::7].reshape(-1, 3)}) > 200
     assert file.read_bytes() == before

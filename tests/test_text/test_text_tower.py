@@ -311,7 +311,7 @@ def test_activation_of_a_weights_file(tmp_path, monkeypatch, log):
     assert not log.getvalue()
 
 
-def test_unknown_architecture_names_its_neighbours():
+def test_unknown_architecture_names_its_neighbors():
     with pytest.raises(TextTowerError, match="'ViT-B-16'"):
         TextTower('ViT-B16', 'openai')
 

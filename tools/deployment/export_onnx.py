@@ -60,7 +60,7 @@ def parser(description: str, suffix: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '--preprocess',
         action='store_true',
-        help='take an image (1, H, W, 3), uint8, BGR, instead of a normalised '
+        help='take an image (1, H, W, 3), uint8, BGR, instead of a normalized '
         'one (1, 3, H, W), float32')
     parser.add_argument(
         '--images',

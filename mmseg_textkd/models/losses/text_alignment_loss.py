@@ -36,7 +36,7 @@ class TextAlignmentLoss(nn.Module):
         samples_per_class (int, optional): At most so many pixels of each
             class in the batch, drawn at random. Defaults to None: all.
         loss_weight (float): Weight of the loss. Defaults to 1.0.
-        loss_name (str): Name in the log; a loss is optimised only if the name
+        loss_name (str): Name in the log; a loss is optimized only if the name
             starts with 'loss'. Defaults to 'loss_text_align'.
     """
 
