@@ -6,7 +6,7 @@ import json
 import traceback
 import warnings
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 from mmseg.models.utils import resize
@@ -88,7 +88,7 @@ def to_onnx(network: ExportableSegmentor,
             warnings.simplefilter('ignore')
             program = torch.export.export(
                 traced, (image, ), dynamic_shapes=shapes, strict=False)
-            graph = torch.onnx.export(
+            exported: Any = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
@@ -99,7 +99,8 @@ def to_onnx(network: ExportableSegmentor,
                 ],
                 # The program has symbols already; these name them.
                 dynamic_shapes=names,
-                verbose=False).model_proto
+                verbose=False)
+            graph = exported.model_proto
     except Exception as error:  # torch raises anything
         raise ValueError(_why(error, dynamic)) from error
     if graph.opset_import[0].version != opset:
@@ -199,14 +200,15 @@ def to_torchscript(network: ExportableSegmentor, size: Size, dynamic: bool,
 
 def _why(error: Exception, dynamic: bool) -> str:
     """Say what does not export and where it stands."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
     frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__)
+        frame for frame in traceback.extract_tb(cause.__traceback__)
         if '/torch/' not in frame.filename and frame.filename != __file__
     ]
     where = (f' at `{frames[-1].line}` ({frames[-1].filename}:'
              f'{frames[-1].lineno})' if frames else '')
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
     hint = '. Export a fixed size: --size H W without --dynamic.'
     return f'it does not export{where}: {first}{hint if dynamic else ""}'

@@ -4,6 +4,7 @@ from typing import Dict, Tuple
 
 import torch
 import torch.nn.functional as F
+from mmseg.models import BaseSegmentor, SegDataPreProcessor
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
@@ -34,8 +35,11 @@ class ExportableSegmentor(nn.Module):
             classes than uint8 holds labels.
     """
 
+    model: BaseSegmentor
+    preprocessor: SegDataPreProcessor
+
     def __init__(self,
-                 model: nn.Module,
+                 model: BaseSegmentor,
                  output: str = 'logits',
                  preprocess: bool = False) -> None:
         super().__init__()
@@ -82,7 +86,7 @@ class ExportableSegmentor(nn.Module):
         height, width = inputs.shape[2:]
         size, divisor = padding.get('size'), padding.get('size_divisor')
         if size is None:
-            more = -height % divisor, -width % divisor
+            more = [-height % divisor, -width % divisor]
         else:
             more = [
                 torch.sym_max(full - now, 0)

@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import inspect
 from pathlib import Path
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ def load_stock(
     if not kept and any(k.endswith('.class_embeddings') for k in state):
         raise ValueError(
             f'{checkpoint} is the checkpoint of a text network; {FOLD}.')
-    model = build_segmentor(cfg.model, state, checkpoint)
+    model: Any = build_segmentor(cfg.model, state, checkpoint)
     # Windows would be another computation than that of the graph.
     model.test_cfg = ConfigDict(mode='whole')
     meta = _complete_meta(
@@ -72,7 +72,9 @@ def load_stock(
 
 def _fix_bases(model: nn.Module) -> nn.Module:
     """Draw the random bases of SegNeXt's head once instead of every time."""
-    heads = [m for m in model.modules() if getattr(m, 'rand_init', False)]
+    heads: List[Any] = [
+        m for m in model.modules() if getattr(m, 'rand_init', False)
+    ]
     for head in heads:
         head.rand_init = False
     if heads:
@@ -113,7 +115,7 @@ def dataset_meta(cfg: Config, saved: Optional[Dict]) -> Dict:
             'the checkpoint is for other classes than the test_dataloader of '
             'the config, or in another order:', *faults
         ]))
-    saved = saved or own
+    saved = saved or own or {}
     return {k: saved[k] for k in ('classes', 'palette') if k in saved}
 
 

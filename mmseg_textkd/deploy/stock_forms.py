@@ -112,11 +112,11 @@ class StockForms:
             }
             return {k: v for k, v in items.items() if v is not DROPPED}
         if isinstance(value, (list, tuple)) and value:
-            items = [
+            parts = [
                 self.replace(v, f'{where}[{i}]') for i, v in enumerate(value)
             ]
-            items = [item for item in items if item is not DROPPED]
-            return type(value)(items) if items else DROPPED
+            parts = [part for part in parts if part is not DROPPED]
+            return type(value)(parts) if parts else DROPPED
         return value
 
     def _stock_form(self, kind: Any, value: Dict, where: str) -> Any:
@@ -192,7 +192,7 @@ def _uses_plugin(name: str) -> bool:
     return any(f'{home}.'.startswith(f'{PLUGIN}.') for home in homes)
 
 
-def _stock_dataset(kind: type, value: Dict, where: str) -> Dict:
+def _stock_dataset(kind: Any, value: Dict, where: str) -> Dict:
     """Turn a dataset of the plugin into the ``BaseSegDataset`` that it is."""
     metainfo = dict(kind.METAINFO, **(value.get('metainfo') or {}))
     known = inspect.signature(BaseSegDataset).parameters

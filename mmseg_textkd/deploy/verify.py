@@ -1,9 +1,11 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import copy
+from functools import partial
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.config import Config
+from mmseg.models import BaseSegmentor
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
@@ -107,7 +109,7 @@ def verify(model: nn.Module,
     stock.load_state_dict(state_dict, strict=True)
     models = model, stock
     costs = {
-        name: count_cost(m, lambda m=m: _logits(m, SIZES[0]))
+        name: count_cost(m, partial(_logits, m, SIZES[0]))
         for name, m in zip(('as trained', 'folded'), models)
     }
     with without_balance(model):
@@ -128,7 +130,7 @@ def verify(model: nn.Module,
     return report
 
 
-def _logits(model: nn.Module, source: Union[Size, dict]) -> List[Tensor]:
+def _logits(model: BaseSegmentor, source: Union[Size, dict]) -> List[Tensor]:
     """Logits (K, H, W) of a random input of that size, or of a batch."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
@@ -142,7 +144,7 @@ def _logits(model: nn.Module, source: Union[Size, dict]) -> List[Tensor]:
         return list(model.encode_decode(inputs, metas))
 
 
-def _labels(model: nn.Module, logits: Tensor) -> Tensor:
+def _labels(model: BaseSegmentor, logits: Tensor) -> Tensor:
     """Labels (H, W) of logits (K, H, W), as MMSegmentation decides."""
     if len(logits) > 1:
         return logits.argmax(0)

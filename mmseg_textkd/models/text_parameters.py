@@ -1,6 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Queries on the text providers and the text parameters of a model."""
-from typing import Dict
+from typing import Any, Dict
 
 from mmengine.model import is_model_wrapper
 from torch import nn
@@ -20,7 +20,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     Returns:
         nn.Module: The model itself.
     """
-    return model.module if is_model_wrapper(model) else model
+    wrapper: Any = model
+    return wrapper.module if is_model_wrapper(model) else model
 
 
 def text_providers(model: nn.Module) -> Dict[str, TextProvider]:

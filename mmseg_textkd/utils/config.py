@@ -55,10 +55,15 @@ def registered_name(kind: Any) -> Any:
         str: The name; what was given if it is not registered.
     """
     found = get_object_from_string(kind) if isinstance(kind, str) else kind
-    name = getattr(found, '__name__', '')
-    if any(r.module_dict.get(name) is found for r in REGISTRIES):
-        return name
-    return kind
+    if found is None:
+        return kind
+    names = [
+        name for registry in REGISTRIES
+        for name, thing in registry.module_dict.items() if thing is found
+    ]
+    # Some have others than that of the class, as `BN` for `BatchNorm2d`.
+    own = getattr(found, '__name__', '')
+    return own if own in names else names[0] if names else kind
 
 
 def walk(node: Any) -> Iterator[Container]:

@@ -157,6 +157,11 @@ def test_one_logit_is_trained_folded_and_thresholded(tmp_path, number, names):
     with torch.no_grad():
         head.conv_seg.logit_bias.normal_()
         head.conv_seg.scale.log_scale.fill_(2.)
+        # Half of the pixels of an image are of the class.
+        image = cv2.imread(str(tmp_path / 'data' / 'img' / '0.png'))
+        batch = model.data_preprocessor(
+            dict(inputs=[torch.from_numpy(image).permute(2, 0, 1)]))
+        head.conv_seg.logit_bias[-1] -= model(batch['inputs']).median()
     # One logit is the difference of those that two classes would have.
     feat = torch.randn(2, 16, 4, 8)
     text = head.conv_seg.text()
@@ -177,13 +182,13 @@ def test_one_logit_is_trained_folded_and_thresholded(tmp_path, number, names):
     assert state['decode_head.conv_seg.weight'].shape == (1, 16, 1, 1)
     report = verify(model, stock, state)
     assert [a.differing for a in report.agreements] == [0, 0]
-    state['decode_head.conv_seg.bias'] += 3
+    for key in ('weight', 'bias'):
+        state[f'decode_head.conv_seg.{key}'] *= -1
     report = verify(model, stock, state, tolerance=None)
     assert min(a.differing for a in report.agreements) > 0
 
     files = write(tmp_path, cfg, model, names)
     inferencer = TextSegInferencer(*files, device='cpu')
-    image = cv2.imread(str(tmp_path / 'data' / 'img' / '0.png'))
     theirs = inference_model(init_model(*files, device='cpu'), image)
     theirs = theirs.pred_sem_seg.data[0].numpy()
     assert np.array_equal(inferencer(image)['predictions'], theirs)
@@ -228,7 +233,7 @@ def test_what_one_logit_cannot_have(tmp_path, number, change, message):
 def test_a_binary_head_learns_with_text_beside_it(tmp_path):
     head = build(binary_config(tmp_path, 2, 'auxiliary')).decode_head.train()
     losses = head.loss([torch.randn(2, 8, 4, 8)], samples((32, 64), 2), {})
-    assert {'loss_ce', 'loss_text'} <= set(losses)
+    assert {'loss_ce', 'loss_text_align'} <= set(losses)
     sum(v for k, v in losses.items() if 'loss' in k).backward()
     assert head.text_branch.projection.conv.weight.grad.abs().max() > 0
 

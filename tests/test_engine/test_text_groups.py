@@ -56,14 +56,15 @@ def test_layer_wise_rates_are_told_by_a_run(tmp_path):
     cfg = tiny_config(tmp_path, LEARNER, dict(switch_at=1), 2)
     cfg.model.backbone.type = 'TinyMAE'
     cfg.log_level = 'WARNING'
-    cfg.optim_wrapper.update(
+    cfg.optim_wrapper = dict(
+        type='OptimWrapper',
         constructor='LearningRateDecayOptimizerConstructor',
         optimizer=dict(type='AdamW', lr=1e-3, weight_decay=.05),
         paramwise_cfg=dict(
             num_layers=2,
             decay_rate=.9,
             decay_type='layer_wise',
-            **dict(custom_keys=TEXT)))
+            custom_keys=TEXT))
     run(cfg)
     logs = ''.join(p.read_text() for p in tmp_path.rglob('*.log'))
     assert re.search(

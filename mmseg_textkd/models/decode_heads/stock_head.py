@@ -33,11 +33,11 @@ def check_stock_head(head: BaseDecodeHead) -> None:
             'or one for two classes. Leave `out_channels` unset.')
 
 
-def is_binary(head: nn.Module) -> bool:
+def is_binary(head: BaseDecodeHead) -> bool:
     """Whether a head has one logit for two classes.
 
     Args:
-        head (nn.Module): The head.
+        head (BaseDecodeHead): The head.
 
     Returns:
         bool: True if its sigmoid is the probability of the second class.

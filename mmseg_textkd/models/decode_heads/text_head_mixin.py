@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import warnings
 from contextlib import ExitStack
-from typing import Dict, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,17 @@ from .stock_head import (check_stock_head, foldable_norm_cfg,
                          init_without_conv_seg, is_binary)
 from .unseen_classes import check_unseen_labels, check_unseen_teacher
 
+if TYPE_CHECKING:
+    from mmseg.models.decode_heads.decode_head import BaseDecodeHead as Base
+else:
+    Base = object
+
 ROLES = ('classifier', 'auxiliary')
 # What is needed of `BaseDecodeHead`; projects have copies of their own.
 INTERFACE = ('forward', 'loss', 'predict_by_feat', '_stack_batch_gt')
 
 
-class TextHeadMixin:
+class TextHeadMixin(Base):
     """Mix-in that adds a text branch to a stock decode head.
 
     Put before the stock head among the bases::
@@ -71,6 +76,9 @@ class TextHeadMixin:
         ValueError: If the arguments do not fit each other or the head.
     """
 
+    conv_seg: Any
+    init_cfg: Any
+
     def __init__(self,
                  *args,
                  text: dict,
@@ -118,7 +126,7 @@ class TextHeadMixin:
                 raise ValueError(
                     "a fusion with use='inference' needs role='classifier': "
                     "in the role 'auxiliary' no text is deployed.")
-            self.text_branch = branch
+            setattr(self, 'text_branch', branch)  # no property to nn.Module
             if text_losses is None:
                 text_losses = [
                     dict(type='mmseg.TextAlignmentLoss', loss_weight=0.4)
@@ -270,7 +278,7 @@ class TextHeadMixin:
                     labels if full else small,
                     ignore_index=self.ignore_index,
                     batch_data_samples=batch_data_samples)
-            name = module.loss_name
+            name = str(module.loss_name)
             losses[name] = losses[name] + value if name in losses else value
         if self.text_branch.fusion is not None:
             self.text_branch.fusion.check_text(text)

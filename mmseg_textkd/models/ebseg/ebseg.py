@@ -131,7 +131,7 @@ class EBSeg(EncoderDecoder):
 
 def _padded(pixels: Tensor, tower: FrozenTower) -> Tensor:
     """Pad images with what a tower takes for 0."""
-    size = pixels.shape[2:]
+    size = pixels.shape[2], pixels.shape[3]
     height, width = (p - s for p, s in zip(padded_size(size), size))
     if not height and not width:
         return pixels

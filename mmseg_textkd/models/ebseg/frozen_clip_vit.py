@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 import torch.nn.functional as F
 from mmseg.registry import MODELS
@@ -72,13 +72,14 @@ class FrozenCLIPViT(FrozenTower):
         Returns:
             nn.Module: The tower, with CLIP's factor as ``clip_scale``.
         """
+        network: Any
         network, _, scale = load_visual(self.model, self.pretrained,
                                         self.cache_dir)
         self._check(network)
         network.clip_scale = scale
         return network
 
-    def _check(self, network: nn.Module) -> None:
+    def _check(self, network: Any) -> None:
         """Refuse a tower of another kind or other sizes than said."""
         blocks = getattr(
             getattr(network, 'transformer', None), 'resblocks', ())
@@ -116,8 +117,8 @@ class FrozenCLIPViT(FrozenTower):
             CLIPFeatures: Tokens of all depths, with gradient to the
             positional embedding.
         """
-        network = self.network_for(pixels)
-        how = dict(scale_factor=self.scale)
+        network: Any = self.network_for(pixels)
+        how: Dict[str, Any] = dict(scale_factor=self.scale)
         if cover:
             how = dict(
                 size=[

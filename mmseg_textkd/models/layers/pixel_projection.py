@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class PixelProjection(BaseModule):
             if self.conv.bias is not None:
                 nn.init.zeros_(self.conv.bias)
             self.conv.requires_grad_(False)
-        self.bn = None
+        self.bn: Any = None
         if norm == 'bn':
             self.bn = build_norm_layer(norm_cfg or dict(type='BN'), dim)[1]
             if not isinstance(self.bn, _BatchNorm):
@@ -135,5 +135,6 @@ class PixelProjection(BaseModule):
             device=self.conv.weight.device,
             dtype=self.conv.weight.dtype)
         folded.weight.copy_((rows @ weight)[:, :, None, None])
+        assert folded.bias is not None
         folded.bias.copy_(shift)
         return folded

@@ -137,7 +137,7 @@ class TextClassifier(TextBranch):
             (N, 1, H, W) if binary.
         """
         text = self.text(feat.shape[0])
-        if self.fuses_at_inference:
+        if self.fusion is not None and self.fuses_at_inference:
             self.fusion.check_text(text)
             return self.fusion.classify(self, feat, text)
         return self.classify(self.projection(feat), text)

@@ -1,19 +1,19 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Sequence, Tuple
+from typing import Sequence
 
 import torch
 from mmseg.models.utils import resize
 from torch import Tensor
 
 
-def teacher_logits(batch_data_samples: Sequence, size: Tuple[int, int],
+def teacher_logits(batch_data_samples: Sequence, size: Sequence[int],
                    num_classes: int) -> Tensor:
     """Get the logits that a segmentation teacher left in the data samples.
 
     Args:
         batch_data_samples (Sequence[:obj:`SegDataSample`]): N samples, with
             ``teacher.logits``, as ``DistilledEncoderDecoder`` leaves them.
-        size (tuple[int, int]): Height h and width w to bring them to.
+        size (Sequence[int]): Height h and width w to bring them to.
         num_classes (int): Number of classes K.
 
     Returns:

@@ -124,6 +124,7 @@ class TextAlignmentLoss(nn.Module):
     def _sample(self, labels: Tensor, num_classes: int,
                 ignore_index: int) -> Tensor:
         """Ignore all but a random few pixels of each class."""
+        assert self.samples_per_class is not None
         flat = labels.flatten()
         # Ignored pixels sort behind all classes.
         classes = flat.where(flat != ignore_index, num_classes)

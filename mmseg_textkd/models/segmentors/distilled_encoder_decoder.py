@@ -113,6 +113,6 @@ class DistilledEncoderDecoder(EncoderDecoder):
                     align_corners=False),
                 labels.squeeze(1).long(),
                 ignore_index=self.decode_head.ignore_index)
-            name = module.loss_name
+            name = str(module.loss_name)
             losses[name] = losses[name] + value if name in losses else value
         return losses

@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import os.path as osp
 from pathlib import Path
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from mmseg.models.data_preprocessor import SegDataPreProcessor
@@ -43,7 +43,7 @@ class FrozenTeacher:
         self.embeddings = embeddings
         self.config, self.checkpoint = osp.normpath(config), checkpoint
         self.cfg_options = cfg_options
-        self._model: Optional[nn.Module] = None
+        self._model: Any = None
         self._classes: Optional[Tuple[str, ...]] = None
 
     def __deepcopy__(self, memo: Dict) -> 'FrozenTeacher':
@@ -77,9 +77,11 @@ class FrozenTeacher:
         """int, optional: Number of classes of its logits, if it gives them."""
         if self.embeddings:
             return None
-        head = self.model.decode_head
+        model: Any = self.model
+        head = model.decode_head
         head = head[-1] if isinstance(head, nn.ModuleList) else head
-        return head.out_channels
+        channels: Any = head.out_channels
+        return channels
 
     def checksum(self) -> str:
         """Hash all weights, to prove that training has not touched them.
@@ -125,7 +127,7 @@ class FrozenTeacher:
         Raises:
             ValueError: If the network gives no such logits or embeddings.
         """
-        model = self.model.to(inputs.device)
+        model: Any = self.model.to(inputs.device)
         inputs = renormalize(inputs, preprocessor, model.data_preprocessor)
         if self.embeddings:
             if not hasattr(model, 'pixel_embeddings'):

@@ -169,6 +169,7 @@ class ContextPromptLearner(PromptLearner):
 
     @torch.no_grad()
     def _init_from_words(self, tower: TextTower) -> None:
+        assert self.init is not None
         ids, start, (num, ) = tower.find_words([self.init])
         if num != self.n_ctx:
             raise ValueError(
