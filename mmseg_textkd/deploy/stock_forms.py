@@ -19,7 +19,9 @@ from mmseg_textkd.engine import (CPUAmpOptimWrapper,
                                  LoadedCheckpointHook, PromptLearnerHook,
                                  TeacherHook)
 from mmseg_textkd.evaluation import ZeroShotIoUMetric
-from mmseg_textkd.models import DistilledEncoderDecoder, TextHeadMixin, TextKD
+from mmseg_textkd.models import (DistilledEncoderDecoder,
+                                 MultiDatasetEncoderDecoder, TextHeadMixin,
+                                 TextKD)
 from mmseg_textkd.models.layers.score_map import KEPT_AS_IT_IS
 from mmseg_textkd.models.layers.text_fusion import CANNOT_FOLD
 from .l2_conv_seg import l2_conv_seg_head
@@ -34,6 +36,7 @@ NOT_DEPLOYED = (CheckLabels, CPUDistributedDataParallel, HideClasses,
 STOCK_FORMS = {
     CPUAmpOptimWrapper: ('OptimWrapper', ()),
     DistilledEncoderDecoder: ('EncoderDecoder', ('teacher', 'distill_losses')),
+    MultiDatasetEncoderDecoder: ('EncoderDecoder', ()),
     PackRegionInputs: ('PackSegInputs', ()),
     TextKD: ('EncoderDecoder', ('score_map', 'alignment_head')),
     ZeroShotIoUMetric: ('IoUMetric', ('unseen', )),

@@ -169,7 +169,7 @@ def test_guide_needs_neither_vectors_nor_open_clip(tmp_path):
             rng.integers(0, 256, (128, 256, 3)).astype(np.uint8))
     code += ("\nimport sys\nprint('open_clip' in sys.modules, labels.shape, "
              'labels.sum().item())')
-    done = start('python', '-c', code, cwd=str(tmp_path))
+    done = start('python', '-c', code, cwd=str(tmp_path), fork=True)
     assert done.status == 0, done.output
     loaded, shape, total = re.search(r'(\w+) (torch.*?) (\d+)$',
                                      done.output.strip()).groups()

@@ -2,7 +2,6 @@
 """Both teachers in real runs: stages, resuming, AMP, ranks, release."""
 import copy
 import os.path as osp
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS, HOOKS, MODELS
-from processes import TOOLS, load, start
+from processes import TOOLS, load, start_ranks
 from tiny import CLASSES, SIZE, assert_equal, run, tiny_config
 
 from mmseg_textkd import add_region_embeddings
@@ -405,18 +404,12 @@ def test_two_ranks(root):
     cfg.train_cfg.pop('val_interval')
     cfg.log_level = 'INFO'
     cfg.dump(str(root / 'ranks.py'))
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = str(probe.getsockname()[1])
-    done = start(
-        'bash',
-        osp.join(TOOLS, 'dist_train.sh'),
+    done = start_ranks(
+        osp.join(TOOLS, 'train.py'),
         root / 'ranks.py',
-        '2',
         '--work-dir',
         root / 'ranks_work',
-        cwd=root,
-        PORT=port)
+        cwd=root)
     assert done.status == 0, done.output[-4000:]
     assert done.output.count('Made the region embeddings of 6 images') == 1
     assert 'distill.loss_kd' in done.output and GUIDED in done.output

@@ -8,6 +8,7 @@ from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from ..label_spaces import label_spaces_of, own_logits
 from ..layers import LogitScale, pixel_text_similarity
 
 
@@ -78,6 +79,8 @@ class TextAlignmentLoss(nn.Module):
                 Defaults to None.
             ignore_index (int): Label of the pixels that are left out.
                 Defaults to 255.
+            **kwargs: ``batch_data_samples``, whose label spaces count where
+                they are of a :class:`MultiDataset`.
 
         Returns:
             Tensor: Scalar; 0 with a graph if every pixel is ignored.
@@ -93,6 +96,9 @@ class TextAlignmentLoss(nn.Module):
                     size=labels.shape[1:],
                     mode='bilinear',
                     align_corners=False)
+            spaces = label_spaces_of(kwargs.get('batch_data_samples') or [])
+            if spaces is not None:
+                logits = own_logits(logits, spaces)
             return self.loss_weight * self._cross_entropy(
                 logits, labels, weight, ignore_index)
 
