@@ -226,10 +226,10 @@ class Scheduler:
         logs = read_logs(job.folder)
         del logs['last_step']
         memory = logs.pop('cuda_memory_mib')
-        if not logs['curve'] or logs['curve'][-1][0] < network['iterations']:
+        end = self.study.iterations(run)
+        if not logs['curve'] or logs['curve'][-1][0] < end:
             # Killed in the last validation; it is what was measured again.
-            logs['curve'].append(
-                (network['iterations'], round(result['val']['mIoU'], 2)))
+            logs['curve'].append((end, round(result['val']['mIoU'], 2)))
             iteration, best = max(logs['curve'], key=lambda pair: pair[1])
             logs['best_val'] = dict(iteration=iteration, mIoU=best)
         entry = dict(
