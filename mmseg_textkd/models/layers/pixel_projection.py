@@ -92,6 +92,9 @@ class PixelProjection(BaseModule):
 
         Returns:
             tuple[Tensor, Tensor]: Weight (D, C) and shift (D, ).
+
+        Raises:
+            ValueError: If the norm has no running statistics.
         """
         weight = self.conv.weight.to(dtype).flatten(1)
         shift = weight.new_zeros(len(weight))
@@ -99,6 +102,11 @@ class PixelProjection(BaseModule):
             shift = self.conv.bias.to(dtype)
         if self.bn is None:
             return weight, shift
+        if self.bn.running_var is None:
+            raise ValueError(
+                'a batch norm without running statistics takes those of each '
+                'image, which does not fold: leave `track_running_stats` out '
+                "of the text branch's `norm_cfg`.")
         gain = (self.bn.running_var.to(dtype) + self.bn.eps).rsqrt()
         offset = torch.zeros_like(gain)
         if self.bn.affine:
