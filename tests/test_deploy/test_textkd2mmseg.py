@@ -19,6 +19,7 @@ from tiny import CLASSES, SIZE
 
 from mmseg_textkd import compat
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
+from mmseg_textkd.deploy.load_stock import dataset_meta
 
 CAMVID = (
     CONFIGS / 'text_classifier' /
@@ -107,6 +108,16 @@ def predictions(model, cfg):
             model.test_step(pseudo_collate([dataset[i]]))[0].seg_logits.data
             for i in range(len(dataset))
         ]
+
+
+def test_classes_of_config_and_checkpoint_are_compared():
+    dataset = dict(type='BaseSegDataset', metainfo=dict(classes=['a', 'b']))
+    cfg = Config(dict(test_dataloader=dict(dataset=dataset)))
+    assert dataset_meta(cfg, dict(classes=('a', 'b')))['classes'] == ('a', 'b')
+    with pytest.raises(ValueError, match="1: 'c' in the checkpoint, 'b' in"):
+        dataset_meta(cfg, dict(classes=('a', 'c')))
+    with pytest.raises(ValueError, match="1: None in the checkpoint, 'b' in"):
+        dataset_meta(cfg, dict(classes=('a', )))
 
 
 @pytest.mark.stacks

@@ -72,7 +72,7 @@ class LoadedCheckpointHook(Hook):
             for k, v in checkpoint.get('state_dict', checkpoint).items()
             if isinstance(v, Tensor)
         }
-        path = runner._load_from
+        path = runner._load_from or f'the latest of {runner.work_dir}'
         training = isinstance(runner._train_loop, BaseLoop)
         odd = non_finite(state)
         if odd:
@@ -84,7 +84,7 @@ class LoadedCheckpointHook(Hook):
         if isinstance(model, BaseTTAModel):
             model = model.module
         if training:
-            _check_resumable(runner, checkpoint)
+            _check_resumable(runner, checkpoint, path)
             faults = load_faults(model, state)
             if faults:
                 raise ValueError(
@@ -182,7 +182,7 @@ def check_loaded(tool: ModuleType, strict: bool = True) -> None:
     tool.Runner = CheckedRunner
 
 
-def _check_resumable(runner: Runner, checkpoint: dict) -> None:
+def _check_resumable(runner: Runner, checkpoint: dict, path: str) -> None:
     """Require what a run goes on with besides its weights."""
     needed = dict(optimizer='the state of its optimizer')
     if runner.param_schedulers:
@@ -190,7 +190,7 @@ def _check_resumable(runner: Runner, checkpoint: dict) -> None:
     missing = [what for key, what in needed.items() if key not in checkpoint]
     if missing:
         raise ValueError(
-            f'{runner._load_from} cannot be resumed: it has not '
+            f'{path} cannot be resumed: it has not '
             f'{" and ".join(missing)}, as best_*.pth and published '
             'checkpoints have not. Resume from iter_*.pth or epoch_*.pth, or '
             'start a new run from it with `load_from`.')
