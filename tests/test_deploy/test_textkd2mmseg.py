@@ -310,7 +310,7 @@ def damaged(run, how, path):
 
 
 @each_case('how, message', [
-    ('NaN', 'decode_head.conv_seg.weight'),
+    ('NaN', r'bad.pth: 1 weights have NaN.*conv_seg.projection.conv.weight'),
     ('other network', r'not of the network of the config:\n  \d+ missing: '
      r'backbone[^\n]*, \.\.\.\n  \d+ unexpected: neck\.backbone'),
     ('other width', r'1 of another shape: decode_head.conv_seg.projection.'
