@@ -13,21 +13,11 @@ import sys
 import time
 from typing import Iterator, Optional, Sequence, Tuple
 
-# OpenCV looks at it when it is imported.
-LIMIT = os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', '89478485')
-
-# isort: split
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import onnxruntime  # noqa: E402
-
 IMAGES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 CODECS = {'.mp4': 'mp4v', '.avi': 'MJPG'}
-LEGEND_WIDTH, ROW = 160, 22  # pixels
-Named = Iterator[Tuple[str, np.ndarray]]
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -60,6 +50,22 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
             args.input) and os.path.samefile(args.input, args.out):
         parser.error(f'--out would write over the input {args.input}')
     return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take time.
+    parse_args()
+
+# OpenCV looks at it when it is imported.
+LIMIT = os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', '89478485')
+
+# isort: split
+import cv2
+import numpy as np
+import onnxruntime
+
+LEGEND_WIDTH, ROW = 160, 22  # pixels
+Named = Iterator[Tuple[str, np.ndarray]]
 
 
 class Network:

@@ -10,6 +10,40 @@ import argparse
 import sys
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+from benchmark_options import add_options, parse_options
+
+# Of mmseg_textkd.analysis.benchmark_backends.
+NAMES = ['eager', 'compile', 'onnxruntime', 'cuda', 'cuda-graph']
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of a text network')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        default=(1024, 2048),
+        metavar=('HEIGHT', 'WIDTH'),
+        help='size of the input (default: 1024 2048)')
+    parser.add_argument(
+        '--backends',
+        nargs='+',
+        choices=NAMES,
+        default=NAMES,
+        help='what runs the network (default: all; what is not there is '
+        'skipped)')
+    add_options(parser, runs=50, warmup=10)
+    return parse_options(parser, argv)
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
@@ -21,12 +55,12 @@ from mmseg_textkd.analysis.benchmark import (interleave, num_bytes,
                                              stopwatch, summarize)
 from mmseg_textkd.analysis.benchmark_backends import (BACKENDS, Backend,
                                                       Skipped, onnxruntime)
-from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, add_options,
-                                                    parse_options, time_cells,
+from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, time_cells,
                                                     write_results)
 from mmseg_textkd.deploy import fold, to_stock_cfg
 from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.models.text_parameters import text_providers
+from mmseg_textkd.utils.arguments import warn_renamed
 from mmseg_textkd.utils.config import load_config
 from mmseg_textkd.utils.report import count_cost, describe, environment, table
 
@@ -132,33 +166,13 @@ def page(results: Mapping[str, Any]) -> str:
     return '\n\n'.join(parts + ['\n'.join(skipped)] * bool(skipped)) + '\n'
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config of a text network')
-    parser.add_argument(
-        '--size',
-        type=int,
-        nargs=2,
-        default=(1024, 2048),
-        metavar=('HEIGHT', 'WIDTH'),
-        help='default: 1024 2048')
-    parser.add_argument(
-        '--backends',
-        nargs='+',
-        choices=BACKENDS,
-        default=list(BACKENDS),
-        help='default: all; what is not there is skipped')
-    add_options(parser, runs=50, warmup=10)
-    return parse_options(parser, argv)
-
-
 @torch.no_grad()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
+    warn_renamed(args, json='--out', markdown='--out')
+    if args.threads:
+        torch.set_num_threads(args.threads)
     where = environment(*[onnxruntime] * (onnxruntime is not None))
     init_default_scope('mmseg')
     try:
@@ -185,7 +199,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         except Skipped as reason:
             print(f'{name} is skipped: {reason}')
             results['backends'][name] = dict(skipped=str(reason))
-    write_results(results, page(results), args.json, args.markdown)
+    write_results(results, page(results), args.out)
 
 
 if __name__ == '__main__':

@@ -12,94 +12,45 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
 
+from export_options import NUM_IMAGES, complete, parser
+
+OPSET = 20  # that of mmseg_textkd.deploy.export
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    arguments = parser(__doc__, '.onnx')
+    arguments.add_argument(
+        '--opset',
+        type=int,
+        default=OPSET,
+        help='version of the operators, at least 18 (default: %(default)s)')
+    args = complete(arguments, argv, '.onnx')
+    if args.opset < 18:
+        arguments.error('--opset must be at least 18: torch writes no older '
+                        f'ones, but got {args.opset}')
+    return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import cv2
 import torch
-from mmengine.config import DictAction
 from torch import Tensor
 
-from mmseg_textkd.deploy.export import OPSET, Exported, metadata, to_onnx
+from mmseg_textkd.deploy.export import Exported, metadata, to_onnx
 from mmseg_textkd.deploy.export_check import check
 from mmseg_textkd.deploy.exportable import ExportableSegmentor, Size
 from mmseg_textkd.deploy.load_stock import load_stock
+from mmseg_textkd.utils.arguments import read_options, warn_renamed
 from mmseg_textkd.utils.io import (MAX_PIXELS, list_images, read_image,
                                    write_files)
 
-NUM_IMAGES = 10
 # Added to the size for a second one, which the graph has not seen. The first
 # is awkward; some networks need multiples of 32.
 OFFSETS = ((23, 41), (64, 128))
-
-
-def parser(description: str, suffix: str) -> argparse.ArgumentParser:
-    """Make the parser of what all formats have in common."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='stock config')
-    parser.add_argument('checkpoint', type=Path, help='its checkpoint')
-    parser.add_argument('out', type=Path, help=f'file to write, *{suffix}')
-    parser.add_argument(
-        '--size',
-        type=int,
-        nargs=2,
-        metavar=('H', 'W'),
-        help="size of the input (default: the config's crop size)")
-    parser.add_argument(
-        '--dynamic',
-        action='store_true',
-        help='take other sizes too; checked at two')
-    parser.add_argument(
-        '--output',
-        choices=('logits', 'argmax'),
-        help='logits (1, K, H, W), float32, or labels (1, H, W), uint8 '
-        '(default: argmax with --preprocess, else logits)')
-    parser.add_argument(
-        '--softmax',
-        action='store_true',
-        help='probabilities instead of logits')
-    parser.add_argument(
-        '--preprocess',
-        action='store_true',
-        help='take an image (1, H, W, 3), uint8, BGR, instead of a normalized '
-        'one (1, 3, H, W), float32')
-    parser.add_argument(
-        '--images',
-        type=Path,
-        help=f'folder; compare on its first {NUM_IMAGES} images as well')
-    parser.add_argument(
-        '--max-pixels',
-        type=int,
-        default=MAX_PIXELS,
-        help='larger images are refused before they are read (default: '
-        '%(default)s)')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='settings of the config to override, as key=value')
-    return parser
-
-
-def complete(parser: argparse.ArgumentParser, args: argparse.Namespace,
-             suffix: str) -> argparse.Namespace:
-    """Check the arguments against each other and fill in defaults."""
-    if args.output is None:
-        args.output = ('argmax'
-                       if args.preprocess and not args.softmax else 'logits')
-    if args.softmax and args.output == 'argmax':
-        parser.error('--softmax changes no label: leave it out, or take '
-                     '--output logits')
-    if args.softmax:
-        args.output = 'probabilities'
-    if args.size and min(args.size) < 1:
-        parser.error(f'--size must be positive, but got {args.size}')
-    if args.out.suffix != suffix:
-        parser.error(f'OUT must end in {suffix}, but got {args.out}')
-    if not args.out.parent.is_dir():
-        parser.error(f'there is no folder {args.out.parent}')
-    if args.out.exists():
-        parser.error(f'{args.out} exists; remove it or write elsewhere')
-    return args
 
 
 def read_images(folder: Path,
@@ -163,7 +114,7 @@ def random_images(network: ExportableSegmentor, size: Size,
 def export(args: argparse.Namespace, convert: Callable[..., Exported]) -> None:
     """Do what the command line says."""
     cfg, model, classes = load_stock(args.config, args.checkpoint,
-                                     args.cfg_options)
+                                     read_options(args.cfg_options))
     network = ExportableSegmentor(model, args.output, args.preprocess).eval()
     size = args.size or cfg.model.data_preprocessor.get('size')
     if size is None:
@@ -188,6 +139,7 @@ def export(args: argparse.Namespace, convert: Callable[..., Exported]) -> None:
 
 def run(args: argparse.Namespace, convert: Callable[..., Exported]) -> None:
     """Export, or leave with a message."""
+    warn_renamed(args, out='--out')
     try:
         export(args, convert)
     except (AssertionError, ImportError, KeyError, OSError, RuntimeError,
@@ -197,16 +149,7 @@ def run(args: argparse.Namespace, convert: Callable[..., Exported]) -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
-    arguments = parser(__doc__, '.onnx')
-    arguments.add_argument(
-        '--opset',
-        type=int,
-        default=OPSET,
-        help='version of the operators, at least 18 (default: %(default)s)')
-    args = complete(arguments, arguments.parse_args(argv), '.onnx')
-    if args.opset < 18:
-        arguments.error('--opset must be at least 18: torch writes no older '
-                        f'ones, but got {args.opset}')
+    args = parse_args(argv)
     run(args, partial(to_onnx, opset=args.opset))
 
 

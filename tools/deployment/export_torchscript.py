@@ -4,18 +4,29 @@
 torch traces it at one size; whether the trace takes other sizes, `--dynamic`
 finds out.
 """
+import argparse
 from typing import Optional, Sequence
 
-from export_onnx import complete, parser, run
+from export_options import complete, parser
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    return complete(parser(__doc__, '.pt'), argv, '.pt')
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
+from export_onnx import run
 
 from mmseg_textkd.deploy.export import to_torchscript
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
-    arguments = parser(__doc__, '.pt')
-    args = complete(arguments, arguments.parse_args(argv), '.pt')
-    run(args, to_torchscript)
+    run(parse_args(argv), to_torchscript)
 
 
 if __name__ == '__main__':

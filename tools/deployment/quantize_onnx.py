@@ -11,6 +11,55 @@ import tempfile
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        'model', type=Path, help='graph of tools/deployment/export_onnx.py')
+    parser.add_argument('--out', type=Path, help='file to write, *.onnx')
+    parser.add_argument('old_out', nargs='?', help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--calibration',
+        type=Path,
+        required=True,
+        help='folder of images, such as those of the training set')
+    parser.add_argument(
+        '--num-images',
+        type=int,
+        default=100,
+        help='images to take from it, spread over all (default: 100)')
+    parser.add_argument(
+        '--max-pixels',
+        type=int,
+        default=89_478_485,
+        help='larger images are refused before they are read (default: '
+        '%(default)s)')
+    parser.add_argument(
+        '--eval',
+        metavar='CONFIG',
+        help='measure the mIoU of both on the validation set of this config')
+    args = parser.parse_intermixed_args(argv)
+    args.out = args.out or args.old_out and Path(args.old_out)
+    if args.out is None:
+        parser.error('--out is needed')
+    if args.num_images < 1:
+        parser.error('--num-images must be at least 1')
+    if args.out.suffix != '.onnx':
+        parser.error(f'--out must end in .onnx, but got {args.out}')
+    if not args.out.parent.is_dir():
+        parser.error(f'there is no folder {args.out.parent}')
+    if args.out.exists():
+        parser.error(f'{args.out} exists; remove it or write elsewhere')
+    return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import numpy as np
 import onnx
 import onnxruntime.quantization as ort
@@ -21,8 +70,9 @@ from mmseg.registry import DATASETS, METRICS
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from mmseg_textkd.deploy.onnx_network import OnnxNetwork
-from mmseg_textkd.utils.io import (MAX_PIXELS, check_image, list_images,
-                                   read_image, write_files)
+from mmseg_textkd.utils.arguments import warn_renamed
+from mmseg_textkd.utils.io import (check_image, list_images, read_image,
+                                   write_files)
 
 CHECKED = sys.maxsize  # pixels: what is read has been checked
 OPERATORS = ['Conv', 'MatMul', 'Gemm', 'Relu', 'Add']
@@ -46,46 +96,6 @@ class ImageReader(ort.CalibrationDataReader):
         if path is None:
             return None
         return dict(image=self.network.inputs(read_image(path, CHECKED)))
-
-
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        'model', type=Path, help='graph of tools/deployment/export_onnx.py')
-    parser.add_argument('out', type=Path, help='file to write, *.onnx')
-    parser.add_argument(
-        '--calibration',
-        type=Path,
-        required=True,
-        help='folder of images, such as those of the training set')
-    parser.add_argument(
-        '--num-images',
-        type=int,
-        default=100,
-        help='images to take from it, spread over all (default: 100)')
-    parser.add_argument(
-        '--max-pixels',
-        type=int,
-        default=MAX_PIXELS,
-        help='larger images are refused before they are read (default: '
-        '%(default)s)')
-    parser.add_argument(
-        '--eval',
-        metavar='CONFIG',
-        help='measure the mIoU of both on the validation set of this config')
-    args = parser.parse_args(argv)
-    if args.num_images < 1:
-        parser.error('--num-images must be at least 1')
-    if args.out.suffix != '.onnx':
-        parser.error(f'OUT must end in .onnx, but got {args.out}')
-    if not args.out.parent.is_dir():
-        parser.error(f'there is no folder {args.out.parent}')
-    if args.out.exists():
-        parser.error(f'{args.out} exists; remove it or write elsewhere')
-    return args
 
 
 def quantize(path: Path, network: OnnxNetwork, images: List[Path],
@@ -172,6 +182,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
+    warn_renamed(args, out='--out')
     try:
         run(args)
     except (AssertionError, ImportError, KeyError, OSError, RuntimeError,
