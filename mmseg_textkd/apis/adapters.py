@@ -218,10 +218,9 @@ class TextHeadAdapter(NetworkAdapter):
         are linear in the pixel embeddings. Cosines take them raw, as LSeg
         does, and so does a :class:`BalancedTextClassifier`.
         """
-        self.binary = self.stays_binary(found)
-        if self.binary:
+        if self.stays_binary(found):
             self._install(self.trained_layer, 1)
-            self.vectors = found.vectors
+            self.vectors, self.binary = found.vectors, True
             return
         if new_words is None:
             linear = not (self.uses_cosine
@@ -234,7 +233,7 @@ class TextHeadAdapter(NetworkAdapter):
             new_words)
         layer = self.fold(vectors, found.trained, new_bias)
         self._install(layer, len(found.names))
-        self.vectors = found.vectors
+        self.vectors, self.binary = found.vectors, False
 
     def cosine(self, rows: Sequence[int]) -> nn.Module:
         """Compare the projection of a pixel with the vectors."""
