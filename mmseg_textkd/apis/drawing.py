@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Images of label maps and of similarities."""
+"""Visualization of label maps and of similarities."""
 import colorsys
 from pathlib import Path
 from typing import List, Optional, Sequence
@@ -14,7 +14,7 @@ GRAY = [128, 128, 128]
 
 
 def palette_for(known: Sequence[Optional[Sequence[int]]]) -> List[List[int]]:
-    """Palette with a color for every class.
+    """Complete a palette so that every class has a color.
 
     Args:
         known (Sequence): For each class its color (R, G, B), or None.
@@ -43,7 +43,7 @@ def draw_labels(image: np.ndarray,
                 opacity: float = 0.5,
                 legend: bool = True,
                 font: Optional[str] = None) -> np.ndarray:
-    """Blend an image with its classes.
+    """Blend an image with the colors of its label map.
 
     Args:
         image (np.ndarray): The image, uint8, RGB, shape (H, W, 3).
@@ -81,7 +81,7 @@ def draw_labels(image: np.ndarray,
 
 
 def draw_similarity(similarity: np.ndarray) -> np.ndarray:
-    """Color a map of cosines, dark blue at its lowest and yellow at its top.
+    """Draw a map of cosines, from dark blue (lowest) to yellow (highest).
 
     Args:
         similarity (np.ndarray): Cosines, shape (H, W).
@@ -96,7 +96,7 @@ def draw_similarity(similarity: np.ndarray) -> np.ndarray:
 
 
 def write_image(path: str, image: np.ndarray) -> None:
-    """Write an image; folders are made.
+    """Write an image and create its folder.
 
     Args:
         path (str): The file, in any script.
@@ -116,7 +116,7 @@ def write_image(path: str, image: np.ndarray) -> None:
 
 
 def _shorten(name: str, font: ImageFont.FreeTypeFont) -> str:
-    """Cut the end of a name that is wider than the legend."""
+    """Truncate a name to the width of the legend."""
     room = LEGEND_WIDTH - NAME_X - 6
     if font.getlength(name) <= room:
         return name
@@ -126,5 +126,5 @@ def _shorten(name: str, font: ImageFont.FreeTypeFont) -> str:
 
 
 def _default_font() -> Path:
-    """A font that every installation of Matplotlib has."""
+    """Get the font that ships with Matplotlib."""
     return Path(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf')

@@ -99,7 +99,7 @@ class TextSegInferencer(MMSegInferencer):
                     cfg: Config,
                     weights: str,
                     device: str = 'cpu') -> nn.Module:
-        """Load the network and make its adapter."""
+        """Load the network and build its adapter."""
         model, self.own_meta = load_network(cfg, Path(weights))
         model.dataset_meta = dict(self.own_meta)
         model.to(device).eval()
@@ -131,7 +131,7 @@ class TextSegInferencer(MMSegInferencer):
                     pretrained: Optional[str] = None,
                     templates: Any = None,
                     embeddings: Optional[PathLike] = None) -> None:
-        """Choose the classes.
+        """Set the classes to predict.
 
         Args:
             classes: Names (a list), names with phrases (a dict), a
@@ -255,7 +255,7 @@ class TextSegInferencer(MMSegInferencer):
             **kwargs)
 
     def _inputs_to_list(self, inputs: Any) -> list:
-        """Take paths as well as texts, and check arrays."""
+        """Convert paths to strings, and check arrays."""
         if isinstance(inputs, Path):
             inputs = str(inputs)
         return [
@@ -295,7 +295,7 @@ class TextSegInferencer(MMSegInferencer):
         return samples
 
     def _rows(self, names: Names) -> Tuple[Tuple[str, ...], List[int]]:
-        """Names and indices of classes that have vectors."""
+        """Get names and indices of classes that have vectors."""
         # A label that is no class, as of a threshold, has no vector.
         known = list(self.classes[:self.model.out_channels])
         if self.adapter.binary and self.vectors is not None:
@@ -500,7 +500,7 @@ def _as_picture(image: Optional[np.ndarray],
 
 
 def _similarity(pred: SegDataSample) -> Tuple[Sequence[str], np.ndarray]:
-    """Names and maps of the similarities of an image, if there are any."""
+    """Get names and maps of the similarities of an image, if any."""
     if 'similarity' not in pred:
         return (), np.empty(0)
     return pred.similarity.names, pred.similarity.data.cpu().numpy()

@@ -11,7 +11,7 @@ TOLERANCE = 1e-4
 
 def check(name: str, network: ExportableSegmentor, exported: Exported,
           images: Iterable[Tensor]) -> str:
-    """Hold an export against PyTorch.
+    """Compare an export with PyTorch.
 
     Scores may differ by 1e-4 (of the largest, if that is above 1), classes
     only where the two best scores are nearer to each other than that.
@@ -23,7 +23,7 @@ def check(name: str, network: ExportableSegmentor, exported: Exported,
         images (Iterable[Tensor]): Inputs.
 
     Returns:
-        str: One line that says how near they come.
+        str: One line with the largest difference.
 
     Raises:
         ValueError: If they differ by more, something is not finite, or it
@@ -74,7 +74,7 @@ def check(name: str, network: ExportableSegmentor, exported: Exported,
 
 def _run(name: str, network: ExportableSegmentor, exported: Exported,
          image: Tensor) -> Tuple['Tensor | None', Tensor]:
-    """Scores, where they can be seen, and labels of the export."""
+    """Get scores, if they are an output, and labels of the export."""
     try:
         output, scores = exported.run(image)
     except Exception as error:  # each runtime has its own
@@ -86,7 +86,7 @@ def _run(name: str, network: ExportableSegmentor, exported: Exported,
 
 
 def _same_shape(name: str, got: Tensor, expected: Tensor) -> None:
-    """Refuse an output of another shape."""
+    """Require an output of the same shape."""
     if got.shape != expected.shape:
         raise ValueError(f'{name}: the export has an output of shape '
                          f'{tuple(got.shape)} instead of '

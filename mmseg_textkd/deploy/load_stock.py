@@ -71,7 +71,7 @@ def load_stock(
 
 
 def _fix_bases(model: nn.Module) -> nn.Module:
-    """Draw the random bases of SegNeXt's head once instead of every time."""
+    """Make the random bases of SegNeXt's head constant."""
     heads: List[Any] = [
         m for m in model.modules() if getattr(m, 'rand_init', False)
     ]
@@ -88,7 +88,7 @@ def _fix_bases(model: nn.Module) -> nn.Module:
 
 
 def dataset_meta(cfg: Config, saved: Optional[Dict]) -> Dict:
-    """Get classes and palette: the checkpoint's, else those of the test set.
+    """Get classes and palette of a checkpoint or of its test set.
 
     Args:
         cfg (Config): The config.
@@ -120,7 +120,7 @@ def dataset_meta(cfg: Config, saved: Optional[Dict]) -> Dict:
 
 
 def _complete_meta(meta: Dict, num_classes: int) -> Dict:
-    """Check the number of classes, and draw colors if there are none."""
+    """Check the number of classes, and make a palette if there is none."""
     classes = list(meta.get('classes') or [])
     if len(classes) != num_classes:
         raise ValueError(f'the network has {num_classes} classes, but the '

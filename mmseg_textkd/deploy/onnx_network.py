@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Run an exported network on images, with ONNX Runtime."""
+"""Inference of exported networks with ONNX Runtime."""
 import json
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class OnnxNetwork:
-    """A graph of ``tools/deployment/export_onnx.py``.
+    """Network exported by ``tools/deployment/export_onnx.py``.
 
     ``demo/onnx_runtime_demo.py`` has the same in short, for it is to run
     where this package is not installed.
@@ -41,7 +41,7 @@ class OnnxNetwork:
         self.size = None if isinstance(height, str) else (height, width)
 
     def inputs(self, image: np.ndarray) -> np.ndarray:
-        """Make the graph's input.
+        """Preprocess an image.
 
         Args:
             image (np.ndarray): (H, W, 3), uint8, BGR. It is resized if the
@@ -64,7 +64,7 @@ class OnnxNetwork:
         return np.ascontiguousarray(image.transpose(2, 0, 1)[None])
 
     def labels(self, image: np.ndarray) -> np.ndarray:
-        """Predict an image.
+        """Predict the labels of an image.
 
         Args:
             image (np.ndarray): (H, W, 3), uint8, BGR.

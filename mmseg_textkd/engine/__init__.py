@@ -1,8 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from .cpu_ranks import join_cpu_ranks
 from .hooks import (ChannelsLastHook, LoadedCheckpointHook, PromptLearnerHook,
                     TeacherHook, check_loaded)
-from .model_wrappers import CPUDistributedDataParallel
+from .model_wrappers import CPUDistributedDataParallel, join_cpu_ranks
 from .optim_wrappers import CPUAmpOptimWrapper
 
 __all__ = [

@@ -115,7 +115,7 @@ def type_name(cfg: Any) -> str:
 
 
 def as_list(value: Any) -> List:
-    """Take one thing and several of them alike.
+    """Convert one value or several to a list.
 
     Args:
         value (Any): One, a list or tuple of them, or None.

@@ -51,7 +51,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from mmseg_textkd.analysis.benchmark import (interleave, num_bytes,
-                                             peak_memory, random_text,
+                                             peak_memory, randomize_text,
                                              stopwatch, summarize)
 from mmseg_textkd.analysis.benchmark_backends import (BACKENDS, Backend,
                                                       Skipped, onnxruntime)
@@ -79,7 +79,7 @@ def build_networks(cfg: Config) -> Dict[str, nn.Module]:
     Raises:
         ValueError: If the config has no text, or does not fold.
     """
-    cfg = random_text(cfg)
+    cfg = randomize_text(cfg)
     torch.manual_seed(0)
     text = MODELS.build(cfg.model).eval()
     if not text_providers(text):

@@ -66,7 +66,8 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from torch import nn
 
-from mmseg_textkd.analysis.benchmark import interleave, random_clip, stopwatch
+from mmseg_textkd.analysis.benchmark import (interleave, randomize_clip,
+                                             stopwatch)
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
 from mmseg_textkd.models import EBSeg
 from mmseg_textkd.models.ebseg.frozen_tower import FrozenTower
@@ -104,7 +105,7 @@ def build_ebseg(model: Dict) -> nn.Module:
         type='ControlEmbeddings', kind='random', dim=head['text']['dim'])
     head.pop('test_text', None)
     built = MODELS.build(model).requires_grad_(False).eval()
-    random_clip(built.image_encoder)
+    randomize_clip(built.image_encoder)
     backbone = model['backbone']
     if isinstance(backbone['model'], str):
         sam = timm.create_model(backbone['model'], num_classes=0)

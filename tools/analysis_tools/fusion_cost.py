@@ -46,7 +46,7 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 
-from mmseg_textkd.analysis.benchmark import random_text
+from mmseg_textkd.analysis.benchmark import randomize_text
 from mmseg_textkd.deploy import to_stock_cfg
 from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.utils.arguments import read_options
@@ -78,7 +78,7 @@ def combinations(vary: Dict[str, Any]) -> List[Dict[str, Any]]:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
-    cfg = random_text(Config.fromfile(args.config))
+    cfg = randomize_text(Config.fromfile(args.config))
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     cfg.model.pop('auxiliary_head', None)
     cfg.model.decode_head.pop('fusion', None)
