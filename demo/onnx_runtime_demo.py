@@ -42,6 +42,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.input is None) == (args.webcam is None):
         parser.error('give an input or --webcam, one of them')
+    if args.webcam is not None and args.webcam < 0:
+        parser.error('--webcam must be the number of a camera, 0 or more, '
+                     f'but got {args.webcam}')
     if not args.out and not args.show:
         parser.error('give --out, --show or both')
     if not 0 <= args.opacity <= 1:

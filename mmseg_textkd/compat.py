@@ -47,7 +47,8 @@ def apply() -> Tuple[str, ...]:
     Returns:
         tuple[str, ...]: Names of the patches that were needed, out of
         'mmseg assertion', 'mmcv.ops', 'safe globals', 'code in checkpoints',
-        'distribution name', 'pkg_resources', 'class weights' and 'drawing'.
+        'distribution name', 'pkg_resources', 'class weights', 'drawing' and
+        'unnamed files'.
 
     Raises:
         ImportError: If a library is missing or unsuitable; one line says
@@ -60,12 +61,13 @@ def apply() -> Tuple[str, ...]:
         for name, patch in (('mmseg assertion',
                              _import_mmseg), ('mmcv.ops', _stand_in_for_ops),
                             ('safe globals', allow_runner_checkpoints),
-                            ('code in checkpoints', _load_without_code),
-                            ('distribution name', _name_distribution),
+                            ('code in checkpoints',
+                             _load_without_code), ('distribution name',
+                                                   _name_distribution),
                             ('pkg_resources', _find_without_pkg_resources),
-                            ('class weights',
-                             _weigh_with_ignored_pixels), ('drawing',
-                                                           _draw_all)):
+                            ('class weights', _weigh_with_ignored_pixels),
+                            ('drawing', _draw_all), ('unnamed files',
+                                                     _name_files)):
             if patch():
                 _applied.append(name)
         _done = True
@@ -242,7 +244,7 @@ def _import_mmseg() -> bool:
     """
     import mmcv
     try:
-        import mmseg  # noqa: F401
+        importlib.import_module('mmseg')
         return False
     except AssertionError as error:
         if 'MMCV' not in str(error):
@@ -265,7 +267,7 @@ def _stand_in_for_ops() -> bool:
     if find_spec('mmcv._ext') is not None:
         return False
     try:
-        import mmseg.utils  # noqa: F401
+        importlib.import_module('mmseg.utils')
         return False
     except ModuleNotFoundError as error:
         if error.name not in ('mmcv._ext', 'mmcv.ops'):
@@ -576,6 +578,40 @@ def _draw_all() -> bool:
                      palette, *args, **kwargs)
 
     SegLocalVisualizer._draw_sem_seg = draw
+    return True
+
+
+def _name_files() -> bool:
+    """Let errors of images and label maps that cannot be read name the file.
+
+    MMCV decodes bytes: its errors are of ``<_io.BytesIO object>`` or of
+    ``!buf.empty()``.
+    """
+    from mmcv.transforms import LoadImageFromFile
+    from mmseg.datasets.transforms import LoadAnnotations
+
+    def name(owner: type, method: str, key: str, what: str) -> None:
+        stock = getattr(owner, method)
+
+        @functools.wraps(stock)
+        def named(self, results: Dict) -> Any:
+            try:
+                return stock(self, results)
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # each backend has its own
+                path = results.get(key)
+                if path is None or str(path) in str(error):
+                    raise
+                raise ValueError(
+                    f'{path} cannot be read as {what}: '
+                    f'{type(error).__name__}: {error}. Is it empty, cut '
+                    'short or another kind of file?') from error
+
+        setattr(owner, method, named)
+
+    name(LoadImageFromFile, 'transform', 'img_path', 'an image')
+    name(LoadAnnotations, '_load_seg_map', 'seg_map_path', 'a label map')
     return True
 
 

@@ -340,11 +340,15 @@ class TextSegInferencer(MMSegInferencer):
             if img_out_dir:
                 write_image(osp.join(img_out_dir, name), drawn)
                 for word, values in zip(*_similarity(pred)):
-                    word = re.sub(r'[^\w-]+', '-', word)[:40]
+                    file = re.sub(r'[^\w-]+', '-', word)[:40]
                     write_image(
                         osp.join(img_out_dir,
-                                 f'{osp.splitext(name)[0]}_{word}.png'),
-                        draw_similarity(values))
+                                 f'{osp.splitext(name)[0]}_{file}.png'),
+                        draw_similarity(
+                            values,
+                            image[..., ::-1],
+                            f'cosine with {word}',
+                            font=self.font))
             if return_vis:
                 shown.append(drawn)
             self.num_visualized_imgs += 1

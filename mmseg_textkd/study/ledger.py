@@ -52,10 +52,16 @@ class Ledger:
             LedgerError: As of the class.
         """
         if self.path.exists():
-            with open(self.path, 'rb') as file:
-                # Else the last line may be one that is being written.
-                fcntl.flock(file, fcntl.LOCK_SH)
-                self._read(file.read())
+            try:
+                with open(self.path, 'rb') as file:
+                    # Else the last line may be one that is being written.
+                    fcntl.flock(file, fcntl.LOCK_SH)
+                    self._read(file.read())
+            except (OSError, UnicodeDecodeError) as error:
+                raise LedgerError(
+                    f'{self.path} cannot be read as a ledger: {error}. It is '
+                    'a file of JSON lines in UTF-8 (*.jsonl): give another '
+                    'one, or restore it.') from error
 
     def _read(self, data: bytes, strict: bool = True) -> None:
         """Take all lines; without ``strict`` those that are whole."""

@@ -60,8 +60,7 @@ from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, time_cells,
 from mmseg_textkd.deploy import fold, to_stock_cfg
 from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.models.text_parameters import text_providers
-from mmseg_textkd.utils.arguments import warn_renamed
-from mmseg_textkd.utils.config import load_config
+from mmseg_textkd.utils.arguments import read_config, warn_renamed
 from mmseg_textkd.utils.report import count_cost, describe, environment, table
 
 STOCK = 'stock'
@@ -176,7 +175,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     where = environment(*[onnxruntime] * (onnxruntime is not None))
     init_default_scope('mmseg')
     try:
-        networks = build_networks(load_config(args.config))
+        networks = build_networks(read_config(args.config))
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         sys.exit(f'Error: {error}')
     channels = input_channels(next(iter(networks.values())))

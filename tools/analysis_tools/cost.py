@@ -11,6 +11,7 @@ them. Times are those of one image at a time, from pixels to logits.
 import argparse
 import copy
 import statistics
+import sys
 import warnings
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
@@ -73,8 +74,7 @@ from mmseg_textkd.models import EBSeg
 from mmseg_textkd.models.ebseg.frozen_tower import FrozenTower
 from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.models.text_parameters import text_providers
-from mmseg_textkd.utils.arguments import merge_options, warn_renamed
-from mmseg_textkd.utils.config import load_config
+from mmseg_textkd.utils.arguments import read_config, warn_renamed
 from mmseg_textkd.utils.report import (count_params, describe, environment,
                                        flops_by_module, table)
 
@@ -181,8 +181,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         torch.set_num_threads(args.threads)
     rows, timed = {}, {}
     for path in args.configs:
-        cfg = load_config(path)
-        merge_options(cfg, args.cfg_options)
+        try:
+            cfg = read_config(path, args.cfg_options)
+        except (OSError, ValueError) as error:
+            sys.exit(f'Error: {error}')
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         model = build(cfg)
         rows[path.stem] = count(model, args.size)

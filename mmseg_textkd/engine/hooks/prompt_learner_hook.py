@@ -5,7 +5,7 @@ import warnings
 from typing import Dict, List, Optional, Sequence, Set, Union
 
 import torch
-from mmengine.dist import barrier
+from mmengine.dist import barrier, is_main_process
 from mmengine.fileio import exists
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import print_log
@@ -21,6 +21,7 @@ from ...models.text_parameters import (check_classes, check_text_losses,
                                        prompt_parameters, text_parameters,
                                        text_providers, text_statistics,
                                        tower_checksums, unwrap)
+from ...text.encode_classes import ensure_embeddings
 from .class_rows import match_classes
 from .loaded_checkpoint_hook import LoadedCheckpointHook
 from .text_groups import group_faults
@@ -202,6 +203,11 @@ class PromptLearnerHook(Hook):
                 stage 2 cannot be run as configured.
         """
         model = unwrap(runner.model)
+        if not all(p.filled for p in text_providers(model).values()):
+            # `tools/train.py` has done it; MMSegmentation's has not.
+            if is_main_process():
+                ensure_embeddings(runner.cfg)
+            barrier()
         check_classes(model, getattr(runner.train_dataloader, 'dataset', None))
         for name, provider in text_providers(model).items():
             message = provider.check_loaded(resumed=runner._resume)
@@ -376,7 +382,14 @@ class PromptLearnerHook(Hook):
         """Get the first iteration of stage 2."""
         switch = self.switch_at
         if isinstance(switch, float):
-            switch = round(switch * runner.max_iters)
+            wanted = round(switch * runner.max_iters)
+            # A fraction of a short run still leaves both stages something.
+            switch = min(max(wanted, 1), max(runner.max_iters - 1, 1))
+            if switch != wanted:
+                print_log(
+                    f'switch_at={self.switch_at} of {runner.max_iters} '
+                    f'iterations leaves one stage nothing: stage 2 starts at '
+                    f'iteration {switch}.', 'current', logging.WARNING)
         if switch >= runner.max_iters:
             raise ValueError(
                 f'stage 2 would start at iteration {switch}, but the run ends '
