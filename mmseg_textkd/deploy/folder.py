@@ -97,10 +97,9 @@ def require(name: str, precision: str, dynamic: bool = False) -> Runtime:
     if precision == 'int8':
         missing += lacking(QUANTIZERS[name].modules)
     if missing:
-        file = 'optional' if name == 'tensorrt' else name
         raise ImportError(
             f'{name} needs {", ".join(missing)}, not installed here: pip '
-            f'install -r requirements/{file}.txt')
+            f'install -r requirements/{name}.txt')
     return runtime
 
 

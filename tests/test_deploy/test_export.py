@@ -22,6 +22,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 from network_tester import CONFIGS, load_model
+from processes import ALONE, start
 from tiny import CLASSES, run, tiny_config
 
 from mmseg_textkd.deploy import fold_state_dict, int8, tensorrt, to_stock_cfg
@@ -212,6 +213,14 @@ def test_runtime_predicts_what_mmsegmentation_does(stock, model, name):
             network(image), expected.pred_sem_seg.data[0].numpy())
     meta = json.loads((out / 'network.json').read_text())
     assert round(meta['mIoU'], 2) == round(stock.miou, 2)
+    # As a user runs it, who has none of what made it.
+    if name != 'executorch':  # its binding takes tensors of PyTorch
+        shown = stock.out / f'{name}.png'
+        alone = ALONE.format(script=str(out / 'run.py'))
+        done = start(
+            'python', '-c', alone, path, '--out', shown, cwd=str(stock.out))
+        assert done.status == 0, done.output
+        assert cv2.imread(str(shown)).shape == (32, 64 + 160, 3)
     if name == 'tensorrt':
         page = (out / 'README.md').read_text()
         assert 'trtexec --onnx=model.onnx' in page

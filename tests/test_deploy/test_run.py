@@ -12,26 +12,14 @@ import cv2
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
-from processes import start
+from processes import ALONE, start
 
 from mmseg_textkd.deploy import run as tool
 
 CLASSES = ('blue', 'green', 'red')
 PALETTE = np.array([[200, 10, 30], [20, 60, 220], [90, 160, 0]])  # RGB
 SIZE = (48, 96)
-ALONE = """
-import runpy, sys
-
-class Nothing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('torch', 'mmseg', 'mmengine', 'mmcv', 'onnx',
-                                  'mmseg_textkd'):
-            raise ImportError(f'{name} is not installed here')
-
-sys.meta_path.insert(0, Nothing())
-sys.argv[0] = 'net/run.py'
-runpy.run_path('net/run.py', run_name='__main__')
-"""
+ALONE = ALONE.format(script='net/run.py')
 
 
 def save_graph(folder, preprocess=None, size=('height', 'width')):
