@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""A page in the browser: upload a picture, write classes, see them.
+"""A page in the browser: upload an image, write classes, see them.
 
 It needs gradio (`pip install -r requirements/web.txt`) and is served to this
 machine alone.
@@ -22,15 +22,15 @@ from mmseg_textkd.utils.io import MAX_PIXELS
 LEGEND = '<div style="display: flex; flex-wrap: wrap; gap: 4px 20px">{}</div>'
 ENTRY = ('<span style="overflow-wrap: anywhere"><span style="display: '
          'inline-block; width: 1.4em; height: 1em; margin-right: .4em; '
-         'border: 1px solid grey; vertical-align: -.1em; background: '
+         'border: 1px solid gray; vertical-align: -.1em; background: '
          'rgb({},{},{})"></span>{} <span style="opacity: .6">{}</span></span>')
 
 
 class Segmented(NamedTuple):
-    """What was found in a picture.
+    """What was found in a image.
 
     Attributes:
-        picture (np.ndarray): uint8, RGB, shape (H, W, 3).
+        image (np.ndarray): uint8, RGB, shape (H, W, 3).
         labels (np.ndarray): Class numbers, shape (H, W).
         classes (Sequence[str]): Names of the classes.
         palette (Sequence[Sequence[int]]): Their colors, RGB.
@@ -43,11 +43,11 @@ class Segmented(NamedTuple):
 
 def segment(inferencer: TextSegInferencer, picture: Optional[np.ndarray],
             words: str, other: bool) -> Segmented:
-    """Segment one picture.
+    """Segment one image.
 
     Args:
         inferencer (TextSegInferencer): The network.
-        picture (np.ndarray, optional): uint8, RGB, shape (H, W, 3).
+        image (np.ndarray, optional): uint8, RGB, shape (H, W, 3).
         words (str): Names of classes with commas between them; nothing for
             the trained ones.
         other (bool): Whether a class 'other' is added.
@@ -56,10 +56,10 @@ def segment(inferencer: TextSegInferencer, picture: Optional[np.ndarray],
         Segmented: What was found.
 
     Raises:
-        ValueError: If there is no picture, or the classes cannot be had.
+        ValueError: If there is no image, or the classes cannot be had.
     """
     if picture is None:
-        raise ValueError('Upload a picture first.')
+        raise ValueError('Upload an image first.')
     names = list(inferencer.own_meta['classes'])
     if words.strip():
         names = [word.strip() for word in words.split(',')]
@@ -76,7 +76,7 @@ def segment(inferencer: TextSegInferencer, picture: Optional[np.ndarray],
 
 
 def draw(found: Optional[Segmented], opacity: float) -> Optional[np.ndarray]:
-    """Blend the picture with its classes; nothing if there is none."""
+    """Blend the image with its classes; nothing if there is none."""
     if found is None:
         return None
     return draw_labels(*found, opacity=opacity, legend=False)
@@ -124,7 +124,7 @@ def build_page(inferencer: TextSegInferencer) -> Any:
         with gradio.Row():
             with gradio.Column():
                 picture = gradio.Image(
-                    type='numpy', label='Picture', buttons=['fullscreen'])
+                    type='numpy', label='Image', buttons=['fullscreen'])
                 words = gradio.Textbox(
                     label='Classes, with commas between them',
                     placeholder=', '.join(inferencer.own_meta['classes']))
@@ -173,7 +173,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         '--max-pixels',
         type=int,
         default=MAX_PIXELS,
-        help='larger pictures are refused before they are read (default: '
+        help='larger images are refused before they are read (default: '
         '%(default)s)')
     args = parser.parse_args(argv)
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')

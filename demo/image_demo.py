@@ -210,7 +210,7 @@ def run(args: argparse.Namespace) -> None:
             opacity=args.opacity,
             legend=not args.no_legend,
             similarity=split(args.similarity) if args.similarity else ())
-    print(f'{len(inputs)} pictures')
+    print(f'{len(inputs)} images')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -1,8 +1,13 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Fixtures that the whole suite shares."""
+import gc
+import socket
+import sys
+
 import pytest
 import torch
 from mmengine.registry import DefaultScope
+from processes import leave_configs_unformatted
 
 import mmseg_textkd  # noqa: F401  (registers everything)
 from mmseg_textkd.text import TextEmbeddings
@@ -12,26 +17,15 @@ pytest.register_assert_rewrite('network_tester')
 
 
 @pytest.fixture(autouse=True, scope='session')
-def _format_each_config_once():
-    """Remember what yapf made of a config.
-
-    MMEngine formats the whole config anew for every checkpoint, which takes
-    longer than the training iterations of a test.
-    """
-    from mmengine.config import config
-    from yapf.yapflib import yapf_api
-    original, known = yapf_api.FormatCode, {}
-
-    def format_code(code, **kwargs):
-        if code not in known:
-            known[code] = original(code, **kwargs)
-        return known[code]
-
+def _quick_runs():
+    """Save what takes longer than the training iterations of a test."""
+    # MMEngine collects garbage for each dataset: not among what is imported.
+    gc.collect()
+    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yapf_api, 'FormatCode', format_code)
-        # Upstream holds the function by name, OneDL imports it late.
-        patch.setattr(config, 'FormatCode', format_code, raising=False)
+        leave_configs_unformatted(patch.setattr)
         yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +34,28 @@ def _mmseg_scope():
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope('mmseg'):
         yield
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path):
+    """No files, no network, and none of the libraries that text needs."""
+
+    class Blocker:
+
+        def find_spec(self, name, path=None, target=None):
+            if name.split('.')[0] in ('open_clip', 'timm', 'scipy',
+                                      'huggingface_hub'):
+                raise AssertionError(f'{name} was imported')
+
+    def refuse(*args, **kwargs):
+        raise AssertionError('the network was used')
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, 'socket', refuse)
+    for name in list(sys.modules):
+        if name.split('.')[0] in ('open_clip', 'timm', 'huggingface_hub'):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, 'meta_path', [Blocker(), *sys.meta_path])
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os.path as osp
 import signal
 import sys
 
-from mmengine.config import config
 from mmengine.dist import get_rank
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
@@ -50,7 +49,6 @@ class FateHook(Hook):
         self.event, self.at = fate[0], int(fate[1])
         self.iters, self.learns, self.modules = [], [], []
         self.images, self.losses, self.dtypes = [], [], set()
-        config.Config.pretty_text = _remember(config.Config.pretty_text)
         if self.event == 'write':
             _write_half(f'iter_{self.at}.pth')
 
@@ -108,7 +106,7 @@ class FateHook(Hook):
 
 @HOOKS.register_module()
 class FrozenNormHook(Hook):
-    """Keep batch norm in evaluation mode: no picture looks at another."""
+    """Keep batch norm in evaluation mode: no image looks at another."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         for module in unwrap(runner.model).modules():
@@ -135,16 +133,3 @@ def _write_half(name):
         _die()
 
     LocalBackend.put = put_half
-
-
-def _remember(pretty_text):
-    """Format a config once: MMEngine does it anew for every checkpoint."""
-    known = {}
-
-    def text(self):
-        key = repr(self._cfg_dict.to_dict())
-        if key not in known:
-            known[key] = pretty_text.fget(self)
-        return known[key]
-
-    return property(text)

@@ -4,8 +4,6 @@ import copy
 import functools
 import math
 import re
-import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -63,7 +61,7 @@ def each_head(model):
 
 
 def load_model(path):
-    """Config of the model in a file, for small pictures and no network."""
+    """Config of the model in a file, for small images and no network."""
     model = offline(copy.deepcopy(load_config(path).model))
     for head in each_head(model):
         losses = head.loss_decode
@@ -140,7 +138,7 @@ def in_bfloat16(classifier):
             value.copy_(value.bfloat16())
 
 
-def not_normalised(classifier):
+def not_normalized(classifier):
     """Vectors of other lengths than 1."""
     classifier.text.class_embeddings.mul_(
         torch.rand(len(classifier.logit_bias), 1) + .5)
@@ -159,14 +157,14 @@ STATES = {
     'stage 2': after_stage2,
     'EMA': averaged,
     'bfloat16': in_bfloat16,
-    'not normalised': not_normalised,
+    'not normalized': not_normalized,
     'K = 7': of_seven_classes,
 }
 
 
 @DATASETS.register_module()
 class RandomScenes(Dataset):
-    """Two random pictures, with labels of all classes and edge maps."""
+    """Two random images, with labels of all classes and edge maps."""
 
     def __init__(self, size, num_classes):
         torch.manual_seed(4)
@@ -192,7 +190,7 @@ class WatchHook(Hook):
         self.noise, self.changed, self.losses = noise, [], []
 
     def before_train(self, runner):
-        # Some are initialised to keep the gradient of others at zero.
+        # Some are initialized to keep the gradient of others at zero.
         with torch.no_grad():
             for param in runner.model.parameters():
                 if param.requires_grad:
@@ -266,17 +264,14 @@ def rates(cfg):
     }
 
 
-class BaseNetworkTester:
-    """What must hold for text on one network, in both roles.
+class BaseSizeTester:
+    """What must hold for text on each size of a network.
 
     A subclass names the network as the configs do, and the text head.
     """
     network = ''
     head = ''
     size = (64, 128)
-    # Pooling to 1, 2, 3 and 6 bins exports where they divide the features.
-    onnx_size = size
-    export = staticmethod(to_onnx)
     # Stock parameters that are never learned, with text or without.
     idle = set()
 
@@ -312,28 +307,8 @@ class BaseNetworkTester:
 
         return build
 
-    @pytest.fixture
-    def bare(self, monkeypatch, tmp_path):
-        """No embeddings files, no network, no open_clip."""
-
-        class Blocker:
-
-            def find_spec(self, name, path=None, target=None):
-                if name.split('.')[0] in ('open_clip', 'huggingface_hub'):
-                    raise AssertionError(f'{name} was imported')
-
-        def refuse(*args, **kwargs):
-            raise AssertionError('the network was used')
-
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(socket, 'socket', refuse)
-        for name in list(sys.modules):
-            if name.split('.')[0] in ('open_clip', 'huggingface_hub'):
-                monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setattr(sys, 'meta_path', [Blocker(), *sys.meta_path])
-
     def losses(self, model):
-        """Losses on the same picture, with the same random numbers."""
+        """Losses on the same image, with the same random numbers."""
         torch.manual_seed(1)
         inputs = torch.randn(2, 3, *self.size)
         labels = samples(self.size, model.decode_head.num_classes)
@@ -344,28 +319,6 @@ class BaseNetworkTester:
         sum(v for k, v in losses.items() if 'loss' in k).backward()
         return {n for n, p in model.named_parameters() if p.grad is None}
 
-    def settle(self, model):
-        """Give batch norms statistics and text non-neutral values."""
-        with torch.no_grad():
-            for param in model.decode_head.text_branch.parameters():
-                param.add_(torch.randn_like(param) * 0.1)
-            for provider in text_providers(model).values():
-                provider.refresh()
-        model.train()
-        for _ in range(2):
-            self.losses(model)
-        return model.eval()
-
-    def logits(self, model, size):
-        """Full-size logits in evaluation mode, always of one picture."""
-        torch.manual_seed(3)
-        inputs = torch.randn(1, 3, *size)
-        with torch.no_grad():
-            # Here and not above: SegNeXt's head draws random numbers too.
-            torch.manual_seed(3)
-            return model.eval().encode_decode(inputs, [dict(img_shape=size)])
-
-    # ------------------------------------------------- config and training
     @pytest.mark.stacks
     def test_config_is_built_alone_and_optimized_as_its_twin(self, bare):
         """Rate and decay; prompts and scales are not decayed."""
@@ -391,6 +344,78 @@ class BaseNetworkTester:
         assert set(stock) - set(shared) == {
             'decode_head.conv_seg.weight', 'decode_head.conv_seg.bias'
         }
+
+    def test_stock_names_losses_and_gradients(self, build):
+        """Every parameter gets one, without which DDP complains; prompts rest.
+        """
+        stock = build()
+        expected = self.losses(stock)
+        assert self.without_gradient(stock, expected) == self.idle
+        assert expected.keys() == self.losses(build('classifier')).keys()
+        for role in ROLES:
+            model = build(role, text_losses=[dict(type='TextAlignmentLoss')])
+            self.check_names(model, stock.state_dict(), role)
+            before = {n: set(vars(m)) for n, m in model.named_modules()}
+            losses = self.losses(model)
+            assert losses['decode.loss_text_align'] > 0
+            idle = self.without_gradient(model, losses)
+            assert idle == self.idle | set(prompt_parameters(model))
+            # Nothing is left on the modules.
+            after = {n: set(vars(m)) for n, m in model.named_modules()}
+            assert before == after
+            assert not any(m._forward_hooks or m._forward_pre_hooks
+                           for m in model.decode_head.modules())
+
+    def check_names(self, model, stock, role):
+        """All outside the text branch have the names of the stock model."""
+        text = model.state_dict()
+        branch = 'conv_seg' if role == 'classifier' else 'text_branch'
+        prefix = f'decode_head.{branch}.'
+        losses = 'decode_head.text_losses.'
+        extra = {k for k in text if k.startswith((prefix, losses))}
+        missing = set(stock) - (set(text) - extra)
+        if role == 'classifier':
+            assert missing == {prefix + 'weight', prefix + 'bias'}
+        else:
+            assert missing == set()
+        assert (set(text) - extra) <= set(stock)
+        assert extra
+        # Nothing of a stock checkpoint slips into the text branch.
+        loaded = copy.deepcopy(model).load_state_dict(stock, strict=False)
+        assert set(loaded.unexpected_keys) == missing
+        # torch itself is lenient about this counter of batch norms.
+        assert set(loaded.missing_keys) == {
+            k
+            for k in extra if not k.endswith('num_batches_tracked')
+        }
+
+
+class BaseNetworkTester(BaseSizeTester):
+    """What must hold for text on one network, in both roles."""
+    # Pooling to 1, 2, 3 and 6 bins exports where they divide the features.
+    onnx_size = BaseSizeTester.size
+    export = staticmethod(to_onnx)
+
+    def settle(self, model):
+        """Give batch norms statistics and text non-neutral values."""
+        with torch.no_grad():
+            for param in model.decode_head.text_branch.parameters():
+                param.add_(torch.randn_like(param) * 0.1)
+            for provider in text_providers(model).values():
+                provider.refresh()
+        model.train()
+        for _ in range(2):
+            self.losses(model)
+        return model.eval()
+
+    def logits(self, model, size):
+        """Full-size logits in evaluation mode, always of one image."""
+        torch.manual_seed(3)
+        inputs = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            # Here and not above: SegNeXt's head draws random numbers too.
+            torch.manual_seed(3)
+            return model.eval().encode_decode(inputs, [dict(img_shape=size)])
 
     @pytest.mark.stacks
     def test_main_config_goes_through_both_stages(self, tmp_path):
@@ -437,51 +462,6 @@ class BaseNetworkTester:
         assert watch.losses[0] != watch.losses[1]
         return model
 
-    # ---------------------------------------- both roles, next to stock
-    def test_stock_names_losses_and_gradients(self, build):
-        """Every parameter gets one, without which DDP complains; prompts rest.
-        """
-        stock = build()
-        expected = self.losses(stock)
-        assert self.without_gradient(stock, expected) == self.idle
-        assert expected.keys() == self.losses(build('classifier')).keys()
-        for role in ROLES:
-            model = build(role, text_losses=[dict(type='TextAlignmentLoss')])
-            self.check_names(model, stock.state_dict(), role)
-            before = {n: set(vars(m)) for n, m in model.named_modules()}
-            losses = self.losses(model)
-            assert losses['decode.loss_text_align'] > 0
-            idle = self.without_gradient(model, losses)
-            assert idle == self.idle | set(prompt_parameters(model))
-            # Nothing is left on the modules.
-            after = {n: set(vars(m)) for n, m in model.named_modules()}
-            assert before == after
-            assert not any(m._forward_hooks or m._forward_pre_hooks
-                           for m in model.decode_head.modules())
-
-    def check_names(self, model, stock, role):
-        """All outside the text branch have the names of the stock model."""
-        text = model.state_dict()
-        branch = 'conv_seg' if role == 'classifier' else 'text_branch'
-        prefix = f'decode_head.{branch}.'
-        losses = 'decode_head.text_losses.'
-        extra = {k for k in text if k.startswith((prefix, losses))}
-        missing = set(stock) - (set(text) - extra)
-        if role == 'classifier':
-            assert missing == {prefix + 'weight', prefix + 'bias'}
-        else:
-            assert missing == set()
-        assert (set(text) - extra) <= set(stock)
-        assert extra
-        # Nothing of a stock checkpoint slips into the text branch.
-        loaded = copy.deepcopy(model).load_state_dict(stock, strict=False)
-        assert set(loaded.unexpected_keys) == missing
-        # torch itself is lenient about this counter of batch norms.
-        assert set(loaded.missing_keys) == {
-            k
-            for k in extra if not k.endswith('num_batches_tracked')
-        }
-
     def test_auxiliary_role_leaves_the_stock_part_alone(self, build):
         """Same weights, same losses, same prediction as the stock model."""
         stock, text = build(), build('auxiliary')
@@ -498,7 +478,6 @@ class BaseNetworkTester:
         torch.manual_seed(2)
         self.check_fold(self.settle(text), stock.eval())
 
-    # ---------------------------------------------------------- deployment
     def test_classifier_folds_and_exports(self, build):
         model, stock = self.settle(build('classifier')), build().eval()
         self.check_fold(model, stock)

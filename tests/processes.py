@@ -1,13 +1,23 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Run tools as a user does: in processes of their own."""
+import gc
+import multiprocessing
 import os
 import os.path as osp
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict, NamedTuple, Sequence
+from typing import Callable, Dict, NamedTuple, Optional, Sequence
+from unittest import mock
 
+import torch
+from mmengine.config import config
 from mmengine.runner.checkpoint import CheckpointLoader
+from yapf.yapflib import yapf_api
 
 from mmseg_textkd.compat import load_stock_tool
 
@@ -29,6 +39,10 @@ sys.meta_path.insert(0, Nothing())
 sys.argv[0] = '{script}'
 runpy.run_path('{script}', run_name='__main__')
 """
+# Importing takes 8 seconds: a server does it once, and tools run in its forks.
+_FORKS = multiprocessing.get_context('forkserver')
+_FORKS.set_forkserver_preload(['processes', 'mmseg.apis', 'matplotlib.pyplot'])
+_FORKING = threading.Lock()
 
 
 class Done(NamedTuple):
@@ -37,13 +51,67 @@ class Done(NamedTuple):
     output: str
 
 
+def leave_configs_unformatted(setattr: Callable = setattr) -> None:
+    """Let MMEngine write configs as they are.
+
+    With yapf it formats the whole config for each run and checkpoint, which
+    takes seconds.
+    """
+
+    def as_it_is(code, **kwargs):
+        return code, False
+
+    setattr(yapf_api, 'FormatCode', as_it_is)
+    # Upstream holds the function by name, OneDL imports it late.
+    if hasattr(config, 'FormatCode'):
+        setattr(config, 'FormatCode', as_it_is)
+
+
+def _python(words, env, cwd, output):
+    """Be ``python WORDS``, in a fork."""
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = os.fdopen(1, 'w', buffering=1, closefd=False)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.path[:0] = env['PYTHONPATH'].split(os.pathsep)
+    torch.set_num_threads(1)
+    leave_configs_unformatted()
+    gc.freeze()
+    if words[0] == '-c':
+        sys.argv = ['-c', *words[2:]]
+        exec(words[1], dict(__name__='__main__'))
+    else:
+        sys.argv = words
+        sys.path.insert(0, osp.dirname(osp.abspath(words[0])))
+        runpy.run_path(words[0], run_name='__main__')
+
+
+def _fork(words, env, cwd, timeout):
+    with tempfile.NamedTemporaryFile('r', errors='replace') as output:
+        process = _FORKS.Process(
+            target=_python, args=(words, env, cwd, output.name))
+        with _FORKING, mock.patch.dict(os.environ, env):
+            process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f'{words}: {output.read()}')
+        return Done(process.exitcode, output.read())
+
+
 def start(*words: str,
           cwd: str,
           timeout: float = 300.,
+          fork: Optional[bool] = None,
           **variables: str) -> Done:
     """Run a command to its end, without a GPU and without a hub.
 
-    ``python`` is the one that runs the tests, also in shell scripts.
+    ``python`` is the one that runs the tests, also in shell scripts. With
+    ``fork``, by default for all but ``-c``, it has the libraries and the
+    package imported already; else it is started as a user does.
     """
     path = [osp.dirname(sys.executable), os.environ.get('PATH', '')]
     env = dict(
@@ -55,9 +123,13 @@ def start(*words: str,
         OMP_NUM_THREADS='1',
         MKL_NUM_THREADS='1')
     env.update(variables)
-    words = [sys.executable if w == 'python' else str(w) for w in words]
+    words = [str(w) for w in words]
+    if fork is None:
+        fork = words[1] != '-c'
+    if fork and words[0] == 'python':
+        return _fork(words[1:], env, str(cwd), timeout)
     done = subprocess.run(
-        words,
+        [sys.executable if w == 'python' else w for w in words],
         cwd=cwd,
         env=env,
         stdout=subprocess.PIPE,
@@ -66,6 +138,35 @@ def start(*words: str,
         errors='replace',
         timeout=timeout)
     return Done(done.returncode, done.stdout)
+
+
+def free_port() -> str:
+    """Find a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return str(probe.getsockname()[1])
+
+
+def start_ranks(*words: str, cwd: str) -> Done:
+    """Run a tool in two ranks, as ``tools/dist_train.sh`` does."""
+    shared = dict(
+        WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
+
+    def rank(number):
+        return start(
+            'python',
+            *words,
+            '--launcher',
+            'pytorch',
+            cwd=cwd,
+            RANK=number,
+            LOCAL_RANK=number,
+            **shared)
+
+    done = side_by_side({n: lambda n=n: rank(n) for n in ('0', '1')}).values()
+    return Done(
+        max((d.status for d in done), key=abs),
+        '\n'.join(d.output for d in done))
 
 
 def load(path: str) -> Dict:

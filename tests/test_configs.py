@@ -102,6 +102,13 @@ METHODS = {
             'find_unused_parameters',
             'optim_wrapper/paramwise_cfg/custom_keys/.text.'
         }),
+    'rn50-score-map-2stages':
+    Method(
+        'textkd', 'stock', 1, {
+            'model/type', 'model/score_map', 'custom_hooks',
+            'find_unused_parameters', 'param_scheduler',
+            'optim_wrapper/paramwise_cfg/custom_keys/.text.'
+        }),
     'rn50-cosine':
     Method('textkd', 'stock', 1,
            {f'{HEAD}/type', HEAD_TEXT, f'{HEAD}/text_branch', 'custom_hooks'}),
@@ -150,12 +157,14 @@ METHODS = {
 }
 # What stays a part of the network.
 KEPT = ('bridge-kept', 'score-map', 'rn50-score-map', 'rn50-score-map-decoder',
-        'rn50-score-map-stage2', 'rn50-score-map-decoder-stage2')
-# EBSeg's and the published LSeg's have tests of their own.
+        'rn50-score-map-stage2', 'rn50-score-map-decoder-stage2',
+        'rn50-score-map-2stages')
+# EBSeg's, the published LSeg's and those of several data sets have tests of
+# their own.
 PATHS = sorted(
     path for path in CONFIGS.rglob('*.py')
     if path.relative_to(CONFIGS).parts[0] not in (
-        '_base_', 'ebseg') and '_vit-b32_' not in path.name)
+        '_base_', 'ebseg', 'multi_dataset') and '_vit-b32_' not in path.name)
 STOCK = [path for path in PATHS if path.parent.name == 'stock']
 
 
@@ -245,7 +254,7 @@ def test_every_config_is_of_a_method():
     }
     assert len(PATHS) == len(STOCK) + sum(map(len, BY_METHOD.values()))
     folders = {p.name for p in CONFIGS.iterdir() if p.is_dir()}
-    assert folders == {'_base_', 'ebseg', 'stock', 'studies'
+    assert folders == {'_base_', 'ebseg', 'multi_dataset', 'stock', 'studies'
                        } | {m.folder
                             for m in METHODS.values()}, 'a folder is untested'
 
@@ -292,7 +301,9 @@ def test_names_say_what_they_are():
         assert int(name['gpus']) > 0
         iters = int(name['number']) * (1000 if name['unit'] == 'k' else 1)
         assert cfg.train_cfg.max_iters == iters, path
-        assert max(s.end for s in cfg.param_scheduler) == iters, path
+        # With two stages, the schedule is that of the first.
+        stages = 2 if '-2stages' in path.name else 1
+        assert max(s.end for s in cfg.param_scheduler) == iters / stages, path
         size = int(name['height']), int(name['width'])
         assert tuple(cfg.model.data_preprocessor.size) == size, path
         for dataset in datasets(cfg, 'train'):
@@ -442,6 +453,35 @@ def check_published_stage2(cfg, twin, path):
     ]
 
 
+def check_two_stages(cfg, twin, path):
+    """The two configs of one stage each, one after the other."""
+    second = load_config(
+        path.with_name(
+            path.name.replace('2stages_', 'stage2_').replace('20k', '10k')))
+    hook, = cfg.custom_hooks
+    other, = second.custom_hooks
+    assert (hook.switch_at, hook.load_best) == (0.5, True), path
+    assert cfg.default_hooks.checkpoint.save_best == 'mIoU', path
+    assert {
+        k: hook[k]
+        for k in ('learn', 'freeze_norm')
+    } == {
+        k: other[k]
+        for k in ('learn', 'freeze_norm')
+    }
+    assert cfg.model == second.model, path
+    assert cfg.optim_wrapper == second.optim_wrapper, path
+    # The hook's schedulers count iterations from the switch.
+    assert cfg.param_scheduler == second.param_scheduler, path
+    warmup, decay = hook.param_scheduler
+    for ours, theirs in zip((warmup, decay), second.param_scheduler):
+        assert {
+            **ours, 'begin': 0,
+            'by_epoch': False,
+            'end': ours.get('end', 10000)
+        } == theirs, path
+
+
 def check_auxiliary(cfg, twin, path):
     assert cfg.model.decode_head.role == 'auxiliary'
     assert cfg.custom_hooks == twin.auxiliary_hooks
@@ -570,6 +610,7 @@ CHECKS = {
     'rn50-score-map-decoder': check_fixed,
     'rn50-score-map-stage2': check_published_stage2,
     'rn50-score-map-decoder-stage2': check_published_stage2,
+    'rn50-score-map-2stages': check_two_stages,
     'rn50-cosine': check_fixed,
     'aux': check_auxiliary,
     'ssc': check_structure,

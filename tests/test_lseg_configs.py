@@ -61,7 +61,7 @@ def test_published_network_and_words(path):
         name = NAME.fullmatch(path.stem).groupdict()
         assert cfg.train_cfg.max_iters == int(name['number']) * 1000
         assert max(s.end for s in cfg.param_scheduler) == 808000
-        # 240 epochs of six of 20210 pictures.
+        # 240 epochs of six of 20210 images.
         assert abs(240 * 20210 / 6 - 808000) < 1000
 
 

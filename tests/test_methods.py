@@ -34,7 +34,7 @@ def test_both_stages_of_a_fusion(tmp_path, name, kind, kept):
     path = CONFIGS / f'fusion/textkd_bisenetv2_fcn_toyclip-{name}_{TOY}'
     runner, watch = two_iterations(path, tmp_path, (64, 128))
     built = runner.model.decode_head.text_branch.fusion
-    assert type(built) is kind and built.kept == kept
+    assert type(built) is kind and built.used_at_inference == kept
     first, second = watch.changed
     params = dict(runner.model.named_parameters())
     fusion = {n for n in params if '.fusion.' in n}
@@ -45,19 +45,26 @@ def test_both_stages_of_a_fusion(tmp_path, name, kind, kept):
     assert all(map(math.isfinite, watch.losses))
 
 
-def build_in(folder, monkeypatch, name):
-    """A config and its model, built where there is no file."""
-    monkeypatch.chdir(folder)
+def build(name):
+    """A config and its model."""
     cfg = load_config(CONFIGS / name)
     return cfg, MODELS.build(offline(copy.deepcopy(cfg.model)))
+
+
+def test_score_map_is_built_without_files(bare):
+    name, = (CONFIGS / 'textkd').glob('*bisenetv2_fcn_vit-b16*camvid-360*.py')
+    cfg, model = build(name)
+    assert model.score_map.text.num_classes == 11
+    with pytest.raises(RuntimeError, match='tools/encode_text.py'):
+        model.score_map.text()
 
 
 @pytest.mark.parametrize('name', [
     f'bisenetv2_fcn_toyclip-balance-zs_{TOY}',
     f'ddrnet_23-slim_in1k-pre_vit-b16-balance-zs_{CAMVID}'
 ])
-def test_balance_is_built_without_files(monkeypatch, tmp_path, name):
-    _, model = build_in(tmp_path, monkeypatch, f'balance/textkd_{name}')
+def test_balance_is_built_without_files(bare, monkeypatch, name):
+    _, model = build(f'balance/textkd_{name}')
     assert type(model.decode_head.conv_seg) is BalancedTextClassifier
     loss, = model.decode_head.text_losses
     assert type(loss) is ImageEmbeddingDistillationLoss
@@ -65,7 +72,8 @@ def test_balance_is_built_without_files(monkeypatch, tmp_path, name):
     assert type(teacher) is FrozenCLIPTeacher
     assert teacher.tower.out_dims == model.decode_head.text_branch.text.dim
     if 'toyclip' in name:
-        # The sizes and the scale are ToyCLIP's.
+        # The sizes and the scale are ToyCLIP's, which open_clip reads.
+        monkeypatch.undo()
         scale = teacher.tower.network.clip_scale
         assert model.decode_head.conv_seg.clip_scale == pytest.approx(
             scale, rel=1e-3)
@@ -76,8 +84,8 @@ def test_balance_is_built_without_files(monkeypatch, tmp_path, name):
     f'ddrnet_23-slim_in1k-pre_vit-b16-zs_{CAMVID}',
     'dpt_vit-b16_vit-b16_8xb2-160k_ade20k-512x512.py'
 ])
-def test_lseg_is_built_without_files(monkeypatch, tmp_path, name):
-    cfg, model = build_in(tmp_path, monkeypatch, f'lseg/lseg_{name}')
+def test_lseg_is_built_without_files(bare, name):
+    cfg, model = build(f'lseg/lseg_{name}')
     head = model.decode_head
     with pytest.raises(RuntimeError, match='tools/encode_text.py'):
         head.text_branch.text()

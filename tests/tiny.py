@@ -16,16 +16,16 @@ _RUNS = itertools.count()
 
 
 def write_dataset(root, num_images=6):
-    """Write images whose colours say their classes, more or less."""
+    """Write images whose colors say their classes, more or less."""
     rng = np.random.default_rng(0)
-    colours = rng.integers(0, 256, (len(CLASSES), 3))
+    colors = rng.integers(0, 256, (len(CLASSES), 3))
     for folder in ('img', 'ann'):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for i in range(num_images):
         labels = np.kron(
             rng.integers(0, len(CLASSES), (2, 4)),
             np.ones((SIZE[0] // 2, SIZE[1] // 4), int))
-        image = colours[labels] + rng.normal(0, 10, (*SIZE, 3))
+        image = colors[labels] + rng.normal(0, 10, (*SIZE, 3))
         image = image.clip(0, 255).astype(np.uint8)
         cv2.imwrite(str(root / 'img' / f'{i}.png'), image)
         cv2.imwrite(str(root / 'ann' / f'{i}.png'), labels.astype(np.uint8))

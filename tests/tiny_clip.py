@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Small, randomly initialised open_clip models in ``local-dir:`` form."""
+"""Small, randomly initialized open_clip models in ``local-dir:`` form."""
 
 import gzip
 import json

@@ -93,7 +93,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     report.add_argument(
         '--closest', type=int, metavar='N', help='print the N closest pairs')
     report.add_argument(
-        '--heatmap', type=Path, metavar='PNG', help='picture of the cosines')
+        '--heatmap', type=Path, metavar='PNG', help='image of the cosines')
     report.add_argument(
         '--center',
         '--centre',
@@ -179,7 +179,7 @@ def make(args: argparse.Namespace) -> TextEmbeddings:
 
 
 def report(embeddings: TextEmbeddings, args: argparse.Namespace) -> None:
-    """Print the geometry and draw the picture that was asked for."""
+    """Print the geometry and draw the image that was asked for."""
     names = embeddings.names
     print(f'{len(names)} classes, D = {embeddings.dim}, model '
           f'{embeddings.model or "unknown"} {embeddings.pretrained}, '
@@ -220,7 +220,7 @@ def draw(vectors: Tensor, names: Sequence[str], path: Path,
     cosine = (vectors @ vectors.T).numpy()
     num = len(names)
     low = float(cosine.min())
-    # The diagonal is 1 everywhere; the colours are for the rest.
+    # The diagonal is 1 everywhere; the colors are for the rest.
     high = float(max(cosine[i, j] for i in range(num) for j in range(i)))
     size = max(5., .32 * num + 2.5) if num <= 40 else .16 * num + 3
     font = 8 if num <= 40 else 5

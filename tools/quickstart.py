@@ -153,7 +153,7 @@ def similarity(model: torch.nn.Module, image: np.ndarray,
 
     Args:
         model (nn.Module): The trained text arm.
-        image (np.ndarray): BGR picture, uint8, shape (H, W, 3).
+        image (np.ndarray): BGR image, uint8, shape (H, W, 3).
         class_index (int): Index of the class.
 
     Returns:
@@ -173,7 +173,7 @@ def similarity(model: torch.nn.Module, image: np.ndarray,
 
 
 def draw(work_dir: Path, checkpoint: str, rows: int = 3) -> Path:
-    """Draw pictures, truth, both predictions and a similarity map."""
+    """Draw images, truth, both predictions and a similarity map."""
     from matplotlib import pyplot as plt
     model = init_model(TEXT, checkpoint, device='cpu')
     class_index = CLASSES.index('car')
@@ -181,7 +181,7 @@ def draw(work_dir: Path, checkpoint: str, rows: int = 3) -> Path:
         p.name: read_labels(p)
         for p in sorted((DATA / 'ann_dir/val').glob('*.png'))
     }
-    # The pictures that show the most classes, with the class among them.
+    # The images that show the most classes, with the class among them.
     names = sorted(
         truths,
         key=lambda n:
@@ -190,9 +190,9 @@ def draw(work_dir: Path, checkpoint: str, rows: int = 3) -> Path:
         rows, 5, figsize=(16, 1.75 * rows + 0.8), layout='constrained')
     for row, name in zip(axes, names):
         image = cv2.imread(str(DATA / 'img_dir/val' / name))
-        panels = [image[..., ::-1], colour(truths[name])]
+        panels = [image[..., ::-1], color(truths[name])]
         panels += [
-            colour(read_labels(work_dir / arm / 'predictions' / name))
+            color(read_labels(work_dir / arm / 'predictions' / name))
             for arm in ARMS
         ]
         for axis, panel in zip(row, panels):
@@ -220,8 +220,8 @@ def draw(work_dir: Path, checkpoint: str, rows: int = 3) -> Path:
     return path
 
 
-def colour(labels: np.ndarray) -> np.ndarray:
-    """Colour a label map; unlabelled pixels are black."""
+def color(labels: np.ndarray) -> np.ndarray:
+    """Color a label map; unlabeled pixels are black."""
     table = np.zeros((256, 3), np.uint8)
     table[:len(PALETTE)] = PALETTE
     return table[labels]
@@ -237,7 +237,7 @@ def main() -> None:
             make_folder(work_dir / name)
     except OSError as error:
         sys.exit(f'quickstart: {error}')
-    print('Making the ToyScenes pictures', flush=True)
+    print('Making the ToyScenes images', flush=True)
     run(['tools/dataset_converters/toy_scenes.py',
          str(DATA)], work_dir / 'data.log', 'ToyScenes')
     for name, config in ARMS.items():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up the environment, then show the whole of it on generated pictures:
+# Set up the environment, then show the whole of it on generated images:
 # stock BiSeNetV2 against its text twin, two stages, in about eight minutes on
 # two cores and without any download but packages.
 #

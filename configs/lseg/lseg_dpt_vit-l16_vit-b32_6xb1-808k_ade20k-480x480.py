@@ -1,4 +1,4 @@
-# The training of LSeg's authors: 240 epochs of 20210 pictures, six at a time.
+# The training of LSeg's authors: 240 epochs of 20210 images, six at a time.
 _base_ = [
     '../_base_/models/lseg_dpt_vit-l16.py',
     '../_base_/datasets/ade20k-512x512.py', '../_base_/default_runtime.py',
@@ -31,7 +31,7 @@ test_pipeline = [
 train_dataloader = dict(batch_size=1, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
-# Theirs is 0.004 for a batch of 16, here by the pictures of one process; what
+# Theirs is 0.004 for a batch of 16, here by the images of one process; what
 # is new learns ten times as fast.
 optim_wrapper = dict(
     type='OptimWrapper',

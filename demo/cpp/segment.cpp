@@ -1,11 +1,11 @@
 // Copyright (c) mmseg_textkd contributors. All rights reserved.
 //
-// Segment a picture with OpenVINO alone:
+// Segment an image with OpenVINO alone:
 //
 //   segment FOLDER picture.ppm classes.ppm
 //
 // FOLDER is one of `tools/deployment/deploy.py ... --to openvino`, with the
-// normalization in the graph (the default). Pictures are binary PPM, which
+// normalization in the graph (the default). Images are binary PPM, which
 // every image program writes; use the image library that you have instead.
 #include <chrono>
 #include <cstdint>

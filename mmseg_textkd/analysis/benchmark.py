@@ -116,7 +116,7 @@ def paired_ratio(values: Sequence[float],
 
 def summarize(seconds: Mapping[str, Sequence[float]],
               baseline: str) -> Dict[str, Dict]:
-    """Summarise what :func:`interleave` has measured.
+    """Summarize what :func:`interleave` has measured.
 
     Args:
         seconds (Mapping[str, Sequence[float]]): Seconds a round, by name.

@@ -8,6 +8,7 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from ..evaluation import DatasetIoUMetric
 from ..evaluation.confusion_iou_metric import SUMMARY, ConfusionIoUMetric
 from ..utils.checkpoint import load_strictly, read_checkpoint
 from ..utils.config import as_list
@@ -31,7 +32,10 @@ def evaluate(config: str,
             Defaults to None.
 
     Returns:
-        dict: ``ConfusionIoUMetric.result``, and the names of both files.
+        dict: ``ConfusionIoUMetric.result``, and the names of both files. Of
+        a :class:`MultiDataset` all is joined, as if of one data set, but
+        ``mIoU``, ``mAcc`` and ``aAcc`` are the means of those of the data
+        sets, which ``datasets`` has by their names.
 
     Raises:
         ValueError: If the checkpoint does not fit, or no IoUMetric is in the
@@ -44,12 +48,14 @@ def evaluate(config: str,
     cfg.experiment_name = f'compare_{time.time_ns()}'
     evaluators = as_list(cfg.val_evaluator)
     kinds = [evaluator.type for evaluator in evaluators]
-    if 'IoUMetric' not in kinds:
+    several = DatasetIoUMetric.__name__ in kinds
+    if 'IoUMetric' not in kinds and not several:
         raise ValueError(f'val_evaluator of {config} has no IoUMetric, but '
                          f'{kinds}')
-    number = kinds.index('IoUMetric')
-    evaluators[number].update(
-        type=ConfusionIoUMetric.__name__, iou_metrics=['mIoU'])
+    if not several:
+        number = kinds.index('IoUMetric')
+        evaluators[number].update(
+            type=ConfusionIoUMetric.__name__, iou_metrics=['mIoU'])
     # As a test: a `val` without training would have the best checkpoint
     # saved, which fails in MMEngine.
     cfg.test_dataloader = cfg.val_dataloader
@@ -59,9 +65,44 @@ def evaluate(config: str,
     load_strictly(runner.model,
                   read_checkpoint(checkpoint)['state_dict'], checkpoint)
     runner.test()
-    metric = runner.test_loop.evaluator.metrics[number]
+    metrics = runner.test_loop.evaluator.metrics
     names = dict(config=Path(config).name, checkpoint=checkpoint.name)
-    return {**names, **metric.result}
+    if several:
+        return {
+            **names,
+            **_joined({
+                metric.dataset: metric.result
+                for metric in metrics if isinstance(metric, DatasetIoUMetric)
+            })
+        }
+    return {**names, **metrics[number].result}
+
+
+def _joined(results: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
+    """Join the results of several data sets."""
+    sizes = [len(result['classes']) for result in results.values()]
+    confusion = np.zeros((sum(sizes), sum(sizes)), dtype=int)
+    for end, size, result in zip(np.cumsum(sizes), sizes, results.values()):
+        confusion[end - size:end, end - size:end] = result['confusion']
+    joined: Dict[str, Any] = dict(
+        images=sum(result['images'] for result in results.values()),
+        classes=[
+            f'{name}: {word}' for name, result in results.items()
+            for word in result['classes']
+        ],
+        IoU=[value for result in results.values() for value in result['IoU']],
+        confusion=confusion.tolist(),
+        datasets={
+            name: {
+                key: result[key]
+                for key in SUMMARY
+            }
+            for name, result in results.items()
+        })
+    for key in SUMMARY:
+        values = [result[key] for result in results.values()]
+        joined[key] = round(sum(values) / len(values), 2)
+    return joined
 
 
 def compare(a: Dict[str, Any], b: Dict[str, Any]) -> Dict[str, Any]:

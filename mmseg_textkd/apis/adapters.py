@@ -18,7 +18,7 @@ from mmseg_textkd.models import BalancedTextClassifier, EBSeg, TextHeadMixin
 from mmseg_textkd.models.ebseg.mask_embedder import MaskEmbeddings
 from mmseg_textkd.models.ebseg.mask_scores import MaskScores, pixel_embeddings
 from mmseg_textkd.models.layers import PixelProjection, pixel_text_similarity
-from mmseg_textkd.models.layers.text_fusion import WAYS_OUT
+from mmseg_textkd.models.layers.text_fusion import CANNOT_FOLD
 from mmseg_textkd.text import TextEmbeddings, Vocabulary
 from .class_encoder import ClassEncoder, EncodedClasses
 from .label_maps import select_classes
@@ -172,8 +172,8 @@ class TextHeadAdapter(NetworkAdapter):
             scales = [m.scale for m in head.text_losses if hasattr(m, 'scale')]
             self.scale = scales[0]() if scales else torch.tensor(1 / 0.07)
             return
-        if branch.keeps_fusion:
-            raise ValueError(f'{type(branch.fusion).__name__} {WAYS_OUT}')
+        if branch.fuses_at_inference:
+            raise ValueError(f'{type(branch.fusion).__name__} {CANNOT_FOLD}')
         self.uses_cosine = branch.projection.norm == 'l2'
         self.scale, self.regularization = branch.scale(), branch.regularization
         if branch.logit_bias is not None:

@@ -20,6 +20,7 @@ from mmseg_textkd.models.text_providers import (ContextPromptLearner,
                                                 TextProvider)
 from mmseg_textkd.text import TextEmbeddings, Vocabulary, get_templates
 from mmseg_textkd.text.encode_classes import encode_classes
+from mmseg_textkd.utils.config import as_list
 
 # Classes at a time: the token ids of 10,000 classes in 14 templates are 350
 # MB.
@@ -93,7 +94,8 @@ class ClassEncoder:
         self.cache_dir = cache_dir
         self.learner = _type_name(text)
         self.embeddings = text.get('embeddings') or text
-        self.build = self.embeddings.get('build') or {}
+        # Of several files, which are of one tower, the first.
+        self.build = next(iter(as_list(self.embeddings.get('build'))), {})
         self.record: Optional[TextEmbeddings] = getattr(
             provider, 'record', None)
         self.weights_dir = (tower or self.build).get('cache_dir')

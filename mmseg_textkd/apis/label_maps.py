@@ -9,7 +9,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from mmseg_textkd.deploy import BalancedConvSeg, L2ConvSeg
-from mmseg_textkd.models.layers.balance import balance_logarithms
+from mmseg_textkd.models.layers.balance import balance_log_probabilities
 
 if TYPE_CHECKING:
     from .adapters import NetworkAdapter
@@ -56,8 +56,8 @@ class _SelectBalanced(nn.Module):
         """Score the classes; shape (N, n, H, W)."""
         logs = (conv(feat) - total
                 for conv, total in zip(self.both, self._totals(feat)))
-        return balance_logarithms(*logs, self.seen, self.whole.alpha,
-                                  self.whole.beta)
+        return balance_log_probabilities(*logs, self.seen, self.whole.alpha,
+                                         self.whole.beta)
 
     def _totals(self, feat: Tensor) -> List[Tensor]:
         """Logarithms of the sums over all classes, twice (N, 1, H, W).

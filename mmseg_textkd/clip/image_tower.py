@@ -79,7 +79,7 @@ class ImageTower(FrozenCLIP):
         Args:
             images (Tensor): RGB, values in [0, 255], with shape (N, 3,
                 ``*size``), on any device.
-            batch_size (int): Pictures at a time. Defaults to 64.
+            batch_size (int): Images at a time. Defaults to 64.
 
         Returns:
             Tensor: Float32, not normalized, with shape (N, D), on the tower's

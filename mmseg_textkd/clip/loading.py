@@ -52,7 +52,7 @@ def load_visual(
 
     Returns:
         tuple: What open_clip's ``encode_image`` calls (float32, on the CPU;
-        its ``preprocess_cfg`` tells how pictures are prepared), the name and
+        its ``preprocess_cfg`` tells how images are prepared), the name and
         version of the library, and the model's own factor on cosines.
 
     Raises:

@@ -27,12 +27,12 @@ class CamVidDataset(BaseSegDataset):
         └── test   └── testannot     233 images
 
     The label maps hold the class index 0 to 10, and 11 where a pixel is
-    unlabelled. The dataset maps 11 to 255, so ``ignore_index`` is 255 as
+    unlabeled. The dataset maps 11 to 255, so ``ignore_index`` is 255 as
     everywhere else in MMSegmentation.
 
     Mind the split. 367/101/233 is the one that papers report on. The copy
     that is popular on Kaggle divides the same video sequences otherwise, so
-    that neighbouring, nearly equal frames lie on both sides: results on it
+    that neighboring, nearly equal frames lie on both sides: results on it
     are inflated and cannot be compared. Another number of images than
     expected therefore gives a warning. Study on ``val``; ``test`` is for
     final numbers.
@@ -61,7 +61,7 @@ class CamVidDataset(BaseSegDataset):
         palette=[[128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128],
                  [60, 40, 222], [128, 128, 0], [192, 128, 128], [64, 64, 128],
                  [64, 0, 128], [64, 64, 0], [0, 128, 192]])
-    UNLABELLED = 11
+    UNLABELED = 11
     SPLIT_SIZES = dict(train=367, val=101, test=233)
 
     def __init__(self,
@@ -71,7 +71,7 @@ class CamVidDataset(BaseSegDataset):
         if kwargs.get('reduce_zero_label'):
             raise ValueError(
                 'CamVidDataset needs reduce_zero_label=False: its label 0 is '
-                'sky, and 11 (unlabelled) would become bicyclist')
+                'sky, and 11 (unlabeled) would become bicyclist')
         super().__init__(
             img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
 
@@ -79,7 +79,7 @@ class CamVidDataset(BaseSegDataset):
     def get_label_map(cls,
                       new_classes: Optional[Sequence] = None
                       ) -> Dict[int, int]:
-        """Map labels as the base class does, and unlabelled to 255.
+        """Map labels as the base class does, and unlabeled to 255.
 
         Args:
             new_classes (list, tuple, optional): Subset of the classes to
@@ -90,7 +90,7 @@ class CamVidDataset(BaseSegDataset):
             ``LoadAnnotations``; labels that are not in it stay.
         """
         label_map = super().get_label_map(new_classes) or {}
-        label_map[cls.UNLABELLED] = 255
+        label_map[cls.UNLABELED] = 255
         return label_map
 
     def load_data_list(self) -> List[dict]:

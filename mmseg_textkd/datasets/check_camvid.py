@@ -13,7 +13,7 @@ from .camvid import CamVidDataset
 
 NUM_CLASSES = len(CamVidDataset.METAINFO['classes'])
 # 255 in a file is what 11 becomes anyway; some copies have it already.
-ALLOWED = (*range(NUM_CLASSES), CamVidDataset.UNLABELLED, 255)
+ALLOWED = (*range(NUM_CLASSES), CamVidDataset.UNLABELED, 255)
 
 
 @dataclass
@@ -24,7 +24,7 @@ class CamVidReport:
         sizes (dict[str, Counter]): For each split the number of images of
             each (height, width).
         pixels (dict[str, np.ndarray]): For each split the number of pixels of
-            each class and, last, of unlabelled ones; int64 of length K + 1.
+            each class and, last, of unlabeled ones; int64 of length K + 1.
         problems (list[str]): What training would stop at or suffer from.
         warnings (list[str]): What is unusual, such as the size of a split.
     """
@@ -101,7 +101,7 @@ def _check_sample(info: dict, sizes: Counter,
     seg_map = seg_map.squeeze()
     if seg_map.ndim != 2:
         return (f'{path} has shape {seg_map.shape} instead of one label per '
-                'pixel: is it a colour picture of the labels?')
+                'pixel: is it a color image of the labels?')
     if seg_map.shape != image.shape[:2]:
         return (f'{path} is {seg_map.shape[1]}x{seg_map.shape[0]} but its '
                 f'image {info["img_path"]} is {image.shape[1]}x'
@@ -111,20 +111,20 @@ def _check_sample(info: dict, sizes: Counter,
     if bad:
         return (f'{path} holds labels beyond the classes: {bad[:10]}'
                 f'{" ..." if len(bad) > 10 else ""}; allowed are 0 to '
-                f'{NUM_CLASSES - 1}, and {CamVidDataset.UNLABELLED} or 255 '
-                'for unlabelled')
+                f'{NUM_CLASSES - 1}, and {CamVidDataset.UNLABELED} or 255 '
+                'for unlabeled')
     np.add.at(pixels, np.minimum(values, NUM_CLASSES), counts)
     return None
 
 
 def _read(path: str, flag: str,
           backend: str) -> Tuple[Optional[np.ndarray], Optional[str]]:
-    """Decode a picture; return it and what went wrong, one of them None."""
+    """Decode an image; return it and what went wrong, one of them None."""
     try:
         picture = mmcv.imfrombytes(fileio.get(path), flag, backend=backend)
     except Exception as err:
         # Decoders raise all sorts of things at a broken file.
         return None, f'{path} cannot be read: {err}'
     if picture is None:
-        return None, f'{path} cannot be read: broken or no picture'
+        return None, f'{path} cannot be read: broken or no image'
     return picture, None

@@ -15,7 +15,7 @@ class CheckLabels(BaseTransform):
 
     Put it directly behind ``LoadAnnotations``. Behind ``Resize`` it is right
     too, where MMSegmentation's test pipelines load the label map in the
-    original size. Where no label map has been loaded, for a picture of one's
+    original size. Where no label map has been loaded, for an image of one's
     own, nothing is checked.
 
     Required Keys:
@@ -55,7 +55,7 @@ class CheckLabels(BaseTransform):
         if seg_map.ndim != 2:
             raise ValueError(
                 f'{where} has shape {seg_map.shape} instead of one label per '
-                'pixel (H, W). Is it a colour picture of the labels?')
+                'pixel (H, W). Is it a color image of the labels?')
         self._check_size(seg_map, results, where)
 
         bad = (seg_map < 0) | (seg_map >= self.num_classes)

@@ -18,7 +18,7 @@ class COCO20iEpisodes(EpisodeDataset):
     """Episodes of COCO-20i, as HSNet tests on them.
 
     Fold i holds the classes i, i + 4, i + 8, ... of the 80 things of COCO.
-    For each episode a class is drawn, then one of its pictures, with numpy's
+    For each episode a class is drawn, then one of its images, with numpy's
     legacy generator and HSNet's seed.
 
     Source: Nguyen and Todorovic, Feature Weighting and Boosting for Few-Shot
@@ -34,10 +34,10 @@ class COCO20iEpisodes(EpisodeDataset):
             read, or a ``.json`` of the same: file names by class.
         num_episodes (int): Number of episodes. Defaults to 1000.
         seed (int): Seed of the draws. Defaults to 0, HSNet's.
-        shot (int): Support pictures that HSNet would draw. They are drawn
+        shot (int): Support images that HSNet would draw. They are drawn
             and dropped, so that the queries are those of that test. Defaults
             to 0: LSeg's.
-        img_suffix (str): Suffix of the pictures. Defaults to '.jpg'.
+        img_suffix (str): Suffix of the images. Defaults to '.jpg'.
         **kwargs: Other arguments of ``BaseSegDataset``.
 
     Raises:
@@ -118,11 +118,11 @@ class COCO20iEpisodes(EpisodeDataset):
                     isinstance(n, str) and n.endswith(self.img_suffix)
                     for n in names_of):
                 raise ValueError(
-                    f'{path} has no *{self.img_suffix} pictures of class {k}; '
+                    f'{path} has no *{self.img_suffix} images of class {k}; '
                     'it may be the list of another fold.')
             if self.shot and len(set(names_of)) < 2:
-                raise ValueError(f'{path} has one picture of class {k}, but '
-                                 'a support picture must be another one.')
+                raise ValueError(f'{path} has one image of class {k}, but '
+                                 'a support image must be another one.')
         return names
 
 

@@ -5,12 +5,12 @@ from mmseg.datasets import BaseSegDataset
 
 
 class EpisodeDataset(BaseSegDataset):
-    """Base of the data sets of few-shot work: a picture and one class each.
+    """Base of the data sets of few-shot work: an image and one class each.
 
-    An episode asks where one class is in one picture (the "query"); all else
+    An episode asks where one class is in one image (the "query"); all else
     is the other. The episodes are those that `HSNet
     <https://arxiv.org/abs/2104.01538>`_ tests on, so that figures can be
-    compared; its support pictures are not loaded, for text takes their place.
+    compared; its support images are not loaded, for text takes their place.
 
     Each sample has a ``class_id``, and says which value of the label map is
     the class (``foreground``; None: values from 128 on) and which one is
@@ -38,7 +38,7 @@ class EpisodeDataset(BaseSegDataset):
         """Describe one episode as the pipeline needs it.
 
         Args:
-            img_path (str): Path of the picture.
+            img_path (str): Path of the image.
             seg_map_path (str): Path of its label map.
             class_id (int): The class.
             foreground (int, optional): Its label. Defaults to None.

@@ -14,7 +14,7 @@ class EpisodeLabels(BaseTransform):
     Put it behind ``Resize`` and ``LoadAnnotations``. As in few-shot work it
     is scored at the size of the network's input: the label map is brought to
     that by nearest neighbors, and predictions are not resized to the size of
-    the picture.
+    the image.
 
     Required Keys:
 
@@ -44,7 +44,7 @@ class EpisodeLabels(BaseTransform):
             dict: The same dict.
         """
         labels, value = results['gt_seg_map'], results['foreground']
-        if labels.ndim == 3:  # masks that are stored as color pictures
+        if labels.ndim == 3:  # masks that are stored as color images
             labels = np.array(Image.fromarray(labels[..., :3]).convert('L'))
         mine = labels >= 128 if value is None else labels == value
         mine = mine.astype(np.uint8)

@@ -14,10 +14,10 @@ PICTURES = 10
 
 @DATASETS.register_module()
 class FSS1000Episodes(EpisodeDataset):
-    """FSS-1000: a thousand classes of ten pictures, with one object each.
+    """FSS-1000: a thousand classes of ten images, with one object each.
 
     520 classes are for training, 240 for validation and 240 for testing, each
-    part in alphabetical order. All pictures of the part are episodes::
+    part in alphabetical order. All images of the part are episodes::
 
         data/FSS-1000
         ├── ac_wall  ├── 1.jpg  ├── 1.png ... 10.jpg, 10.png
@@ -31,7 +31,7 @@ class FSS1000Episodes(EpisodeDataset):
 
     Args:
         split (str): 'train', 'val' or 'test'. Defaults to 'test'.
-        shot (int): Support pictures of the test to compare with. HSNet's
+        shot (int): Support images of the test to compare with. HSNet's
             one-shot test has 1.jpg for support and the other nine for
             queries; LSeg's takes all ten. Defaults to 0: LSeg's.
         **kwargs: Other arguments of ``BaseSegDataset``.

@@ -10,7 +10,7 @@ from mmseg.registry import TRANSFORMS
 class HideClasses(BaseTransform):
     """Let training ignore the pixels of some classes.
 
-    For zero-shot protocols: the pictures stay as they are, but nothing says
+    For zero-shot protocols: the images stay as they are, but nothing says
     where the hidden classes are. Put it directly behind ``LoadAnnotations``
     (which renumbers labels) in the training pipeline, in front of all that
     looks at labels, such as ``RandomCrop`` with ``cat_max_ratio``.

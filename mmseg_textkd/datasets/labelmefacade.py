@@ -8,7 +8,7 @@ from mmseg.registry import DATASETS
 
 @DATASETS.register_module()
 class LabelMeFacadeDataset(BaseSegDataset):
-    """LabelMeFacade: street pictures with 8 classes, 255 is unlabelled.
+    """LabelMeFacade: street images with 8 classes, 255 is unlabeled.
 
     .. code-block:: none
 
@@ -17,7 +17,7 @@ class LabelMeFacadeDataset(BaseSegDataset):
         └── img/test   └── ann/test     845 images
 
     ``tools/dataset_converters/labelmefacade.py`` makes it of the published
-    pictures and colored labels; what those call "various" is 255. The split is
+    images and colored labels; what those call "various" is 255. The split is
     the published one and has no validation part.
 
     Source: `A Fast Approach for Pixelwise Labeling of Facade Images
@@ -31,7 +31,7 @@ class LabelMeFacadeDataset(BaseSegDataset):
         **kwargs: As for ``BaseSegDataset``.
 
     Raises:
-        FileNotFoundError: If the pictures or a label map are not there.
+        FileNotFoundError: If the images or a label map are not there.
     """
 
     METAINFO = dict(
@@ -52,7 +52,7 @@ class LabelMeFacadeDataset(BaseSegDataset):
             **kwargs)
 
     def load_data_list(self) -> List[dict]:
-        """List the pictures; say how to get them where there are none.
+        """List the images; say how to get them where there are none.
 
         Returns:
             list[dict]: All data info of the data set.
@@ -64,7 +64,7 @@ class LabelMeFacadeDataset(BaseSegDataset):
             if path is not None and not osp.isfile(path)
         ]
         if missing or not data_list:
-            found = f'no {missing[0]}' if missing else 'no picture'
+            found = f'no {missing[0]}' if missing else 'no image'
             raise FileNotFoundError(
                 f'LabelMeFacade: {found} in {osp.abspath(self.data_root)} '
                 f'({len(missing)} files are missing). Make it with "python '

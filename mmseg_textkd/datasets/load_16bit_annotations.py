@@ -23,7 +23,7 @@ class Load16BitAnnotations(LoadAnnotations):
 
     Added Keys:
 
-    - gt_seg_map (np.int32, shape (H, W)), not for a picture without
+    - gt_seg_map (np.int32, shape (H, W)), not for an image without
       ``seg_map_path``
 
     Args:
@@ -48,11 +48,11 @@ class Load16BitAnnotations(LoadAnnotations):
             dict: The same dict, with the label map if there is one.
 
         Raises:
-            ValueError: If the label map is in colour or of 8 bits, or the
+            ValueError: If the label map is in color or of 8 bits, or the
                 dataset renumbers labels, which MMSegmentation does with 255.
         """
         # MMSegmentation takes `LoadAnnotations` out of the pipeline for a
-        # picture of one's own, but does not know this transform.
+        # image of one's own, but does not know this transform.
         if 'seg_map_path' not in results:
             return results
         return super().transform(results)
@@ -73,7 +73,7 @@ class Load16BitAnnotations(LoadAnnotations):
             raise ValueError(
                 f'Label map {path} has shape {labels.shape} and type '
                 f'{labels.dtype} instead of one 16-bit number per pixel. Is '
-                'it a colour picture, or were the labels cut to 8 bits?')
+                'it a color image, or were the labels cut to 8 bits?')
         results['gt_seg_map'] = labels.astype(np.int32)
         results['seg_fields'].append('gt_seg_map')
 

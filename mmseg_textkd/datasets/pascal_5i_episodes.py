@@ -15,7 +15,7 @@ class PASCAL5iEpisodes(EpisodeDataset):
     """Episodes of PASCAL-5i, as HSNet tests on them.
 
     Fold i holds the classes 5i to 5i + 4 of PASCAL VOC. The list of the fold
-    names pairs of a picture and one of its classes; the episodes are the
+    names pairs of an image and one of its classes; the episodes are the
     list, from its start again until there are so many. Label 255 is ignored.
 
     Source: Shaban et al., One-Shot Learning for Semantic Segmentation, BMVC
@@ -25,9 +25,9 @@ class PASCAL5iEpisodes(EpisodeDataset):
     Args:
         fold (int): The fold, 0 to 3. Defaults to 0.
         ann_file (str): The list; ``{fold}`` in it is replaced. A line is
-            ``2007_000033__01``: the picture, and the class from 1 on.
+            ``2007_000033__01``: the image, and the class from 1 on.
         num_episodes (int): Number of episodes. Defaults to 1000.
-        img_suffix (str): Suffix of the pictures. Defaults to '.jpg'.
+        img_suffix (str): Suffix of the images. Defaults to '.jpg'.
         **kwargs: Other arguments of ``BaseSegDataset``.
 
     Raises:
@@ -70,7 +70,7 @@ class PASCAL5iEpisodes(EpisodeDataset):
             if match is None or int(match[2]) - 1 not in self.class_ids:
                 raise ValueError(
                     f'{self.ann_file} has the line {line!r}; expected a '
-                    'picture and one of the classes '
+                    'image and one of the classes '
                     f'{[k + 1 for k in self.class_ids]}, such as '
                     f'2007_000033__{self.class_ids[0] + 1:02d}. It may be '
                     'the list of another fold.')

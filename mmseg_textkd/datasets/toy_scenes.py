@@ -10,7 +10,7 @@ from .toy_scenes_painter import CLASSES, PALETTE
 
 @DATASETS.register_module()
 class ToyScenesDataset(BaseSegDataset):
-    """Generated street-like scenes: 8 classes, 255 is unlabelled.
+    """Generated street-like scenes: 8 classes, 255 is unlabeled.
 
     The data set is made, not downloaded:
     ``python tools/dataset_converters/toy_scenes.py``. Its layout is
@@ -24,7 +24,7 @@ class ToyScenesDataset(BaseSegDataset):
         **kwargs: As for ``BaseSegDataset``.
 
     Raises:
-        FileNotFoundError: If the pictures or the labels are not there.
+        FileNotFoundError: If the images or the labels are not there.
     """
 
     METAINFO = dict(classes=CLASSES, palette=PALETTE)
@@ -41,7 +41,7 @@ class ToyScenesDataset(BaseSegDataset):
             **kwargs)
 
     def load_data_list(self) -> List[dict]:
-        """List the pictures; say how to make them where there are none.
+        """List the images; say how to make them where there are none.
 
         Returns:
             list[dict]: All data info of the data set.

@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 # Raise it whenever the painted pixels change: an older folder is then refused
-# instead of being compared, unnoticed, with figures of the new pictures.
+# instead of being compared, unnoticed, with figures of the new images.
 VERSION = 1
 MANIFEST = 'toy_scenes.json'
 NAME = 'ToyScenes'
@@ -108,17 +108,17 @@ def generate_toy_scenes(root: Union[str, Path],
                         force: bool = False) -> bool:
     """Write ToyScenes, all or nothing.
 
-    The pictures are written into a temporary folder beside ``root``, which is
-    renamed at the end. Every picture has a seed of its own, so neither order
+    The images are written into a temporary folder beside ``root``, which is
+    renamed at the end. Every image has a seed of its own, so neither order
     nor the number of workers changes a byte.
 
     Args:
         root (str | Path): The data root, such as 'data/toy_scenes'.
-        num_train (int): Training pictures. Defaults to 400.
-        num_val (int): Validation pictures. Defaults to 100.
+        num_train (int): Training images. Defaults to 400.
+        num_val (int): Validation images. Defaults to 100.
         seed (int): Defaults to 0.
-        height (int): Picture height in pixels. Defaults to 128.
-        width (int): Picture width in pixels. Defaults to 256.
+        height (int): Image height in pixels. Defaults to 128.
+        width (int): Image width in pixels. Defaults to 256.
         workers (int): Processes; 1 stays in this one. Defaults to 1.
         force (bool): Replace an existing ToyScenes folder. Defaults to False.
 

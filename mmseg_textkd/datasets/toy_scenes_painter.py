@@ -1,9 +1,9 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""How one ToyScenes picture is painted (numpy and OpenCV only).
+"""How one ToyScenes image is painted (numpy and OpenCV only).
 
-Every shape is drawn twice with the same polygon: with a colour into the
-picture and with a class into the label map. Both canvases have twice the final
-size, so that the picture can be area-averaged (soft edges, mixed pixels) while
+Every shape is drawn twice with the same polygon: with a color into the
+image and with a class into the label map. Both canvases have twice the final
+size, so that the image can be area-averaged (soft edges, mixed pixels) while
 the labels stay crisp.
 """
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ PALETTE = [[70, 130, 180], [70, 70, 70], [128, 64, 128], [244, 35, 232],
 IGNORE_INDEX = 255
 SKY, BUILDING, ROAD, SIDEWALK, POLE, CAR, TRUCK, PERSON = range(8)
 
-# BGR, all a little washed out so that no class is given away by its colour.
+# BGR, all a little washed out so that no class is given away by its color.
 COLORS: Dict[str, Tuple[int, int, int]] = dict(
     red=(55, 50, 165),
     blue=(160, 95, 55),
@@ -42,7 +42,7 @@ class SceneObject:
 
     Args:
         label (int): Index into ``CLASSES``.
-        box (tuple[int]): x1, y1, x2, y2 in pixels of the final picture.
+        box (tuple[int]): x1, y1, x2, y2 in pixels of the final image.
         color (str): Key of ``COLORS``.
         near (bool): Whether it stands in the front half of the ground.
         kind (str): Variant, such as 'van' or 'lamp'. Defaults to ''.
@@ -56,7 +56,7 @@ class SceneObject:
 
 @dataclass
 class Canvas:
-    """A picture and its labels at twice the final size.
+    """An image and its labels at twice the final size.
 
     Args:
         height (int): Final height in pixels.
@@ -76,7 +76,7 @@ class Canvas:
         self.vanish_x = 0.
 
     def poly(self, points: Sequence, color: Sequence, label: int) -> None:
-        """Fill a polygon in the picture and in the label map."""
+        """Fill a polygon in the image and in the label map."""
         pts = np.round(np.asarray(points, np.float64)).astype(np.int32)
         cv2.fillPoly(self.img, [pts],
                      [int(min(max(c, 0), 255)) for c in color])
@@ -120,7 +120,7 @@ class Canvas:
 def shade(color: str,
           rng: np.random.Generator,
           gain: float = 1.) -> np.ndarray:
-    """A named colour, made darker or lighter and shifted by chance."""
+    """A named color, made darker or lighter and shifted by chance."""
     base = np.asarray(COLORS[color], np.float64)
     return base * gain * rng.uniform(0.8, 1.2) + rng.normal(0, 7, 3)
 
@@ -134,11 +134,11 @@ def draw_shadow(cv: Canvas, x: float, y: float, rx: float) -> None:
 
 
 def draw_car(cv: Canvas, x: float, y: float, w: float) -> None:
-    """A saloon, or one time in five a van: boxy, so easily taken for a truck.
+    """A sedan, or one time in five a van: boxy, so easily taken for a truck.
 
     Args:
         cv (Canvas): Where to draw.
-        x (float): Centre column of the car.
+        x (float): Center column of the car.
         y (float): Row of its wheels' lowest points.
         w (float): Its width.
     """
@@ -167,7 +167,7 @@ def draw_car(cv: Canvas, x: float, y: float, w: float) -> None:
 
 
 def draw_truck(cv: Canvas, x: float, y: float, w: float) -> None:
-    """A lorry: a tall load box and a lower cab (arguments as a car's)."""
+    """A truck: a tall load box and a lower cab (arguments as a car's)."""
     rng = cv.rng
     name = VEHICLE_COLORS[rng.integers(len(VEHICLE_COLORS))]
     load, turn = shade(name, rng), rng.choice([-1, 1])
@@ -236,7 +236,7 @@ def draw_pole(cv: Canvas, x: float, y: float, h: float) -> None:
 
 
 def draw_bin(cv: Canvas, x: float, y: float, h: float) -> None:
-    """A litter bin: no class of ours, so its pixels are not labelled."""
+    """A litter bin: no class of ours, so its pixels are not labeled."""
     w, paint = h * .35, shade('green', cv.rng, .8)
     cv.rect(x - w, y - h, x + w, y, paint, IGNORE_INDEX)
     cv.rect(x - w, y - h, x + w, y - h * .85, paint * .5, IGNORE_INDEX)

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""How one ToyScenes scene is composed, lit and labelled."""
+"""How one ToyScenes scene is composed, lit and labeled."""
 from dataclasses import dataclass
 from typing import List, Tuple
 
@@ -20,7 +20,7 @@ class Scene:
 
     Args:
         image (np.ndarray): H×W×3 uint8, BGR.
-        label (np.ndarray): H×W uint8, class indices, 255 where unlabelled.
+        label (np.ndarray): H×W uint8, class indices, 255 where unlabeled.
         objects (list[SceneObject]): What was drawn, back to front.
         light (str): One of ``LIGHTS``.
     """
@@ -227,12 +227,12 @@ def render_scene(seed: int,
     Args:
         seed (int): Seed of the data set, >= 0.
         split (str): Any name; its bytes are part of the random seed.
-        index (int): Number of the picture in its split, >= 0.
+        index (int): Number of the image in its split, >= 0.
         height (int): Defaults to 128 (pixels).
         width (int): Defaults to 256 (pixels).
 
     Returns:
-        Scene: Picture, labels and the list of what was drawn.
+        Scene: Image, labels and the list of what was drawn.
     """
     rng = np.random.default_rng([seed, *split.encode(), index])
     cv = Canvas(height, width, rng)

@@ -1,16 +1,16 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""The balance of a real-time network, folded: one 1x1 convolution more."""
+"""Folding of a balanced text classifier into two 1x1 convolutions."""
 from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from mmseg_textkd.models import BalancedTextClassifier
-from mmseg_textkd.models.layers.balance import balance_logarithms
+from mmseg_textkd.models.layers.balance import balance_log_probabilities
 
 
 class BalancedConvSeg(nn.Module):
-    r"""A folded classifier, and CLIP's opinion by one more 1x1 convolution.
+    r"""Folded classifier, balanced with distilled CLIP logits.
 
     .. math::
         \log p_k = (1 - \lambda_k) \log \mathrm{softmax}(z)_k +
@@ -25,8 +25,8 @@ class BalancedConvSeg(nn.Module):
             C -> K or, with an L2 norm, a :class:`L2ConvSeg`.
         image (nn.Conv2d): 1x1 convolution C -> K.
         seen (Sequence[bool]): For each class whether it was seen in training.
-        alpha (float): Exponent of CLIP for these.
-        beta (float): Exponent of CLIP for the others.
+        alpha (float): Exponent of CLIP, seen classes.
+        beta (float): Exponent of CLIP, unseen classes.
     """
 
     def __init__(self, supervised: nn.Module, image: nn.Conv2d,
@@ -36,8 +36,8 @@ class BalancedConvSeg(nn.Module):
         self.alpha, self.beta = alpha, beta
         self.register_buffer('seen',
                              torch.tensor(seen, device=image.weight.device))
-        # What inference in parts has summed up over all classes, of the last
-        # features.
+        # Sums over all classes, cached for the last features, of inference
+        # on some classes at a time.
         self.totals: Optional[Tuple[Any, List[Tensor]]] = None
 
     def forward(self, feat: Tensor) -> Tensor:
@@ -50,17 +50,18 @@ class BalancedConvSeg(nn.Module):
             Tensor: Scores, float32 or wider, with shape (N, K, H, W).
         """
         dtype = torch.promote_types(feat.dtype, torch.float32)
-        a, d = (
+        log_probs = (
             conv(feat).to(dtype).log_softmax(dim=1)
             for conv in (self.supervised, self.image))
-        return balance_logarithms(a, d, self.seen, self.alpha, self.beta)
+        return balance_log_probabilities(*log_probs, self.seen, self.alpha,
+                                         self.beta)
 
 
 def fold_balanced(classifier: BalancedTextClassifier,
                   supervised: nn.Module,
                   seen: Sequence[bool],
                   text: Optional[Tensor] = None) -> nn.Module:
-    """Put the image projection beside a classifier that has been folded.
+    """Fold the image projection beside a folded classifier.
 
     Args:
         classifier (BalancedTextClassifier): The classifier, in evaluation

@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from mmseg_textkd.compat import swaps_channels
+
 Size = Tuple[int, int]
 
 
 class ExportableSegmentor(nn.Module):
-    """Image in, logits, probabilities or labels of all pixels out.
+    """Segmentor with a single tensor as input and output, for exporters.
 
-    Auxiliary heads have no part in it. Windows (``test_cfg`` with
-    ``mode='slide'``) neither: the network sees the whole image.
+    Auxiliary heads are not run, and sliding windows (``test_cfg`` with
+    ``mode='slide'``) not used: the network predicts the whole image.
 
     Args:
         model (nn.Module): A stock segmentor in evaluation mode.
@@ -22,7 +24,7 @@ class ExportableSegmentor(nn.Module):
             the input; 'probabilities', the softmax of these; or 'argmax',
             labels (1, H, W), uint8. Defaults to 'logits'.
         preprocess (bool): Whether the input is an image as OpenCV reads it,
-            (1, H, W, 3), uint8, BGR, that is normalised and, if the model
+            (1, H, W, 3), uint8, BGR, that is normalized and, if the model
             does that in testing, padded here. Otherwise it is that already,
             (1, 3, H, W), float32. Defaults to False.
 
@@ -64,12 +66,12 @@ class ExportableSegmentor(nn.Module):
         return scores
 
     def _encode_decode(self, inputs: Tensor) -> Tensor:
-        """Predict a normalised image."""
+        """Predict a normalized image."""
         meta = dict(img_shape=inputs.shape[2:])
         return self.model.encode_decode(inputs, [meta])
 
     def _from_bytes(self, image: Tensor) -> Tensor:
-        """Normalise, pad, predict, and crop again."""
+        """Normalize and pad an image, predict, and crop the logits."""
         images = list(image.permute(0, 3, 1, 2))
         inputs = self.preprocessor(dict(inputs=images))['inputs']
         padding = self.model.data_preprocessor.test_cfg
@@ -90,7 +92,7 @@ class ExportableSegmentor(nn.Module):
 
     @torch.no_grad()
     def reference(self, image: Tensor) -> Tensor:
-        """Logits by MMSegmentation's own path, to hold the export against."""
+        """Compute reference logits by ``test_step`` of MMSegmentation."""
         if not self.preprocess:
             return self._encode_decode(image)
         size = tuple(image.shape[1:3])
@@ -101,7 +103,7 @@ class ExportableSegmentor(nn.Module):
         return result.seg_logits.data[None]
 
     def example(self, size: Size) -> Tensor:
-        """A random input of that height and width, always the same."""
+        """Make a random input of a size, from a fixed seed."""
         generator = torch.Generator().manual_seed(0)
         if self.preprocess:
             return torch.randint(
@@ -109,18 +111,12 @@ class ExportableSegmentor(nn.Module):
         return torch.randn(1, 3, *size, generator=generator)
 
     def spec(self) -> Dict:
-        """What a user of a graph without preprocessing has to do.
+        """Describe the normalization that the input of the graph needs.
 
         Returns:
             dict: ``mean`` and ``std`` (lists of 3, or None), and
             ``swap_channels``: whether the network sees RGB.
         """
-        # Each MMSegmentation has its own name for it, so a test: is the first
-        # channel that comes out blind to the first that goes in?
-        images = torch.zeros(2, 3, 1, 1, dtype=torch.uint8)
-        images[1, 0] = 255
-        first, second = self.preprocessor(dict(inputs=list(images)))['inputs']
-        swapped = first[0] == second[0]
         lists = {
             key: value.flatten().tolist()
             for key, value in self.preprocessor.named_buffers()
@@ -128,4 +124,4 @@ class ExportableSegmentor(nn.Module):
         return dict(
             mean=lists.get('mean'),
             std=lists.get('std'),
-            swap_channels=bool(swapped))
+            swap_channels=swaps_channels(self.preprocessor))

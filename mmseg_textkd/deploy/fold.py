@@ -7,7 +7,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_textkd.models import TextClassifier, TextHeadMixin, TextKD
-from mmseg_textkd.models.layers.text_fusion import WAYS_OUT
+from mmseg_textkd.models.layers.text_fusion import CANNOT_FOLD
 from ..utils.checkpoint import non_finite
 from .l2_conv_seg import fold_with_length, fuse_l2
 from .stock_cfg import to_stock_cfg
@@ -47,9 +47,9 @@ def fold_state_dict(
 
     Raises:
         RuntimeError: In training mode, or if class embeddings are missing.
-        ValueError: If a weight is not finite, a fusion is kept at inference,
+        ValueError: If a weight is not finite, a fusion is used at inference,
             with ``norm='l2'`` where neither way out has been chosen, or with
-            regularization blocks, which only ``keep_l2`` keeps.
+            regularization blocks, which only ``keep_l2`` supports.
     """
     if model.training:
         raise RuntimeError('only a model in evaluation mode can be folded; '
@@ -83,9 +83,9 @@ def fold_state_dict(
 def fold(model: nn.Module,
          cfg: Config,
          strip_auxiliary: bool = False) -> nn.Module:
-    """Make the stock model that predicts what a text model predicts.
+    """Make the stock model that predicts as a text model does.
 
-    Without the balance of a :class:`BalancedTextClassifier`.
+    The balancing of a :class:`BalancedTextClassifier` is left out.
 
     Args:
         model (nn.Module): The model with text, in evaluation mode.
@@ -114,17 +114,17 @@ def fold(model: nn.Module,
 @torch.no_grad()
 def _fold(classifier: TextClassifier, name: str, keep_l2: bool,
           lengths: Optional[Mapping[str, float]]) -> Dict[str, Tensor]:
-    """The weights that take the place of a text classifier."""
-    if classifier.keeps_fusion:
+    """Weights of the ``conv_seg`` that a text classifier folds into."""
+    if classifier.fuses_at_inference:
         kind = type(classifier.fusion).__name__
-        raise ValueError(f'{name} has a {kind}, which {WAYS_OUT}')
+        raise ValueError(f'{name} has a {kind}, which {CANNOT_FOLD}')
     norm, blocks = classifier.projection.norm, classifier.regularization
     if norm == 'l2' and keep_l2:
         return fuse_l2(classifier)
     if blocks is not None and blocks.depth:
         raise ValueError(
             f'{name} has spatial regularization blocks, which look at '
-            'neighbouring pixels and other labels and do not fold into a 1x1 '
+            'neighboring pixels and other labels and do not fold into a 1x1 '
             "convolution. With norm='l2' they can be kept, in a small module "
             'that needs the plugin at inference (keep_l2=True; `--l2 keep`). '
             f'Here norm={norm!r} and keep_l2={keep_l2}.')

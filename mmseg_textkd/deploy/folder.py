@@ -266,7 +266,7 @@ def card(meta: Mapping[str, Any]) -> str:
 def _to_int8(name: str, files: Files, meta: Dict[str, Any],
              classes: Mapping[str, Sequence], inputs: Sequence[np.ndarray],
              evaluate: Optional[str]):
-    """Quantise; returns files, layers in float32, and mIoU in float32."""
+    """Quantize; returns files, layers in float32, and mIoU in float32."""
     if not inputs:
         raise ValueError('int8 needs images to calibrate on.')
     with tempfile.TemporaryDirectory() as root:

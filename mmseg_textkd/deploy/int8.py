@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Quantisation to 8 bits after training, with images to calibrate on.
+"""Quantization to 8 bits after training, with images to calibrate on.
 
 Weights are int8 by channel. The classifier (the last convolution) stays in
 float32, and so do layers without which the network would lose too much.
@@ -26,7 +26,7 @@ def onnx_layers(files: Files) -> List[str]:
 
 def onnx_int8(files: Files, inputs: Sequence[np.ndarray],
               kept: Sequence[str]) -> Files:
-    """Quantise for ONNX Runtime (QDQ).
+    """Quantize for ONNX Runtime (QDQ).
 
     Activations are uint8, with ranges between the extremes that the images
     show.
@@ -37,7 +37,7 @@ def onnx_int8(files: Files, inputs: Sequence[np.ndarray],
         kept (Sequence[str]): Layers that stay in float32.
 
     Returns:
-        dict[str, bytes]: The quantised files.
+        dict[str, bytes]: The quantized files.
     """
     import onnxruntime.quantization as ort
 
@@ -85,7 +85,7 @@ def openvino_layers(files: Files) -> List[str]:
 
 def openvino_int8(files: Files, inputs: Sequence[np.ndarray],
                   kept: Sequence[str]) -> Files:
-    """Quantise for OpenVINO, by NNCF; as of :func:`onnx_int8`."""
+    """Quantize for OpenVINO, by NNCF; as of :func:`onnx_int8`."""
     import nncf
     import openvino
     model = nncf.quantize(
@@ -137,7 +137,7 @@ def quantize(quantizer: Quantizer,
              loss: Optional[Callable[[Files], float]] = None,
              disagreement: Optional[Callable[[Files], float]] = None,
              allowed: float = 1.) -> Quantized:
-    """Quantise, and leave layers in float32 while the loss is too large.
+    """Quantize, and leave layers in float32 while the loss is too large.
 
     Those layers are groups of consecutive convolutions, an eighth of all
     each. Which come first is found by leaving out one group at a time: those
@@ -148,7 +148,7 @@ def quantize(quantizer: Quantizer,
         files (dict[str, bytes]): What was exported.
         inputs (Sequence[np.ndarray]): Inputs to calibrate on.
         loss (Callable, optional): From files to the loss of mIoU against
-            float32 in percentage points. Without, all layers are quantised
+            float32 in percentage points. Without, all layers are quantized
             but the classifier. Defaults to None.
         disagreement (Callable, optional): From files to the share of pixels
             with another class than in float32. Defaults to None.

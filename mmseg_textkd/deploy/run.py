@@ -146,7 +146,7 @@ LOADERS = dict(
 
 
 class Network:
-    """A deployed network: pictures (H, W, 3), BGR, in; labels (H, W) out.
+    """A deployed network: images (H, W, 3), BGR, in; labels (H, W) out.
 
     Args:
         folder (Path): What ``tools/deployment/deploy.py`` wrote.
@@ -229,7 +229,7 @@ class Network:
             interpolation=cv2.INTER_NEAREST)
 
     def draw(self, picture: np.ndarray, opacity: float) -> np.ndarray:
-        """Blend a picture with its classes; a legend stands to the right."""
+        """Blend an image with its classes; a legend stands to the right."""
         labels = self(picture)
         shown = (1 - opacity) * picture + opacity * self.colors[labels]
         legend = np.full((len(picture), LEGEND_WIDTH, 3), 255, np.uint8)
@@ -246,7 +246,7 @@ class Network:
 
 
 def images(path: str) -> Named:
-    """Yield names and pictures of an image or of a folder of images."""
+    """Yield names and images of an image or of a folder of images."""
     names = [path]
     limit = os.environ.get('OPENCV_IO_MAX_IMAGE_PIXELS', '2**30')
     if os.path.isdir(path):
@@ -294,7 +294,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         '--opacity',
         type=float,
         default=0.5,
-        help='of the classes over the picture (default: 0.5)')
+        help='of the classes over the image (default: 0.5)')
     parser.add_argument(
         '--threads',
         type=int,
@@ -334,7 +334,7 @@ class Writer:
                              f'but --out is {out}')
 
     def write(self, name: str, shown: np.ndarray) -> None:
-        """Write one picture."""
+        """Write one image."""
         if not self.fps:  # no video
             path = self.out
             if self.folder:
@@ -381,7 +381,7 @@ def run(args: argparse.Namespace) -> None:
                 writer.write(name, shown)
             if args.show:
                 cv2.imshow('mmseg_textkd', shown)
-                # A picture waits for a key, a video does not; q ends it.
+                # An image waits for a key, a video does not; q ends it.
                 if cv2.waitKey(0 if still else 1) & 0xff in (27, ord('q')):
                     break
     except KeyboardInterrupt:
@@ -392,7 +392,7 @@ def run(args: argparse.Namespace) -> None:
     seconds, number = time.perf_counter() - start, len(network.seconds)
     if not number:
         raise ValueError('the input has no frames')
-    print(f'{number} pictures: {number / seconds:.1f} fps with reading, '
+    print(f'{number} images: {number / seconds:.1f} fps with reading, '
           f'drawing and writing; the network alone '
           f'{1 / np.median(network.seconds):.1f} fps (median)')
 

@@ -27,7 +27,7 @@ class Form(NamedTuple):
     Attributes:
         size (tuple[int, int]): Height and width of the input.
         dynamic (bool): Whether other sizes are taken too.
-        precision (str): 'fp32', 'fp16' or, quantised afterwards, 'int8'.
+        precision (str): 'fp32', 'fp16' or, quantized afterwards, 'int8'.
         meta (str): Classes and the like, for formats that hold a text.
         opset (int): Version of the operators of ONNX.
     """

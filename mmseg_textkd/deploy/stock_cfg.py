@@ -69,7 +69,7 @@ def to_stock_cfg(cfg: Config,
     _drop_pretrained(stock['model'])
     _drop_text_parameters(stock.get('optim_wrapper') or {})
     for split in ('val', 'test'):
-        _ignore_unlabelled(cfg, stock, split, forms)
+        _ignore_unlabeled(cfg, stock, split, forms)
     imports = [name for name in imports if not forms.needs_plugin(name)]
     if 'L2ConvSegHead' in str(stock['model']):
         imports.append(f'{PLUGIN}.deploy')
@@ -104,14 +104,14 @@ def _drop_text_parameters(optim_wrapper: Dict) -> None:
         optim_wrapper.pop('paramwise_cfg', None)
 
 
-def _ignore_unlabelled(cfg: Config, stock: Dict, split: str,
-                       forms: StockForms) -> None:
+def _ignore_unlabeled(cfg: Config, stock: Dict, split: str,
+                      forms: StockForms) -> None:
     """Let the evaluator ignore the label that the dataset turned to 255.
 
     ``BaseSegDataset`` cannot turn it.
     """
     dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}
-    label = getattr(forms.find(dataset.get('type')), 'UNLABELLED', None)
+    label = getattr(forms.find(dataset.get('type')), 'UNLABELED', None)
     for evaluator in as_list(stock.get(f'{split}_evaluator')):
         if label is not None and evaluator['type'] == 'IoUMetric':
             evaluator['ignore_index'] = label

@@ -18,9 +18,11 @@ from mmseg_textkd.engine import (CPUAmpOptimWrapper,
                                  CPUDistributedDataParallel, PromptLearnerHook,
                                  TeacherHook)
 from mmseg_textkd.evaluation import ZeroShotIoUMetric
-from mmseg_textkd.models import DistilledEncoderDecoder, TextHeadMixin, TextKD
+from mmseg_textkd.models import (DistilledEncoderDecoder,
+                                 MultiDatasetEncoderDecoder, TextHeadMixin,
+                                 TextKD)
 from mmseg_textkd.models.layers.score_map import KEPT_AS_IT_IS
-from mmseg_textkd.models.layers.text_fusion import WAYS_OUT
+from mmseg_textkd.models.layers.text_fusion import CANNOT_FOLD
 from .l2_conv_seg import l2_conv_seg_head
 
 PLUGIN = 'mmseg_textkd'
@@ -32,6 +34,7 @@ NOT_DEPLOYED = (CheckLabels, CPUDistributedDataParallel, HideClasses,
 STOCK_FORMS = {
     CPUAmpOptimWrapper: ('OptimWrapper', ()),
     DistilledEncoderDecoder: ('EncoderDecoder', ('teacher', 'distill_losses')),
+    MultiDatasetEncoderDecoder: ('EncoderDecoder', ()),
     PackRegionInputs: ('PackSegInputs', ()),
     TextKD: ('EncoderDecoder', ('score_map', 'alignment_head')),
     ZeroShotIoUMetric: ('IoUMetric', ('unseen', )),
@@ -156,7 +159,7 @@ class StockForms:
                 f'defined in a module that does not import {PLUGIN}.')
         fusion = value.get('fusion') or {}
         if fusion.get('use') == 'inference':
-            raise ValueError(f'{where}: a {fusion["type"]} {WAYS_OUT}')
+            raise ValueError(f'{where}: a {fusion["type"]} {CANNOT_FOLD}')
         head = {
             k: v
             for k, v in value.items()

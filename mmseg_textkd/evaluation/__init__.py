@@ -1,6 +1,10 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from .confusion_iou_metric import ConfusionIoUMetric
+from .dataset_iou_metric import DatasetIoUMetric
 from .episode_iou_metric import EpisodeIoUMetric
 from .zero_shot_iou_metric import ZeroShotIoUMetric
 
-__all__ = ['ConfusionIoUMetric', 'EpisodeIoUMetric', 'ZeroShotIoUMetric']
+__all__ = [
+    'ConfusionIoUMetric', 'DatasetIoUMetric', 'EpisodeIoUMetric',
+    'ZeroShotIoUMetric'
+]

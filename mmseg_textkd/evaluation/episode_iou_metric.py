@@ -11,7 +11,7 @@ from prettytable import PrettyTable
 
 @METRICS.register_module()
 class EpisodeIoUMetric(BaseMetric):
-    r"""IoU of episodes: one class against all else in each picture.
+    r"""IoU of episodes: one class against all else in each image.
 
     In percent, as few-shot work has them:
 

@@ -13,7 +13,7 @@ from torch import Tensor
 class ZeroShotIoUMetric(IoUMetric):
     r"""IoU of the classes that training had seen, and of those it had not.
 
-    All classes compete at every pixel ("generalised" zero-shot). Beside what
+    All classes compete at every pixel ("generalized" zero-shot). Beside what
     ``IoUMetric`` gives, in percent:
 
     - ``mIoU_seen``, ``mIoU_unseen``: means over the classes of each kind;

@@ -15,7 +15,7 @@ from .losses import (ChannelWiseDistillationLoss,
                      TextGuidedDistillationLoss,
                      TextSimilarityDistillationLoss)
 from .segmentors import (DistilledEncoderDecoder, FrozenCLIPTeacher,
-                         FrozenTeacher, TextKD)
+                         FrozenTeacher, MultiDatasetEncoderDecoder, TextKD)
 
 __all__ = [
     'BalancedTextClassifier', 'CLIPSAMNeck', 'ChannelWiseDistillationLoss',
@@ -23,9 +23,10 @@ __all__ = [
     'EBSegLoss', 'FrozenCLIPTeacher', 'FrozenCLIPViT', 'FrozenSAMViT',
     'FrozenTeacher', 'ImageEmbeddingDistillationLoss', 'LSegDPTHead',
     'LSegEpisodeHead', 'LSegTextClassifier', 'LogitDistillationLoss',
-    'LogitScale', 'MaskDecoder', 'PixelProjection', 'ScoreMap', 'ScoreMapHead',
-    'SemanticStructureLoss', 'SpatialRegularization', 'TextAlignmentLoss',
-    'TextBranch', 'TextClassifier', 'TextDDRHead', 'TextDPTHead',
+    'LogitScale', 'MaskDecoder', 'MultiDatasetEncoderDecoder',
+    'PixelProjection', 'ScoreMap', 'ScoreMapHead', 'SemanticStructureLoss',
+    'SpatialRegularization', 'TextAlignmentLoss', 'TextBranch',
+    'TextClassifier', 'TextDDRHead', 'TextDPTHead',
     'TextDepthwiseSeparableFCNHead', 'TextFCNHead', 'TextFusion',
     'TextGuidedDistillationLoss', 'TextKD', 'TextHeadMixin',
     'TextLightHamHead', 'TextPIDHead', 'TextSegformerHead',

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Let a text classifier start from the stock classifier of trained weights."""
+"""Initialization of a text classifier from a trained stock classifier."""
 from typing import Iterable, Iterator, NamedTuple, Tuple
 
 import torch
@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from mmseg.models import BaseSegmentor
 from torch import Tensor
 
-from .calls import calls_of
 from .decode_heads.text_head_mixin import TextHeadMixin
 from .layers import TextClassifier
+from .record_calls import record_calls
 
 
-class Nearness(NamedTuple):
-    """How near a text classifier is to a stock one, over all pixels.
+class StockComparison(NamedTuple):
+    """Difference between a text classifier and a stock one, over all pixels.
 
     Attributes:
         max_difference (float): Largest difference of two logits.
@@ -34,7 +34,7 @@ def init_from_stock(classifier: TextClassifier,
                     weight: Tensor,
                     bias: Tensor,
                     features: Iterable[Tensor] = ()) -> float:
-    r"""Make a text classifier predict what a stock classifier predicts.
+    r"""Initialize a text classifier to predict as a stock classifier.
 
     The projection is the least-squares solution of least norm,
     :math:`P = T^+ W / s`, with the pseudo-inverse :math:`T^+` of the class
@@ -51,8 +51,8 @@ def init_from_stock(classifier: TextClassifier,
         classifier (TextClassifier): Changed in place; its text stays.
         weight (Tensor): Stock weight W with shape (K, C, 1, 1).
         bias (Tensor): Stock bias b with shape (K, ).
-        features (Iterable[Tensor], optional): What the classifier gets to
-            see in training, each with shape (N, C, H, W). Needed with
+        features (Iterable[Tensor], optional): Inputs of the classifier
+            in training, each with shape (N, C, H, W). Needed with
             ``norm='bn'``, else not looked at. Defaults to ().
 
     Returns:
@@ -61,7 +61,7 @@ def init_from_stock(classifier: TextClassifier,
         express the stock classifier, else the part of it that it cannot.
 
     Raises:
-        ValueError: If the classifier cannot be initialised so, the shapes
+        ValueError: If the classifier cannot be initialized so, the shapes
             differ, something is not finite, or features are needed and there
             are none. The classifier is then as it was.
     """
@@ -117,19 +117,20 @@ def init_from_stock(classifier: TextClassifier,
 
 @torch.no_grad()
 def compare_with_stock(classifier: TextClassifier, weight: Tensor,
-                       bias: Tensor, features: Iterable[Tensor]) -> Nearness:
-    """Measure how near a text classifier is to a stock one.
+                       bias: Tensor,
+                       features: Iterable[Tensor]) -> StockComparison:
+    """Measure the difference between a text classifier and a stock one.
 
     Args:
         classifier (TextClassifier): In training mode the batch norm takes the
             statistics of each batch, and its running ones move.
         weight (Tensor): Stock weight with shape (K, C, 1, 1).
         bias (Tensor): Stock bias with shape (K, ).
-        features (Iterable[Tensor]): What both get to see, each with shape
+        features (Iterable[Tensor]): Inputs of both, each with shape
             (N, C, H, W).
 
     Returns:
-        Nearness: The comparison.
+        StockComparison: The comparison.
 
     Raises:
         ValueError: If there are no features.
@@ -146,15 +147,16 @@ def compare_with_stock(classifier: TextClassifier, weight: Tensor,
         pixels += stock[:, 0].numel()
     if not pixels:
         raise ValueError('there are no images to compare on.')
-    return Nearness(largest, total / pixels, max_logit, equal / pixels, pixels)
+    return StockComparison(largest, total / pixels, max_logit, equal / pixels,
+                           pixels)
 
 
 def head_features(model: BaseSegmentor, head: TextHeadMixin,
                   batches: Iterable[dict], padded: bool) -> Iterator[Tensor]:
-    """Get what the main classifier of a head gets to see.
+    """Compute the inputs of the main classifier of a head.
 
     Args:
-        model (BaseSegmentor): The segmentor, in the mode that is wanted.
+        model (BaseSegmentor): The segmentor, in training or evaluation mode.
         head (TextHeadMixin): One of its decode or auxiliary heads.
         batches (Iterable[dict]): Batches of a data loader.
         padded (bool): Whether images are padded as in training.
@@ -167,7 +169,7 @@ def head_features(model: BaseSegmentor, head: TextHeadMixin,
         others = list(model.auxiliary_head.modules())
     for batch in batches:
         inputs = model.data_preprocessor(batch, padded)['inputs']
-        with torch.no_grad(), calls_of(head.conv_seg) as calls:
+        with torch.no_grad(), record_calls(head.conv_seg) as calls:
             if any(head is other for other in others):
                 head(model.extract_feat(inputs))
             else:

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""What in a model is text: the questions that hooks and tools ask."""
+"""Queries on the text providers and the text parameters of a model."""
 from typing import Dict
 
 from mmengine.model import is_model_wrapper
@@ -76,17 +76,17 @@ def text_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
 
 
 def text_statistics(model: nn.Module) -> Dict[str, float]:
-    """Measure the text: the entries of the log.
+    """Compute the statistics of the text for the log.
 
     Args:
         model (nn.Module): The model, not wrapped.
 
     Returns:
         dict[str, float]: 'text_scale' of each scale of similarities, and
-        'text_cos_mean', 'text_cos_closest' and 'text_drift' of each provider
-        that is filled, as :func:`.geometry` and
-        :meth:`TextProvider.distance_from_start`
-        define them; the second of a kind ends in 1, and so on.
+        'text_cos_mean', 'text_cos_closest' and 'text_distance' of each
+        provider that is filled, as :func:`.geometry` and
+        :meth:`TextProvider.distance_from_start` define them; the
+        second of a kind ends in 1, and so on.
     """
     scales = [m for m in model.modules() if isinstance(m, LogitScale)]
     found = {
@@ -99,7 +99,7 @@ def text_statistics(model: nn.Module) -> Dict[str, float]:
         facts = geometry(provider.class_embeddings.cpu())
         found[f'text_cos_mean{i or ""}'] = facts['mean']
         found[f'text_cos_closest{i or ""}'] = facts['closest']
-        found[f'text_drift{i or ""}'] = provider.distance_from_start()
+        found[f'text_distance{i or ""}'] = provider.distance_from_start()
     return found
 
 
@@ -122,12 +122,11 @@ def tower_checksums(model: nn.Module) -> Dict[str, str]:
 def check_classes(model: nn.Module, dataset: Dataset) -> None:
     """Require the text to be for the classes of a dataset, in its order.
 
-    Of text that does not know its names, as controls do not, the number is
-    compared.
+    Of text without class names, such as controls, the number is compared.
 
     Args:
         model (nn.Module): The model, not wrapped.
-        dataset (Dataset): A dataset; one without ``metainfo`` is passed over.
+        dataset (Dataset): A dataset; one without ``metainfo`` is skipped.
 
     Raises:
         EmbeddingFileError: If the classes differ, with the differences.

@@ -55,6 +55,7 @@ class Tested(NamedTuple):
     difference: Interval
     p: float  # of the two-sided paired t-test
     corrected: float  # by Holm's method over all hypotheses of the study
+    dataset: Optional[str] = None  # of which it is, if of one of several
 
     @property
     def reading(self) -> str:
@@ -131,7 +132,8 @@ class Group:
     def scores(self,
                arm: str,
                split: Optional[str] = None,
-               label: Optional[int] = None) -> Dict[int, float]:
+               label: Optional[int] = None,
+               dataset: Optional[str] = None) -> Dict[int, float]:
         """Get the scores of an arm.
 
         Args:
@@ -140,6 +142,8 @@ class Group:
                 the group.
             label (int, optional): Index of a class, for its IoU. Defaults to
                 None: mIoU.
+            dataset (str, optional): Name of a data set, for its mIoU alone.
+                Defaults to None: all that the run was measured on.
 
         Returns:
             dict[int, float]: Percent, by seed; classes that are not in the
@@ -148,6 +152,8 @@ class Group:
         scores = {}
         for seed, entry in sorted(self.arms.get(arm, {}).items()):
             result = entry[split or self.split]
+            if dataset is not None:
+                result = result['datasets'][dataset]
             value = result['mIoU'] if label is None else result['IoU'][label]
             if value is not None:
                 scores[seed] = value
@@ -172,36 +178,41 @@ class Group:
     def differences(self,
                     arm: str,
                     other: str,
-                    label: Optional[int] = None) -> List[float]:
+                    label: Optional[int] = None,
+                    dataset: Optional[str] = None) -> List[float]:
         """Compare two arms within the seeds that both have.
 
         Args:
             arm (str): The arm.
             other (str): What it is compared with.
             label (int, optional): Index of a class. Defaults to None: mIoU.
+            dataset (str, optional): As of :meth:`scores`. Defaults to None.
 
         Returns:
             list[float]: One for each seed, in percentage points.
         """
-        ours, theirs = (self.scores(a, label=label) for a in (arm, other))
+        ours, theirs = (
+            self.scores(a, label=label, dataset=dataset) for a in (arm, other))
         return [ours[s] - theirs[s] for s in ours if s in theirs]
 
     def difference(self,
                    arm: str,
                    other: str,
-                   label: Optional[int] = None) -> Optional[Interval]:
-        """Summarise :meth:`differences`.
+                   label: Optional[int] = None,
+                   dataset: Optional[str] = None) -> Optional[Interval]:
+        """Summarize :meth:`differences`.
 
         Args:
             arm (str): The arm.
             other (str): What it is compared with.
             label (int, optional): Index of a class. Defaults to None: mIoU.
+            dataset (str, optional): As of :meth:`scores`. Defaults to None.
 
         Returns:
             Interval, optional: Of the differences in percentage points; None
             without a common seed.
         """
-        return interval(self.differences(arm, other, label))
+        return interval(self.differences(arm, other, label, dataset))
 
     def speed(self, arm: str, baseline: str) -> Optional[Speed]:
         """Compare how soon both reach the last val mIoU of the baseline.
@@ -266,26 +277,32 @@ def check_hypotheses(
     Args:
         parts (Sequence[Group]): The groups of a study.
         hypotheses (Sequence[Sequence[str]]): Pairs of arms, the better one
-            first.
+            first, and where it is about one of several data sets its name.
 
     Returns:
         list[list[Tested]]: For each group one for each of its hypotheses;
         none with fewer than two such seeds.
     """
     found: List[List[Tested]] = []
-    values, left = [], {tuple(pair) for pair in hypotheses}
+    values, left = [], {(*pair, None)[:3] for pair in hypotheses}
     for part in parts:
-        pairs = [p for p in hypotheses if {*p} <= {*part.arms}]
-        scores = {arm: part.scores(arm) for pair in pairs for arm in pair}
+        pairs = [(*p, None)[:3] for p in hypotheses
+                 if {*p[:2]} <= {*part.arms}]
+        scores = {
+            (arm, dataset): part.scores(arm, dataset=dataset)
+            for *pair, dataset in pairs
+            for arm in pair
+        }
         seeds = sorted(set.intersection(*map(set, scores.values()))) \
             if pairs else []
         found.append([])
-        for better, worse in pairs if len(seeds) > 1 else []:
-            left.discard((better, worse))
-            gains = [scores[better][s] - scores[worse][s] for s in seeds]
+        for better, worse, on in pairs if len(seeds) > 1 else []:
+            left.discard((better, worse, on))
+            ours, theirs = scores[better, on], scores[worse, on]
+            gains = [ours[s] - theirs[s] for s in seeds]
             values.append(float(stats.ttest_1samp(gains, 0).pvalue))
             found[-1].append(
-                Tested(better, worse, interval(gains), values[-1], 1.))
+                Tested(better, worse, interval(gains), values[-1], 1., on))
     corrected = iter(holm(values + [1.] * len(left)))
     return [[t._replace(corrected=next(corrected)) for t in tests]
             for tests in found]

@@ -32,8 +32,9 @@ def make_run(folder: Path, splits: Sequence[str], train_tool: Path) -> None:
 
     Training goes on where it was stopped. What the last checkpoint reaches is
     written to ``result.json``: for each split ``mIoU``, ``mAcc``, ``aAcc``
-    and ``IoU`` of each class, in percent; ``classes``; and ``rss_mib``, the
-    most memory that this process had.
+    and ``IoU`` of each class, in percent, with several data sets the means of
+    theirs and ``datasets`` with those of each; ``classes``; and ``rss_mib``,
+    the most memory that this process had.
 
     Args:
         folder (Path): Work directory of the run, with ``config.py``.
@@ -58,7 +59,10 @@ def make_run(folder: Path, splits: Sequence[str], train_tool: Path) -> None:
         result = evaluate(config, checkpoint, folder / split,
                           dict(val_dataloader=loader))
         done['classes'] = result['classes']
-        done[split] = {key: result[key] for key in (*SUMMARY, 'IoU')}
+        done[split] = {
+            key: result[key]
+            for key in (*SUMMARY, 'IoU', 'datasets') if key in result
+        }
     done['rss_mib'] = resource.getrusage(
         resource.RUSAGE_SELF).ru_maxrss // 1024
     write_files({folder / RESULT: json.dumps(done).encode()})
@@ -87,8 +91,10 @@ def read_logs(folder: Path) -> Dict[str, Any]:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # cut by a kill
                 continue
-            if 'mIoU' in entry:
-                curve[entry['step']] = round(entry['mIoU'], 2)
+            # Of several data sets each has its own, by a prefix.
+            found = [v for k, v in entry.items() if k.split('/')[-1] == 'mIoU']
+            if found:
+                curve[entry['step']] = round(sum(found) / len(found), 2)
             elif 'time' in entry:
                 times[entry['step']] = entry['time']
                 memory.append(entry.get('memory', 0))

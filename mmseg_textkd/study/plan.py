@@ -124,9 +124,12 @@ class Study:
             run (Run): The run.
 
         Returns:
-            int: Iterations in total, of all stages.
+            int: Iterations in total, of all stages: those of the arm if it
+            has its own, else those of the network.
         """
-        return self.spec['networks'][run.network]['iterations']
+        arm = self.spec['arms'][run.arm]
+        return arm.get('iterations',
+                       self.spec['networks'][run.network]['iterations'])
 
     def config(self, run: Run, resolved: bool = True) -> Config:
         """Make the config of a run.
@@ -155,7 +158,7 @@ class Study:
             cfg = make_config(
                 self.path.parent / network['configs'][arm['config']],
                 options=self._substitute(options) if resolved else options,
-                iterations=network['iterations'],
+                iterations=self.iterations(run),
                 val_interval=network['val_interval'],
                 seed=run.seed,
                 size=self.spec.get('size'),

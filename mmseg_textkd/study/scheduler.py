@@ -216,7 +216,7 @@ class Scheduler:
         ]))
 
     def _finish(self, job: Job) -> None:
-        run, network = job.run, self.study.spec['networks'][job.run.network]
+        run = job.run
         result = self._result(job)
         logs = read_logs(job.folder)
         del logs['last_step']
@@ -228,7 +228,7 @@ class Scheduler:
             seed=run.seed,
             train_fraction=run.train_fraction,
             **self.identity[run],
-            iterations=network['iterations'],
+            iterations=self.study.iterations(run),
             size=self.study.spec.get('size'),
             channels_last=self.study.spec.get('channels_last', False),
             classes=result['classes'],

@@ -12,7 +12,7 @@ KEYS = {
     'channels_last', 'hypotheses'
 }
 NETWORK_KEYS = {'configs', 'iterations', 'val_interval', 'options', 'feature'}
-ARM_KEYS = {'config', 'what', 'options', 'auxiliary_head'}
+ARM_KEYS = {'config', 'what', 'options', 'auxiliary_head', 'iterations'}
 GRID_KEYS = {'networks', 'arms', 'seeds', 'train_fractions'}
 SPLITS = ('val', 'test')
 
@@ -92,8 +92,9 @@ def _check(path: Path, spec: Dict[str, Any]) -> None:
         if arm not in spec['arms']:
             fail(f'unknown arm {arm!r}; known are {list(spec["arms"])}.')
     for pair in spec.get('hypotheses', []):
-        if len(pair) != 2 or not set(pair) <= set(spec['arms']):
-            fail(f'a hypothesis is [better, worse], two arms, but not {pair}.')
+        if len(pair) not in (2, 3) or not set(pair[:2]) <= set(spec['arms']):
+            fail('a hypothesis is [better, worse], two arms, or [better, '
+                 f'worse, data set], but not {pair}.')
     for number, grid in enumerate(spec['grids'], 1):
         where = f'grid {number}'
         check_keys(where, grid, GRID_KEYS, ('networks', 'arms', 'seeds'))

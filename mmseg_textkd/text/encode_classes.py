@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmseg_textkd.clip import TextTower, load_tower
-from ..utils.config import dicts, type_name
+from ..utils.config import as_list, dicts, type_name
 from .embedding_file import TextEmbeddings
 from .templates import get_templates
 from .vocabulary import Vocabulary, VocabularySpec
@@ -179,11 +179,14 @@ def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
         if (type_name(node) not in FILE_PROVIDERS or not node.get('build')
                 or not node.get('file')):
             continue
-        file = str(node['file'])
-        build = dict(node['build'])
-        if nodes.setdefault(file, build) != build:
-            raise ValueError(f'The config tells two ways to build {file}: '
-                             f'{nodes[file]} and {build}.')
+        files, builds = as_list(node['file']), as_list(node['build'])
+        if len(files) != len(builds):
+            raise ValueError(f'The config has {len(builds)} `build` for the '
+                             f'{len(files)} files {files}: give each its own.')
+        for file, build in zip(map(str, files), map(dict, builds)):
+            if nodes.setdefault(file, build) != build:
+                raise ValueError(f'The config tells two ways to build {file}: '
+                                 f'{nodes[file]} and {build}.')
     for file, build in nodes.items():
         _check_build(file, build)
         if not Path(file).is_file() and _make(Path(file), build, progress):

@@ -33,7 +33,7 @@ def model(trained):
 
 
 def by_hand(weights, model, picture):
-    """Logits (K, H, W) from the picture and the tensors in the file."""
+    """Logits (K, H, W) from the image and the tensors in the file."""
     state = load(weights)['state_dict']
     image = torch.tensor(picture).permute(2, 0, 1)[None].float()
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_inferencer_predicts_the_same(trained, model, tmp_path, config):
 
 
 def test_label_checks_do_not_ask_for_labels():
-    """A test pipeline with ``CheckLabels``, but a picture of one's own."""
+    """A test pipeline with ``CheckLabels``, but an image of one's own."""
     path = osp.join(ROOT, 'configs/text_classifier',
                     'textkd_bisenetv2_fcn_random_1xb8-10k_camvid-360x480.py')
     picture = np.zeros((36, 48, 3), np.uint8)
@@ -169,7 +169,7 @@ def test_guide_needs_neither_vectors_nor_open_clip(tmp_path):
             rng.integers(0, 256, (128, 256, 3)).astype(np.uint8))
     code += ("\nimport sys\nprint('open_clip' in sys.modules, labels.shape, "
              'labels.sum().item())')
-    done = start('python', '-c', code, cwd=str(tmp_path))
+    done = start('python', '-c', code, cwd=str(tmp_path), fork=True)
     assert done.status == 0, done.output
     loaded, shape, total = re.search(r'(\w+) (torch.*?) (\d+)$',
                                      done.output.strip()).groups()

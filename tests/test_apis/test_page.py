@@ -42,7 +42,7 @@ SWITCHES = [
 ]
 # The first two, which a browser or a template may take for code, are seen.
 WORDS = ('<b>tree</b>', '${1+1}{{x}}', '道路')
-# Chromium's own drawing of the picture, pixel by pixel.
+# Chromium's own drawing of the image, pixel by pixel.
 PIXELS = '''image => {
     const canvas = document.createElement('canvas');
     canvas.width = image.naturalWidth;
@@ -142,10 +142,10 @@ def inferencer(run, tmp_path, monkeypatch):
 
 
 def ask(page, words, picture=None):
-    """Upload a picture, write classes, press the button."""
+    """Upload an image, write classes, press the button."""
     if picture is not None:
         page.locator('input[type=file]').first.set_input_files(picture)
-        # The upload is over when the picture can be taken away again.
+        # The upload is over when the image can be taken away again.
         expect(page.get_by_label('Remove Image')).to_be_visible()
     page.get_by_label('Classes, with commas').fill(words)
     page.get_by_role('button', name='Segment').click()
@@ -206,7 +206,7 @@ def test_from_a_picture_to_its_classes(page, run, inferencer):
         box.fill(str(opacity))
         src, shown = result(page, src)
         assert np.array_equal(shown, drawn(opacity))
-    # And it holds for the next picture.
+    # And it holds for the next image.
     found_next = inferencer(
         run.images[1], return_vis=True, opacity=1, legend=False)
     page.get_by_label('Remove Image').click()
@@ -231,9 +231,9 @@ def test_the_legend_names_what_is_seen(page, run, inferencer):
     for entry, k in zip(entries.all(), order):
         said = f'{100 * shares[k]:.1f} %' if shares[k] >= .001 else 'below'
         assert entry.inner_text().startswith(f'{words[k]} {said}')
-        colour = entry.locator('span').first.evaluate(
+        color = entry.locator('span').first.evaluate(
             'e => getComputedStyle(e).backgroundColor')
-        assert re.findall(r'\d+', colour) == list(map(str, palette[k]))
+        assert re.findall(r'\d+', color) == list(map(str, palette[k]))
     source = page.get_by_label('Where the classes come from')
     assert source.input_value() == inferencer.source
     # Nothing written: the classes of the training, by the key Enter.
@@ -265,14 +265,14 @@ def test_bad_words_are_told(page, run, words, message):
 
 def test_a_picture_is_needed(page):
     ask(page, 'road')
-    expect(page.get_by_text('Upload a picture first.')).to_be_visible()
+    expect(page.get_by_text('Upload an image first.')).to_be_visible()
 
 
 @pytest.mark.parametrize('width', [1280, 360])
 def test_many_and_long_names_fit(page, run, width):
     page.set_viewport_size(dict(width=width, height=800))
     words = [f'thing {i}' for i in range(18)]
-    words += ['the long grey thing at the end of it', 'x' * 24]
+    words += ['the long gray thing at the end of it', 'x' * 24]
     ask(page, ', '.join(words), run.images[0])
     result(page)
     seen = page.locator('#legend span:has(> span)')

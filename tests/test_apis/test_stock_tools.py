@@ -63,7 +63,7 @@ def kilo(size):
 
 def test_benchmark_measures_our_weights(trained, tmp_path, monkeypatch,
                                         capsys):
-    """It takes 200 pictures, which the tiny data set has if repeated."""
+    """It takes 200 images, which the tiny data set has if repeated."""
     cfg = Config.fromfile(trained.config)
     cfg.test_dataloader.dataset = dict(
         type='RepeatDataset', dataset=cfg.test_dataloader.dataset, times=34)

@@ -194,7 +194,7 @@ def test_lsegs_blocks_serve_new_classes(worded, inferencer):
     assert np.array_equal(out.pred_sem_seg.data[0], labels)
 
 
-def test_new_classes_can_be_favoured(worded, inferencer):
+def test_new_classes_can_be_favored(worded, inferencer):
     run, mine = worded(), inferencer()
     vectors, bias = mixed(run, None, None)
     bias[[0, 2, 3, 4]] += 1.5
@@ -663,7 +663,7 @@ def test_demo_on_images(worded, inferencer, demo, tmp_path, capsys):
             str(out), '--device', 'cpu', '--similarity', 'tree, other'
         ])
         printed = capsys.readouterr().out
-        assert f'{count} pictures' in printed and '6 labels: 5 new' in printed
+        assert f'{count} images' in printed and '6 labels: 5 new' in printed
         written = sorted((out / 'pred').iterdir())
         assert len(written) == count
         for path, file in zip(run.images, written):
@@ -762,10 +762,10 @@ def test_answers_of_the_page(worded, inferencer):
         app.legend(found))
     names = ['&lt;tree&gt;', '&lt;道路&gt;', 'other']
     shares = []
-    for *colour, name, share in entries:
+    for *color, name, share in entries:
         number = names.index(name)
         assert mine.model.dataset_meta['palette'][number] == list(
-            map(int, colour))
+            map(int, color))
         part = 100 * (expected['predictions'] == number).mean()
         if share != 'below 0.1':
             assert abs(part - float(share)) < .06
@@ -775,7 +775,7 @@ def test_answers_of_the_page(worded, inferencer):
     app.segment(mine, picture, '', False)
     assert mine.classes == CLASSES
     assert app.draw(None, .5) is None
-    for picture, words, message in ((None, 'road', 'Upload a picture'),
+    for picture, words, message in ((None, 'road', 'Upload an image'),
                                     (picture, 'road,, sky', 'Class 2 has no'),
                                     (picture, ' , ', 'Class 1 has no')):
         with pytest.raises(ValueError, match=message):

@@ -26,7 +26,7 @@ TOY = f'{ROOT}/configs/_base_/datasets/toy_scenes-128x256.py'
 
 
 def mean_over_flips(model, path):
-    """Labels by the mean probability of a picture and its mirror image."""
+    """Labels by the mean probability of an image and its mirror image."""
     image = torch.tensor(cv2.imread(path)).permute(2, 0, 1)[None].float()
     image = (image - 128) / 64
     with torch.no_grad():

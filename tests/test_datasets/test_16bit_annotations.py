@@ -23,7 +23,7 @@ SIZE = (20, 30)
 ROOT = CONFIGS.parent
 BASE = 'ebseg/ebseg_vit-b16_4xb4-120k_coco-stuff164k-640x640'
 TESTS = {'ade20k-847': 847, 'pascal-context459': 459}
-# Pairs that 8 bits cannot tell apart, 255 and its neighbours.
+# Pairs that 8 bits cannot tell apart, 255 and its neighbors.
 LABELS = [0, 1, 43, 44, 200, 254, 255, 256, 257, 299, 300, 456, 458]
 
 
@@ -34,7 +34,7 @@ def write(path, labels):
 
 @pytest.fixture(scope='module', params=TESTS)
 def tree(request, tmp_path_factory):
-    """The config of a test on three pictures, and their label maps."""
+    """The config of a test on three images, and their label maps."""
     cfg = copy.deepcopy(load_config(CONFIGS / f'{BASE}_{request.param}.py'))
     number = TESTS[request.param]
     dataset = cfg.test_dataloader.dataset

@@ -70,7 +70,7 @@ def test_classes_and_palette():
     assert len(meta['palette']) == 11
     assert len(set(map(tuple, meta['palette']))) == 11
     assert meta['palette'][3] == [128, 64, 128]
-    assert [0, 0, 0] not in meta['palette']  # that is unlabelled
+    assert [0, 0, 0] not in meta['palette']  # that is unlabeled
 
 
 def test_loads_images_and_labels_with_11_ignored(camvid):
@@ -98,7 +98,7 @@ def test_subset_of_the_classes_keeps_11_ignored(camvid):
         assert set(seg_map[truth == old].tolist()) == {new}
 
 
-def test_unlabelled_pixels_count_neither_in_scores_nor_classes(camvid):
+def test_unlabeled_pixels_count_neither_in_scores_nor_classes(camvid):
     """IoU through the real metric against one computed by hand."""
     pipeline = LOAD + [dict(type='PackSegInputs')]
     dataset = build(camvid, 'val', pipeline, test_mode=True)
@@ -258,9 +258,9 @@ def test_mis_sized_label_map_names_both_files(camvid):
     assert f'{camvid}/train/0001TP_000000.png is 48x36' in str(error.value)
 
 
-def test_colour_picture_instead_of_labels(camvid):
+def test_color_picture_instead_of_labels(camvid):
     file = spoil(camvid, np.zeros((H, W, 3), np.uint8))
-    with pytest.raises(ValueError, match='colour picture') as error:
+    with pytest.raises(ValueError, match='color image') as error:
         build(camvid)[0]
     assert file in str(error.value)
 
@@ -280,7 +280,7 @@ def test_check_labels_alone():
     assert check(good) is good
     with pytest.raises(ValueError, match=r'2 classes: \[-1, 255\] in 2 of 4'):
         check(dict(gt_seg_map=np.array([[0, -1], [255, 9]])))
-    # A picture of one's own has no labels.
+    # An image of one's own has no labels.
     bare = dict(img=good['img'])
     assert check(bare) is bare and list(bare) == ['img']
     with pytest.raises(ValueError, match='must be positive, but got 0'):
@@ -390,7 +390,7 @@ def test_tool(camvid, monkeypatch, capsys):
     assert 'train: 3 images read: 3 of 48x36' in out
     assert f'{camvid} is good' in out
     share = (labels(3) == 11).mean() / 2 + (labels(4) == 11).mean() / 2
-    last = [line for line in out.splitlines() if 'unlabelled' in line][0]
+    last = [line for line in out.splitlines() if 'unlabeled' in line][0]
     assert last.split()[2] == f'{100 * share:.2f}'
 
     file = spoil(camvid, np.full((H, W), 99, np.uint8), 'val')

@@ -133,7 +133,7 @@ def write(image, label, values):
         file.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(image), rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8))
     # With a palette, as VOC and Mapillary have them: what counts is the index
-    # and not the colour.
+    # and not the color.
     seg_map = Image.fromarray(stripes(values))
     seg_map.putpalette(rng.integers(0, 256, 768, np.uint8).tobytes())
     seg_map.save(label)
@@ -246,7 +246,7 @@ def test_test_samples(base):
         assert sample.ori_shape == (HEIGHT, WIDTH)
         assert torch.equal(sample.gt_sem_seg.data[0].long(), expected.long())
 
-    # Whatever is predicted where nothing is labelled does not count.
+    # Whatever is predicted where nothing is labeled does not count.
     metric = METRICS.build(cfg.test_evaluator)
     metric.dataset_meta = dataset.metainfo
     outputs = []

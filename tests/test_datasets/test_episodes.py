@@ -173,7 +173,7 @@ def test_labels_are_of_the_class_at_the_size_of_the_input():
 
 
 def test_pipeline_reads_pictures_as_torchvision_does(tmp_path):
-    """Whole: what the config makes of a picture and its label map."""
+    """Whole: what the config makes of an image and its label map."""
     rng = np.random.default_rng(0)
     for folder in ('img', 'ann'):
         (tmp_path / folder).mkdir()

@@ -54,7 +54,7 @@ def build(root, split='train'):
 
 def test_from_the_published_folder_to_samples(source, tmp_path, capsys):
     TOOL.main([str(source), str(tmp_path / 'out')])
-    assert capsys.readouterr().out == 'train: 2 pictures\ntest: 1 pictures\n'
+    assert capsys.readouterr().out == 'train: 2 images\ntest: 1 images\n'
     for split, names in NAMES.items():
         dataset = build(tmp_path / 'out', split)
         assert dataset.metainfo['classes'][2] == 'door'
@@ -74,7 +74,7 @@ def test_what_is_missing_or_wrong_is_named(source, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r'a__p1\.png.*labelmefacade'):
         build(out)
     (out / 'img/test/d__p3.jpg').unlink()
-    with pytest.raises(FileNotFoundError, match='no picture'):
+    with pytest.raises(FileNotFoundError, match='no image'):
         build(out, 'test')
     cv2.imwrite(
         str(source / 'labels/a__p1.png'), np.full((6, 9, 3), 7, np.uint8))

@@ -47,7 +47,7 @@ def cfg(tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Number of pictures in each call of any image tower but the first."""
+    """Number of images in each call of any image tower but the first."""
     seen, encode = [], ImageTower.encode_image
 
     def wrapper(self, pictures, *args):

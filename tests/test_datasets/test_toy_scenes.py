@@ -60,7 +60,7 @@ def test_layout_labels_and_manifest(made):
 def test_same_seed_same_bytes_whatever_the_workers(made, tmp_path):
     assert generate_toy_scenes(tmp_path / 'again', workers=2, **SMALL)
     assert _digest(tmp_path / 'again') == _digest(made)
-    # A picture does not depend on how many others there are ...
+    # An image does not depend on how many others there are ...
     assert generate_toy_scenes(tmp_path / 'less', num_train=1, num_val=1)
     both = _digest(made)
     same = [

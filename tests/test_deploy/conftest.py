@@ -95,7 +95,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def write_camvid():
-    """Get a function that writes a test set with some unlabelled pixels."""
+    """Get a function that writes a test set with some unlabeled pixels."""
 
     def write(root, suffix='.png'):
         rng = np.random.default_rng(0)

@@ -59,7 +59,7 @@ def test_cpp_shows_what_python_predicts(tmp_path):
     assert done.output.split('\n')[1:-1] == [
         f'{network.classes[k]} {n}' for k, n in enumerate(counts) if n
     ]
-    # A picture of another size is resized, and so is what is predicted.
+    # An image of another size is resized, and so is what is predicted.
     cv2.imwrite(
         str(tmp_path / 'large.ppm'),
         np.kron(image, np.ones((2, 2, 1), np.uint8)))

@@ -59,7 +59,7 @@ def test_networks(name, tmp_path):
     paths = [str(tmp_path / file) for file in ('cfg.py', 'model.pth', 'out')]
     deploy.main([*paths, '--to', 'onnx', '--size', '64', '96', *options])
     if 'segnext' in name:
-        # By hand: normalised, RGB, padded to multiples of 32, cropped.
+        # By hand: normalized, RGB, padded to multiples of 32, cropped.
         model = load_stock(*paths[:2])[1]
         image = torch.randint(0, 256, (1, *size, 3), dtype=torch.uint8)
         processor = model.data_preprocessor

@@ -120,7 +120,7 @@ def test_weights_equal_those_by_hand(tmp_path):
 
 
 def test_vectors_of_any_length(tmp_path, make_embeddings):
-    """Files are normalised; what a checkpoint holds counts as it is."""
+    """Files are normalized; what a checkpoint holds counts as it is."""
     cfg = config(tmp_path)
     model = settled(cfg)
     expected = fold_state_dict(model)

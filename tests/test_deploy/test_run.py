@@ -73,7 +73,7 @@ def picture(seed=0):
 
 
 def blend(image, opacity):
-    """What the picture and its classes give together."""
+    """What the image and its classes give together."""
     colours = PALETTE[image.argmax(2)][..., ::-1]
     return ((1 - opacity) * image + opacity * colours).astype(np.uint8)
 
@@ -93,7 +93,7 @@ def test_picture_in_a_process_without_torch(model, tmp_path):
         cwd=str(tmp_path))
     assert done.status == 0, done.output
     assert re.match(
-        r'1 pictures: [\d.]+ fps with reading.*alone [\d.]+ fps \(median\)\n$',
+        r'1 images: [\d.]+ fps with reading.*alone [\d.]+ fps \(median\)\n$',
         done.output)
     shown = cv2.imread(str(tmp_path / 'out.png'))
     assert np.array_equal(shown[:, :96], blend(image, 0.25))
@@ -148,7 +148,7 @@ def test_video_round_trip(model, tmp_path, capsys):
         writer.write(picture(seed))
     writer.release()
     tool.main(['--folder', str(model), paths[0], '--out', paths[1]])
-    assert capsys.readouterr().out.startswith('3 pictures: ')
+    assert capsys.readouterr().out.startswith('3 images: ')
     before, after = (cv2.VideoCapture(path) for path in paths)
     assert after.get(cv2.CAP_PROP_FPS) == 10
     for _ in range(3):
@@ -160,7 +160,7 @@ def test_video_round_trip(model, tmp_path, capsys):
     assert not after.read()[0]
 
 
-def test_graph_that_takes_normalised_input(tmp_path):
+def test_graph_that_takes_normalized_input(tmp_path):
     spec = dict(mean=[100., 0., 0.], std=[1., 2., 1.], swap_channels=True)
     network = tool.Network(save_graph(tmp_path / 'a', preprocess=spec))
     image = picture()
@@ -169,7 +169,7 @@ def test_graph_that_takes_normalised_input(tmp_path):
     assert np.array_equal(network(image), scores.argmax(2))
 
 
-def test_graph_of_one_size_sees_resized_pictures(tmp_path):
+def test_graph_of_one_size_sees_resized_images(tmp_path):
     network = tool.Network(save_graph(tmp_path / 'a', size=(24, 48)))
     image = np.kron(picture()[::24, ::24], np.ones((24, 24, 1), np.uint8))
     assert np.array_equal(network(image), image.argmax(2))

@@ -139,7 +139,8 @@ def test_result_needs_no_plugin(trained, convert, write_camvid, tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(
         WITHOUT_PLUGIN.replace('{lite}', str('mmcv.ops' in compat.apply())))
-    done = start('python', script, *expected, cwd=str(tmp_path))
+    done = start(
+        'python', script, *expected, cwd=str(tmp_path), fork=False)
     assert done.status == 0, done.output[-3000:]
     for name, logits in expected.items():
         got = load(tmp_path / f'{name}.logits')
@@ -379,7 +380,8 @@ tool.main(sys.argv[1:])
         run.weights,
         tmp_path / 'out.pth',
         *('--num-images', '1'),
-        cwd=str(tmp_path))
+        cwd=str(tmp_path),
+        fork=True)
     assert done.status == 1, done.output[-3000:]
     assert 'Error: [Errno 27] File too large' in done.output
     assert not list(tmp_path.iterdir())

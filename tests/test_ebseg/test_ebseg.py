@@ -63,7 +63,7 @@ def logged(runner, name='loss'):
 def test_it_learns(trained):
     _, runner = trained
     assert len(logged(runner)) == 20
-    # Colours say the classes: masks and both classifiers learn it.
+    # Colors say the classes: masks and both classifiers learn it.
     for name, factor in (('loss', .75), ('decode.loss_mask', .8),
                          ('decode.loss_cls', .7), ('decode.loss_cls_attention',
                                                    .9)):
@@ -185,7 +185,7 @@ def test_odd_sizes_are_padded_as_the_towers_see_it(model):
     for tower in (model.backbone, model.image_encoder):
         padded = tower.mean.expand(1, 3, 64, 96).clone()
         padded[..., :50, :70] = pixels
-        assert not tower.normalise(padded)[..., 50:, :].any()
+        assert not tower.normalize(padded)[..., 50:, :].any()
         inputs.append(tower(padded))
     features = model.neck(*inputs, (50, 70))
     found = model.decode_head.embed_masks(features)
@@ -228,7 +228,7 @@ def test_classes_may_change_and_come_back(model, model_cfg):
     images = torch.randn(1, 3, *SIZE)
     with torch.no_grad():
         before = model(images)
-        model.set_classes(['zebra', 'sky', 'truck, lorry'])
+        model.set_classes(['zebra', 'sky', 'truck, truck'])
         _, seen = model.decode_head.text.vocabulary()
         assert seen.tolist() == [False, True, True]
         other = model(images)
@@ -236,7 +236,7 @@ def test_classes_may_change_and_come_back(model, model_cfg):
         assert model.out_channels == 3
         saved = model.state_dict()
         # Order of the classes does not matter.
-        model.set_classes(['truck, lorry', 'zebra', 'sky'])
+        model.set_classes(['truck, truck', 'zebra', 'sky'])
         torch.testing.assert_close(model(images), other[:, [2, 0, 1]])
         model.set_classes(None)
         assert torch.equal(model(images), before)
@@ -318,7 +318,7 @@ def test_sliding_windows_and_odd_sizes(model):
 
 
 def test_images_reach_the_towers_as_pixels(model):
-    """Normalised by the preprocessor, and back; RGB in [0, 255]."""
+    """Normalized by the preprocessor, and back; RGB in [0, 255]."""
     taken = []
     handles = [
         t.register_forward_pre_hook(lambda m, args: taken.append(args[0]))

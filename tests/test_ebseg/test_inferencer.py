@@ -80,7 +80,7 @@ def by_hand(files):
 
 
 def features(model, path):
-    """Masks with their embeddings, CLIP's factor, scores of the picture."""
+    """Masks with their embeddings, CLIP's factor, scores of the image."""
     image = torch.tensor(cv2.imread(path)).permute(2, 0, 1)
     data = model.data_preprocessor(
         dict(inputs=[image], data_samples=[]), False)

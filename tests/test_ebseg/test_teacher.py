@@ -13,7 +13,7 @@ from mmseg_textkd.engine import TeacherHook
 
 
 def tiny_batch():
-    """Two pictures without labels of cars and trucks."""
+    """Two images without labels of cars and trucks."""
     batch = samples(SIZE, 8)
     for sample in batch:
         labels = sample.gt_sem_seg.data
@@ -67,7 +67,7 @@ def test_its_pixel_embeddings_are_taught(student):
     # It gives no logits that hidden classes could be told from.
     assert set(batch[0].teacher.keys()) == {'embeddings'}
     model, _ = student(embeddings=False)
-    with pytest.raises(ValueError, match='teacher .* would tell'):
+    with pytest.raises(ValueError, match='teacher .* supervise'):
         model.loss(inputs, tiny_batch())
 
 

@@ -184,10 +184,10 @@ def test_the_tower_sees_a_fraction_of_the_image():
     pixels = 255 * torch.rand(1, 3, 65, 96)
     # 45.5 and 67.2 pixels; what is no whole patch is let go.
     assert tower(pixels).size == (5, 8)
-    small = tower.normalise(pixels)
+    small = tower.normalize(pixels)
     torch.testing.assert_close(taken[0],
                                F.interpolate(small, None, .7, 'bilinear'))
-    # All of the picture, as a teacher needs it.
+    # All of the image, as a teacher needs it.
     assert tower(pixels, cover=True).size == (6, 8)
     torch.testing.assert_close(
         taken[1],
@@ -208,7 +208,7 @@ def test_sam_gives_its_blocks_of_global_attention(tmp_path):
     pixels = 255 * torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         expected = network.forward_intermediates(
-            tower.normalise(pixels), [1, 2, 4, 5], intermediates_only=True)
+            tower.normalize(pixels), [1, 2, 4, 5], intermediates_only=True)
     for own, theirs, scale in zip(tower(pixels), expected, (4, 2, 1, .5)):
         assert own.shape == (1, 16, 4 * scale, 4 * scale)
         torch.testing.assert_close(

@@ -363,33 +363,37 @@ VARIANTS = dict(
     accumulation={'optim_wrapper.accumulative_counts': 2})
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
-@pytest.mark.parametrize('stop', [2, 4, 6])
+@pytest.mark.parametrize('variant, stops', [('plain', [2, 4, 6]),
+                                            ('ema', [4, 6]),
+                                            ('ema_buffers', [6]), ('amp', [6]),
+                                            ('accumulation', [2, 6])])
 def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, residual, variant,
-                                                   stop):
+                                                   stops):
     """Stopped in stage 1, exactly at the switch, and in stage 2."""
     changes = dict(VARIANTS[variant])
     extra = changes.pop('extra_hook', None)
     cfg = tiny_config(
         tmp_path, residual, dict(switch_at=4), max_iters=8, **changes)
+    cfg.default_hooks.checkpoint.interval = 2
     if extra:
         cfg.custom_hooks.append(extra)
     whole = run(cfg, work_dir=str(tmp_path / 'whole'))
-    killed = cfg.copy()
-    killed.work_dir = str(tmp_path / 'killed')
-    first = killed.copy()
-    first.custom_hooks = list(
-        first.custom_hooks) + [dict(type='StopAt', at=stop)]
-    with pytest.raises(KeyboardInterrupt):
-        run(first)
-    resumed = run(killed, resume=True)
-    assert resumed.iter == whole.iter == 8
-    for a, b in zip(whole.model.named_parameters(),
-                    resumed.model.named_parameters()):
-        assert a[0] == b[0] and a[1].requires_grad == b[1].requires_grad
-    same_state(
-        str(tmp_path / 'whole' / 'iter_8.pth'),
-        str(tmp_path / 'killed' / 'iter_8.pth'))
+    for stop in stops:
+        killed = cfg.copy()
+        killed.work_dir = str(tmp_path / f'killed{stop}')
+        first = killed.copy()
+        first.custom_hooks = list(
+            first.custom_hooks) + [dict(type='StopAt', at=stop)]
+        with pytest.raises(KeyboardInterrupt):
+            run(first)
+        resumed = run(killed, resume=True)
+        assert resumed.iter == whole.iter == 8
+        for a, b in zip(whole.model.named_parameters(),
+                        resumed.model.named_parameters()):
+            assert a[0] == b[0] and a[1].requires_grad == b[1].requires_grad
+        same_state(
+            str(tmp_path / 'whole' / 'iter_8.pth'),
+            str(tmp_path / f'killed{stop}' / 'iter_8.pth'))
 
 
 @HOOKS.register_module()
@@ -541,7 +545,7 @@ def test_log_of_the_text(tmp_path, residual):
     # At the start, after each iteration and at the switch.
     stage = hub.get_scalar('train/text_stage').data[0]
     assert stage.tolist() == [1] * 4 + [2] * 4
-    drift = hub.get_scalar('train/text_drift').data[0]
+    drift = hub.get_scalar('train/text_distance').data[0]
     assert drift[:5] == pytest.approx(0, abs=1e-12)
     assert (drift[5:] > 1e-12).all() and drift[7] > drift[5]
     assert hub.get_scalar('train/text_scale').current() != 1
@@ -553,7 +557,7 @@ def test_log_of_the_text(tmp_path, residual):
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows = [row for row in rows if 'loss' in row]
     assert [row['text_stage'] for row in rows] == [1, 1, 1, 2, 2, 2]
-    assert rows[-1]['text_drift'] == pytest.approx(drift[-1])
+    assert rows[-1]['text_distance'] == pytest.approx(drift[-1])
     assert rows[-1]['text_scale'] == hub.get_scalar(
         'train/text_scale').current()
 
@@ -730,7 +734,7 @@ def test_text_on_auxiliary_heads(tmp_path, residual):
     for i, head in enumerate(heads):
         scale = hub.get_scalar(f'train/text_scale{i or ""}').current()
         assert scale == head.text_branch.scale().item() != 1
-        drift = hub.get_scalar(f'train/text_drift{i or ""}').current()
+        drift = hub.get_scalar(f'train/text_distance{i or ""}').current()
         assert drift == pytest.approx(
             head.text_branch.text.distance_from_start()) != 0
     # The checkpoint has the text of both; without the auxiliary heads, which

@@ -33,7 +33,7 @@ def test_by_hand():
     found = metric([first, second, third])
     assert found['mIoU'] == pytest.approx(
         100 * (2 / 4 + 1 / 2 + 1) / 3, abs=.005)
-    # Areas of all episodes together, which weighs pictures by their size.
+    # Areas of all episodes together, which weighs images by their size.
     both = (5 / 8 + 2 / 5) / 2
     assert found['FB-IoU'] == pytest.approx(100 * both, abs=.005)
 

@@ -19,7 +19,7 @@ from mmseg_textkd.deploy.l2_conv_seg import fuse_l2
 from mmseg_textkd.models import (BalancedTextClassifier, FrozenCLIPTeacher,
                                  FrozenCLIPViT, ImageEmbeddingDistillationLoss,
                                  TextClassifier, TextFCNHead)
-from mmseg_textkd.models.layers.balance import (balance_logarithms,
+from mmseg_textkd.models.layers.balance import (balance_log_probabilities,
                                                 balance_probabilities)
 
 pytestmark = pytest.mark.stacks
@@ -67,8 +67,8 @@ def classifier(text, **options):
     return settled(BalancedTextClassifier(8, 6, text, **options))
 
 
-def labelled(seed=1):
-    """Data samples without the unseen classes, some of it not labelled."""
+def labeled(seed=1):
+    """Data samples without the unseen classes, some of it not labeled."""
     torch.manual_seed(seed)
     out = samples((16, 24), 6)
     for sample in out:
@@ -127,14 +127,14 @@ def test_scores_are_those_of_the_formula(text, balance):
 def test_it_is_ebsegs_balance_without_the_third_embedding():
     a, d = (torch.randn(2, 6, 3, 4).log_softmax(1) for _ in range(2))
     seen = torch.tensor([True, False, True, True, False, True])
-    found = balance_logarithms(a, d, seen, .3, 1.).exp()
+    found = balance_log_probabilities(a, d, seen, .3, 1.).exp()
     last = [v.exp().movedim(1, -1) for v in (a, torch.zeros_like(a), d)]
     expected = balance_probabilities(*last, seen, .3, 1., 0.)
     torch.testing.assert_close(found.movedim(1, -1), expected)
     # What float32 has no probability for stays in order, and finite.
     d = torch.tensor([0., -200., -300.])[None, :, None, None]
     a = torch.zeros_like(d)
-    scores = balance_logarithms(a, d, torch.tensor([False] * 3), .3, 1.)
+    scores = balance_log_probabilities(a, d, torch.tensor([False] * 3), .3, 1.)
     assert scores.flatten().tolist() == [0, -200, -300]
 
 
@@ -186,7 +186,7 @@ def test_the_supervised_part_learns_as_without(text):
     assert [k for k in state if k not in plain.state_dict()
             ] == [k for k in state if '.image_projection.' in k]
     plain.load_state_dict({k: state[k] for k in plain.state_dict()})
-    data, feat = labelled(), torch.randn(2, 8, 4, 6)
+    data, feat = labeled(), torch.randn(2, 8, 4, 6)
     losses, grads = gradients(head, feat, data)
     for sample in data:
         del sample.teacher
@@ -200,7 +200,7 @@ def test_the_supervised_part_learns_as_without(text):
             torch.testing.assert_close(grad, expected_grads[name])
     # With a weight it changes the features, and the image projection.
     head.text_losses[1].loss_weight = 1.
-    _, grads = gradients(head, feat, labelled())
+    _, grads = gradients(head, feat, labeled())
     assert not torch.allclose(grads['x'], expected_grads['x'])
     assert grads['conv_seg.image_projection.conv.weight'].abs().max() > 0
 
@@ -209,7 +209,7 @@ def test_nothing_depends_on_text_that_is_unseen(text):
     head = TextFCNHead(text=text, text_branch=BRANCH, **ARGS)
     assert [type(m)
             for m in head.text_losses] == [ImageEmbeddingDistillationLoss]
-    data, feat = labelled(), torch.randn(2, 8, 4, 6)
+    data, feat = labeled(), torch.randn(2, 8, 4, 6)
     expected = gradients(head, feat, data)
     # Whatever is computed with a NaN becomes one.
     head.text_branch.text.class_embeddings[UNSEEN] = float('nan')
@@ -224,9 +224,9 @@ def test_a_teacher_of_classes_stays_refused(text):
     for branch in (BRANCH, dict(bias=False, unseen=UNSEEN)):
         head = TextFCNHead(text=text, text_branch=branch, **ARGS)
         for field in ('logits', 'features'):
-            data = labelled()
+            data = labeled()
             setattr(data[1].teacher, field, torch.randn(6, 4, 5))
-            with pytest.raises(ValueError, match='teacher .* would tell'):
+            with pytest.raises(ValueError, match='teacher .* supervise'):
                 head.loss([torch.randn(2, 8, 4, 6)], data, {})
 
 
@@ -239,7 +239,7 @@ def test_a_teacher_of_classes_stays_refused(text):
     (dict(
         text_branch=dict(type='BalancedTextClassifier'),
         fusion=dict(type='TwoWayBridge',
-                    use='inference')), 'TwoWayBridge that is kept'),
+                    use='inference')), 'TwoWayBridge that is used'),
     (dict(text_branch=BRANCH, text_losses=[]), 'belong together'),
     (dict(text_losses=[dict(type='ImageEmbeddingDistillationLoss')]),
      'belong together'),
@@ -251,7 +251,7 @@ def test_bad_options(text, options, match):
 
 # ------------------------------------------------------------------ loss
 def test_loss_is_that_of_a_loop_over_all_pixels():
-    data, feat = labelled(), torch.randn(2, 16, 4, 5, requires_grad=True)
+    data, feat = labeled(), torch.randn(2, 16, 4, 5, requires_grad=True)
     teachers = torch.stack([s.teacher.embeddings for s in data])
     teachers.requires_grad_()
     for sample, teacher in zip(data, teachers):
@@ -275,7 +275,7 @@ def test_loss_is_that_of_a_loop_over_all_pixels():
     # The minimum is the unit vector itself, at another resolution too.
     unit = torch.nn.functional.normalize(teachers.detach(), dim=1)
     assert loss(unit, None, None, batch_data_samples=data) < 1e-10
-    constant = labelled()
+    constant = labeled()
     for sample in constant:
         sample.teacher = PixelData(embeddings=5 * torch.ones(16, 2, 3))
     flat = torch.full((2, 16, 7, 9), .25)
@@ -284,7 +284,7 @@ def test_loss_is_that_of_a_loop_over_all_pixels():
 
 def test_what_a_loss_needs(text):
     loss = ImageEmbeddingDistillationLoss()
-    data = labelled()
+    data = labeled()
     with pytest.raises(ValueError, match='of width 16, but the text has wi'):
         loss(torch.randn(2, 8, 4, 5), None, None, batch_data_samples=data)
     head = TextFCNHead(text=text, text_branch=BRANCH, **ARGS)
@@ -298,7 +298,7 @@ def test_what_a_loss_needs(text):
         text_losses=[dict(type='TextSimilarityDistillationLoss')],
         **ARGS)
     with pytest.raises(ValueError, match='bring no logits of a teacher'):
-        head.loss([torch.randn(2, 8, 4, 6)], labelled(), {})
+        head.loss([torch.randn(2, 8, 4, 6)], labeled(), {})
 
 
 # ------------------------------------------------------------------ fold
@@ -383,7 +383,7 @@ def test_teacher_sees_the_pictures_as_clip_does():
     with torch.no_grad():
         dense = FrozenCLIPViT(scale=1., **options)(rgb).dense(1)
     expected = torch.nn.functional.normalize(dense, dim=1)
-    # Pictures come as MMSegmentation loads them, BGR.
+    # Images come as MMSegmentation loads them, BGR.
     for own in (preprocessor(bgr_to_rgb=True), preprocessor(),
                 preprocessor(mean=None, std=None)):
         batch = dict(inputs=[p.byte() for p in rgb.flip(1)], data_samples=None)

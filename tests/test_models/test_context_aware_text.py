@@ -217,7 +217,7 @@ def test_a_concatenated_score_map_is_an_added_one():
 
 @pytest.mark.parametrize('kind', [TextFCNHead, TextPIDHead])
 def test_it_starts_as_the_network_without_it(kind):
-    """Also where the stock head initialises all that it has."""
+    """Also where the stock head initializes all that it has."""
     args = dict(text=CONTROL, in_channels=8, channels=8, num_classes=4)
     if kind is TextPIDHead:
         args['loss_decode'] = [dict(type='CrossEntropyLoss')] * 4

@@ -42,7 +42,7 @@ def perturbed(module):
     return module
 
 
-def labelled(classes, size=(16, 24)):
+def labeled(classes, size=(16, 24)):
     """Data samples with some of six classes; the others are ignored."""
     torch.manual_seed(1)
     out = samples(size, 6)
@@ -98,7 +98,7 @@ def test_what_has_blocks_is_not_folded(text):
     for norm in ('bn', 'none'):
         module = TextClassifier(
             8, 6, text, norm, regularization=dict(depth=1)).eval()
-        with pytest.raises(ValueError, match='blocks look at neighbouring'):
+        with pytest.raises(ValueError, match='blocks look at neighboring'):
             module.as_conv()
         module = TextClassifier(
             8, 6, text, norm, regularization=dict(depth=0)).eval()
@@ -150,7 +150,7 @@ def test_training_is_that_of_the_seen_classes_alone(text, norm, kind):
     key = 'conv_seg.text.class_embeddings'
     assert state[key].shape == (6, 16)
     alone.load_state_dict(dict(state, **{key: state[key][SEEN]}))
-    data, feat = labelled(SEEN), torch.randn(2, 8, 4, 6)
+    data, feat = labeled(SEEN), torch.randn(2, 8, 4, 6)
     losses, grads = gradients(head, feat, data)
     expected, expected_grads = gradients(alone, feat, renumbered(data))
     assert losses.keys() == expected.keys() and len(losses) == 3
@@ -167,7 +167,7 @@ def test_nothing_depends_on_text_that_is_unseen(text):
         text_branch=dict(LSEG, unseen=UNSEEN),
         text_losses=[dict(type='TextAlignmentLoss')],
         **ARGS)
-    data, feat = labelled(SEEN), torch.randn(2, 8, 4, 6)
+    data, feat = labeled(SEEN), torch.randn(2, 8, 4, 6)
     expected = gradients(head, feat, data)
     # Whatever is computed with a NaN becomes one.
     head.text_branch.text.class_embeddings[UNSEEN] = float('nan')
@@ -187,7 +187,7 @@ def test_learned_prompts_of_unseen_classes_stay(text):
         text_branch=dict(LSEG, unseen=UNSEEN),
         **ARGS)
     head.text_branch.text.start_learning()
-    _, grads = gradients(head, torch.randn(2, 8, 4, 6), labelled(SEEN))
+    _, grads = gradients(head, torch.randn(2, 8, 4, 6), labeled(SEEN))
     (grad, ) = (g for n, g in grads.items() if '.text.' in n)
     assert (grad[UNSEEN] == 0).all()
     assert (grad[SEEN].abs().amax(1) > 0).all()
@@ -232,9 +232,10 @@ def test_labels_that_ought_to_be_hidden_are_an_error(text):
     head = TextFCNHead(
         text=text, text_branch=dict(LSEG, unseen=UNSEEN), **ARGS)
     feat = [torch.randn(2, 8, 4, 6)]
-    head.loss(feat, labelled(SEEN), {})
-    with pytest.raises(ValueError, match=r"\[4\] are to stay unseen .*Hide"):
-        head.loss(feat, labelled(SEEN + [4]), {})
+    head.loss(feat, labeled(SEEN), {})
+    with pytest.raises(
+            ValueError, match=r"\[4\] are unseen in training .*Hide"):
+        head.loss(feat, labeled(SEEN + [4]), {})
 
 
 def test_a_teacher_of_all_classes_is_refused(text):
@@ -243,9 +244,9 @@ def test_a_teacher_of_all_classes_is_refused(text):
         text_branch=dict(LSEG, unseen=UNSEEN),
         text_losses=[dict(type='TextAlignmentLoss')],
         **ARGS)
-    data = labelled(SEEN)
+    data = labeled(SEEN)
     data[1].teacher = PixelData(logits=torch.randn(6, 16, 24))
-    with pytest.raises(ValueError, match='teacher .* would tell'):
+    with pytest.raises(ValueError, match='teacher .* supervise'):
         head.loss([torch.randn(2, 8, 4, 6)], data, {})
 
 

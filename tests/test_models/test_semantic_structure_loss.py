@@ -15,12 +15,12 @@ from mmseg_textkd.models.losses import structure_loss
 N, D, K, H, W = 2, 6, 5, 5, 4
 OPTIONS = [
     dict(target='raw'),
-    dict(target='centred'),
-    dict(target='standardised'),
+    dict(target='centered'),
+    dict(target='standardized'),
     dict(target='raw', off_diagonal=False, scale=dict(init=2.)),
-    dict(target='centred', off_diagonal=False),
-    dict(target='standardised', off_diagonal=False),
-    dict(target='centred', scale=dict(init=.5, learnable=False)),
+    dict(target='centered', off_diagonal=False),
+    dict(target='standardized', off_diagonal=False),
+    dict(target='centered', scale=dict(init=.5, learnable=False)),
 ]
 
 
@@ -66,7 +66,7 @@ def naive(embeddings,
     classes = [k for k in sorted(counts) if counts[k] >= min_pixels]
     rows = text.tolist()
     rows = [[v / math.hypot(*row) for v in row] for row in rows]
-    if target == 'centred':
+    if target == 'centered':
         mean = [sum(column) / len(rows) for column in zip(*rows)]
         rows = [[v - m for v, m in zip(row, mean)] for row in rows]
     factor = (scale or {}).get('init', 1.)
@@ -74,7 +74,7 @@ def naive(embeddings,
              if a != b or not off_diagonal]
     ours = [factor * cosine(sums[a], sums[b]) for a, b in pairs]
     theirs = [cosine(rows[a], rows[b]) for a, b in pairs]
-    if target == 'standardised':
+    if target == 'standardized':
         r = correlation(ours, theirs)
         return 2 * (1 - r)
     return sum((a - b)**2 for a, b in zip(ours, theirs)) / len(pairs)
@@ -92,7 +92,7 @@ def test_against_a_naive_loop(options):
         loss = build(min_pixels, loss_weight=3., **options)
         expected = 3 * naive(embeddings, text, labels, **options,
                              min_pixels=min_pixels)  # yapf: disable
-        # Standardising adds 1e-6 to a variance.
+        # Standardizing adds 1e-6 to a variance.
         assert loss(embeddings, text, labels).item() == pytest.approx(
             expected, rel=1e-5 if 'stand' in options['target'] else 1e-6)
     # One pixel of class 4 counts in the first and not in the second.
@@ -140,14 +140,14 @@ def test_zero_where_pixels_lie_as_the_text_does():
     _, text, labels = data()
     unit = F.normalize(text, dim=1)
     seen = labels.where(labels != 255, 0)
-    for target, rows in (('raw', unit), ('centred', unit - unit.mean(0)),
-                         ('standardised', unit)):
+    for target, rows in (('raw', unit), ('centered', unit - unit.mean(0)),
+                         ('standardized', unit)):
         embeddings = rows[seen].permute(0, 3, 1, 2) * 7
         turned = embeddings.flip(1)
         for pixels in (embeddings, turned):
             value = build(target=target)(pixels, text, labels)
             assert value.item() == pytest.approx(0, abs=1e-5)
-    # 'raw' asks for what 'centred' does not.
+    # 'raw' asks for what 'centered' does not.
     assert build(target='raw')(embeddings - 1, text, labels) > 1e-3
 
 
@@ -208,7 +208,7 @@ def test_fewer_than_two_classes_give_zero_with_a_graph(options, how):
 def test_two_classes_have_one_pair_without_deviation():
     embeddings, text, labels = data()
     labels[labels != 255] %= 2
-    value = build(target='standardised')(embeddings, text, labels)
+    value = build(target='standardized')(embeddings, text, labels)
     value.backward()
     assert value.item() == pytest.approx(0, abs=1e-6)
     assert embeddings.grad.isfinite().all()
@@ -263,7 +263,7 @@ def test_text_of_each_image_and_several_phrases():
 def test_bfloat16_is_computed_in_float32():
     embeddings, text, labels = data(torch.float32)
     low = embeddings.detach().bfloat16()
-    for target in ('raw', 'centred', 'standardised'):
+    for target in ('raw', 'centered', 'standardized'):
         loss = SemanticStructureLoss(target, min_pixels=1)
         with torch.autocast('cpu', dtype=torch.bfloat16):
             value = loss(low, text, labels)
@@ -379,8 +379,8 @@ def step_again(rank, world, options):
 @pytest.mark.stacks
 def test_two_ranks_equal_one_process_with_both_batches(tmp_path):
     cases = [
-        dict(target='centred'),
-        dict(target='standardised'),
+        dict(target='centered'),
+        dict(target='standardized'),
         dict(target='raw', scale=dict(init=2.)),
         dict(target='raw', momentum=.9, shape=(K, D)),
     ]
@@ -409,11 +409,11 @@ def test_two_ranks_equal_one_process_with_both_batches(tmp_path):
 
 def test_name_and_bad_arguments():
     assert SemanticStructureLoss().loss_name == 'loss_structure'
-    for options, words in ((dict(target='cosine'), 'standardised'),
+    for options, words in ((dict(target='cosine'), 'standardized'),
                            (dict(min_pixels=0), 'at least 1'),
                            (dict(momentum=.9), 'needs `shape`'),
                            (dict(shape=(2, 3)), 'needs `shape`'),
                            (dict(momentum=1., shape=(2, 3)), r'\[0, 1\)'),
-                           (dict(target='standardised', scale={}), 'scale')):
+                           (dict(target='standardized', scale={}), 'scale')):
         with pytest.raises(ValueError, match=words):
             SemanticStructureLoss(**options)

@@ -102,7 +102,7 @@ def test_fold_in_double_is_exact_to_rounding():
     assert (module.as_conv()(feat) - module(feat)).abs().max() < 1e-12
 
 
-def test_fold_of_learned_and_unnormalised_text(make_embeddings):
+def test_fold_of_learned_and_unnormalized_text(make_embeddings):
     text = dict(
         type='ResidualPromptLearner',
         embeddings=dict(type='ClassEmbeddings', file=make_embeddings()))

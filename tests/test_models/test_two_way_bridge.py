@@ -284,7 +284,7 @@ def test_every_parameter_has_a_gradient_in_either_role():
 
 
 def test_it_learns_what_the_classifier_cannot_see():
-    """Which class a picture has is written in its corner only."""
+    """Which class an image has is written in its corner only."""
     torch.manual_seed(0)
     text = dict(CONTROL, num_classes=2)
     module = TextClassifier(

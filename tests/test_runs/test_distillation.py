@@ -2,7 +2,6 @@
 """Both teachers in real runs: stages, resuming, AMP, ranks, release."""
 import copy
 import os.path as osp
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS, HOOKS, MODELS
-from processes import TOOLS, load, start
+from processes import TOOLS, load, start_ranks
 from tiny import CLASSES, SIZE, assert_equal, run, tiny_config
 
 from mmseg_textkd import add_region_embeddings
@@ -143,7 +142,7 @@ def test_all_losses_go_through_both_stages(root, whole):
     for values in losses:
         assert names <= set(values)
         assert all(0 < values[n] < float('inf') for n in names)
-        # All of them are optimised.
+        # All of them are optimized.
         total = sum(v for k, v in values.items() if 'loss_' in k)
         assert values['loss'] == pytest.approx(total, rel=1e-5)
     states = [
@@ -306,7 +305,7 @@ def test_a_stock_network_learns_from_the_teacher_too(root):
 
 
 def test_the_student_gets_nearer_to_the_teacher(root):
-    """By logit distillation alone, on the same pictures."""
+    """By logit distillation alone, on the same images."""
     cfg = stock_student(root, DISTILL_LOSSES[:1])
     cfg.model.decode_head.loss_decode.loss_weight = 0.
     model, batch = fresh(cfg), first_batch(cfg)
@@ -320,7 +319,7 @@ def test_the_student_gets_nearer_to_the_teacher(root):
 
 @pytest.mark.stacks
 def test_what_the_teacher_sees(root):
-    """Its own normalisation, its own logits, on the student's inputs."""
+    """Its own normalization, its own logits, on the student's inputs."""
     cfg = stock_student(root)
     model = MODELS.build(cfg.model)
     teacher = model.teacher.model
@@ -405,18 +404,12 @@ def test_two_ranks(root):
     cfg.train_cfg.pop('val_interval')
     cfg.log_level = 'INFO'
     cfg.dump(str(root / 'ranks.py'))
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = str(probe.getsockname()[1])
-    done = start(
-        'bash',
-        osp.join(TOOLS, 'dist_train.sh'),
+    done = start_ranks(
+        osp.join(TOOLS, 'train.py'),
         root / 'ranks.py',
-        '2',
         '--work-dir',
         root / 'ranks_work',
-        cwd=root,
-        PORT=port)
+        cwd=root)
     assert done.status == 0, done.output[-4000:]
     assert done.output.count('Made the region embeddings of 6 images') == 1
     assert 'distill.loss_kd' in done.output and GUIDED in done.output

@@ -2,24 +2,17 @@
 """Two processes over gloo, through the switch of the stages."""
 import json
 import os.path as osp
-import socket
 
 import numpy as np
 import pytest
 import torch
-from processes import TOOLS, load, side_by_side, start
+from processes import TOOLS, free_port, load, start, start_ranks
 from tiny import CLASSES, tiny_config
 
 pytestmark = pytest.mark.stacks
 
 ITERS, SWITCH = 6, 3
 OFFSET = 'decode_head.conv_seg.text.offset'
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return str(probe.getsockname()[1])
 
 
 def write_config(root, name, batch_size=2, hooks=(), **options):
@@ -59,25 +52,33 @@ def runs(tmp_path_factory):
             'model.decode_head.norm_cfg': sync
         })
     write_config(root, 'without', find_unused_parameters=False)
-    # Batches of the same four pictures, in two processes or in one; the
-    # frozen norms do not normalise yet, so it takes large steps to learn.
+    # Batches of the same four images, in two processes or in one; the
+    # frozen norms do not normalize yet, so it takes large steps to learn.
     frozen = {'hooks': ['FrozenNormHook'], 'optim_wrapper.optimizer.lr': 0.5}
     write_config(root, 'two', **frozen)
     write_config(root, 'one', batch_size=4, **frozen)
 
     def train(name):
-        words = ['python', osp.join(TOOLS, 'train.py'), root / f'{name}.py']
-        if name != 'one':
-            words = ['bash', osp.join(TOOLS, 'dist_train.sh'), words[-1], '2']
-        return start(
-            *words, '--work-dir', root / name, cwd=root, PORT=free_port())
+        words = root / f'{name}.py', '--work-dir', root / name
+        if name == 'with':  # as a user does
+            script = osp.join(TOOLS, 'dist_train.sh')
+            return start(
+                'bash',
+                script,
+                words[0],
+                '2',
+                *words[1:],
+                cwd=root,
+                PORT=free_port())
+        words = osp.join(TOOLS, 'train.py'), *words
+        if name == 'one':
+            return start('python', *words, cwd=root)
+        return start_ranks(*words, cwd=root)
 
-    return root, side_by_side(
-        {
-            name: lambda name=name: train(name)
-            for name in ('with', 'without', 'two', 'one')
-        },
-        width=1)
+    return root, {
+        name: train(name)
+        for name in ('with', 'without', 'two', 'one')
+    }
 
 
 def reports(root, name):
@@ -101,7 +102,7 @@ def test_both_ranks_go_through_the_switch_and_stay_equal(runs):
     assert len(params) > 100
     for name in params:
         assert first['sums'][name] == second['sums'][name], name
-    # They have seen different pictures: each rank has its own statistics.
+    # They have seen different images: each rank has its own statistics.
     means = [n for n in first['sums'] if 'running_mean' in n]
     assert any(first['sums'][n] != second['sums'][n] for n in means)
     assert done.output.count('each rank has statistics of its own') == 1

@@ -15,16 +15,22 @@ from mmseg_textkd.text.encode_classes import encode_classes
 pytestmark = pytest.mark.stacks
 
 ITERS, SWITCH, INTERVAL = 8, 4, 2
-# Where each run is killed, and the iteration that it then goes on with.
+# What is trained; where each run is killed, and the iteration that it then
+# goes on with.
 FATES = dict(
-    in_stage_1=[('iter 3', 2)],
-    at_the_switch=[('iter 4', 4)],
-    in_stage_2_and_again=[('step 4', 4), ('iter 7', 6)],
-    while_a_checkpoint_is_written=[('write 6', 4)])
-CONTEXT = 'decode_head.conv_seg.text.context'
+    in_stage_1=('classifier', [('iter 3', 2)]),
+    at_the_switch=('score_map', [('iter 4', 4)]),
+    in_stage_2_and_again=('score_map', [('step 4', 4), ('iter 7', 6)]),
+    while_a_checkpoint_is_written=('classifier', [('write 6', 4)]))
+CONTEXT = dict(
+    classifier='decode_head.conv_seg.text.context',
+    score_map='score_map.text.context')
+# What else learns in stage 2.
+LEARN = dict(
+    classifier=('log_scale', 'logit_bias'), score_map=(r'score_map\.convs', ))
 
 
-def write_config(folder):
+def write_config(folder, kind):
     """Stage 2 through ToyCLIP; the backbone goes on at a lower rate."""
     file = str(folder / 'text.safetensors')
     encode_classes(list(CLASSES), 'toyclip', 'photo').save(file)
@@ -38,16 +44,23 @@ def write_config(folder):
         switch_at=SWITCH,
         learn={
             'context': 1.,
-            'log_scale': 1.,
-            'logit_bias': 1.,
-            'backbone': 0.1
+            'backbone': 0.1,
+            **{
+                key: 1.
+                for key in LEARN[kind]
+            }
         },
         param_scheduler=[
             dict(type='LinearLR', start_factor=0.5, end=2),
             dict(type='CosineAnnealingLR', eta_min=0.)
         ],
         log_interval=1)
-    cfg = tiny_config(folder, text, hook, max_iters=ITERS)
+    if kind == 'classifier':
+        cfg = tiny_config(folder, text, hook, max_iters=ITERS)
+    else:
+        cfg = tiny_config(folder, None, hook, max_iters=ITERS)
+        cfg.model.type = 'TextKD'
+        cfg.model.score_map = dict(in_channels=8, projection=True, text=text)
     cfg.custom_imports.imports.append('fate_hook')
     cfg.custom_hooks.insert(0, dict(type='FateHook'))
     cfg.default_hooks.checkpoint.interval = INTERVAL
@@ -55,21 +68,22 @@ def write_config(folder):
         cfg.pop(name)
     cfg.train_cfg.pop('val_interval')
     cfg.log_level = 'INFO'
-    cfg.dump(str(folder / 'config.py'))
+    cfg.dump(str(folder / f'{kind}.py'))
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     """One run from start to end, and one for each fate."""
     root = tmp_path_factory.mktemp('kill')
-    write_config(root)
+    for kind in CONTEXT:
+        write_config(root, kind)
 
-    def train(name, fate, *words):
+    def train(name, kind, fate, *words):
         work = root / name
         done = start(
             'python',
             STOCK_TRAIN,
-            root / 'config.py',
+            root / f'{kind}.py',
             '--work-dir',
             work,
             *words,
@@ -79,13 +93,17 @@ def runs(tmp_path_factory):
 
     def story(name):
         outcomes, words = [], []
-        for fate, _ in FATES[name]:
-            outcomes.append(train(name, fate, *words))
+        kind, fates = FATES[name]
+        for fate, _ in fates:
+            outcomes.append(train(name, kind, fate, *words))
             words = ['--resume']
-        return outcomes + [train(name, 'none 0', *words)]
+        return outcomes + [train(name, kind, 'none 0', *words)]
 
     jobs = {name: lambda name=name: story(name) for name in FATES}
-    jobs['whole'] = lambda: [train('whole', 'none 0')]
+    for kind in CONTEXT:
+        jobs[f'whole_{kind}'] = lambda kind=kind: [
+            train(f'whole_{kind}', kind, 'none 0')
+        ]
     return root, side_by_side(jobs)
 
 
@@ -93,13 +111,15 @@ def report(folder):
     return json.loads((folder / 'report_0.json').read_text())
 
 
-def test_the_run_that_nobody_kills(runs):
+@pytest.mark.parametrize('kind', CONTEXT)
+def test_the_run_that_nobody_kills(runs, kind):
     """That there is something to lose: all parts move, in either stage."""
     root, outcomes = runs
-    done, saved = outcomes['whole'][0]
+    context, whole = CONTEXT[kind], root / f'whole_{kind}'
+    done, saved = outcomes[whole.name][0]
     assert done.status == 0, done.output[-3000:]
     assert saved == [f'iter_{i}.pth' for i in range(2, ITERS + 1, INTERVAL)]
-    facts, tower = report(root / 'whole'), TextTower('toyclip')
+    facts, tower = report(whole), TextTower('toyclip')
     assert facts['iters'] == list(range(ITERS))
     assert facts['open_clip'] == [False] * SWITCH + [
         # The tower comes while iteration 4 is being prepared.
@@ -108,23 +128,23 @@ def test_the_run_that_nobody_kills(runs):
         ITERS - SWITCH - 1)
     assert facts['towers'] == [tower.checksum()]
     for i, learns in enumerate(facts['learns']):
-        assert (CONTEXT in learns) == (i >= SWITCH)
+        assert (context in learns) == (i >= SWITCH)
         assert any('decode_head.convs' in n for n in learns) == (i < SWITCH)
-    at_switch, end = (
-        load(root / 'whole' / f'iter_{i}.pth') for i in (SWITCH, ITERS))
+    at_switch, end = (load(whole / f'iter_{i}.pth') for i in (SWITCH, ITERS))
     for state, stage in ((at_switch, 1), (end, 2)):
         text = state['message_hub']['log_scalars']['train/text_stage']
         assert text.current() == stage
-        assert state['state_dict'][CONTEXT.replace('context', 'started')] == (
+        assert state['state_dict'][context.replace('context', 'started')] == (
             stage == 2)
     moved = {
         k
         for k, v in end['state_dict'].items()
         if not torch.equal(v, at_switch['state_dict'][k])
     }
-    assert CONTEXT in moved
-    assert CONTEXT.replace('context', 'class_embeddings') in moved
+    assert context in moved
+    assert context.replace('context', 'class_embeddings') in moved
     assert any('backbone' in k and 'running_var' in k for k in moved)
+    assert kind != 'score_map' or any('score_map.convs' in k for k in moved)
     assert end['optimizer']['state'] and end['param_schedulers']
 
 
@@ -132,7 +152,7 @@ def test_fates_are_as_planned(runs):
     """Killed by signal 9, and gone on where the last checkpoint was."""
     root, outcomes = runs
     assert len(FATES) == 4
-    for name, fates in FATES.items():
+    for name, (_, fates) in FATES.items():
         *killed, last = outcomes[name]
         assert len(killed) == len(fates)
         for (fate, go_on), (done, saved) in zip(fates, killed):
@@ -152,8 +172,9 @@ def test_fates_are_as_planned(runs):
 @pytest.mark.parametrize('name', FATES)
 def test_it_ends_as_if_nothing_had_happened(runs, name):
     root, _ = runs
+    kind = FATES[name][0]
     whole, resumed = (
-        load(root / n / f'iter_{ITERS}.pth') for n in ('whole', name))
+        load(root / n / f'iter_{ITERS}.pth') for n in (f'whole_{kind}', name))
     assert whole.keys() == resumed.keys()
     for part in ('state_dict', 'optimizer', 'param_schedulers'):
         assert_equal(whole[part], resumed[part], part)
@@ -162,10 +183,12 @@ def test_it_ends_as_if_nothing_had_happened(runs, name):
         curves = [log[key].data[0] for log in logs]
         assert len(curves[0]) == ITERS
         np.testing.assert_array_equal(*curves)
-    for key in ('train/text_stage', 'train/text_drift', 'train/text_scale'):
+    for key in ('train/text_stage', 'train/text_distance', 'train/text_scale'):
+        if kind == 'score_map' and key == 'train/text_scale':
+            continue  # it has none: the temperature is fixed
         ends = [log[key].current() for log in logs]
         assert ends[0] == ends[1] != 0, key
-    facts, expected = report(root / name), report(root / 'whole')
+    facts, expected = report(root / name), report(root / f'whole_{kind}')
     number = len(facts['iters'])
     assert facts['learns'] == expected['learns'][-number:]
     assert facts['towers'] == expected['towers']

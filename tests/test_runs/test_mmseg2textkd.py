@@ -47,7 +47,7 @@ def config(folder, text=None, hook=None, **options):
     cfg.default_hooks.checkpoint.interval = cfg.train_cfg.max_iters
     cfg.log_level = 'WARNING'
     for name in ('train', 'val', 'test'):
-        # Serialising begins with a garbage collection, a second each time.
+        # Serializing begins with a garbage collection, a second each time.
         cfg[f'{name}_dataloader'].dataset.serialize_data = False
     return cfg
 

@@ -29,7 +29,7 @@ CAMVID_FILE = 'data/text_embeddings/camvid_vit-b16-openai.safetensors'
 
 
 def loaders(*names):
-    """Load in the same process, two pictures at a time."""
+    """Load in the same process, two images at a time."""
     values = {}
     for name in names:
         values[f'{name}_dataloader__num_workers'] = 0
@@ -39,7 +39,7 @@ def loaders(*names):
 
 
 def short(size):
-    """Three iterations, stage 2 in the last, of small pictures."""
+    """Three iterations, stage 2 in the last, of small images."""
     return dict(
         loaders('train', 'val'),
         train_cfg__max_iters=3,
@@ -54,7 +54,7 @@ def short(size):
 
 
 def write_camvid(root):
-    """Six pictures in the layout of the SegNet tutorial."""
+    """Six images in the layout of the SegNet tutorial."""
     rng = np.random.default_rng(0)
     for split, number in (('train', 4), ('val', 2)):
         (root / split).mkdir(parents=True)

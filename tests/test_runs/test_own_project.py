@@ -36,7 +36,7 @@ def snippet(page, heading, number=0, language='python'):
 
 
 def write_pictures(root, layout, num_classes):
-    """Four pictures to train on and two to validate on."""
+    """Four images to train on and two to validate on."""
     rng = np.random.default_rng(0)
     images, image_end, labels, label_end = layout
     for split, number in (('train', 4), ('val', 2)):
@@ -55,7 +55,7 @@ def write_pictures(root, layout, num_classes):
 
 
 def small(*splits, **changes):
-    """Small pictures in place of Cityscapes', loaded in the same process."""
+    """Small images in place of Cityscapes', loaded in the same process."""
     values = dict(model__data_preprocessor__size='(64,128)', **changes)
     for split in splits:
         values.update({
@@ -149,7 +149,7 @@ def test_text_on_the_auxiliary_heads_of_a_list(tmp_path):
 
 @pytest.fixture
 def project(tmp_path):
-    """A folder with pictures, a names file and the configs of the guide."""
+    """A folder with images, a names file and the configs of the guide."""
     for number, name in enumerate(('own.py', 'own_text.py')):
         text = snippet(GUIDE, OWN_DATA, number)
         assert text.startswith(f'# {name}\n')

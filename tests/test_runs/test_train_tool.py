@@ -101,7 +101,7 @@ def test_resume_path_goes_on_with_that_one(runs):
     assert done['path'].status == 0, done['path'].output[-3000:]
     facts = json.loads(report(root, 'path').read_text())
     assert facts['iters'] == [2, 3]
-    # The same pictures and schedule as before, but for the precision.
+    # The same images and schedule as before, but for the precision.
     before = json.loads((root / 'amp.json').read_text())
     np.testing.assert_allclose(
         facts['losses'], before['losses'][2:], rtol=0.02)

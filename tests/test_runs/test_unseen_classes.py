@@ -33,7 +33,7 @@ def home(tmp_path_factory):
 def everywhere(home):
     """IoU of the unseen classes if each were predicted everywhere.
 
-    That is their share of the labelled pixels, in percent.
+    That is their share of the labeled pixels, in percent.
     """
     counts = np.zeros(256)
     for path in (home / 'data/toy_scenes/ann_dir/val').glob('*.png'):

@@ -22,8 +22,8 @@ BLOCKS = dict(
 
 
 @MODELS.register_module()
-class Colours(nn.Identity):
-    """A backbone of which the features are the colours."""
+class Colors(nn.Identity):
+    """A backbone of which the features are the colors."""
 
     def forward(self, inputs):
         return [inputs]
@@ -42,16 +42,16 @@ def sphere():
 
 
 def write(root, labels_of_unseen=True):
-    """Pictures in which the colour of a class is a map of its vector."""
+    """Images in which the color of a class is a map of its vector."""
     rng = np.random.default_rng(0)
-    colours = 128 + 100 * sphere().numpy()
+    colors = 128 + 100 * sphere().numpy()
     for folder in ('img', 'ann'):
         (root / folder).mkdir(parents=True)
     for i in range(16):
         labels = np.kron(
             rng.integers(0, len(CLASSES), (2, 4)),
             np.ones((SIZE[0] // 2, SIZE[1] // 4), int))
-        image = colours[labels] + rng.normal(0, 10, (*SIZE, 3))
+        image = colors[labels] + rng.normal(0, 10, (*SIZE, 3))
         cv2.imwrite(
             str(root / 'img' / f'{i}.png'),
             image.clip(0, 255).astype(np.uint8))
@@ -73,7 +73,7 @@ def config(root, **options):
         library='test').save(file)
     text = dict(type='ClassEmbeddings', file=str(file))
     cfg = tiny_config(root, text, {}, max_iters=60)
-    cfg.model.backbone = dict(type='Colours')
+    cfg.model.backbone = dict(type='Colors')
     cfg.model.decode_head.update(in_channels=3, channels=3, num_convs=0)
     branch, cfg.train_dataloader, cfg.val_evaluator = zero_shot(
         cfg.train_dataloader, 'toy_scenes', UNSEEN, before='PackSegInputs')
@@ -109,7 +109,7 @@ def test_classes_without_labels_are_found_by_their_text(trained):
     assert again == metrics
 
 
-def test_labels_of_hidden_classes_never_reach_training(trained, tmp_path):
+def test_labels_of_unseen_classes_never_reach_training(trained, tmp_path):
     """A run on data that do not have them ends with the same weights."""
     write(tmp_path / 'data', labels_of_unseen=False)
     cfg = config(tmp_path)
@@ -126,7 +126,7 @@ def test_forgotten_hiding_stops_the_run(tmp_path):
     write(tmp_path / 'data')
     cfg = config(tmp_path)
     del cfg.train_dataloader.dataset.pipeline[2]
-    with pytest.raises(ValueError, match=r'to stay unseen .*HideClasses'):
+    with pytest.raises(ValueError, match=r'unseen in training .*HideClasses'):
         run(cfg)
 
 

@@ -1,15 +1,12 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import copy
 import json
-import os
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 from mmengine import Config
+from processes import side_by_side, start
 
 from mmseg_textkd.clip.text_tower import TextTower
 from mmseg_textkd.text.embedding_file import TextEmbeddings
@@ -218,7 +215,7 @@ WRITER = """
 import json, os, sys, time
 from mmseg_textkd.text import encode_classes as build
 from mmseg_textkd.text.embedding_file import TextEmbeddings
-cfg, go, me = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+cfg, me, other = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
 encode = build.encode_classes
 def slow(*args, **kwargs):
     # Long enough for the other process to find the lock taken.
@@ -226,7 +223,7 @@ def slow(*args, **kwargs):
     return encode(*args, **kwargs)
 build.encode_classes = slow
 open(me, 'w').close()
-while not os.path.exists(go):
+while not os.path.exists(other):
     time.sleep(.01)
 made = build.ensure_embeddings(cfg)
 print(json.dumps(dict(
@@ -237,32 +234,28 @@ print(json.dumps(dict(
 
 def test_two_processes_and_one_file(tmp_path, clip_name):
     """One encodes; the other waits, encodes nothing and gets the same."""
-    file, go = tmp_path / 'own.safetensors', tmp_path / 'go'
+    file = tmp_path / 'own.safetensors'
     node = dict(
         type='ClassEmbeddings',
         file=str(file),
         build=dict(model=clip_name, templates='none', vocabulary=VOCABULARY))
-    ready = [tmp_path / f'ready{i}' for i in range(2)]
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-    processes = [
-        subprocess.Popen([
-            sys.executable, '-c', WRITER,
+
+    def write(*ready):
+        return start(
+            'python',
+            '-c',
+            WRITER,
             json.dumps(dict(node=node)),
-            str(go),
-            str(flag)
-        ],
-                         env=env,
-                         stdout=subprocess.PIPE,
-                         text=True) for flag in ready
-    ]
-    deadline = time.time() + 120
-    while not all(flag.exists() for flag in ready):
-        assert time.time() < deadline
-        time.sleep(.02)
-    go.touch()
-    outputs = [p.communicate(timeout=120)[0] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0]
-    results = [json.loads(out.splitlines()[-1]) for out in outputs]
+            *ready,
+            cwd=tmp_path,
+            fork=True)
+
+    done = side_by_side({
+        'ab': lambda: write('a', 'b'),
+        'ba': lambda: write('b', 'a')
+    }).values()
+    assert [d.status for d in done] == [0, 0], done
+    results = [json.loads(d.output.splitlines()[-1]) for d in done]
     assert sorted(r['made'] for r in results) == [0, 1]
     assert len({r['sha'] for r in results}) == 1
     loser, = [r for r in results if not r['made']]

@@ -293,7 +293,7 @@ def test_import_with_names_file(tmp_path):
         phrases=['sky', ['road', 'street'], 'traffic sign', 'car'],
         model='OpenAI CLIP ViT-B/16',
         template='a photo of a {}',
-        licence='MIT')
+        license='MIT')
     (tmp_path / 'n.json').write_text(json.dumps(known))
     imported = TextEmbeddings.from_vectors(file, tmp_path / 'n.json')
     assert imported.phrases[:2] == (('sky', ), ('road', 'street'))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from each_case import each_case
+from processes import start
 from tiny_clip import save_model
 
 from mmseg_textkd.clip.text_tower import TextTower
@@ -44,23 +45,23 @@ def fails(tool, capsys, argv):
 def test_dataset_as_a_command(tmp_path, clip_name):
     """The one run in a process of its own, with its progress bar."""
     out = tmp_path / 'toy.safetensors'
-    done = subprocess.run([
-        sys.executable, TOOL, 'toy_scenes', '--model', clip_name,
-        '--templates', 'photo', '--out', out, '--closest', '2'
-    ],
-                          env=dict(
-                              os.environ,
-                              PYTHONPATH=os.pathsep.join(sys.path)),
-                          capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
-    assert 'Encoding text: 100%' in done.stderr
+    done = start(
+        'python',
+        TOOL,
+        'toy_scenes',
+        *('--model', clip_name),
+        *('--templates', 'photo'),
+        *('--out', out),
+        *('--closest', '2'),
+        cwd=tmp_path)
+    assert done.status == 0, done.output
+    assert 'Encoding text: 100%' in done.output
     made = TextEmbeddings.load(out)
     direct = encode_classes('toy_scenes', clip_name, 'photo')
     assert made.sha256 == direct.sha256
     i, j = geometry(made.vectors)['closest_pair']
-    assert f'{made.names[i]} - {made.names[j]}' in done.stdout
-    assert made.sha256 in done.stdout
+    assert f'{made.names[i]} - {made.names[j]}' in done.output
+    assert made.sha256 in done.output
 
 
 def test_names_and_bank(tool, tmp_path, clip_name, capsys):
@@ -176,7 +177,7 @@ def test_looking_at_a_file(tool, tmp_path, capsys):
     # No label is cut off: the rim is white.
     for rim in (image[:2], image[-2:], image[:, :2], image[:, -2:]):
         assert (rim == 1).all()
-    # A drawn matrix: many colours, and as large as its labels need.
+    # A drawn matrix: many colors, and as large as its labels need.
     assert min(image.shape[:2]) > 1000
     assert len({tuple(c) for c in image[::7, ::7].reshape(-1, 3)}) > 200
     assert file.read_bytes() == before

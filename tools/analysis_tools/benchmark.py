@@ -1,8 +1,8 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Time the stock network, the text network and the folded one of a config.
 
-All are built in one process and run in turn, one picture at a time, from the
-picture's tensor to the logits at the resolution of the head. `stock again` is
+All are built in one process and run in turn, one image at a time, from the
+image's tensor to the logits at the resolution of the head. `stock again` is
 a second stock network: what it differs by is noise. Weights and class vectors
 are random; no checkpoint, vectors or data are needed.
 
@@ -128,7 +128,7 @@ def page(results: Mapping[str, Any]) -> str:
                           'n/a' if peak is None else f'{peak / 2**20:.1f}'))
     height, width = results['size']
     parts: List[str] = [
-        f'`{results["config"]}`, one picture of {height}x{width}, float32; '
+        f'`{results["config"]}`, one image of {height}x{width}, float32; '
         f'{results["runs"]} rounds after {results["warmup"]}; '
         f'{describe(results["environment"])}',
         table(('network', 'parameters', 'GFLOPs'), counts),

@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Time training iterations of stock, of both stages, and of LSeg's classifier.
 
-All are built in one process and train in turn on the same random pictures:
+All are built in one process and train in turn on the same random images:
 data preprocessor, forward, backward and the optimizer of the config, and what
 PromptLearnerHook does; no data loading. `stock again` is a second stock
 network: what it differs by is noise. No checkpoint, vectors or data needed: a
@@ -98,7 +98,7 @@ class Training:
         self.hook.after_train_iter(self.runner, self.runner.iter)
         self.runner.iter += 1
         if not math.isfinite(losses['loss'].item()):
-            raise RuntimeError('the training diverges on random pictures; '
+            raise RuntimeError('the training diverges on random images; '
                                'its time would tell nothing.')
 
     def peak_bytes(self, device: str) -> int:
@@ -117,7 +117,7 @@ class Training:
 
 def random_batch(cfg: Config, size: Tuple[int, int], number: int,
                  device: str) -> dict:
-    """Make random pictures with labels of all classes and edge maps."""
+    """Make random images with labels of all classes and edge maps."""
     unseen = torch.tensor(_unseen(cfg), dtype=int)
     generator = torch.Generator().manual_seed(0)
     inputs, samples = [], []
@@ -165,7 +165,7 @@ def random_teacher(cfg: Config, folder: str) -> None:
 
 
 def add_regions(batch: dict, model: nn.Module) -> None:
-    """Give pictures random embeddings of the regions of all classes, in place.
+    """Give images random embeddings of the regions of all classes, in place.
 
     Args:
         batch (dict): What a data loader yields.
@@ -187,8 +187,8 @@ def build_trainings(cfg: Config, size: Tuple[int, int], number: int,
 
     Args:
         cfg (Config): Config of a text network, or of one with a teacher.
-        size (tuple[int, int]): Height and width of the pictures.
-        number (int): Number of pictures in a batch.
+        size (tuple[int, int]): Height and width of the images.
+        number (int): Number of images in a batch.
         device (str): Where to train.
 
     Returns:
@@ -249,7 +249,7 @@ def page(results: Mapping[str, Any]) -> str:
                  f'{peaks[name] / peaks[STOCK]:.3f}')
                 for name, row in arms.items()]
         parts += [
-            f'`{path}`, {entry["batch"]} pictures of {height}x{width}:',
+            f'`{path}`, {entry["batch"]} images of {height}x{width}:',
             table(('training', *TIME_HEADER, 'peak memory, MiB', 'ratio'),
                   rows)
         ]

@@ -73,8 +73,8 @@ def draw(result: Dict[str, Any]) -> Figure:
     figure = Figure((12, 2 + .22 * rows), layout='constrained')
     left, right = figure.subplots(1, 2)
     gains = [row['gain'] or 0 for row in classes]
-    colours = ['C2' if gain > 0 else 'C3' for gain in gains]
-    left.barh([row['name'] for row in classes], gains, color=colours)
+    colors = ['C2' if gain > 0 else 'C3' for gain in gains]
+    left.barh([row['name'] for row in classes], gains, color=colors)
     left.axvline(0, color='k', linewidth=.8)
     left.set_title('IoU, B - A, in percentage points')
     names = [f'{row["truth"]} → {row["taken_for"]}' for row in pairs]

@@ -6,7 +6,7 @@ in which it is deployed (`textkd2mmseg.py --l2 keep`), both without auxiliary
 heads. Neither weights nor class vectors are needed: both are drawn, and cost
 the same. Frozen towers count. Multiply-accumulates are those of convolutions
 and matrix products, attention included, as PyTorch's `FlopCounterMode` has
-them. Times are those of one picture at a time, from pixels to logits.
+them. Times are those of one image at a time, from pixels to logits.
 """
 import argparse
 import copy
@@ -82,7 +82,7 @@ def count(model: Optional[nn.Module], shape: Sequence[int]) -> List[str]:
 
     Args:
         model (nn.Module, optional): A segmentor in evaluation mode.
-        shape (Sequence[int]): Height and width of one picture, in pixels.
+        shape (Sequence[int]): Height and width of one image, in pixels.
 
     Returns:
         list[str]: Millions of parameters, and 1e9 multiply-accumulates.
@@ -101,7 +101,7 @@ def measure(models: Dict[str, nn.Module], shape: Sequence[int],
 
     Args:
         models (dict[str, nn.Module]): Networks in evaluation mode.
-        shape (Sequence[int]): Height and width of one picture, in pixels.
+        shape (Sequence[int]): Height and width of one image, in pixels.
         runs (int): Number of rounds, after one for warming up.
 
     Returns:
@@ -133,7 +133,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         type=int,
         default=(512, 512),
         metavar=('HEIGHT', 'WIDTH'),
-        help='size of the picture (default: 512 512)')
+        help='size of the image (default: 512 512)')
     parser.add_argument(
         '--runs',
         type=int,

@@ -2,7 +2,7 @@
 """Tell what a fusion of image and text costs where it is kept at inference.
 
 Prints a Markdown table: the stock network, and the network of CONFIG with a
-fusion of every combination of the settings that --vary gives. One picture,
+fusion of every combination of the settings that --vary gives. One image,
 without auxiliary heads; multiply-accumulates of convolutions and matrix
 products, attention included, as in docs/en/networks.md. No files are needed.
 """
@@ -27,7 +27,7 @@ def cost(model: Dict, size: Sequence[int]) -> Tuple[float, float]:
 
     Args:
         model (dict): Config of a segmentor.
-        size (Sequence[int]): Height and width of the picture.
+        size (Sequence[int]): Height and width of the image.
 
     Returns:
         tuple[float, float]: Both in units of 1e6 and 1e9.
@@ -63,7 +63,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         nargs=2,
         default=(1024, 2048),
         metavar=('H', 'W'),
-        help='size of the picture (default: 1024 2048)')
+        help='size of the image (default: 1024 2048)')
     args = parser.parse_args(argv)
     cfg = random_text(Config.fromfile(args.config))
     init_default_scope(cfg.get('default_scope', 'mmseg'))

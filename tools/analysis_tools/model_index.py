@@ -48,6 +48,9 @@ READMES = {
     'configs/fusion/README.md': {
         'fusion': 'Fusion of image and text'
     },
+    'configs/multi_dataset/README.md': {
+        'multi_dataset': 'Several data sets through words'
+    },
 }
 COLUMNS = [
     'Method', 'Backbone', 'Crop Size', 'Lr schd', 'Mem (GB)', 'Inf time (fps)',

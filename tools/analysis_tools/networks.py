@@ -75,10 +75,10 @@ def count_macs(model: nn.Module, mode: str, batch: int) -> Dict[str, int]:
     Args:
         model (nn.Module): A segmentor, in training or evaluation mode.
         mode (str): 'tensor' or 'loss'.
-        batch (int): Number of pictures.
+        batch (int): Number of images.
 
     Returns:
-        dict[str, int]: Multiply-accumulates for one picture, by name of the
+        dict[str, int]: Multiply-accumulates for one image, by name of the
         module; '' is the whole model.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):

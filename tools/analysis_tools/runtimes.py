@@ -2,7 +2,7 @@
 """Write docs/en/runtimes.md: every network in every runtime, each run.
 
 The networks are those of the text configs on Cityscapes, folded, with random
-weights whose batch norms have seen pictures. Each cell is a folder of
+weights whose batch norms have seen images. Each cell is a folder of
 tools/deployment/deploy.py in --work-dir; those that are there are not made
 anew, so the table may be filled in several runs, with other runtimes
 installed. With --time what is there is also timed, on a machine that should
@@ -47,11 +47,11 @@ Every network of the text classifier, folded, in every runtime that
 `tools/deployment/deploy.py` deploys to. Made by
 `python tools/analysis_tools/runtimes.py`, not by hand.
 
-Each cell was exported and run in its runtime on the CPU, on {number} pictures
+Each cell was exported and run in its runtime on the CPU, on {number} images
 of ToyScenes of {height}x{width}, and compared with PyTorch: the largest
 difference of scores relative to the largest score, and the share of pixels
 with the same class where it is not 100 %. Weights are random, with batch norms
-that have seen those pictures. In fp32 a difference above 1e-4 would be an
+that have seen those images. In fp32 a difference above 1e-4 would be an
 error.
 
 {table}
@@ -83,16 +83,16 @@ Not measured yet: the machine was not quiet.
 '''
 
 
-def build(cfg: Config, text: bool, pictures: torch.Tensor) -> nn.Module:
+def build(cfg: Config, text: bool, images: torch.Tensor) -> nn.Module:
     """Build a network as it is deployed: the text network folded, or stock.
 
     Args:
         cfg (Config): Config of the text network.
         text (bool): Whether it is that, folded, or the stock one.
-        pictures (Tensor): Normalized, (N, 3, H, W), for the batch norms.
+        images (Tensor): Normalized, (N, 3, H, W), for the batch norms.
 
     Returns:
-        nn.Module: In evaluation mode, for whole pictures.
+        nn.Module: In evaluation mode, for whole images.
     """
     cfg = random_text(cfg)
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def build(cfg: Config, text: bool, pictures: torch.Tensor) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the mean of all batches
     with torch.no_grad():
-        model(pictures, mode='tensor')
+        model(images, mode='tensor')
     if text:
         model = revert_sync_batchnorm(fold(model.eval(), cfg, True))
     model.auxiliary_head = None
@@ -145,7 +145,7 @@ def make(name: str, path: Path, args: argparse.Namespace) -> None:
                 runtime,
                 network,
                 Form(args.size, False, precision, metadata(network, classes)),
-                classes, {f'{len(images)} pictures': images},
+                classes, {f'{len(images)} images': images},
                 [np.ascontiguousarray(x.numpy()) for x in images],
                 source=dict(config=path.name, checkpoint='random weights'))
             print(f'{out.name}: {meta["checks"][0]["text"]}', flush=True)
@@ -181,8 +181,8 @@ def timed(args: argparse.Namespace) -> Dict[str, Any]:
             for kind in ('', STOCK) if runtime != 'tensorrt'
         }
         folders = {k: v for k, v in folders.items() if v.exists()}
-        pictures = torch.randn(2, 3, *args.size)
-        model = build(Config.fromfile(path), True, pictures)
+        images = torch.randn(2, 3, *args.size)
+        model = build(Config.fromfile(path), True, images)
         found = time_folders(folders, args.runs, args.warmup, args.threads,
                              model, args.size)
         results['rows'].append(dict(network=name, **found))

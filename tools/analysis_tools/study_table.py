@@ -110,6 +110,7 @@ class Study:
             parts += [
                 f'### {self.title(key)}',
                 self.main_table(part), tests,
+                self.dataset_table(part),
                 self.speeds(part), '#### By class',
                 self.class_table(part)
             ]
@@ -216,7 +217,8 @@ class Study:
                                  self.plan.get('hypotheses', []))
         return [
             f'{title}\n\n' + table(header, [[
-                f'`{t.better}` > `{t.worse}`',
+                f'`{t.better}` > `{t.worse}`' +
+                (f' on {t.dataset}' if t.dataset else ''),
                 str(t.difference.number),
                 difference(t.difference, read=False), f'{t.p:.4f}',
                 f'{t.corrected:.4f}', f'**{t.reading}**'
@@ -243,6 +245,25 @@ class Study:
         return '' if not rows else '#### Speed\n\n' + table(
             ('arm', f'iterations to the last val mIoU of `{self.baseline}`',
              'reached', 'speed-up'), rows)
+
+    def dataset_table(self, part: Group) -> str:
+        """Write the mIoU of each data set, where there are several."""
+        first = next(iter(part.arms[self.ordered(part)[0]].values()))
+        names = list(first[self.split].get('datasets', {}))
+        rows = []
+        for arm in self.ordered(part):
+            cells = [f'`{arm}`']
+            for name in names:
+                scores = list(part.scores(arm, dataset=name).values())
+                wide = np.std(scores, ddof=1) if len(scores) > 1 else None
+                cells.append(spread((np.mean(scores), wide)))
+                gain = part.difference(arm, self.baseline, dataset=name)
+                cells.append('' if arm == self.baseline else difference(gain))
+            rows.append(cells)
+        return '' if not names else '#### By data set\n\n' + table(
+            ('arm', *(f'{cell}' for name in names
+                      for cell in (f'{self.split} mIoU, {name}',
+                                   f'- `{self.baseline}`'))), rows)
 
     def class_table(self, part: Group) -> str:
         """Write the table of the classes of a network."""

@@ -36,7 +36,7 @@ def show(report: CamVidReport) -> None:
                          for (height, width), number in sizes.most_common())
         print(f'{split}: {sum(sizes.values())} images read'
               f'{": " + text if text else ""}')
-    names = (*CamVidDataset.METAINFO['classes'], 'unlabelled')
+    names = (*CamVidDataset.METAINFO['classes'], 'unlabeled')
     width = max(len(split) for split in report.pixels) + 5
     head = ''.join(split.rjust(width) for split in report.pixels)
     print(f'\npixels in % {head}')

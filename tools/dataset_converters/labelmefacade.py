@@ -3,7 +3,7 @@
 
 SOURCE is a copy of https://github.com/cvjena/labelmefacade (for research,
 non-commercial): images/, labels/ with colored label maps, train.txt and
-test.txt. Pictures are copied, labels become class indices, "various" 255.
+test.txt. Images are copied, labels become class indices, "various" 255.
 """
 import argparse
 import shutil
@@ -26,7 +26,7 @@ def to_indices(path: Path) -> np.ndarray:
         path (Path): PNG in the published colors.
 
     Returns:
-        np.ndarray: Class indices, uint8, 255 where unlabelled, shape (H, W).
+        np.ndarray: Class indices, uint8, 255 where unlabeled, shape (H, W).
 
     Raises:
         ValueError: If there is a color of no class.
@@ -65,7 +65,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                                 args.out / 'img' / split / f'{name}.jpg')
         except (OSError, ValueError) as error:
             sys.exit(f'labelmefacade: {error}')
-        print(f'{split}: {len(names)} pictures')
+        print(f'{split}: {len(names)} images')
 
 
 if __name__ == '__main__':

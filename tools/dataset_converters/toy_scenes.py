@@ -40,7 +40,7 @@ def main() -> int:
         return 1
     if written:
         print(f'ToyScenes: {args.num_train} training and {args.num_val} '
-              f'validation pictures in {args.root} '
+              f'validation images in {args.root} '
               f'({time.time() - start:.0f} s)')
     else:
         print(f'ToyScenes is complete in {args.root}; nothing to do')

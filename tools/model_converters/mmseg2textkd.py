@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Make a checkpoint to start a text network from, out of a stock one.
 
-All that has the same name is taken over. Text classifiers are initialised by
+All that has the same name is taken over. Text classifiers are initialized by
 least squares so that they predict what the stock classifier predicted, and it
 is measured how near they come. Train from the result with `load_from`, with
 the same config.
@@ -157,7 +157,7 @@ def held_back(cfg: Config) -> Optional[DataLoader]:
 
 def fit(model: nn.Module, name: str, stock: Tuple[Tensor, Tensor],
         train: Iterator[dict], val: Optional[DataLoader], number: int) -> None:
-    """Initialise one text classifier and print how near it comes."""
+    """Initialize one text classifier and print how near it comes."""
     # A copy: its batch norms move. They take the statistics of each batch, as
     # the first iteration does; those that are saved may lag behind by far.
     learner = copy.deepcopy(model).train()
@@ -232,7 +232,7 @@ def convert(args: argparse.Namespace) -> None:
         fit(model, name, stock[name], batches, val, args.num_images)
 
     # What is neither taken over nor fitted is left out, so that the run
-    # initialises it by its own rules and lists it as missing.
+    # initializes it by its own rules and lists it as missing.
     own = tuple(f'{name}.conv_seg.' for name in fitted)
     state = {
         key: value.cpu()

@@ -7,6 +7,10 @@ the folded network is compared with the trained one.
 
 A checkpoint with no text, folded already or stock, is checked and written as
 it is.
+
+With --classes OUT predicts other words: a stock network with that many
+classes. Where they are the classes of a data set of the config, its config
+trains and tests on that data set, else it is for inference alone.
 """
 import argparse
 import sys
@@ -21,12 +25,17 @@ from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
 from mmengine.registry import MODELS, init_default_scope
 from mmseg.registry import DATASETS
+from torch import nn
 
 import mmseg_textkd
+from mmseg_textkd.apis.class_encoder import ClassEncoder
+from mmseg_textkd.apis.drawing import palette_for
 from mmseg_textkd.deploy import (fold_state_dict, mean_lengths, to_stock_cfg,
                                  verify)
 from mmseg_textkd.deploy.load_stock import dataset_meta
+from mmseg_textkd.deploy.words import set_words, to_words_cfg
 from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
+from mmseg_textkd.models.new_words import NEW_WORDS, place_new_words
 from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
                                            read_checkpoint)
 from mmseg_textkd.utils.io import write_files
@@ -68,7 +77,27 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         nargs='+',
         action=DictAction,
         help='settings of the config to override, as key=value')
+    words = parser.add_argument_group('other words')
+    words.add_argument(
+        '--classes',
+        metavar='FILE',
+        help='file with a word a line, or JSON with phrases, or the key of a '
+        'vocabulary, such as camvid; auxiliary heads are left out')
+    words.add_argument(
+        '--embeddings',
+        type=Path,
+        help='embeddings file with the vectors of new words (default: the '
+        'text tower of the training encodes them)')
+    words.add_argument('--tower', help='text tower, if the config has none')
+    words.add_argument('--pretrained', help='tag or file of its weights')
+    words.add_argument(
+        '--new-words',
+        choices=NEW_WORDS,
+        default=NEW_WORDS[0],
+        help='how their vectors are used (default: %(default)s)')
     args = parser.parse_args(argv)
+    if args.classes is None and (args.embeddings or args.tower):
+        parser.error('--embeddings and --tower are for --classes')
     if args.num_images < 1:
         parser.error('--num-images must be at least 1')
     if args.out.suffix != '.pth':
@@ -114,6 +143,42 @@ def test_images(cfg: Config, number: int) -> List[Dict]:
         return []
 
 
+def choose_words(args: argparse.Namespace, cfg: Config, model: nn.Module,
+                 meta: Dict) -> Config:
+    """Make the words of the command line the classes of the network.
+
+    Returns:
+        Config: The config of the network with these classes.
+    """
+    own = dataset_meta(cfg, meta.get('dataset_meta'))
+    names, palette = own['classes'], own.get('palette')
+    if args.classes is None:
+        several = 'label_spaces' in (meta.get('dataset_meta') or {})
+        return to_words_cfg(cfg, names, palette) if several else cfg
+    head = cfg.model.decode_head
+    encoder = ClassEncoder(model.decode_head.text_branch.text, head.text,
+                           names)
+    classes = Path(args.classes)
+    found = encoder.encode(
+        classes if classes.is_file() else args.classes,
+        tower=args.tower,
+        pretrained=args.pretrained,
+        embeddings=args.embeddings)
+    new = [k for k, row in enumerate(found.trained) if row is None]
+    vectors = found.vectors.clone()
+    own_vectors = encoder.provider.class_embeddings
+    vectors[new] = place_new_words(vectors[new], own_vectors, args.new_words)
+    set_words(model, vectors, found.trained)
+    print(f'{len(found.names)} classes: {found.source}')
+    colors = [
+        None if row is None or not palette else palette[row]
+        for row in found.trained
+    ]
+    meta['dataset_meta'] = dict(
+        classes=found.names, palette=palette_for(colors))
+    return to_words_cfg(cfg, found.names, meta['dataset_meta']['palette'])
+
+
 def convert(args: argparse.Namespace) -> None:
     """Do what the command line says."""
     cfg = Config.fromfile(args.config)
@@ -134,23 +199,35 @@ def convert(args: argparse.Namespace) -> None:
             for k, v in state.items()
             if not (strip and k.startswith('auxiliary_head.'))
         }
-    stock_cfg = to_stock_cfg(cfg, strip, args.l2 == 'keep')
-    text = stock_cfg.pretty_text
-    # What is verified is what will be in the file.
-    stock_cfg = Config.fromstring(text, '.py')
+        if args.classes is not None:
+            raise ValueError('a checkpoint without text has its own classes '
+                             'alone; take that of the training.')
+        stock_cfg = to_stock_cfg(cfg, strip, args.l2 == 'keep')
+        text = stock_cfg.pretty_text
+        # What is verified is what will be in the file.
+        stock_cfg = Config.fromstring(text, '.py')
     model = MODELS.build((stock_cfg if folded else cfg).model)
     load_strictly(model, state, args.checkpoint)
     model.to(args.device).eval()
+    images_cfg = cfg
+    if not folded:
+        strip = strip or args.classes is not None
+        words_cfg = choose_words(args, cfg, model, meta)
+        stock_cfg = to_stock_cfg(words_cfg, strip, args.l2 == 'keep')
+        text = stock_cfg.pretty_text
+        stock_cfg = Config.fromstring(text, '.py')
+        if words_cfg is cfg:
+            images_cfg = stock_cfg
 
     lengths = None
     if args.l2 == 'approximate':
-        images = test_images(stock_cfg, 2 * args.num_images)
+        images = test_images(images_cfg, 2 * args.num_images)
         if len(images) < 2:
             raise ValueError('`--l2 approximate` needs images of the test '
                              'set: to measure lengths on, and the result.')
         lengths, images = mean_lengths(model, images[::2]), images[1::2]
     else:
-        images = test_images(stock_cfg, args.num_images)
+        images = test_images(images_cfg, args.num_images)
     state = fold_state_dict(model, strip, args.l2 == 'keep', lengths)
     report = verify(
         model, stock_cfg, state, images, tolerance=None if lengths else 1e-4)

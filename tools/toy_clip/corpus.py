@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Picture crops and captions from generated scenes, to train ToyCLIP on."""
+"""Image crops and captions from generated scenes, to train ToyCLIP on."""
 from collections import Counter
 from dataclasses import dataclass
 from typing import Dict, List, Sequence, Tuple
@@ -12,7 +12,7 @@ from mmseg_textkd.datasets.toy_scenes_painter import (CLASSES, PERSON, POLE,
 from mmseg_textkd.datasets.toy_scenes_renderer import Scene, render_scene
 
 CROP_SIZE = 32
-WHOLE_SCENE = len(CLASSES)  # pseudo label of a picture of everything
+WHOLE_SCENE = len(CLASSES)  # pseudo label of an image of everything
 # The first noun is the class name.
 NOUNS: Dict[str, Tuple[str, ...]] = dict(
     sky=('sky', 'open sky', 'heavens'),
@@ -73,7 +73,7 @@ class Crop:
         pixels (np.ndarray): 32×32×3 uint8, RGB.
         label (int): Index into ``CLASSES``, or ``WHOLE_SCENE``.
         light (str): One of the scene's lights.
-        color (str): Colour of the thing; '' for stuff.
+        color (str): Color of the thing; '' for stuff.
         kind (str): Its variant, such as 'van'; '' for none.
         near (bool): Whether it is near and so large.
         others (str): For whole scenes, what can be seen in it.
@@ -89,7 +89,7 @@ class Crop:
 
 def _cut(scene: Scene, cx: float, cy: float,
          side: float) -> Tuple[np.ndarray, np.ndarray]:
-    """A square window, shifted into the picture; pixels (RGB) and labels."""
+    """A square window, shifted into the image; pixels (RGB) and labels."""
     h, w = scene.label.shape
     side = int(min(max(round(side), 6), h))
     x = int(np.clip(round(cx - side / 2), 0, w - side))
@@ -175,7 +175,7 @@ def make_crops(seed: int,
     Args:
         seed (int): Seed of the scenes.
         split (str): Name of the split; use none of the data set's own, so
-            that no picture of it is seen.
+            that no image of it is seen.
         num_scenes (int): How many scenes to generate.
         per_class (int): Crops per stuff class and scene. Defaults to 2.
 

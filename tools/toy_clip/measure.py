@@ -19,7 +19,7 @@ RELATIONS = tuple(
 
 
 def to_tensor(crops: List[Crop]) -> torch.Tensor:
-    """Normalised pixels of crops, N×3×32×32 float32."""
+    """Normalized pixels of crops, N×3×32×32 float32."""
     pixels = np.stack([c.pixels for c in crops]).astype(np.float32) / 255
     pixels = (pixels - np.float32(MEAN)) / np.float32(STD)
     return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
@@ -27,7 +27,7 @@ def to_tensor(crops: List[Crop]) -> torch.Tensor:
 
 @torch.no_grad()
 def word_vectors(model, tokenizer, words) -> torch.Tensor:
-    """L2-normalised vectors of 'a photo of a <word>.', N×64."""
+    """L2-normalized vectors of 'a photo of a <word>.', N×64."""
     tokens = tokenizer([class_caption(word) for word in words])
     return model.encode_text(tokens, normalize=True)
 

@@ -62,11 +62,11 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def encode(visual: nn.Module, images: Tensor) -> CLIPFeatures:
-    """Run the image tower on pictures of any size, with gradient.
+    """Run the image tower on images of any size, with gradient.
 
     Args:
         visual (nn.Module): open_clip's image tower.
-        images (Tensor): Normalised, shape (N, 3, H, W).
+        images (Tensor): Normalized, shape (N, 3, H, W).
 
     Returns:
         CLIPFeatures: Tokens of all depths.

@@ -1,6 +1,6 @@
 # https://github.com/HKUSTCV/FSS-1000, unpacked into data/FSS-1000.
 test_pipeline = [
-    # As torchvision reads and resizes pictures.
+    # As torchvision reads and resizes images.
     dict(type='LoadImageFromFile', imdecode_backend='pillow'),
     dict(type='Resize', scale=(480, 480), keep_ratio=False, backend='pillow'),
     dict(type='LoadAnnotations', imdecode_backend='pillow'),

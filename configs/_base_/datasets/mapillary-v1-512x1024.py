@@ -1,4 +1,4 @@
 # MMSegmentation's own: Mapillary Vistas v1.2 with 65 classes; label 65
-# (unlabelled) is ignored.
+# (unlabeled) is ignored.
 _base_ = __import__('mmseg_textkd').stock_config(
     '_base_/datasets/mapillary_v1_65.py')

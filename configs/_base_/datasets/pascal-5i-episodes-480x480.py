@@ -1,7 +1,7 @@
 # HSNet's lists (https://github.com/juhongm999/hsnet, data/splits/pascal) go to
 # data/VOCdevkit/VOC2012/splits/pascal.
 test_pipeline = [
-    # As torchvision reads and resizes pictures.
+    # As torchvision reads and resizes images.
     dict(type='LoadImageFromFile', imdecode_backend='pillow'),
     dict(type='Resize', scale=(480, 480), keep_ratio=False, backend='pillow'),
     dict(type='LoadAnnotations', imdecode_backend='pillow'),

@@ -1,5 +1,5 @@
 # ToyScenes (python tools/dataset_converters/toy_scenes.py): 400 + 100
-# generated scenes of 128x256, 8 classes, 255 = unlabelled.
+# generated scenes of 128x256, 8 classes, 255 = unlabeled.
 dataset_type = 'ToyScenesDataset'
 data_root = 'data/toy_scenes/'
 train_pipeline = [

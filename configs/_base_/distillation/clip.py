@@ -1,5 +1,5 @@
 # CLIP's image tower, frozen, tells in training what it sees at each patch of
-# the pictures; it is asked for no class.
+# the images; it is asked for no class.
 text_clip_teachers = dict(
     camvid=dict(
         type='FrozenCLIPTeacher',

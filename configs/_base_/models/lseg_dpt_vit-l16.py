@@ -1,4 +1,4 @@
-# LSeg as its authors released it: ViT-L/16 of 384x384 pictures, DPT's decoder,
+# LSeg as its authors released it: ViT-L/16 of 384x384 images, DPT's decoder,
 # and CLIP ViT-B/32's text. https://github.com/isl-org/lang-seg
 data_preprocessor = dict(
     type='SegDataPreProcessor',
@@ -6,7 +6,7 @@ data_preprocessor = dict(
     std=[127.5, 127.5, 127.5],
     bgr_to_rgb=True,
     size=(480, 480),
-    # Black, as their pictures are padded, also where a test picture is small.
+    # Black, as their images are padded, also where a test image is small.
     pad_val=-1,
     seg_pad_val=255,
     test_cfg=dict(size=(480, 480)))

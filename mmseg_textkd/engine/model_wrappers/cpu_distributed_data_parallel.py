@@ -14,7 +14,7 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
     """Distributed training of a model on CPUs.
 
     Synchronised batch norm, which torch has on GPUs only, becomes plain batch
-    norm: each rank then normalises by its own part of the batch.
+    norm: each rank then normalizes by its own part of the batch.
 
     Args:
         module (nn.Module): The model.

@@ -13,6 +13,6 @@ class TextDPTHead(TextHeadMixin, DPTHead):
     ``text_branch=dict(norm='l2', bias=False, regularization=dict())``, which
     every other text head takes too.
 
-    All other arguments and behaviour are those of the stock head; see
+    All other arguments and behavior are those of the stock head; see
     :class:`TextHeadMixin` for what text adds.
     """

@@ -11,6 +11,6 @@ class TextFCNHead(TextHeadMixin, FCNHead):
 
     It is the head of BiSeNetV1, BiSeNetV2, STDC, CGNet, ERFNet and ICNet.
 
-    All other arguments and behaviour are those of the stock head; see
+    All other arguments and behavior are those of the stock head; see
     :class:`TextHeadMixin` for what text adds.
     """

@@ -9,12 +9,12 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ..calls import calls_of
 from ..layers import BalancedTextClassifier, TextBranch
+from ..record_calls import record_calls
 from .branch_type import branch_type
-from .hidden_classes import check_labels, check_teacher
 from .stock_head import (check_stock_head, foldable_norm_cfg,
                          init_without_conv_seg)
+from .unseen_classes import check_unseen_labels, check_unseen_teacher
 
 ROLES = ('classifier', 'auxiliary')
 
@@ -50,13 +50,13 @@ class TextHeadMixin:
         text_losses (Sequence[dict], optional): Losses on pixel and class
             embeddings, called with both, the labels at the resolution of the
             pixel embeddings, ``ignore_index`` and ``batch_data_samples``
-            (which bring what a teacher knows of the images), or, in stage 2,
+            (which hold the outputs of a teacher), or, in stage 2,
             on learned and fixed class embeddings. Defaults to
             None: none for 'classifier', or that of the image projection for
             a ``BalancedTextClassifier``; one ``TextAlignmentLoss`` of weight
             0.4 (DenseCLIP's) for 'auxiliary'.
         fusion (dict, optional): Config of a :class:`TextFusion`, such as
-            ``dict(type='TwoWayBridge')``, in which image and text meet: for
+            ``dict(type='TwoWayBridge')``, which fuses image and text: for
             training only, in either role, or, with ``use='inference'``, for
             good, in the role 'classifier'. Defaults to None.
 
@@ -97,7 +97,7 @@ class TextHeadMixin:
             self.conv_seg = branch
             self.init_cfg = init_without_conv_seg(self.init_cfg)
         else:
-            if branch.fusion is not None and branch.fusion.kept:
+            if branch.fusion is not None and branch.fusion.used_at_inference:
                 raise ValueError(
                     "a fusion with use='inference' needs role='classifier': "
                     "in the role 'auxiliary' no text is deployed.")
@@ -118,7 +118,7 @@ class TextHeadMixin:
             raise ValueError(
                 "text_branch=dict(type='BalancedTextClassifier') and an "
                 'ImageEmbeddingDistillationLoss in `text_losses` belong '
-                'together: one has the image projection, the other teaches '
+                'together: one has the image projection, the other trains '
                 'it.')
         self._classifier_called = False
 
@@ -138,7 +138,7 @@ class TextHeadMixin:
 
     def loss(self, inputs: Union[Tensor, Sequence[Tensor]],
              *args) -> Dict[str, Tensor]:
-        """Compute the head's own losses and those of the text.
+        """Compute the head's own losses and the text losses.
 
         Args:
             inputs (Tensor | Sequence[Tensor]): Features of the backbone.
@@ -152,29 +152,28 @@ class TextHeadMixin:
         Raises:
             RuntimeError: If the stock head does not call its classifier, or
                 with text losses if it calls it more than once.
-            ValueError: If there are labels of classes that are to stay
-                unseen, or a teacher that knows them.
+            ValueError: If there are labels of unseen classes, or a teacher
+                that depends on them.
         """
         unseen = getattr(self.text_branch, 'unseen', ())
         if unseen:
-            check_labels(self._labels(args[-2]), unseen)
-            check_teacher(args[-2])
+            check_unseen_labels(self._labels(args[-2]), unseen)
+            check_unseen_teacher(args[-2])
         extra = bool(self.text_losses) or self.text_branch.fusion is not None
         if self._classifier_called and not extra:
             return super().loss(inputs, *args)
-        # The tensors are taken on their way through the stock forward, by
-        # hooks that live no longer than this call: the head need not be
-        # copied, and nothing stays behind on the modules.
+        # Forward hooks, removed after this call, record the tensors of the
+        # stock forward, so that it need not be copied.
         with ExitStack() as stack:
             modules = [self.conv_seg]
             if self.role == 'classifier':
                 modules += [self.text_branch.projection, self.text_branch.text]
-            taken = [stack.enter_context(calls_of(m)) for m in modules]
+            records = [stack.enter_context(record_calls(m)) for m in modules]
             losses = super().loss(inputs, *args)
-        self._check_calls(len(taken[0]), extra)
+        self._check_calls(len(records[0]), extra)
         if not extra:
             return losses
-        (feat, logits), *branch = [calls[0] for calls in taken]
+        (feat, logits), *branch = [calls[0] for calls in records]
         if self.role == 'classifier':
             embeddings, text = [output for _, output in branch]
         else:
@@ -195,7 +194,7 @@ class TextHeadMixin:
                      batch_data_samples: list) -> Dict[str, Tensor]:
         labels = self._labels(batch_data_samples)
         if getattr(self.text_branch, 'unseen', ()):
-            # As if there were no other classes.
+            # Losses over the seen classes only.
             text = self.text_branch.seen_text(text)
             own = torch.searchsorted(self.text_branch.seen, labels)
             labels = torch.where(labels == self.ignore_index, labels, own)
@@ -256,5 +255,5 @@ class TextHeadMixin:
 
 
 def _of_image_projection(loss: nn.Module) -> bool:
-    """Whether a text loss is about the image projection."""
+    """Whether a text loss takes the embeddings of the image projection."""
     return getattr(loss, 'of_image_projection', False)

@@ -9,6 +9,6 @@ from .text_head_mixin import TextHeadMixin
 class TextLightHamHead(TextHeadMixin, LightHamHead):
     """``LightHamHead`` that learns with text: for SegNeXt.
 
-    All other arguments and behaviour are those of the stock head; see
+    All other arguments and behavior are those of the stock head; see
     :class:`TextHeadMixin` for what text adds.
     """

@@ -9,6 +9,6 @@ from .text_head_mixin import TextHeadMixin
 class TextPIDHead(TextHeadMixin, PIDHead):
     """``PIDHead`` that learns with text, in its integral branch: for PIDNet.
 
-    All other arguments and behaviour are those of the stock head; see
+    All other arguments and behavior are those of the stock head; see
     :class:`TextHeadMixin` for what text adds.
     """

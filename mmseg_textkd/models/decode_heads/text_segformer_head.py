@@ -9,6 +9,6 @@ from .text_head_mixin import TextHeadMixin
 class TextSegformerHead(TextHeadMixin, SegformerHead):
     """``SegformerHead`` that learns with text: for SegFormer.
 
-    All other arguments and behaviour are those of the stock head; see
+    All other arguments and behavior are those of the stock head; see
     :class:`TextHeadMixin` for what text adds.
     """

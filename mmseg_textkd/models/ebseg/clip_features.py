@@ -52,7 +52,7 @@ class CLIPFeatures:
             first_block (int): Number of blocks before the copies are made.
 
         Returns:
-            Tensor: Embeddings, not normalised, with shape (N, Q, D).
+            Tensor: Embeddings, not normalized, with shape (N, Q, D).
         """
         if bias.dim() == 4:
             bias = bias[:, None]
@@ -85,7 +85,7 @@ class CLIPFeatures:
                 the patches are those of the plain tower.
 
         Returns:
-            Tensor: Embeddings, not normalised, with shape (N, D, h, w).
+            Tensor: Embeddings, not normalized, with shape (N, D, h, w).
         """
         blocks = self.network.transformer.resblocks
         start = len(blocks) - surgery_blocks
@@ -125,11 +125,11 @@ def resize_position(embedding: Tensor, grid: Tuple[int, int],
 
 def encode_image(network: nn.Module, images: Tensor, position: Tensor,
                  logit_scale: float) -> CLIPFeatures:
-    """Run a CLIP image tower on pictures of any size.
+    """Run a CLIP image tower on images of any size.
 
     Args:
         network (nn.Module): open_clip's image tower, a plain ViT.
-        images (Tensor): Normalised, shape (N, 3, H, W), sides of whole
+        images (Tensor): Normalized, shape (N, 3, H, W), sides of whole
             patches.
         position (Tensor): Positional embedding for the tower's own grid,
             shape (1 + L, C).

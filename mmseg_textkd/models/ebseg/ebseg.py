@@ -25,7 +25,7 @@ class EBSeg(EncoderDecoder):
     Balancing <https://arxiv.org/abs/2406.09829>`_.
 
     Images must come as RGB; they are brought back to [0, 255], and each of
-    the two towers normalises them in its own way. Sizes that are no multiples
+    the two towers normalizes them in its own way. Sizes that are no multiples
     of 32 are padded on the right and at the bottom.
 
     Args:

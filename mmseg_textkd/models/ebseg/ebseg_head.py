@@ -146,7 +146,7 @@ class EBSegHead(BaseModule):
             return scale * embeddings @ torch.cat([text, nothing[None]]).T
 
     def balanced(self, found: MaskEmbeddings, scale: float) -> Tensor:
-        """Tell of which classes masks are, by all three embeddings.
+        """Compute balanced class probabilities of masks from all embeddings.
 
         Args:
             found (MaskEmbeddings): The masks.
@@ -154,17 +154,19 @@ class EBSegHead(BaseModule):
 
         Returns:
             Tensor: Probabilities of the classes of inference with shape
-            (N, Q, K'); their sum is that of not being "no object".
+            (N, Q, K'); they sum to 1 minus the probability of "no object".
         """
         text, seen = self.text.vocabulary()
-        a, b, d = (
-            self.classify(e, text, scale)
-            for e in (found.supervised, found.attention, found.frozen))
-        nothing = a.softmax(dim=2)[..., -1:]
-        # "No object" was learned for A and B alone.
-        a, b, d = (x[..., :-1].softmax(dim=2) for x in (a, b, d))
-        p = balance_probabilities(a, b, d, seen, **self.balance) + 1e-8
-        return (1 - nothing) * p / p.sum(dim=2, keepdim=True)
+        logits = [
+            self.classify(embeddings, text, scale)
+            for embeddings in (found.supervised, found.attention, found.frozen)
+        ]
+        no_object = logits[0].softmax(dim=2)[..., -1:]
+        # "No object" is not learned for the frozen embedding.
+        probs = balance_probabilities(
+            *(x[..., :-1].softmax(dim=2)
+              for x in logits), seen, **self.balance) + 1e-8
+        return (1 - no_object) * probs / probs.sum(dim=2, keepdim=True)
 
     def forward(self,
                 inputs: FusedFeatures,
@@ -202,14 +204,16 @@ class EBSegHead(BaseModule):
         text, scale = self.text(), inputs.clip.logit_scale
         decoded = self.decoder(inputs.levels, inputs.pixels)
         supervised = [
-            self.embedder.supervised(d, inputs.pixels) for d in decoded
+            self.embedder.supervised(masks, inputs.pixels) for masks in decoded
         ]
         attention = self.embedder.attention(decoded, inputs.pixels,
                                             inputs.clip)
         layers = [
             LayerPrediction(
-                self.classify(a, text, scale), self.classify(b, text, scale),
-                d.masks) for a, b, d in zip(supervised, attention, decoded)
+                self.classify(by_pixels, text, scale),
+                self.classify(by_clip, text, scale),
+                queries.masks) for by_pixels, by_clip, queries in zip(
+                    supervised, attention, decoded)
         ]
         labels = torch.cat([s.gt_sem_seg.data for s in batch_data_samples])
         height, width = (
@@ -238,12 +242,12 @@ class EBSegHead(BaseModule):
             once; that of the images where they slide over it, are padded, or
             are of files of different sizes.
         """
-        scores = self.forward(inputs, _wanted_size(batch_img_metas))
+        scores = self.forward(inputs, _output_size(batch_img_metas))
         return self.predict_by_feat(scores, batch_img_metas)
 
     def predict_by_feat(self, scores: Tensor,
                         batch_img_metas: List[dict]) -> Tensor:
-        """Resize scores, where they are not of the size wanted.
+        """Resize scores to the output size.
 
         Args:
             scores (Tensor): Shape (N, K', h, w).
@@ -254,12 +258,12 @@ class EBSegHead(BaseModule):
         """
         return resize(
             scores,
-            size=_wanted_size(batch_img_metas),
+            size=_output_size(batch_img_metas),
             mode='bilinear',
             align_corners=self.align_corners)
 
 
-def _wanted_size(metas: List[dict]) -> Tuple[int, int]:
+def _output_size(metas: List[dict]) -> Tuple[int, int]:
     """Height and width of scores, see :meth:`EBSegHead.predict`."""
     size = metas[0]['img_shape']
     if isinstance(size, torch.Size):  # set by sliding windows

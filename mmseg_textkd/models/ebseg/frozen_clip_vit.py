@@ -127,7 +127,7 @@ class FrozenCLIPViT(FrozenTower):
                 ],
                 antialias=True)
         images = F.interpolate(
-            self.normalise(pixels),
+            self.normalize(pixels),
             mode='bilinear',
             align_corners=False,
             **how)

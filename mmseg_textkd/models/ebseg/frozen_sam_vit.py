@@ -149,7 +149,7 @@ class FrozenSAMViT(FrozenTower):
             global attention, with gradient to the positional embedding.
         """
         network = self.network_for(pixels)
-        x = network.patch_embed(self.normalise(pixels))
+        x = network.patch_embed(self.normalize(pixels))
         position = F.interpolate(
             self.positional_embedding.permute(0, 3, 1, 2),
             x.shape[1:3],

@@ -103,7 +103,7 @@ class FrozenTower(BaseModule, metaclass=ABCMeta):
             network.to(pixels.device, pixels.dtype)
         return network
 
-    def normalise(self, pixels: Tensor) -> Tensor:
+    def normalize(self, pixels: Tensor) -> Tensor:
         """Bring images to the mean and deviation of the network.
 
         Args:

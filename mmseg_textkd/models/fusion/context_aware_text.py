@@ -105,7 +105,7 @@ class ContextAwareText(TextFusion):
             nn.LayerNorm(width), nn.Linear(width, dim))
         self.gamma = nn.Parameter(torch.full((dim, ), gamma))
         self.score_weight = None
-        if self.kept:
+        if self.used_at_inference:
             self.score_weight = nn.Parameter(
                 torch.zeros(num_classes, num_classes))
 

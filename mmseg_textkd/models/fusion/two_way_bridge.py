@@ -92,7 +92,7 @@ class TwoWayBridge(TextFusion):
                 'loss weights must not be negative and the temperature must '
                 f'be positive, but got ce_weight={ce_weight}, '
                 f'kl_weight={kl_weight}, temperature={temperature}.')
-        if not self.kept and not ce_weight:
+        if not self.used_at_inference and not ce_weight:
             raise ValueError(
                 "TwoWayBridge with use='training' and ce_weight=0 would never "
                 'learn what it is to teach; give a positive `ce_weight`.')
@@ -114,7 +114,7 @@ class TwoWayBridge(TextFusion):
         self.text_out = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, dim))
         self.pixels_out = nn.Linear(width, dim, bias=False)
-        # Not convolutions, which some stock heads initialise wherever they
+        # Not convolutions, which some stock heads initialize wherever they
         # find them.
         self.text_gate = nn.Parameter(torch.zeros(dim))
         self.pixel_gate = nn.Parameter(torch.zeros(dim))
@@ -196,7 +196,7 @@ class TwoWayBridge(TextFusion):
             dict[str, Tensor]: Scalars by their name in the log; none with
             ``use='inference'``, where the head's losses suffice.
         """
-        if self.kept:
+        if self.used_at_inference:
             return {}
         fused = branch.classify(embeddings, *self(feat, text))
         ce = self.cross_entropy(fused, labels, ignore_index)

@@ -6,7 +6,7 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from .balance import balance_logarithms, check_exponents
+from .balance import balance_log_probabilities, check_exponents
 from .pixel_projection import PixelProjection
 from .similarity import pixel_text_similarity
 from .text_classifier import TextClassifier
@@ -14,7 +14,7 @@ from .text_classifier import TextClassifier
 
 @MODELS.register_module()
 class BalancedTextClassifier(TextClassifier):
-    r"""A text classifier that asks CLIP about the classes it has not seen.
+    r"""Text classifier balanced with distilled CLIP image embeddings.
 
     Beside the supervised projection P there is an image projection R of the
     same features. Its output learns to be the image embedding that frozen
@@ -57,7 +57,7 @@ class BalancedTextClassifier(TextClassifier):
 
     Raises:
         ValueError: If the exponents are no weights of a mean, the scale is
-            not positive, or a fusion is kept at inference.
+            not positive, or a fusion is used at inference.
     """
 
     def __init__(self,
@@ -76,9 +76,9 @@ class BalancedTextClassifier(TextClassifier):
         if not clip_scale > 0:
             raise ValueError(
                 f'`clip_scale` must be positive, but got {clip_scale}.')
-        if self.keeps_fusion:
+        if self.fuses_at_inference:
             raise ValueError(
-                f'a {type(self.fusion).__name__} that is kept at inference '
+                f'a {type(self.fusion).__name__} that is used at inference '
                 'and a balance exclude each other: its logits are of other '
                 'text for each image. Leave one of them out.')
         self.clip_scale = clip_scale
@@ -92,7 +92,7 @@ class BalancedTextClassifier(TextClassifier):
 
     @property
     def balanced(self) -> bool:
-        """bool: Whether evaluation is not that of :class:`TextClassifier`."""
+        """bool: Whether evaluation differs from :class:`TextClassifier`."""
         return bool(self.unseen) and any(self.balance.values())
 
     def forward(self, feat: Tensor) -> Tensor:
@@ -111,14 +111,14 @@ class BalancedTextClassifier(TextClassifier):
         images = self.image_projection(feat)
         with torch.autocast(feat.device.type, enabled=False):
             text = (self.clip_scale * self.text()).to(logits)
-            return balance_logarithms(
+            return balance_log_probabilities(
                 logits.log_softmax(dim=1),
                 pixel_text_similarity(images.to(logits),
                                       text).log_softmax(dim=1),
                 self.seen_in_training(), **self.balance)
 
     def seen_in_training(self) -> Tensor:
-        """Tell which classes had labels in training.
+        """Get the mask of the classes with labels in training.
 
         Returns:
             Tensor: Bool with shape (K, ).
@@ -128,7 +128,7 @@ class BalancedTextClassifier(TextClassifier):
             device=self.text.class_embeddings.device)
 
     def image_conv(self, text: Optional[Tensor] = None) -> nn.Conv2d:
-        """Fold the image projection, the text and CLIP's scale into one.
+        """Fold image projection, text and CLIP's scale into a 1x1 convolution.
 
         Args:
             text (Tensor, optional): Embeddings of K' other classes, unit
@@ -150,23 +150,23 @@ class BalancedTextClassifier(TextClassifier):
 
 @contextmanager
 def without_balance(model: nn.Module) -> Iterator[bool]:
-    """Let all text classifiers of a model score without CLIP.
+    """Disable the balancing of all text classifiers of a model.
 
     Args:
         model (nn.Module): The model.
 
     Yields:
-        bool: Whether that makes a difference.
+        bool: Whether there is a classifier with balancing.
     """
     found = [
         m for m in model.modules()
         if isinstance(m, BalancedTextClassifier) and m.balanced
     ]
-    kept = [m.balance for m in found]
+    balances = [m.balance for m in found]
     for module in found:
         module.balance = dict(alpha=0., beta=0.)
     try:
         yield bool(found)
     finally:
-        for module, balance in zip(found, kept):
+        for module, balance in zip(found, balances):
             module.balance = balance

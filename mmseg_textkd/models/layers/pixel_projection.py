@@ -14,7 +14,7 @@ NORMS = ('bn', 'l2', 'none')
 class PixelProjection(BaseModule):
     """Bring the features of a head into the space of the text embeddings.
 
-    A 1x1 convolution C -> D and a norm. With batch normalisation, which is an
+    A 1x1 convolution C -> D and a norm. With batch normalization, which is an
     affine map in evaluation mode, everything up to the logits is affine in
     the features and folds into one convolution. An L2 norm is not.
 

@@ -62,7 +62,7 @@ class SpatialRegularization(nn.Module):
         self.kind = kind
         self.depth = depth
         self.activation = activation
-        # No nn.Conv2d: some heads initialise all of those at random.
+        # No nn.Conv2d: some heads initialize all of those at random.
         weight = torch.zeros(depth, 3, 3)
         weight[:, 1, 1] = 1
         self.weight = nn.Parameter(weight)

@@ -9,10 +9,10 @@ from .logit_scale import LogitScale
 from .similarity import pixel_text_similarity
 from .spatial_regularization import SpatialRegularization
 from .text_branch import TextBranch
-from .text_fusion import WAYS_OUT
+from .text_fusion import CANNOT_FOLD
 
 # Softmax gives exactly 0 in float32, and resizing no NaN as of infinity.
-HIDDEN_LOGIT = -1e4
+UNSEEN_LOGIT = -1e4
 
 
 @MODELS.register_module()
@@ -63,7 +63,7 @@ class TextClassifier(TextBranch):
     Raises:
         ValueError: If ``unseen`` does not fit, or comes with a bias, which
             nothing would learn for these classes, or with a fusion, whose
-            tokens would know their names.
+            tokens include their names.
     """
 
     def __init__(self,
@@ -94,9 +94,9 @@ class TextClassifier(TextBranch):
         self.num_classes = num_classes
         self.unseen = tuple(unseen or ())
         if self.unseen:
-            self._hide(bias)
+            self._set_unseen(bias)
 
-    def _hide(self, bias: bool) -> None:
+    def _set_unseen(self, bias: bool) -> None:
         seen = [k for k in range(self.num_classes) if k not in self.unseen]
         if not seen or len(seen) + len(set(self.unseen)) != self.num_classes:
             raise ValueError('`unseen` must be some of the classes 0 to '
@@ -109,7 +109,7 @@ class TextClassifier(TextBranch):
         if self.fusion is not None:
             raise ValueError(
                 f'{type(self.fusion).__name__} lets all class names take part '
-                'in training, also those that `unseen` hides; leave one of '
+                'in training, also those of `unseen` classes; leave one of '
                 'them out.')
         # It follows from the config and is not in checkpoints.
         self.register_buffer('seen', torch.tensor(seen), persistent=False)
@@ -124,15 +124,15 @@ class TextClassifier(TextBranch):
             Tensor: Logits, float32 or wider, with shape (N, K, H, W).
         """
         text = self.text(feat.shape[0])
-        if self.keeps_fusion:
+        if self.fuses_at_inference:
             self.fusion.check_text(text)
             return self.fusion.classify(self, feat, text)
         return self.classify(self.projection(feat), text)
 
     @property
-    def keeps_fusion(self) -> bool:
-        """bool: Whether a fusion has a part in the logits."""
-        return self.fusion is not None and self.fusion.kept
+    def fuses_at_inference(self) -> bool:
+        """bool: Whether the logits depend on a fusion."""
+        return self.fusion is not None and self.fusion.used_at_inference
 
     def classify(self,
                  embeddings: Tensor,
@@ -150,8 +150,8 @@ class TextClassifier(TextBranch):
         Returns:
             Tensor: Logits, float32 or wider, with shape (N, K, H, W).
         """
-        hide = self.training and self.unseen
-        if hide:
+        seen_only = self.training and self.unseen
+        if seen_only:
             text = self.seen_text(text)
         # Under AMP too: half precision cannot tell class names apart whose
         # cosines differ in the third digit.
@@ -166,14 +166,14 @@ class TextClassifier(TextBranch):
                 logits = logits + self.logit_bias.to(dtype)[:, None, None]
             if self.regularization is not None:
                 logits = self.regularization(logits)
-        if hide:
+        if seen_only:
             shape = (len(logits), self.num_classes, *logits.shape[2:])
-            logits = logits.new_full(shape, HIDDEN_LOGIT).index_copy(
+            logits = logits.new_full(shape, UNSEEN_LOGIT).index_copy(
                 1, self.seen, logits)
         return logits
 
     def seen_text(self, text: Tensor) -> Tensor:
-        """Leave out the classes that are unseen in training.
+        """Select the class embeddings of the seen classes.
 
         Args:
             text (Tensor): Class embeddings, of a shape that :meth:`classify`
@@ -188,7 +188,7 @@ class TextClassifier(TextBranch):
     def as_conv(self,
                 text: Optional[Tensor] = None,
                 bias: Optional[Tensor] = None) -> nn.Conv2d:
-        r"""Fold everything into one ordinary 1x1 convolution.
+        r"""Fold the classifier into one stock 1x1 convolution.
 
         See :meth:`PixelProjection.fold`; the vectors are :math:`s\, T`.
 
@@ -207,13 +207,13 @@ class TextClassifier(TextBranch):
                 yet an affine map.
             ValueError: With an L2 norm, which is not affine, with
                 regularization blocks, which look at more than one pixel, or
-                with a fusion that is kept at inference.
+                with a fusion that is used at inference.
         """
         if self.training:
             raise RuntimeError('TextClassifier.as_conv() needs evaluation '
                                'mode; call `.eval()` first.')
-        if self.keeps_fusion:
-            raise ValueError(f'{type(self.fusion).__name__} {WAYS_OUT}')
+        if self.fuses_at_inference:
+            raise ValueError(f'{type(self.fusion).__name__} {CANNOT_FOLD}')
         if self.projection.norm == 'l2':
             raise ValueError(
                 "norm='l2' divides each pixel by its own length and cannot "
@@ -221,7 +221,7 @@ class TextClassifier(TextBranch):
                 'deploy unfolded.')
         if self.regularization is not None and self.regularization.depth:
             raise ValueError(
-                'spatial regularization blocks look at neighbouring pixels '
+                'spatial regularization blocks look at neighboring pixels '
                 'and other labels and cannot be folded into a 1x1 '
                 'convolution; train without `regularization`, or deploy '
                 'unfolded.')

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .text_classifier import TextClassifier
 
 USES = ('training', 'inference')
-WAYS_OUT = (
+CANNOT_FOLD = (
     "with use='inference' depends on the image and does not fold into a "
     'convolution. Choose: deploy it unfolded, with the plugin or as a graph '
     'that needs none (tools/deployment/deploy.py), or train with '
@@ -20,7 +20,7 @@ WAYS_OUT = (
 
 
 class TextFusion(BaseModule, metaclass=ABCMeta):
-    """Base of the modules in which an image and the text meet.
+    """Base of the modules that fuse image features and text.
 
     It lies in the text branch of a head, between the features and the
     similarities. With ``use='training'`` the deployed network never runs it:
@@ -44,16 +44,16 @@ class TextFusion(BaseModule, metaclass=ABCMeta):
         self.use = use
 
     @property
-    def kept(self) -> bool:
-        """bool: Whether the deployed network has it."""
+    def used_at_inference(self) -> bool:
+        """bool: Whether the deployed network runs it."""
         return self.use == 'inference'
 
     @staticmethod
     def check_text(text: Tensor) -> None:
-        """Refuse text of several phrases a class at a time.
+        """Require text of one vector for each class.
 
         Args:
-            text (Tensor): What the text provider gives.
+            text (Tensor): Output of the text provider.
 
         Raises:
             ValueError: If it has shape (1, R, K, D).
@@ -68,7 +68,7 @@ class TextFusion(BaseModule, metaclass=ABCMeta):
     @abstractmethod
     def classify(self, classifier: 'TextClassifier', feat: Tensor,
                  text: Tensor) -> Tensor:
-        """Classify each pixel with the fusion, as inference does if kept.
+        """Classify each pixel with the fusion, as at inference.
 
         Args:
             classifier (TextClassifier): The classifier that it lies in.
@@ -83,7 +83,7 @@ class TextFusion(BaseModule, metaclass=ABCMeta):
     def loss(self, branch: Union['TextBranch', 'TextClassifier'], feat: Tensor,
              embeddings: Tensor, text: Tensor, logits: Tensor, labels: Tensor,
              ignore_index: int) -> Dict[str, Tensor]:
-        """Compute what the fusion adds to the losses of the head.
+        """Compute the losses of the fusion.
 
         Args:
             branch (TextBranch | TextClassifier): The branch that it lies in.
@@ -91,7 +91,7 @@ class TextFusion(BaseModule, metaclass=ABCMeta):
             embeddings (Tensor): Pixel embeddings of the branch, shape
                 (N, D, H, W).
             text (Tensor): Class embeddings, shape (K, D) or (N, K, D).
-            logits (Tensor): What the head's classifier made of the features,
+            logits (Tensor): Logits of the head's classifier,
                 shape (N, K, H, W).
             labels (Tensor): Long tensor with shape (N, H, W).
             ignore_index (int): Label of the pixels that are left out.

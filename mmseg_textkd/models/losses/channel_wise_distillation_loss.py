@@ -17,7 +17,7 @@ class ChannelWiseDistillationLoss(nn.Module):
         \qquad \phi(y)_p = \frac{\exp(y_p / T)}{\sum_{q \in V_n} \exp(y_q / T)}
 
     The softmax is over the pixels of a channel. In the paper V are all
-    pixels; here ignored ones are left out, since pictures are padded in
+    pixels; here ignored ones are left out, since images are padded in
     training. An image with no other pixel contributes 0. Computed in float32
     whatever the mode of training.
 
@@ -35,7 +35,7 @@ class ChannelWiseDistillationLoss(nn.Module):
             Defaults to None.
         temperature (float): Temperature T. Defaults to 4.0.
         loss_weight (float): Weight of the loss. Defaults to 3.0.
-        loss_name (str): Name in the log; a loss is optimised only if the name
+        loss_name (str): Name in the log; a loss is optimized only if the name
             starts with 'loss'. Defaults to 'loss_cwd'.
 
     Raises:

@@ -33,7 +33,7 @@ class ImageEmbeddingDistillationLoss(nn.Module):
 
     Args:
         loss_weight (float): Weight of the loss. Defaults to 10.0, as in GKC.
-        loss_name (str): Name in the log; a loss is optimised only if the name
+        loss_name (str): Name in the log; a loss is optimized only if the name
             starts with 'loss'. Defaults to 'loss_image_embedding'.
     """
 

@@ -51,7 +51,7 @@ class LogitDistillationLoss(nn.Module):
     Args:
         temperature (float): Temperature T. Defaults to 4.0.
         loss_weight (float): Weight of the loss. Defaults to 1.0.
-        loss_name (str): Name in the log; a loss is optimised only if the name
+        loss_name (str): Name in the log; a loss is optimized only if the name
             starts with 'loss'. Defaults to 'loss_kd'.
 
     Raises:

@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import warnings
 from typing import Optional, Tuple
 
 import torch
@@ -8,21 +9,22 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ..layers import LogitScale, class_masks, text_of_batch
-from .similarity_matrices import standardise, structure_loss
+from .similarity_matrices import standardize, structure_loss
 
-TARGETS = ('raw', 'centred', 'standardised')
+TARGETS = ('raw', 'centered', 'standardized')
+OLD_TARGETS = dict(centred='centered', standardised='standardized')
 
 
 @MODELS.register_module()
 class SemanticStructureLoss(nn.Module):
-    r"""Let classes lie to each other as their names do.
+    r"""Match similarities of class prototypes to those of the class names.
 
     .. math::
         L = \frac{1}{|P|} \sum_{(a, b) \in P}
         (s \cos(p_a, p_b) - \mathrm{sim}(t_a, t_b))^2
 
     The prototype :math:`p_k` is the mean of all pixel embeddings of the batch
-    that are labelled k, and P holds the pairs of classes that are present.
+    that are labeled k, and P holds the pairs of classes that are present.
     Everything is computed in float32 whatever the mode of training. The text
     is the target: it gets no gradient.
 
@@ -32,13 +34,13 @@ class SemanticStructureLoss(nn.Module):
 
     Args:
         target (str): What of the text is compared. 'raw': its cosines.
-            'centred': the cosines of the class embeddings less their mean
+            'centered': the cosines of the class embeddings less their mean
             over all classes. Raw cosines of CLIP lie between 0.7 and 0.95,
             which embeddings behind a batch norm, whose mean is zero, cannot
-            reach. 'standardised': raw cosines, but both matrices are brought
+            reach. 'standardized': raw cosines, but both matrices are brought
             to mean 0 and deviation 1 over the pairs; the loss is then
             :math:`2 (1 - r)` of Pearson's r and needs three classes.
-            Defaults to 'centred'.
+            Defaults to 'centered'.
         off_diagonal (bool): Whether to leave out the pairs of a class with
             itself. Defaults to True.
         scale (dict, optional): Arguments of :class:`LogitScale`, the factor s
@@ -54,7 +56,7 @@ class SemanticStructureLoss(nn.Module):
         shape (tuple[int, int], optional): Number of classes K and width D of
             the embeddings; ``momentum`` needs them. Defaults to None.
         loss_weight (float): Weight of the loss. Defaults to 1.0.
-        loss_name (str): Name in the log; a loss is optimised only if the name
+        loss_name (str): Name in the log; a loss is optimized only if the name
             starts with 'loss'. Defaults to 'loss_structure'.
 
     Raises:
@@ -62,7 +64,7 @@ class SemanticStructureLoss(nn.Module):
     """
 
     def __init__(self,
-                 target: str = 'centred',
+                 target: str = 'centered',
                  off_diagonal: bool = True,
                  scale: Optional[dict] = None,
                  min_pixels: int = 10,
@@ -72,11 +74,15 @@ class SemanticStructureLoss(nn.Module):
                  loss_weight: float = 1.0,
                  loss_name: str = 'loss_structure') -> None:
         super().__init__()
+        if target in OLD_TARGETS:
+            warnings.warn(f'target={target!r} is deprecated: call it '
+                          f'{OLD_TARGETS[target]!r}.')
+            target = OLD_TARGETS[target]
         if target not in TARGETS:
             raise ValueError(
                 f'`target` must be one of {TARGETS}, but got {target!r}.')
-        if target == 'standardised' and scale is not None:
-            raise ValueError("target='standardised' takes any factor away "
+        if target == 'standardized' and scale is not None:
+            raise ValueError("target='standardized' takes any factor away "
                              'again; leave `scale` out.')
         if min_pixels < 1:
             raise ValueError(
@@ -197,13 +203,13 @@ class SemanticStructureLoss(nn.Module):
     def _compare(self, prototypes: Tensor, text: Tensor,
                  pairs: Tensor) -> Tensor:
         """Compare the similarities over the pairs."""
-        if self.target == 'centred':
+        if self.target == 'centered':
             text = F.normalize(text - text.mean(dim=0), dim=1)
         ours, theirs = prototypes @ prototypes.T, text @ text.T
         if self.scale is not None:
             ours = self.scale() * ours
-        if self.target == 'standardised':
-            ours, theirs = (standardise(m, pairs) for m in (ours, theirs))
+        if self.target == 'standardized':
+            ours, theirs = (standardize(m, pairs) for m in (ours, theirs))
         return structure_loss(ours, theirs, self.off_diagonal, pairs)
 
     @property

@@ -31,7 +31,7 @@ def structure_loss(similarities_a: Tensor,
     return squares.where(pairs, 0).sum() / pairs.sum().clamp(min=1)
 
 
-def standardise(matrix: Tensor, pairs: Tensor) -> Tensor:
+def standardize(matrix: Tensor, pairs: Tensor) -> Tensor:
     """Bring what counts of a matrix to mean 0 and deviation 1.
 
     Args:

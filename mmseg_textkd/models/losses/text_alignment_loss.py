@@ -8,6 +8,7 @@ from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from ..label_spaces import label_spaces_of, own_logits
 from ..layers import LogitScale, pixel_text_similarity
 
 
@@ -36,7 +37,7 @@ class TextAlignmentLoss(nn.Module):
         samples_per_class (int, optional): At most so many pixels of each
             class in the batch, drawn at random. Defaults to None: all.
         loss_weight (float): Weight of the loss. Defaults to 1.0.
-        loss_name (str): Name in the log; a loss is optimised only if the name
+        loss_name (str): Name in the log; a loss is optimized only if the name
             starts with 'loss'. Defaults to 'loss_text_align'.
     """
 
@@ -78,6 +79,8 @@ class TextAlignmentLoss(nn.Module):
                 Defaults to None.
             ignore_index (int): Label of the pixels that are left out.
                 Defaults to 255.
+            **kwargs: ``batch_data_samples``, whose label spaces count where
+                they are of a :class:`MultiDataset`.
 
         Returns:
             Tensor: Scalar; 0 with a graph if every pixel is ignored.
@@ -93,6 +96,9 @@ class TextAlignmentLoss(nn.Module):
                     size=labels.shape[1:],
                     mode='bilinear',
                     align_corners=False)
+            spaces = label_spaces_of(kwargs.get('batch_data_samples') or [])
+            if spaces is not None:
+                logits = own_logits(logits, spaces)
             return self.loss_weight * self._cross_entropy(
                 logits, labels, weight, ignore_index)
 

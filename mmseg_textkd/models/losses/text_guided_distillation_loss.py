@@ -55,7 +55,7 @@ class TextGuidedDistillationLoss(nn.Module):
         min_pixels (int): Pixels, at the resolution of the embeddings, from
             which on a class is present. Defaults to 4.
         loss_weight (float): Weight of the loss. Defaults to 10.0, as in GKC.
-        loss_name (str): Name in the log; a loss is optimised only if the name
+        loss_name (str): Name in the log; a loss is optimized only if the name
             starts with 'loss'. Defaults to 'loss_text_guided'.
 
     Raises:

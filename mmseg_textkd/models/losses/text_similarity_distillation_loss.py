@@ -32,7 +32,7 @@ class TextSimilarityDistillationLoss(nn.Module):
             on the student's cosines. Defaults to None: learned, from 1/0.07.
         temperature (float): Temperature T. Defaults to 1.0.
         loss_weight (float): Weight of the loss. Defaults to 1.0.
-        loss_name (str): Name in the log; a loss is optimised only if the name
+        loss_name (str): Name in the log; a loss is optimized only if the name
             starts with 'loss'. Defaults to 'loss_text_similarity'.
 
     Raises:

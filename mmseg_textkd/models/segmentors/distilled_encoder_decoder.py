@@ -10,14 +10,14 @@ from mmseg.registry import MODELS
 from mmseg.utils import SampleList, add_prefix
 from torch import Tensor, nn
 
-from ..calls import calls_of
+from ..record_calls import record_calls
 
 
 @MODELS.register_module()
 class DistilledEncoderDecoder(EncoderDecoder):
     """``EncoderDecoder`` that learns from a frozen teacher.
 
-    In training the teacher looks at the same pictures. What it sees goes into
+    In training the teacher looks at the same images. What it sees goes into
     the data samples, as ``teacher``, a :obj:`PixelData` with ``logits`` and
     ``features`` of a segmentation network, or with ``embeddings`` in the
     space of text, where the text losses of the heads find it; and
@@ -53,7 +53,7 @@ class DistilledEncoderDecoder(EncoderDecoder):
         """Compute all losses; see ``EncoderDecoder``.
 
         Args:
-            inputs (Tensor): Pictures with shape (N, 3, H, W).
+            inputs (Tensor): Images with shape (N, 3, H, W).
             data_samples (list[:obj:`SegDataSample`]): Their labels. They get
                 the field ``teacher``.
 
@@ -75,7 +75,8 @@ class DistilledEncoderDecoder(EncoderDecoder):
             sample.teacher = PixelData(**{k: v[i] for k, v in teacher.items()})
         if not self.distill_losses:
             return super().loss(inputs, data_samples)
-        with calls_of(getattr(self.decode_head, 'conv_seg', None)) as calls:
+        with record_calls(getattr(self.decode_head, 'conv_seg',
+                                  None)) as calls:
             losses = super().loss(inputs, data_samples)
         if len(calls) != 1:
             raise RuntimeError(

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from mmseg_textkd.text.checksum import checksum
 from ..ebseg import FrozenCLIPViT
-from .pictures import to_rgb
+from .normalization import to_rgb
 
 
 @MODELS.register_module()
 class FrozenCLIPTeacher:
     """CLIP's image tower, which tells what it sees at each patch.
 
-    It sees pictures and no labels, and is asked for no names: it may teach
+    It sees images and no labels, and is asked for no names: it may teach
     where classes are hidden (``unseen``).
 
     No module: it is in no module tree, state dict or optimizer, and takes no
@@ -28,7 +28,7 @@ class FrozenCLIPTeacher:
             for 12 blocks.
         **kwargs: Arguments of :class:`FrozenCLIPViT`: ``model``,
             ``pretrained`` and, of another tower than ViT-B/16, its sizes;
-            ``scale``, the size of its pictures relative to the student's.
+            ``scale``, the size of its images relative to the student's.
     """
 
     # It gives no logits.
@@ -62,10 +62,10 @@ class FrozenCLIPTeacher:
         """Look at a batch.
 
         Args:
-            inputs (Tensor): Pictures as the student gets them, with shape
+            inputs (Tensor): Images as the student gets them, with shape
                 (N, 3, H, W).
             preprocessor (SegDataPreProcessor): The student's, which says how
-                they were normalised.
+                they were normalized.
 
         Returns:
             dict[str, Tensor]: ``embeddings``, of unit length, with shape

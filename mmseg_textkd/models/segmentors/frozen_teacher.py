@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mmseg_textkd.text.checksum import checksum
 from mmseg_textkd.utils.checkpoint import build_segmentor, read_checkpoint
-from ..calls import calls_of
-from .pictures import renormalise
+from ..record_calls import record_calls
+from .normalization import renormalize
 
 
 @MODELS.register_module()
@@ -113,10 +113,10 @@ class FrozenTeacher:
         """Look at a batch.
 
         Args:
-            inputs (Tensor): Pictures as the student gets them, with shape
+            inputs (Tensor): Images as the student gets them, with shape
                 (N, 3, H, W).
             preprocessor (SegDataPreProcessor): The student's, which says how
-                they were normalised.
+                they were normalized.
 
         Returns:
             dict[str, Tensor]: ``logits`` with shape (N, K, h, w) and, of a
@@ -127,7 +127,7 @@ class FrozenTeacher:
             ValueError: If the network gives no such logits or embeddings.
         """
         model = self.model.to(inputs.device)
-        inputs = renormalise(inputs, preprocessor, model.data_preprocessor)
+        inputs = renormalize(inputs, preprocessor, model.data_preprocessor)
         if self.embeddings:
             if not hasattr(model, 'pixel_embeddings'):
                 raise ValueError(
@@ -138,7 +138,7 @@ class FrozenTeacher:
         head = model.decode_head
         head = head[-1] if isinstance(head, nn.ModuleList) else head
         classifier = getattr(head, 'conv_seg', None)
-        with calls_of(classifier) as calls:
+        with record_calls(classifier) as calls:
             logits = model(inputs, mode='tensor')
         if not isinstance(logits, Tensor) or logits.dim() != 4:
             raise ValueError(

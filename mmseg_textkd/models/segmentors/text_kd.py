@@ -11,8 +11,8 @@ from mmseg.registry import MODELS
 from mmseg.utils import SampleList, add_prefix
 from torch import Tensor, nn
 
-from ..calls import calls_of
 from ..layers.score_map import ScoreMap
+from ..record_calls import record_calls
 
 # Module whose last output is the feature, and the convolutions that read the
 # score map, by the type of the backbone. Only that of STDC is published.
@@ -219,7 +219,7 @@ class TextKD(EncoderDecoder):
             'align.'.
         """
         text = self.score_map.text
-        with calls_of(text) as calls:
+        with record_calls(text) as calls:
             losses = super().loss(inputs, data_samples)
         if self.text_loss is not None and text.learning:
             # Not encoded a second time.
@@ -276,7 +276,7 @@ class TextKD(EncoderDecoder):
         handle = self.score_map.register_forward_pre_hook(
             lambda module, args: seen.append(args[0]))
         try:
-            with calls_of(self.get_submodule(name)) as calls:
+            with record_calls(self.get_submodule(name)) as calls:
                 self.forward(image, mode='tensor')
         finally:
             handle.remove()

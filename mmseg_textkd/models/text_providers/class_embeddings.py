@@ -9,7 +9,9 @@ from torch import Tensor
 from mmseg_textkd.text.embedding_file import TextEmbeddings
 from mmseg_textkd.text.embedding_statistics import center as center_rows
 from mmseg_textkd.text.encode_classes import build_command
+from mmseg_textkd.text.united_embeddings import load_united
 from mmseg_textkd.text.vocabulary import Vocabulary
+from mmseg_textkd.utils.config import as_list
 from .text_provider import TextProvider
 
 
@@ -22,9 +24,14 @@ class ClassEmbeddings(TextProvider):
     neither a network nor open_clip; where ``dim`` is given it does not even
     need the file, so that a checkpoint can be tested without it.
 
+    Several files, one for each data set of a :class:`MultiDataset`, are
+    united: words of the same name are one class. Where two files have
+    different vectors for it, that of the first is taken, and the cosine of the
+    two is logged: it may be one name for two things.
+
     Args:
-        file (str): The embeddings file (safetensors), relative to the working
-            directory as ``data_root`` is.
+        file (str | Sequence[str]): The embeddings file (safetensors), or
+            several, relative to the working directory as ``data_root`` is.
         num_classes (int): Number of classes K. The head passes its own.
         dim (int, optional): Width D of the embeddings; needed only where the
             file may be missing. Defaults to None.
@@ -37,7 +44,8 @@ class ClassEmbeddings(TextProvider):
             dataset when training starts.
         build (dict, optional): How to make a missing file: ``model``,
             ``pretrained``, ``templates``, ``vocabulary``, ``keep_bank``. Only
-            ``tools/train.py`` acts on it. Defaults to None.
+            ``tools/train.py`` acts on it. With several files one for each.
+            Defaults to None.
         centre (bool, optional): Deprecated name of ``center``.
 
     Raises:
@@ -47,21 +55,26 @@ class ClassEmbeddings(TextProvider):
     """
 
     def __init__(self,
-                 file: str,
+                 file: Union[str, Sequence[str]],
                  num_classes: int,
                  dim: Optional[int] = None,
                  center: bool = False,
                  classes: Optional[Union[str, Sequence[str]]] = None,
-                 build: Optional[dict] = None,
+                 build: Optional[Union[dict, Sequence[dict]]] = None,
                  centre: Optional[bool] = None) -> None:
         if centre is not None:
             warnings.warn('`centre` is deprecated: call it `center`.')
             center = centre
         record = None
-        hint = (f'the file {file!r} does not exist (working directory '
-                f'{os.getcwd()}). {build_command(file, build)}')
-        if os.path.exists(file):
-            record = TextEmbeddings.load(file)
+        files = as_list(file)
+        missing = [path for path in files if not os.path.exists(path)]
+        builds = dict(zip(files, as_list(build)))
+        hint = ' '.join(f'the file {path!r} does not exist (working directory '
+                        f'{os.getcwd()}). '
+                        f'{build_command(path, builds.get(path))}'
+                        for path in missing or files)
+        if not missing:
+            record = load_united(files)
             if dim is not None and record.dim != dim:
                 raise ValueError(
                     f'{file} has embeddings of width {record.dim}, but the '

@@ -1,39 +1,39 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Nothing in training may tell of classes that are to stay unseen."""
+"""Checks that no supervision of unseen classes reaches the training."""
 from typing import Sequence
 
 import torch
 from torch import Tensor
 
 
-def check_labels(labels: Tensor, unseen: Sequence[int]) -> None:
-    """Refuse labels of hidden classes.
+def check_unseen_labels(labels: Tensor, unseen: Sequence[int]) -> None:
+    """Require a batch without labels of unseen classes.
 
     Args:
         labels (Tensor): Labels of a batch, of any shape.
-        unseen (Sequence[int]): The hidden classes.
+        unseen (Sequence[int]): The unseen classes.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If a pixel has such a label.
     """
     found = torch.isin(labels, labels.new_tensor(unseen))
     if found.any():
         classes = labels[found].unique().tolist()
         raise ValueError(
-            f'the classes {classes} are to stay unseen in training, but '
+            f'the classes {classes} are unseen in training (`unseen`), but '
             f"have labels. Hide them: dict(type='HideClasses', classes="
             f'{list(unseen)}) behind LoadAnnotations in the pipeline of '
             'train_dataloader.')
 
 
-def check_teacher(batch_data_samples: list) -> None:
-    """Refuse a teacher that knows classes.
+def check_unseen_teacher(batch_data_samples: list) -> None:
+    """Require that the teacher gives image embeddings only.
 
-    Image embeddings come of pictures and are asked for no class.
+    Logits and region embeddings depend on the classes, also unseen ones.
 
     Args:
-        batch_data_samples (list[:obj:`SegDataSample`]): With what a teacher
-            has said.
+        batch_data_samples (list[:obj:`SegDataSample`]): With the outputs
+            of the teacher.
 
     Raises:
         ValueError: If there are logits or features of a segmentor, or region
@@ -43,6 +43,6 @@ def check_teacher(batch_data_samples: list) -> None:
            & set(sample.get('teacher', {}).keys())
            for sample in batch_data_samples):
         raise ValueError(
-            'a teacher or region embeddings of all classes would tell of '
-            'those that are to stay unseen; leave them out. Only image '
-            'embeddings (FrozenCLIPTeacher) may be taught.')
+            'a teacher or region embeddings of all classes supervise the '
+            'unseen ones too; leave them out. Only image embeddings '
+            '(FrozenCLIPTeacher) may be distilled.')

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""What a module takes and gives while others call it."""
+"""Recording of the inputs and outputs of a module."""
 from contextlib import contextmanager
 from typing import Iterator, List, Optional, Tuple
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def calls_of(
+def record_calls(
         module: Optional[nn.Module]) -> Iterator[List[Tuple[Tensor, Tensor]]]:
-    """Note the calls of a module while the context lasts.
+    """Record the calls of a module while the context lasts.
 
     Args:
         module (nn.Module, optional): A module of one input and one output.
-            Of None no call is noted.
+            Of None no call is recorded.
 
     Yields:
         list[tuple[Tensor, Tensor]]: Input and output of each call.

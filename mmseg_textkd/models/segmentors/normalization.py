@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""The same pictures as another network wants them."""
+"""Conversion of images between the normalizations of two networks."""
 from typing import Tuple
 
 import torch
@@ -10,12 +10,12 @@ from mmseg_textkd.compat import swaps_channels
 
 
 def to_rgb(inputs: Tensor, preprocessor: SegDataPreProcessor) -> Tensor:
-    """Undo what a data preprocessor has done to the values of pictures.
+    """Undo the normalization of a data preprocessor.
 
-    They are taken for BGR before it, as MMSegmentation loads them.
+    Its inputs are assumed to be BGR, as MMSegmentation loads them.
 
     Args:
-        inputs (Tensor): Its pictures, shape (N, 3, H, W).
+        inputs (Tensor): Normalized images, shape (N, 3, H, W).
         preprocessor (SegDataPreProcessor): The preprocessor.
 
     Returns:
@@ -26,19 +26,19 @@ def to_rgb(inputs: Tensor, preprocessor: SegDataPreProcessor) -> Tensor:
     return pixels if swaps_channels(preprocessor) else pixels.flip(1)
 
 
-def renormalise(inputs: Tensor, own: SegDataPreProcessor,
+def renormalize(inputs: Tensor, own: SegDataPreProcessor,
                 other: SegDataPreProcessor) -> Tensor:
-    """Bring pictures from one preprocessor's mean and deviation to another's.
+    """Convert images from one preprocessor's normalization to another's.
 
-    Nothing is done where they are the same.
+    Images are returned unchanged if both are the same.
 
     Args:
-        inputs (Tensor): Pictures of the first, shape (N, 3, H, W).
-        own (SegDataPreProcessor): The first.
-        other (SegDataPreProcessor): The second.
+        inputs (Tensor): Images normalized by ``own``, shape (N, 3, H, W).
+        own (SegDataPreProcessor): The preprocessor of the images.
+        other (SegDataPreProcessor): The preprocessor to convert to.
 
     Returns:
-        Tensor: Pictures as the second makes them, of the same shape.
+        Tensor: Images normalized by ``other``, of the same shape.
     """
     mean, std = _statistics(own, inputs)
     new_mean, new_std = _statistics(other, inputs)

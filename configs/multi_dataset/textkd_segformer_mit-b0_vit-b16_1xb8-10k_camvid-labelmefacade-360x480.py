@@ -1,0 +1,8 @@
+_base_ = [
+    './segformer_mit-b0_1xb8-10k_camvid-labelmefacade-360x480.py',
+    '../_base_/text/vit-b16_camvid-labelmefacade.py'
+]
+model = dict(
+    type='MultiDatasetEncoderDecoder',
+    decode_head=dict(type='TextSegformerHead', text=_base_.text_provider))
+optim_wrapper = dict(paramwise_cfg=_base_.text_paramwise_x10)

@@ -1,0 +1,149 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""A trained text network as one of other words, ready to be folded."""
+import copy
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from mmengine.config import Config
+from mmseg.registry import DATASETS
+from torch import Tensor, nn
+
+from ..models.decode_heads import TextHeadMixin
+from ..utils.config import as_list, type_name
+
+# What a network for inference alone does not need.
+TRAINING = ('train_dataloader', 'train_cfg', 'optim_wrapper',
+            'param_scheduler', 'val_dataloader', 'val_cfg', 'val_evaluator',
+            'test_cfg', 'test_evaluator', 'tta_model', 'custom_hooks')
+
+
+@torch.no_grad()
+def set_words(model: nn.Module, vectors: Tensor,
+              trained: Sequence[Optional[int]]) -> None:
+    """Make other words the classes of a text network, in place.
+
+    A trained class keeps its bias, a new one gets the mean of all. Auxiliary
+    heads go. In the role 'auxiliary' the classes can be chosen among the
+    trained ones, as the classifier knows no text.
+
+    Args:
+        model (nn.Module): The segmentor, in evaluation mode.
+        vectors (Tensor): Vectors of K' words, unit rows with shape (K', D).
+        trained (Sequence[int | None]): For each word the index of the class
+            that it was in the training, None for a new one.
+
+    Raises:
+        ValueError: If the network has no text, or has the role 'auxiliary'
+            and a word is new.
+    """
+    head = model.decode_head
+    if not isinstance(head, TextHeadMixin):
+        raise ValueError('other classes need a text head '
+                         f'(TextHeadMixin), but this is a '
+                         f'{type(head).__name__}.')
+    number = len(trained)
+    if head.role == 'auxiliary':
+        if None in trained:
+            raise ValueError(
+                "in the role 'auxiliary' the deployed classifier knows no "
+                'text: only classes that were trained can be chosen. New '
+                "words need role='classifier'.")
+        stock = head.conv_seg
+        rows = torch.tensor(trained, device=stock.weight.device)
+        conv = nn.Conv2d(
+            stock.in_channels, number, 1, bias=stock.bias
+            is not None).to(stock.weight)
+        for name, value in stock.named_parameters():
+            getattr(conv, name).copy_(value[rows])
+        head.conv_seg = conv
+    else:
+        branch = head.text_branch
+        bias = branch.logit_bias
+        if bias is not None:
+            branch.logit_bias = nn.Parameter(
+                torch.stack([
+                    bias.mean() if row is None else bias[row]
+                    for row in trained
+                ]))
+        branch.num_classes = branch.text.num_classes = number
+        branch.text.class_embeddings = vectors.to(branch.text.class_embeddings)
+        branch.text.names = branch.text.record = None
+    for module in (head, model):
+        module.num_classes = module.out_channels = number
+    if model.with_auxiliary_head:
+        del model.auxiliary_head
+
+
+def to_words_cfg(cfg: Config,
+                 words: Sequence[str],
+                 palette: Optional[Sequence[Sequence[int]]] = None) -> Config:
+    """Make the config of a network for a list of words.
+
+    Where that is the list of the data set, or of one of a
+    :class:`MultiDataset`, the new config trains and tests on that one. Else
+    it is for inference alone: ``test_dataloader`` keeps its pipeline.
+
+    Args:
+        cfg (Config): Config of a network.
+        words (Sequence[str]): K' words.
+        palette (Sequence[Sequence[int]], optional): A color for each word.
+            Defaults to None.
+
+    Returns:
+        Config: The new config.
+    """
+    cfg = copy.deepcopy(cfg)
+    for head in [
+            cfg.model.decode_head, *as_list(cfg.model.get('auxiliary_head'))
+    ]:
+        if head.num_classes == cfg.model.decode_head.num_classes:
+            head.num_classes = len(words)
+    if type_name(cfg.model) == 'MultiDatasetEncoderDecoder':
+        cfg.model.type = 'EncoderDecoder'
+    loaders = [
+        cfg[f'{split}_dataloader'] for split in ('train', 'val', 'test')
+        if cfg.get(f'{split}_dataloader')
+    ]
+    chosen = [_choose(loader.dataset, words) for loader in loaders]
+    if loaders and None not in chosen:
+        for loader, dataset in zip(loaders, chosen):
+            loader['dataset'] = dataset
+            if type_name(loader.get('sampler')) == 'BalancedDatasetSampler':
+                loader['sampler'] = dict(type='InfiniteSampler', shuffle=True)
+        for key in ('val_evaluator', 'test_evaluator'):
+            metrics = as_list(cfg.get(key))
+            if any(type_name(m) == 'DatasetIoUMetric' for m in metrics):
+                cfg[key] = dict(type='IoUMetric', iou_metrics=['mIoU'])
+        return cfg
+    meta: Dict[str, Any] = dict(classes=tuple(words))
+    if palette is not None:
+        meta['palette'] = [list(color) for color in palette]
+    if cfg.get('test_dataloader'):
+        dataset = cfg.test_dataloader.dataset
+        while 'datasets' in dataset or 'dataset' in dataset:
+            dataset = dataset.get('dataset') or dataset['datasets'][0]
+        cfg.test_dataloader['dataset'] = dict(
+            type='BaseSegDataset', metainfo=meta, pipeline=dataset.pipeline)
+        cfg.test_dataloader.pop('sampler', None)
+        cfg.test_dataloader['sampler'] = dict(
+            type='DefaultSampler', shuffle=False)
+    for key in TRAINING:
+        cfg.pop(key, None)
+    return cfg
+
+
+def _choose(dataset: Dict, words: Sequence[str]) -> Optional[Dict]:
+    """The data set, or that of several, whose classes are these words."""
+    several = type_name(dataset) == 'MultiDataset'
+    renamed = dataset.get('words') or {}
+    parts: List[Any] = [(None, dataset)]
+    if several:
+        parts = list(zip(dataset['names'], dataset['datasets']))
+    for name, part in parts:
+        kind = DATASETS.get(part['type'])
+        if renamed.get(name) or not hasattr(kind, '_load_metainfo'):
+            continue
+        meta = kind._load_metainfo(part.get('metainfo'))
+        if tuple(meta.get('classes') or ()) == tuple(words):
+            return part
+    return None
