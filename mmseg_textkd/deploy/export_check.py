@@ -156,4 +156,4 @@ def mean_iou(network: Network, config: str) -> float:
         metric.process({}, [
             dict(pred_sem_seg=dict(data=labels), gt_sem_seg=dict(data=truth))
         ])
-    return metric.evaluate(len(dataset))['mIoU']
+    return float(metric.evaluate(len(dataset))['mIoU'])

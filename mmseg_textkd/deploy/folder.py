@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence
 
@@ -302,5 +302,10 @@ def _labels(network: Network, image: np.ndarray) -> np.ndarray:
 
 def _versions(runtime: Runtime) -> Dict[str, str]:
     """Versions of what made a folder."""
-    names = (m.replace('_', '-') for m in ('torch', *runtime.modules))
-    return dict(mmseg_textkd=__version__, **{k: version(k) for k in names})
+    found = dict(mmseg_textkd=__version__)
+    for name in (m.replace('_', '-') for m in ('torch', *runtime.modules)):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # under another name, as for a GPU
+            found[name] = 'unknown'
+    return found
