@@ -10,6 +10,34 @@ import os
 import sys
 from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of the network')
+    parser.add_argument('checkpoint', help='its weights')
+    parser.add_argument(
+        '--port',
+        type=int,
+        default=7860,
+        help='of the page on this machine (default: %(default)s)')
+    parser.add_argument(
+        '--device', help='such as cpu or cuda:1 (default: a GPU, or the CPU)')
+    parser.add_argument(
+        '--max-pixels',
+        type=int,
+        default=89_478_485,
+        help='larger images are refused before they are read (default: '
+        '%(default)s)')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import cv2
 import numpy as np
 from PIL import Image
@@ -17,7 +45,6 @@ from PIL import Image
 import mmseg_textkd  # noqa: F401  (before mmseg.apis)
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.apis.drawing import draw_labels
-from mmseg_textkd.utils.io import MAX_PIXELS
 
 LEGEND = '<div style="display: flex; flex-wrap: wrap; gap: 4px 20px">{}</div>'
 ENTRY = ('<span style="overflow-wrap: anywhere"><span style="display: '
@@ -162,20 +189,7 @@ def build_page(inferencer: TextSegInferencer) -> Any:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Serve the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config of the network')
-    parser.add_argument('checkpoint', help='its weights')
-    parser.add_argument('--port', type=int, default=7860)
-    parser.add_argument('--device', help='default: a GPU if there is one')
-    parser.add_argument(
-        '--max-pixels',
-        type=int,
-        default=MAX_PIXELS,
-        help='larger images are refused before they are read (default: '
-        '%(default)s)')
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
     # gradio reads what is uploaded by Pillow, which refuses twice of this.
     Image.MAX_IMAGE_PIXELS = args.max_pixels // 2

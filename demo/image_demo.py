@@ -8,21 +8,15 @@ is trained.
 import argparse
 import os
 import sys
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Optional, Sequence
 
-import cv2
-import numpy as np
-
-import mmseg_textkd  # noqa: F401  (before mmseg.apis)
-from mmseg_textkd.apis import TextSegInferencer
-from mmseg_textkd.text import Vocabulary
-from mmseg_textkd.utils.io import (MAX_PIXELS, SUFFIXES, check_image,
-                                   list_images)
-
+# Those of mmseg_textkd: models.new_words, utils.io, apis.video.
+NEW_WORDS = ('unit', 'projected', 'ridge', 'raw')
+SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 CODECS = {'.mp4': 'mp4v', '.avi': 'MJPG'}
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -50,7 +44,13 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help='added to the logits of new classes, which the training has '
         'taught the network to avoid (default: 0)')
     parser.add_argument(
-        '--tower', help='text tower (default: that of the training)')
+        '--new-words',
+        choices=NEW_WORDS,
+        help='how vectors of new classes are used (default: what fits the '
+        'network)')
+    parser.add_argument(
+        '--model', help='text model (default: that of the training)')
+    parser.add_argument('--tower', dest='old_tower', help=argparse.SUPPRESS)
     parser.add_argument('--pretrained', help='its tag or file of weights')
     parser.add_argument(
         '--templates', help='prompt templates (default: of the training)')
@@ -66,11 +66,27 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument(
         '--max-pixels',
         type=int,
-        default=MAX_PIXELS,
+        default=89_478_485,
         help='larger images are refused before they are read (default: '
         '%(default)s)')
-    parser.add_argument('--opacity', type=float, default=0.5)
-    parser.add_argument('--no-legend', action='store_true')
+    parser.add_argument(
+        '--batch-size',
+        type=int,
+        default=4,
+        help='frames of a video at a time (default: 4)')
+    parser.add_argument(
+        '--smoothing',
+        type=float,
+        metavar='A',
+        help='average the logits of a video over its frames: weight of the '
+        'past, between 0 and 1; begun anew at scene cuts')
+    parser.add_argument(
+        '--opacity',
+        type=float,
+        default=0.5,
+        help='of the classes over the image (default: 0.5)')
+    parser.add_argument(
+        '--no-legend', action='store_true', help='draw no names of classes')
     parser.add_argument(
         '--font', help='TrueType font of the legend, for other scripts')
     parser.add_argument('--show', action='store_true', help='open a window')
@@ -81,8 +97,10 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         const=0,
         metavar='NUMBER',
         help='take the camera of this number (default: 0) as the input')
-    parser.add_argument('--device', help='default: a GPU if there is one')
+    parser.add_argument(
+        '--device', help='such as cpu or cuda:1 (default: a GPU, or the CPU)')
     args = parser.parse_args(argv)
+    args.model = args.model or args.old_tower
     if (args.input is None) == (args.webcam is None):
         parser.error('give an input or --webcam, one of them')
     if not args.out and not args.show:
@@ -98,7 +116,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     if overwrites(args):
         parser.error(f'--out would write over the input {args.input}')
     if not (args.classes or args.embeddings or args.other):
-        for name in ('tower', 'pretrained', 'templates', 'new_bias'):
+        for name in ('model', 'pretrained', 'templates', 'new_bias',
+                     'new_words'):
             if getattr(args, name):
                 parser.error(f'--{name.replace("_", "-")} is for new classes: '
                              'it belongs to --classes or --embeddings')
@@ -119,20 +138,26 @@ def overwrites(args: argparse.Namespace) -> bool:
         for path in targets)
 
 
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
+import cv2
+import numpy as np
+
+import mmseg_textkd  # noqa: F401  (before mmseg.apis)
+from mmseg_textkd.apis import TextSegInferencer
+from mmseg_textkd.apis.video import segment_video
+from mmseg_textkd.text import Vocabulary
+from mmseg_textkd.utils.arguments import warn_renamed
+from mmseg_textkd.utils.io import check_image, list_images
+
+
 def split(words: str) -> Any:
     """Read class names: those of a vocabulary, or what is between commas."""
     if words in Vocabulary.keys() or words.endswith(('.txt', '.json')):
         return words
     return [word.strip() for word in words.split(',')]
-
-
-def frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
-    """Yield the frames of a video or a camera until it ends."""
-    while True:
-        there, frame = capture.read()
-        if not there:
-            return
-        yield frame
 
 
 def run_video(inferencer: TextSegInferencer, args: argparse.Namespace) -> int:
@@ -141,41 +166,20 @@ def run_video(inferencer: TextSegInferencer, args: argparse.Namespace) -> int:
     Returns:
         int: Number of its frames.
     """
-    source = args.input if args.webcam is None else args.webcam
-    capture = cv2.VideoCapture(source)
-    if not capture.isOpened():
-        raise ValueError(f'cannot open {source} as a video or camera')
-    fps, writer, count = capture.get(cv2.CAP_PROP_FPS) or 25, None, 0
-    try:
-        for frame in frames(capture):
-            shown = inferencer(
-                frame,
-                return_vis=True,
-                opacity=args.opacity,
-                legend=not args.no_legend)['visualization'][..., ::-1]
-            count += 1
-            if args.out:
-                if writer is None:
-                    codec = CODECS[os.path.splitext(args.out)[1]]
-                    writer = cv2.VideoWriter(args.out,
-                                             cv2.VideoWriter_fourcc(*codec),
-                                             fps, shown.shape[1::-1])
-                    if not writer.isOpened():
-                        raise OSError(f'cannot write {args.out}')
-                writer.write(np.ascontiguousarray(shown))
-            if args.show:
-                cv2.imshow('mmseg_textkd', shown)
-                if cv2.waitKey(1) & 0xff in (27, ord('q')):
-                    break
-    except KeyboardInterrupt:
-        pass
-    finally:
-        capture.release()
-        if writer is not None:
-            writer.release()
-    if not count:
-        raise ValueError('the input has no frames')
-    return count
+
+    def show(image: np.ndarray) -> bool:
+        cv2.imshow('mmseg_textkd', image)
+        return cv2.waitKey(1) & 0xff in (27, ord('q'))
+
+    return segment_video(
+        inferencer,
+        args.input if args.webcam is None else args.webcam,
+        args.out,
+        show if args.show else None,
+        batch_size=args.batch_size if args.webcam is None else 1,
+        smoothing=args.smoothing,
+        opacity=args.opacity,
+        legend=not args.no_legend)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -190,7 +194,8 @@ def run(args: argparse.Namespace) -> None:
             other=args.other,
             threshold=args.threshold,
             new_bias=args.new_bias,
-            tower=args.tower,
+            new_words=args.new_words,
+            tower=args.model,
             pretrained=args.pretrained,
             templates=args.templates,
             embeddings=args.embeddings)
@@ -216,6 +221,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the demo."""
     args = parse_args(argv)
+    warn_renamed(args, tower='--model')
     try:
         run(args)
     except (AssertionError, OSError, ValueError, RuntimeError,

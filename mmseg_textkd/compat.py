@@ -9,9 +9,11 @@ import functools
 import importlib
 import importlib.metadata as metadata
 import os.path as osp
+import re
 import sys
 import warnings
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from logging import FileHandler, LogRecord, StreamHandler
 from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any, Callable, Dict, List, Tuple
@@ -37,7 +39,7 @@ def apply() -> Tuple[str, ...]:
     Returns:
         tuple[str, ...]: Names of the cures that were needed, out of
         'mmseg assertion', 'mmcv.ops', 'safe globals', 'code in checkpoints',
-        'distribution name', 'pkg_resources' and 'class weights'.
+        'distribution name', 'pkg_resources', 'class weights' and 'drawing'.
 
     Raises:
         ImportError: If a library is missing or unsuitable; one line says
@@ -46,13 +48,16 @@ def apply() -> Tuple[str, ...]:
     global _done
     if not _done:
         check_versions()
+        _silence()
         for name, cure in (('mmseg assertion',
                             _import_mmseg), ('mmcv.ops', _stand_in_for_ops),
                            ('safe globals', allow_runner_checkpoints),
                            ('code in checkpoints', _load_without_code),
                            ('distribution name', _name_distribution),
                            ('pkg_resources', _find_without_pkg_resources),
-                           ('class weights', _weigh_with_ignored_pixels)):
+                           ('class weights',
+                            _weigh_with_ignored_pixels), ('drawing',
+                                                          _draw_all)):
             if cure():
                 _applied.append(name)
         _done = True
@@ -177,6 +182,49 @@ def _version(module: str) -> str:
     version = module_from_spec(spec)
     spec.loader.exec_module(version)
     return version.__version__
+
+
+# What the libraries below say of themselves in every run: nothing that a
+# user could act upon.
+_WARNINGS = (
+    'Fail to import ``MultiScaleDeformableAttention``',  # mmcv-lite
+    '``build_loss`` would be deprecated soon',
+    'Default ``avg_non_ignore`` is False',
+    'The draw is False, it means that the hook for visualization',
+)
+_LOGGED = ('The prefix is not set in metric class',
+           '"FileClient" will be deprecated', '"HardDiskBackend" is the alias')
+# Hundreds of lines of each run, which its log file has too.
+_LONG = ('Config:\n', 'Hooks will be executed in the following order:',
+         f'\n{"-" * 60}\nSystem environment:')
+
+
+def _silence() -> None:
+    """Leave out warnings of MMSegmentation and MMEngine about themselves."""
+    from mmengine.logging import MMLogger
+    for message in _WARNINGS:
+        warnings.filterwarnings('ignore', message=re.escape(message))
+
+    def is_wanted(self, record: LogRecord) -> bool:
+        return (not record.getMessage().startswith(_LOGGED)
+                and super(MMLogger, self).filter(record))
+
+    MMLogger.filter = is_wanted
+
+
+def shorten_console() -> None:
+    """Write config, environment and hooks of a run to its log file alone."""
+    from mmengine.logging import MMLogger
+
+    def call_handlers(self, record: LogRecord) -> None:
+        is_long = record.getMessage().startswith(_LONG)
+        for handler in self.handlers:
+            if record.levelno >= handler.level and not (
+                    is_long and isinstance(handler, StreamHandler)
+                    and not isinstance(handler, FileHandler)):
+                handler.handle(record)
+
+    MMLogger.callHandlers = call_handlers
 
 
 def _import_mmseg() -> bool:
@@ -423,6 +471,35 @@ def swaps_channels(preprocessor: Any) -> bool:
             return bool(getattr(preprocessor, name))
     raise AttributeError(f'{type(preprocessor).__name__} does not tell '
                          'whether it swaps channels.')
+
+
+def _draw_all() -> bool:
+    """Let MMSegmentation draw classes with OpenCV 5.
+
+    Its ``cv2.rectangle`` refuses colors of NumPy's integers, which a data set
+    without a palette gets, and images in another layout, which
+    `browse_dataset.py` hands over.
+    """
+    import cv2
+    import numpy as np
+    from mmseg.visualization import SegLocalVisualizer
+    try:
+        cv2.rectangle(
+            np.zeros((2, 2, 3), np.uint8), (0, 0), (1, 1), np.array([1, 2, 3]),
+            -1)
+        return False
+    except cv2.error:
+        pass
+    stock = SegLocalVisualizer._draw_sem_seg
+
+    @functools.wraps(stock)
+    def draw(self, image, sem_seg, classes, palette, *args, **kwargs):
+        palette = [[int(c) for c in color] for color in palette]
+        return stock(self, np.ascontiguousarray(image), sem_seg, classes,
+                     palette, *args, **kwargs)
+
+    SegLocalVisualizer._draw_sem_seg = draw
+    return True
 
 
 def is_installed(package: str) -> bool:

@@ -2,6 +2,7 @@
 """Load and run the tools of tools/analysis_tools in this process."""
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def load_tool(name, folder='analysis_tools'):
     """Load a tool as a module."""
     path = ROOT / 'tools' / folder / f'{name}.py'
+    if str(path.parent) not in sys.path:  # as of a script
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -21,11 +24,7 @@ def load_tool(name, folder='analysis_tools'):
 def run(tool, folder, *argv):
     """Run a benchmark; return its results and its page."""
     paths = folder / 'out.json', folder / 'out.md'
-    tool.main([
-        *map(str, argv), '--json',
-        str(paths[0]), '--markdown',
-        str(paths[1])
-    ])
+    tool.main([*map(str, argv), '--out', str(paths[0]), str(paths[1])])
     return json.loads(paths[0].read_text()), paths[1].read_text()
 
 

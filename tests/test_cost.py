@@ -33,7 +33,7 @@ def test_lseg_beside_stock(capsys):
         CONFIGS / f'stock/ddrnet_23-slim_in1k-pre_{TAIL}',
         CONFIGS / f'lseg/lseg_ddrnet_23-slim_in1k-pre_vit-b16_{TAIL}'
     ]
-    found = rows(capsys, *paths, '--shape', 128, 256)
+    found = rows(capsys, *paths, '--size', 128, 256)
     stock, lseg = (found[path.stem] for path in paths)
     assert stock[:2] == stock[2:]
     pixels, channels, dim, classes = 16 * 32, 64, 512, 11
@@ -50,7 +50,7 @@ def test_lseg_beside_stock(capsys):
 def test_what_has_no_deployed_form_is_said(capsys):
     path = CONFIGS / f'lseg/lseg_bisenetv2_fcn_vit-b16_{TAIL}'
     with pytest.warns(UserWarning, match='no deployed form: .*blocks'):
-        found = rows(capsys, path, '--shape', 64, 64, '--cfg-options',
+        found = rows(capsys, path, '--size', 64, 64, '--cfg-options',
                      'model.decode_head.text_branch.norm=bn')
     assert found[path.stem][2:] == [None, None]
     assert found[path.stem][0] > 3
@@ -59,7 +59,7 @@ def test_what_has_no_deployed_form_is_said(capsys):
 def test_ebseg_with_its_towers(capsys):
     path = CONFIGS / 'ebseg/ebseg_toyclip_1xb4-200i_toy-scenes-128x256.py'
     with pytest.warns(UserWarning, match='no deployed form'):
-        found = rows(capsys, path, '--shape', 32, 64)[path.stem]
+        found = rows(capsys, path, '--size', 32, 64)[path.stem]
     assert found[2:] == [None, None]
     cfg = Config.fromfile(path).model
     with DefaultScope.overwrite_default_scope('mmseg'):
@@ -82,7 +82,7 @@ def test_times_are_those_of_the_deployed(capsys):
         CONFIGS / f'stock/ddrnet_23-slim_in1k-pre_{TAIL}',
         CONFIGS / f'stock/ddrnet_23_in1k-pre_{TAIL}'
     ]
-    found = rows(capsys, *paths, '--shape', 64, 64, '--runs', 3)
+    found = rows(capsys, *paths, '--size', 64, 64, '--runs', 3)
     seconds = [found[path.stem][-1] for path in paths]
     assert all(len(cells) == 5 for cells in found.values())
     assert all(0 < s < 30 for s in seconds)

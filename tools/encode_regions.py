@@ -9,14 +9,9 @@ import argparse
 import sys
 from typing import Optional, Sequence
 
-from mmengine.config import Config, DictAction
 
-from mmseg_textkd.clip.weights import TextTowerError
-from mmseg_textkd.datasets.encode_regions import ensure_regions
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the tool."""
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,12 +19,28 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
-        help='settings of the config to override, key=value')
-    args = parser.parse_args(argv)
+        metavar='KEY=VALUE',
+        help='settings of the config to override')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
+from mmengine.config import Config
+
+from mmseg_textkd.clip.weights import TextTowerError
+from mmseg_textkd.datasets.encode_regions import ensure_regions
+from mmseg_textkd.utils.arguments import merge_options
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the tool."""
+    args = parse_args(argv)
     try:
         cfg = Config.fromfile(args.config)
-        cfg.merge_from_dict(args.cfg_options or {})
+        merge_options(cfg, args.cfg_options)
         if 'LoadRegionEmbeddings' not in str(cfg.get('train_dataloader')):
             sys.exit(f'Error: no pipeline of the train_dataloader of '
                      f'{args.config} has a LoadRegionEmbeddings.')

@@ -1,20 +1,9 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Make, import or look at a file of class embeddings."""
-
 import argparse
 import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
-
-from torch import Tensor
-
-from mmseg_textkd.clip.text_tower import TextTower, TextTowerError
-from mmseg_textkd.clip.weights import find_weights
-from mmseg_textkd.text.embedding_file import TextEmbeddings
-from mmseg_textkd.text.embedding_statistics import (ce_floor, center,
-                                                    closest_pairs, geometry)
-from mmseg_textkd.text.encode_classes import encode_classes, look_up_phrases
-from mmseg_textkd.text.vocabulary import Vocabulary
 
 EXAMPLES = """examples:
   # Cityscapes' classes with CLIP ViT-B/16 and 14 templates
@@ -38,7 +27,7 @@ EXAMPLES = """examples:
 """
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Parse and check the arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -47,10 +36,11 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument(
         'classes',
         nargs='?',
-        help=f'dataset ({", ".join(Vocabulary.keys())}), one with +synonyms '
-        'behind it, a .txt or .json file of names and phrases, or an '
-        'embeddings file to look at')
-    parser.add_argument('--names', help='class names, separated by commas')
+        help='names with commas between them, "road, tree, bus stop"; or a '
+        'vocabulary: a data set such as cityscapes or camvid, one with '
+        '+synonyms behind it, or a .txt or .json file of names and phrases; '
+        'or an embeddings file to look at')
+    parser.add_argument('--names', dest='old_names', help=argparse.SUPPRESS)
     parser.add_argument('--out', type=Path, help='embeddings file to write')
     parser.add_argument(
         '--force', action='store_true', help='replace an existing --out')
@@ -60,7 +50,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help="open_clip architecture, 'hf-hub:org/name', 'local-dir:/path', "
         "or 'toyclip' (the tiny model of this package)")
     tower.add_argument('--pretrained', help='tag or file of the weights')
-    tower.add_argument('--cache-dir', help='download cache')
+    tower.add_argument('--cache-dir', help='folder of downloaded models')
     tower.add_argument(
         '--templates',
         default='vild',
@@ -100,6 +90,9 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         action='store_true',
         help='subtract the mean in the report (the file stays as it is)')
     args = parser.parse_args(argv)
+    args.names = args.old_names
+    if args.classes and ',' in args.classes and args.names is None:
+        args.names, args.classes = args.classes, None
     _check_args(parser, args)
     return args
 
@@ -112,7 +105,7 @@ def _check_args(parser: argparse.ArgumentParser,
             parser.error('--prefetch needs --model')
         return
     if args.classes and args.names:
-        parser.error('give either a dataset or file, or --names')
+        parser.error('give names once: CLASSES, without --names')
     if args.vectors:
         if args.model or (args.keep_bank and not args.by_phrase):
             parser.error('--import encodes nothing: --model and, without '
@@ -122,12 +115,13 @@ def _check_args(parser: argparse.ArgumentParser,
                          'phrases, and the --names-file of the rows')
         if not (args.names_file or args.names or args.classes):
             parser.error('--import needs the names of its rows: --names-file, '
-                         '--names or a dataset')
+                         'or CLASSES')
     elif args.names_file or args.by_phrase:
         parser.error('--names-file belongs to --import, as --by-phrase does; '
                      'give a file of names to encode as first argument')
     elif not (args.classes or args.names):
-        parser.error('nothing to encode: give a dataset, a file or --names')
+        parser.error('nothing to encode: give CLASSES, names with commas or a '
+                     'vocabulary')
     looking = _is_embeddings(args.classes) and not args.vectors
     if looking and (args.out or args.model):
         parser.error(f'{args.classes} is an embeddings file already; it can '
@@ -149,6 +143,22 @@ def _check_args(parser: argparse.ArgumentParser,
 def _is_embeddings(classes: Optional[str]) -> bool:
     """Whether the first argument is a file to look at."""
     return bool(classes) and classes.endswith('.safetensors')
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
+from torch import Tensor
+
+from mmseg_textkd.clip.text_tower import TextTower, TextTowerError
+from mmseg_textkd.clip.weights import find_weights
+from mmseg_textkd.text.embedding_file import TextEmbeddings
+from mmseg_textkd.text.embedding_statistics import (ce_floor, center,
+                                                    closest_pairs, geometry)
+from mmseg_textkd.text.encode_classes import encode_classes, look_up_phrases
+from mmseg_textkd.text.vocabulary import Vocabulary
+from mmseg_textkd.utils.arguments import warn_renamed
 
 
 def _split(names: str) -> List[str]:
@@ -251,6 +261,7 @@ def draw(vectors: Tensor, names: Sequence[str], path: Path,
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
+    warn_renamed(args, names='the names as the first argument')
     try:
         if args.prefetch:
             # Opened too: that fetches the tokenizer and proves the files.

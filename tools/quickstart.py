@@ -8,7 +8,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional, Sequence
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        '--work-dir',
+        default='work_dirs/quickstart',
+        help='folder to write (default: %(default)s)')
+    parser.add_argument(
+        '--seed', type=int, default=0, help='of both arms (default: 0)')
+    parser.add_argument(
+        '--iters', type=int, help="iterations (default: the configs' own)")
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
 
 import mmseg_textkd  # before mmseg, which it makes importable
 
@@ -40,16 +59,6 @@ NEXT = """What next?
   your data   python tools/train.py YOUR_CONFIG.py   # README: "Five lines"
   Cityscapes  python tools/train.py {cityscapes}
   CamVid      python tools/train.py {camvid}"""
-
-
-def parse_args() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--work-dir', default='work_dirs/quickstart')
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument(
-        '--iters', type=int, help="iterations (default: the configs' own)")
-    return parser.parse_args()
 
 
 def run(args: List[str], log: Path, echo: str = '') -> None:
@@ -238,7 +247,7 @@ def main() -> None:
     except OSError as error:
         sys.exit(f'quickstart: {error}')
     print('Making the ToyScenes images', flush=True)
-    run(['tools/dataset_converters/toy_scenes.py',
+    run(['tools/dataset_converters/toy_scenes.py', '--out',
          str(DATA)], work_dir / 'data.log', 'ToyScenes')
     for name, config in ARMS.items():
         train_and_test(name, config, args)

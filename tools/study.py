@@ -67,9 +67,9 @@ def say(text: str) -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Make the runs; returns the exit status."""
+    args = parse_args(argv)  # before what takes seconds to import
     from mmseg_textkd.study import Ledger, LedgerError, Study, StudyError
     from mmseg_textkd.study.scheduler import Scheduler
-    args = parse_args(argv)
     try:
         study = Study.load(args.study, split_vars(args.vars))
         work_dir = args.work_dir or Path('work_dirs') / study.name

@@ -3,13 +3,66 @@
 
 Without a GPU ``--launcher pytorch`` works too.
 """
+import argparse
+import os
 import sys
+from typing import Optional, Sequence
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line: the arguments of MMSegmentation's tool."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of the network')
+    parser.add_argument('checkpoint', help='its checkpoint')
+    parser.add_argument(
+        '--work-dir',
+        help='folder of the log and the scores (default: of the config, or '
+        'work_dirs/CONFIG)')
+    parser.add_argument('--out', help='folder of the predicted label maps')
+    parser.add_argument(
+        '--show', action='store_true', help='open windows of predictions')
+    parser.add_argument(
+        '--show-dir', help='folder of drawn predictions, below the log')
+    parser.add_argument(
+        '--wait-time',
+        type=float,
+        default=2,
+        help='of a window in seconds (default: %(default)s)')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='settings of the config to override')
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what starts the processes (default: none, there is one)')
+    parser.add_argument(
+        '--tta', action='store_true', help='with augmentation of the images')
+    parser.add_argument(
+        '--local-rank',
+        '--local_rank',
+        type=int,
+        default=0,
+        help='number of this process, which torch.distributed gives')
+    args = parser.parse_args(argv)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
 
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from mmseg_textkd.compat import load_stock_tool
+from mmseg_textkd.compat import load_stock_tool, shorten_console
 from mmseg_textkd.engine import join_cpu_ranks
+from mmseg_textkd.utils.arguments import read_options
 
 
 def too_many_for_pictures(config: str) -> bool:
@@ -21,8 +74,13 @@ def too_many_for_pictures(config: str) -> bool:
 
 def main() -> None:
     """Test as the stock tool does."""
+    args = parse_args()
+    shorten_console()
     stock = load_stock_tool('test.py')
-    args = stock.parse_args()
+    try:
+        args.cfg_options = read_options(args.cfg_options)
+    except ValueError as error:
+        sys.exit(f'Error: {error}')
     if args.out and too_many_for_pictures(args.config):
         sys.exit('Error: --out: MMSegmentation writes label maps of 8 bits, '
                  f'which cannot hold the classes of {args.config}. Leave it '
@@ -30,7 +88,7 @@ def main() -> None:
                  'demo/image_demo.py writes label maps of 16 bits.')
     if args.launcher == 'pytorch' and get_device() == 'cpu':
         options = join_cpu_ranks(Config.fromfile(args.config))
-        args.cfg_options = {**options, **(args.cfg_options or {})}
+        args.cfg_options = {**options, **args.cfg_options}
     stock.parse_args = lambda: args
     stock.main()
 

@@ -7,20 +7,11 @@ the path of a checkpoint, and without a GPU ``--launcher pytorch`` and
 ``--amp`` work too.
 """
 import argparse
+import os
 import os.path as osp
 import sys
 from pathlib import Path
-from typing import List, Optional, Tuple
-
-from mmengine.config import Config
-from mmengine.device import get_device
-from mmengine.dist import is_main_process
-
-from mmseg_textkd.compat import load_stock_tool
-from mmseg_textkd.datasets.encode_regions import ensure_regions
-from mmseg_textkd.engine import join_cpu_ranks
-from mmseg_textkd.text.encode_classes import ensure_embeddings
-from mmseg_textkd.utils.checkpoint import find_checkpoint
+from typing import List, Optional, Sequence, Tuple
 
 
 def split_resume(words: List[str]) -> Tuple[Optional[str], List[str]]:
@@ -51,6 +42,63 @@ def split_resume(words: List[str]) -> Tuple[Optional[str], List[str]]:
              'work directory.')
 
 
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line: the arguments of MMSegmentation's tool."""
+    resume, words = split_resume(list(sys.argv[1:] if argv is None else argv))
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='training config')
+    parser.add_argument(
+        '--work-dir',
+        help='folder of logs and checkpoints (default: of the config, or '
+        'work_dirs/CONFIG)')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        metavar='CHECKPOINT',
+        help='go on from the latest checkpoint of the work directory '
+        '(alone, or auto), or from CHECKPOINT')
+    parser.add_argument(
+        '--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='settings of the config to override')
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what starts the processes (default: none, there is one)')
+    parser.add_argument(
+        '--local-rank',
+        '--local_rank',
+        type=int,
+        default=0,
+        help='number of this process, which torch.distributed gives')
+    args = parser.parse_args(words)
+    args.resume = resume
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.dist import is_main_process
+
+from mmseg_textkd.compat import load_stock_tool, shorten_console
+from mmseg_textkd.datasets.encode_regions import ensure_regions
+from mmseg_textkd.engine import join_cpu_ranks
+from mmseg_textkd.text.encode_classes import ensure_embeddings
+from mmseg_textkd.utils.arguments import read_options
+from mmseg_textkd.utils.checkpoint import find_checkpoint
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """Load the config as the stock tool will.
 
@@ -73,11 +121,14 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def main() -> None:
     """Make what embeddings are missing, then train."""
-    resume, sys.argv[1:] = split_resume(sys.argv[1:])
+    args = parse_args()
+    shorten_console()
     stock = load_stock_tool('train.py')
-    args = stock.parse_args()
-    args.resume = resume is not None
-    options = args.cfg_options = dict(args.cfg_options or {})
+    resume, args.resume = args.resume, args.resume is not None
+    try:
+        options = args.cfg_options = read_options(args.cfg_options)
+    except ValueError as error:
+        sys.exit(f'Error: {error}')
     if resume not in (None, 'auto'):
         options['load_from'] = resume
     cfg = load_config(args)

@@ -19,6 +19,7 @@ from mmseg_textkd.models.ebseg.mask_embedder import MaskEmbeddings
 from mmseg_textkd.models.ebseg.mask_scores import MaskScores, pixel_embeddings
 from mmseg_textkd.models.layers import PixelProjection, pixel_text_similarity
 from mmseg_textkd.models.layers.text_fusion import CANNOT_FOLD
+from mmseg_textkd.models.new_words import NEW_WORDS, place_new_words
 from mmseg_textkd.text import TextEmbeddings, Vocabulary
 from .class_encoder import ClassEncoder, EncodedClasses
 from .label_maps import select_classes
@@ -80,16 +81,23 @@ class NetworkAdapter(metaclass=ABCMeta):
         return self.encoder.encode(classes, **options)
 
     @abstractmethod
-    def set_classes(self, found: EncodedClasses, new_bias: float = 0) -> None:
+    def set_classes(self,
+                    found: EncodedClasses,
+                    new_bias: float = 0,
+                    new_words: Optional[str] = None) -> None:
         """Make encoded classes those of the network.
 
         Args:
             found (EncodedClasses): What :meth:`encode` has returned.
             new_bias (float): Added to the logits of new classes. Defaults
                 to 0.
+            new_words (str, optional): How the vectors of new classes are
+                used, see :func:`.place_new_words`. Defaults to None: what
+                fits the kind of the network.
 
         Raises:
-            ValueError: If there is no such bias; nothing has changed then.
+            ValueError: If there is no such bias or way; nothing has changed
+                then.
         """
 
     def select(self, rows: Tensor) -> nn.Module:
@@ -180,9 +188,26 @@ class TextHeadAdapter(NetworkAdapter):
             self.bias = branch.logit_bias.detach().clone()
         head.conv_seg = self.fold(self.vectors, range(len(names)))
 
-    def set_classes(self, found: EncodedClasses, new_bias: float = 0) -> None:
-        """Fold the vectors in."""
-        layer = self.fold(found.vectors, found.trained, new_bias)
+    def set_classes(self,
+                    found: EncodedClasses,
+                    new_bias: float = 0,
+                    new_words: Optional[str] = None) -> None:
+        """Fold the vectors in.
+
+        The default for new ones is 'unit', which is measured, where logits
+        are linear in the pixel embeddings. Cosines take them raw, as LSeg
+        does, and so does a :class:`BalancedTextClassifier`.
+        """
+        if new_words is None:
+            linear = not (self.uses_cosine
+                          or isinstance(self.branch, BalancedTextClassifier))
+            new_words = NEW_WORDS[0] if linear else 'raw'
+        new = [k for k, own in enumerate(found.trained) if own is None]
+        vectors = found.vectors.clone()
+        vectors[new] = place_new_words(
+            vectors[new], self.branch.text.class_embeddings.to(vectors.device),
+            new_words)
+        layer = self.fold(vectors, found.trained, new_bias)
         self._install(layer, len(found.names))
         self.vectors = found.vectors
 
@@ -276,8 +301,14 @@ class EBSegAdapter(NetworkAdapter):
                 cache_dir=encoder.cache_dir))
         self.vectors = text.class_embeddings.detach().clone()
 
-    def set_classes(self, found: EncodedClasses, new_bias: float = 0) -> None:
+    def set_classes(self,
+                    found: EncodedClasses,
+                    new_bias: float = 0,
+                    new_words: Optional[str] = None) -> None:
         """Hand the vectors to :meth:`EBSeg.set_classes`."""
+        if new_words not in (None, 'raw'):
+            raise ValueError('EBSeg compares masks with the vectors as they '
+                             f'are, new_words="raw", but got {new_words!r}.')
         if new_bias:
             raise ValueError(
                 '`new_bias` is for classifiers that are trained on the seen '
@@ -331,7 +362,10 @@ class FoldedAdapter(NetworkAdapter):
                               [self.names.index(name) for name in words.names],
                               'as trained')
 
-    def set_classes(self, found: EncodedClasses, new_bias: float = 0) -> None:
+    def set_classes(self,
+                    found: EncodedClasses,
+                    new_bias: float = 0,
+                    new_words: Optional[str] = None) -> None:
         """Take the rows of these classes."""
         device = next(self.conv_seg.parameters()).device
         rows = torch.tensor(found.trained, device=device)

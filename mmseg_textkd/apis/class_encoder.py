@@ -179,7 +179,7 @@ class ClassEncoder:
             raise ValueError(
                 'it is not known which text tower made the vectors that this '
                 'network was trained with. Name it (`tower`, `pretrained`; '
-                '--tower, --pretrained), or give a file with vectors of the '
+                '--model, --pretrained), or give a file with vectors of the '
                 'same tower (`embeddings`; --embeddings).')
         provider = self.provider
         one_context = isinstance(provider, ContextPromptLearner) and (

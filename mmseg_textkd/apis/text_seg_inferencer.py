@@ -118,6 +118,7 @@ class TextSegInferencer(MMSegInferencer):
                     other: Optional[str] = None,
                     threshold: Optional[float] = None,
                     new_bias: float = 0.,
+                    new_words: Optional[str] = None,
                     tower: Optional[str] = None,
                     pretrained: Optional[str] = None,
                     templates: Any = None,
@@ -136,6 +137,10 @@ class TextSegInferencer(MMSegInferencer):
                 'other' which is no class. Defaults to None.
             new_bias (float): Added to the logits of new classes, see
                 :meth:`TextHeadAdapter.fold`; not for EBSeg. Defaults to 0.
+            new_words (str, optional): How vectors of new classes are used:
+                'unit', 'projected', 'ridge' or 'raw', see
+                :func:`.place_new_words`. Defaults to None: 'unit', or 'raw'
+                where the classifier compares by cosines.
             tower, pretrained, templates, embeddings: See
                 :meth:`ClassEncoder.encode`.
 
@@ -179,7 +184,7 @@ class TextSegInferencer(MMSegInferencer):
                 raise ValueError("a class is called 'other' already; give it "
                                  'as `other`.')
             names, palette = (*names, 'other'), [*palette, GRAY]
-        self.adapter.set_classes(found, new_bias)
+        self.adapter.set_classes(found, new_bias, new_words)
         self.model.dataset_meta = dict(classes=tuple(names), palette=palette)
         self.threshold, self.source = threshold, found.source
         print_log(f'{number} classes: {self.source}', 'current')

@@ -13,10 +13,13 @@ from .multi_dataset import MultiDataset
 from .pack_region_inputs import PackRegionInputs
 from .pascal_5i_episodes import PASCAL5iEpisodes
 from .toy_scenes import ToyScenesDataset
+from .video_frames import VideoFramesDataset
+from .vspw import VSPWDataset
 
 __all__ = [
     'BalancedDatasetSampler', 'COCO20iEpisodes', 'CamVidDataset',
     'CheckLabels', 'EpisodeLabels', 'FSS1000Episodes', 'HideClasses',
     'LabelMeFacadeDataset', 'Load16BitAnnotations', 'LoadRegionEmbeddings',
-    'MultiDataset', 'PASCAL5iEpisodes', 'PackRegionInputs', 'ToyScenesDataset'
+    'MultiDataset', 'PASCAL5iEpisodes', 'PackRegionInputs', 'ToyScenesDataset',
+    'VSPWDataset', 'VideoFramesDataset'
 ]

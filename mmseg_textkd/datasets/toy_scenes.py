@@ -46,9 +46,10 @@ class ToyScenesDataset(BaseSegDataset):
         Returns:
             list[dict]: All data info of the data set.
         """
-        cure = (f'Make the data set with "python tools/dataset_converters/'
-                f'toy_scenes.py {self.data_root or "data/toy_scenes"}", or '
-                'set data_root to where it is.')
+        root = self.data_root or 'data/toy_scenes'
+        cure = ('Make the data set with "python tools/dataset_converters/'
+                f'toy_scenes.py --out {root}", or set data_root to where it '
+                'is.')
         for key in ('img_path', 'seg_map_path'):
             folder = self.data_prefix.get(key)
             if folder and not osp.isdir(folder):

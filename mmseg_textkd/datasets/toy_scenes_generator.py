@@ -12,11 +12,12 @@ from typing import Dict, Optional, Tuple, Union
 import cv2
 
 from .toy_scenes_painter import CLASSES, IGNORE_INDEX, PALETTE
-from .toy_scenes_renderer import Scene, render_scene
+from .toy_scenes_renderer import Scene, render_scene, render_video
 
 __all__ = [
     'CLASSES', 'IGNORE_INDEX', 'MANIFEST', 'PALETTE', 'Scene',
-    'generate_toy_scenes', 'read_manifest', 'render_scene'
+    'generate_toy_scenes', 'generate_toy_videos', 'read_manifest',
+    'render_scene', 'render_video'
 ]
 
 # Raise it whenever the painted pixels change: an older folder is then refused
@@ -96,6 +97,58 @@ def _check_target(root: Path, wanted: Dict, force: bool) -> bool:
              f'was made with other settings ({found}, not {wanted})')
     raise FileExistsError(f'{root} {state}; nothing was touched. Pass --force '
                           '(force=True) to make it anew.')
+
+
+def generate_toy_videos(root: Union[str, Path],
+                        num_videos: int = 8,
+                        num_frames: int = 48,
+                        seed: int = 0,
+                        height: int = 128,
+                        width: int = 256) -> None:
+    """Write videos of a moving camera, with labels for every frame.
+
+    In the layout of :class:`VideoFramesDataset`; all or nothing.
+
+    Args:
+        root (str | Path): The data root, such as 'data/toy_videos'.
+        num_videos (int): Number of videos. Defaults to 8.
+        num_frames (int): Frames of each. Defaults to 48.
+        seed (int): Defaults to 0.
+        height (int): Frame height in pixels. Defaults to 128.
+        width (int): Frame width in pixels. Defaults to 256.
+
+    Raises:
+        ValueError: If a number is out of range.
+        FileExistsError: If something is at ``root``.
+    """
+    for name, value, low in (('num_videos', num_videos, 1),
+                             ('num_frames', num_frames, 1), ('seed', seed, 0),
+                             ('height', height, 32), ('width', width, 32)):
+        if value < low:
+            raise ValueError(f'{name} must be at least {low}, got {value}')
+    root = Path(os.path.realpath(root))
+    if os.path.lexists(root):
+        raise FileExistsError(f'{root} is there already; nothing was touched. '
+                              'Choose another folder.')
+    root.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(
+        tempfile.mkdtemp(
+            prefix=f'.{root.name}-', suffix='.tmp', dir=root.parent))
+    try:
+        for video in range(num_videos):
+            folder = holder / 'new' / f'video{video:02d}'
+            for part in ('origin', 'mask'):
+                (folder / part).mkdir(parents=True)
+            scenes = render_video(seed, video, num_frames, height, width)
+            for number, scene in enumerate(scenes):
+                for part, pixels in (('origin', scene.image), ('mask',
+                                                               scene.label)):
+                    path = folder / part / f'{number:04d}.png'
+                    if not cv2.imwrite(str(path), pixels):
+                        raise OSError(f'could not write {path}')
+        os.rename(holder / 'new', root)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
 
 
 def generate_toy_scenes(root: Union[str, Path],

@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """How one ToyScenes scene is composed, lit and labeled."""
 from dataclasses import dataclass
-from typing import List, Tuple
+from typing import Iterator, List, Tuple
 
 import cv2
 import numpy as np
@@ -215,6 +215,53 @@ def _outline(label: np.ndarray) -> np.ndarray:
     out = label.copy()
     out[rim] = IGNORE_INDEX
     return out
+
+
+def render_video(seed: int,
+                 index: int,
+                 frames: int,
+                 height: int = 128,
+                 width: int = 256) -> Iterator[Scene]:
+    """Move a camera over one scene, with labels for every frame.
+
+    The scene is painted half as large again; the camera moves to one side and
+    forward, at a steady speed, and each frame has noise of its own. Labels
+    are those of the pixel that a frame shows.
+
+    Args:
+        seed (int): Seed of the data set, >= 0.
+        index (int): Number of the video, >= 0.
+        frames (int): Number of frames.
+        height (int): Defaults to 128 (pixels).
+        width (int): Defaults to 256 (pixels).
+
+    Yields:
+        Scene: Frame after frame; ``objects`` are those of the whole scene.
+    """
+    scene = render_scene(seed, 'video', index, height * 3 // 2, width * 3 // 2)
+    rng = np.random.default_rng([seed, *b'camera', index])
+    side, speed = rng.choice([-1, 1]), rng.uniform(.4, 1.2)
+    for number in range(frames):
+        # From 0 to 1, whatever the length: a long video is a slow one.
+        part = speed * number / max(frames - 1, 1) / 1.2
+        scale = 1.45 - .35 * part  # forward: a smaller part, enlarged
+        room = np.array([1.5 - scale, 1.5 - scale]) * [width, height] / 2
+        center = np.array([.75 * width, .75 * height])
+        center += room * [side * (2 * part - 1), part - .5]
+        matrix = np.array([[scale, 0, center[0] - scale * width / 2],
+                           [0, scale, center[1] - scale * height / 2]])
+        views = [
+            cv2.warpAffine(
+                array,
+                matrix, (width, height),
+                flags=flag | cv2.WARP_INVERSE_MAP,
+                borderMode=cv2.BORDER_REPLICATE)
+            for array, flag in ((scene.image, cv2.INTER_LINEAR),
+                                (scene.label, cv2.INTER_NEAREST))
+        ]
+        noisy = views[0] + rng.standard_normal(views[0].shape) * 3
+        image = np.rint(noisy).clip(0, 255).astype(np.uint8)
+        yield Scene(image, views[1], scene.objects, scene.light)
 
 
 def render_scene(seed: int,

@@ -50,8 +50,8 @@ def check_weights(path: Path,
         raise ValueError(
             f'{path} still has text in it: {text[:3]}. Fold it first, '
             '`python tools/model_converters/textkd2mmseg.py CONFIG '
-            f'{path} OUT`, or publish it with --keep-text: it then needs '
-            'mmseg_textkd and its text config.')
+            f'{path} --out OUT`, or publish it with --keep-text: it then '
+            'needs mmseg_textkd and its text config.')
     if not (meta.get('dataset_meta') or {}).get('classes'):
         raise ValueError(f'{path} does not name its classes: meta'
                          '["dataset_meta"]["classes"] is missing.')

@@ -2,9 +2,10 @@
 from .confusion_iou_metric import ConfusionIoUMetric
 from .dataset_iou_metric import DatasetIoUMetric
 from .episode_iou_metric import EpisodeIoUMetric
+from .video_consistency_metric import VideoConsistencyMetric
 from .zero_shot_iou_metric import ZeroShotIoUMetric
 
 __all__ = [
     'ConfusionIoUMetric', 'DatasetIoUMetric', 'EpisodeIoUMetric',
-    'ZeroShotIoUMetric'
+    'VideoConsistencyMetric', 'ZeroShotIoUMetric'
 ]

@@ -215,7 +215,7 @@ def build_command(file: str, build: Optional[Mapping] = None) -> str:
     elif isinstance(vocabulary, Mapping):
         words.append('VOCABULARY.json')
     else:
-        words.append(f'--names "{",".join(vocabulary)}"')
+        words.append(f'"{",".join(vocabulary)}"')
     words.append(f'--model {build.get("model", "MODEL")}')
     for key in ('pretrained', 'cache_dir'):
         if build.get(key):

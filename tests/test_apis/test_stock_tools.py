@@ -25,7 +25,7 @@ CHANNELS, DIM, CLASSES, PIXELS = 16, 16, 8, SIZE[0] * SIZE[1] // 64
 def get_flops(path, monkeypatch, capsys):
     """Run the tool; the two figures that it prints."""
     monkeypatch.setattr(sys, 'argv',
-                        ['get_flops.py', path, '--shape', *map(str, SIZE)])
+                        ['get_flops.py', path, '--size', *map(str, SIZE)])
     runpy.run_path(GET_FLOPS, run_name='__main__')
     out = capsys.readouterr().out
     return [

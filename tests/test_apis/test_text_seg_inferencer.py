@@ -139,7 +139,7 @@ def test_trained_classes_as_ever(worded, inferencer, name):
 def test_new_classes_equal_those_by_hand(worded, inferencer, name):
     run, mine = worded(name), inferencer(name)
     before = {k: v.clone() for k, v in mine.model.state_dict().items()}
-    mine.set_classes(list(NEW))
+    mine.set_classes(list(NEW), new_words='raw')
     expected, cosine = by_hand(run, *mixed(run, None, None))
     found = mine(run.images[0], similarity=['道路', 'tree'])
     labels = expected.argmax(0).numpy()
@@ -198,11 +198,11 @@ def test_new_classes_can_be_favored(worded, inferencer):
     run, mine = worded(), inferencer()
     vectors, bias = mixed(run, None, None)
     bias[[0, 2, 3, 4]] += 1.5
-    mine.set_classes(list(NEW), new_bias=1.5)
+    mine.set_classes(list(NEW), new_bias=1.5, new_words='raw')
     expected = by_hand(run, vectors, bias)[0].argmax(0).numpy()
     found = mine(run.images[0])['predictions']
     assert np.array_equal(found, expected)
-    mine.set_classes(list(NEW))
+    mine.set_classes(list(NEW), new_words='raw')
     assert (mine(run.images[0])['predictions'] != found).any()
 
 
@@ -223,7 +223,7 @@ def test_block_of_the_guide(worded):
 
 def test_unified_context_serves_new_names(worded, inferencer):
     run, mine = worded('unified'), inferencer('unified')
-    mine.set_classes(list(NEW))
+    mine.set_classes(list(NEW), new_words='raw')
     assert mine.source == ('4 new class(es) in the learned context; 1 as '
                            'trained')
     # The same by a learner of these names that has the learned vectors.
@@ -325,7 +325,7 @@ def test_everything_else(worded, inferencer):
     values = top.flatten().sort().values[400:-400]
     gap = values.diff().argmax()
     threshold = values[gap:gap + 2].mean().item()
-    mine.set_classes(list(NEW), threshold=threshold)
+    mine.set_classes(list(NEW), threshold=threshold, new_words='raw')
     want = expected.masked_fill(top < threshold, 5)
     assert .1 < (want == 5).float().mean() < .9
     assert np.array_equal(mine(run.images[0])['predictions'], want.numpy())
@@ -710,12 +710,12 @@ def test_demo_on_a_video(worded, inferencer, demo, tmp_path, capsys):
     (['a.png'], 'give --out'),
     (['a.avi', '--out', 'x.gif'], 'a video is written as'),
     (['a.png', '--out', 'x', '--opacity', '2'], r'must be in \[0, 1\]'),
-    (['none.avi', '--out', 'x.avi'], 'cannot open none.avi'),
+    (['none.avi', '--out', 'x.avi'], 'no video none.avi'),
     (['none.png', '--out', 'x', '--classes', 'road, road'], 'occurs twice'),
     (['none.png', '--out', 'x'], 'No such file'),
     (['.', '--out', 'x'], 'no images in'),
     (['none.png', '--out', 'x', '--threshold', '0'], 'between 0 and 1'),
-    (['none.png', '--out', 'x', '--tower', 'toyclip'], 'belongs to --classes'),
+    (['none.png', '--out', 'x', '--model', 'toyclip'], 'belongs to --classes'),
     (['none.png', '--out', 'x', '--new-bias', '1'], 'belongs to --classes'),
     (['none.png', '--out', 'x', '--classes', 'road', '--new-bias', 'nan'
       ], 'must be finite'),

@@ -166,5 +166,5 @@ def test_bad_arguments(tool, capsys, tmp_path):
         said = fails(load_tool(name), capsys, *argv, '--runs', 1)
         assert '--runs must be at least 2' in said
     assert 'one config at a time' in fails(tool, capsys, TOY, TOY)
-    said = fails(tool, capsys, TOY, '--json', tmp_path / 'no' / 'a.json')
+    said = fails(tool, capsys, TOY, '--out', tmp_path / 'no' / 'a.json')
     assert f'there is no folder {tmp_path / "no"}' in said

@@ -33,8 +33,9 @@ def test_cpp_shows_what_python_predicts(tmp_path):
     cfg.dump(tmp_path / 'cfg.py')
     torch.save(model.state_dict(), tmp_path / 'model.pth')
     deploy.main([
-        *(str(tmp_path / n) for n in ('cfg.py', 'model.pth', 'net')), '--to',
-        'openvino'
+        str(tmp_path / 'cfg.py'),
+        str(tmp_path / 'model.pth'), '--out',
+        str(tmp_path / 'net'), '--to', 'openvino'
     ])
     build = str(tmp_path / 'build')
     cmake = openvino.utils.get_cmake_path()

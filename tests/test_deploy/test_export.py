@@ -27,6 +27,7 @@ from tiny import CLASSES, run, tiny_config
 
 from mmseg_textkd.deploy import fold_state_dict, int8, tensorrt, to_stock_cfg
 from mmseg_textkd.deploy.run import Network
+from mmseg_textkd.deploy.runtimes import RUNTIMES
 
 sys.path.insert(0, str(CONFIGS.parent / 'tools' / 'deployment'))
 
@@ -74,9 +75,10 @@ def stock(tmp_path_factory):
         ('labels', '--output', 'argmax', '--images', str(files.images)),
     ]:
         with redirect_stdout(StringIO()) as said:
-            deploy.main(
-                [*files[:2],
-                 str(root / name), '--to', 'onnx', *options])
+            deploy.main([
+                *files[:2], '--out',
+                str(root / name), '--to', 'onnx', *options
+            ])
         files.said[name] = said.getvalue()
     return files
 
@@ -165,7 +167,9 @@ def test_folder_says_what_it_is(stock):
 @pytest.mark.stacks
 def test_torchscript(stock, model):
     out = stock.out / 'script'
-    deploy.main([*stock[:2], str(out), '--to', 'torchscript', '--dynamic'])
+    deploy.main(
+        [*stock[:2], '--out',
+         str(out), '--to', 'torchscript', '--dynamic'])
     found = {'mmseg_textkd.json': ''}
     loaded = torch.jit.load(str(out / 'model.pt'), _extra_files=found)
     assert json.loads(found['mmseg_textkd.json'])['classes'] == list(CLASSES)
@@ -197,7 +201,7 @@ def test_runtime_predicts_what_mmsegmentation_does(stock, model, name):
     """The folder is read as a user reads it."""
     out = stock.out / name
     deploy.main([
-        *stock[:2],
+        *stock[:2], '--out',
         str(out), '--to', name, '--images',
         str(stock.images), '--eval', stock.config
     ])
@@ -236,7 +240,7 @@ def test_runtime_predicts_what_mmsegmentation_does(stock, model, name):
 def test_int8_stays_near(stock, model, name):
     out = stock.out / f'int8-{name}'
     deploy.main([
-        *stock[:2],
+        *stock[:2], '--out',
         str(out), '--to', name, '--precision', 'int8', '--calibrate',
         str(stock.images), '--eval', stock.config
     ])
@@ -268,12 +272,22 @@ def test_int8_stays_near(stock, model, name):
 @pytest.mark.parametrize('name', ['onnx', runtime('openvino', 'openvino')])
 def test_half_precision(stock, name):
     out = stock.out / f'half-{name}'
-    deploy.main([*stock[:2], str(out), '--to', name, '--precision', 'fp16'])
+    deploy.main(
+        [*stock[:2], '--out',
+         str(out), '--to', name, '--precision', 'fp16'])
     meta = json.loads((out / 'network.json').read_text())
     found, = meta['checks']
     assert 0 < found['difference'] < .01 * found['largest']
     weights = 'model.onnx' if name == 'onnx' else 'model.bin'
     assert (out / weights).stat().st_size < .8 * 4 * meta['params']
+
+
+def test_names_of_the_tool_are_those_of_the_package():
+    """It names them itself, for `--help` comes before what takes time."""
+    assert deploy.NAMES == tuple(RUNTIMES)
+    assert deploy.NORMALIZED == tuple(name
+                                      for name, runtime in RUNTIMES.items()
+                                      if not runtime.preprocess)
 
 
 def test_layers_stay_in_float32_until_the_loss_is_small():
@@ -363,11 +377,12 @@ def test_bad_input_leaves_no_folder(stock, tmp_path, capsys, monkeypatch):
         ('takes one size', *stock[:2], '--to', 'tensorrt', '--dynamic'),
     ]:
         with pytest.raises(SystemExit, match=message):
-            deploy.main([config, weights, out, '--to', 'onnx', *options])
+            deploy.main(
+                [config, weights, '--out', out, '--to', 'onnx', *options])
     for message, target in [('no folder', str(tmp_path / 'a/b')),
                             ('exists', str(empty))]:
         with pytest.raises(SystemExit, match=message):
-            deploy.main([*stock[:2], target, '--to', 'onnx'])
+            deploy.main([*stock[:2], '--out', target, '--to', 'onnx'])
     for message, *options in [
         ('at least 18', '--opset', '17'),
         ('must be positive', '--size', '0', '8'),
@@ -375,7 +390,7 @@ def test_bad_input_leaves_no_folder(stock, tmp_path, capsys, monkeypatch):
         ('takes no bytes', '--to', 'ncnn', '--preprocess'),
     ]:
         with pytest.raises(SystemExit):
-            deploy.main([*stock[:2], out, '--to', 'onnx', *options])
+            deploy.main([*stock[:2], '--out', out, '--to', 'onnx', *options])
         assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir()) and not list(empty.iterdir())
 
@@ -398,7 +413,7 @@ def test_lseg_exports_with_its_norm_and_its_blocks(tmp_path):
     out = tmp_path / 'kept'
     deploy.main([
         str(config),
-        str(weights),
+        str(weights), '--out',
         str(out), '--to', 'onnx', '--dynamic', '--no-preprocess'
     ])
     for size in (32, 64), (40, 56):

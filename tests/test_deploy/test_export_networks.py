@@ -57,7 +57,10 @@ def test_networks(name, tmp_path):
     cfg = Config(dict(model=cfg, test_dataloader=dict(dataset=dataset)))
     cfg.dump(tmp_path / 'cfg.py')
     paths = [str(tmp_path / file) for file in ('cfg.py', 'model.pth', 'out')]
-    deploy.main([*paths, '--to', 'onnx', '--size', '64', '96', *options])
+    deploy.main([
+        *paths[:2], '--out', paths[2], '--to', 'onnx', '--size', '64', '96',
+        *options
+    ])
     if 'segnext' in name:
         # By hand: normalized, RGB, padded to multiples of 32, cropped.
         model = load_stock(*paths[:2])[1]

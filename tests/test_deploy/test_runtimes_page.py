@@ -20,10 +20,8 @@ def test_cells_say_what_the_folders_say(tool, tmp_path):
         path.mkdir()
         checks = [dict(found, differing=differing)]
         (path / 'network.json').write_text(json.dumps(dict(checks=checks)))
-    args = tool.parse_args(
-        ['--work-dir',
-         str(tmp_path), '--out',
-         str(tmp_path / 'page.md')])
+    argv = ['--work-dir', str(tmp_path), '--out', str(tmp_path / 'page.md')]
+    args = tool.complete(tool.parse_args(argv))
     assert args.cells == tool.CELLS and len(args.networks) == 15
     text = tool.page(args, None)
     header, _, *rows = [r for r in text.splitlines() if r.startswith('|')]
@@ -34,9 +32,8 @@ def test_cells_say_what_the_folders_say(tool, tmp_path):
         ratio=.5, to_stock=1.001, to_stock_ci95=[.99, 1.01], share_of_peak=.42)
     arms = {'eager': {}, 'ncnn fp32': times, 'ncnn fp32 stock': {}}
     results = dict(rows=[dict(network='fast_scnn', arms=arms)])
-    assert tool.time_rows(results) == [
-        ('fast_scnn', 'ncnn fp32', '0.500', '1.001 [0.990, 1.010]', '42 %')
-    ]
+    assert tool.time_rows(results) == [('fast_scnn', 'ncnn fp32', '0.500',
+                                        '1.001 [0.990, 1.010]', '42 %')]
 
 
 def test_every_network_ran_in_three_runtimes_and_some_in_two_more():
@@ -44,8 +41,8 @@ def test_every_network_ran_in_three_runtimes_and_some_in_two_more():
     page = (ROOT / 'docs' / 'en' / 'runtimes.md').read_text(encoding='utf-8')
     header, _, *rows = [r for r in page.splitlines() if r.startswith('|')]
     cells = [[c.strip() for c in row.split('|')[1:-1]] for row in rows]
-    columns = dict(zip([c.strip() for c in header.split('|')[1:-1]],
-                       zip(*cells)))
+    columns = dict(
+        zip([c.strip() for c in header.split('|')[1:-1]], zip(*cells)))
     assert len(cells) == 15
     for runtime in 'onnx', 'openvino', 'ncnn':
         assert all(columns[f'{runtime} fp32']), runtime

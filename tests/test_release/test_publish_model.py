@@ -5,6 +5,7 @@ import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,8 +272,15 @@ def test_bad_arguments_are_refused(tool, stock, tmp_path, out, capsys):
     refuse(tool, out, 'is no log', weights, out / 'a', '--log', stock.config)
     refuse(tool, out, '2', weights, out)
     assert 'give --config' in capsys.readouterr().err
-    refuse(tool, out, '2', weights, out / 'none' / 'a')
-    assert 'no folder' in capsys.readouterr().err
+
+
+def test_the_folder_is_made(tool, stock, tmp_path):
+    weights = stock.checkpoint(20)
+    for target in (f'{tmp_path}/new/', tmp_path / 'other' / 'net'):
+        found = publish(tool, weights, '--out', target, '--config',
+                        stock.config)
+        name = 'net' if 'other' in str(target) else Path(stock.config).stem
+        assert found.is_file() and found.name.startswith(f'{name}_')
 
 
 def test_full_disk_leaves_nothing(tool, stock, out):

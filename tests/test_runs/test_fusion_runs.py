@@ -182,7 +182,7 @@ def test_a_kept_bridge_runs_in_onnx_runtime(trained, tmp_path, capsys):
     ]
     # The tool compares the graph with PyTorch, or writes nothing.
     deploy.main([
-        *files,
+        *files, '--out',
         str(tmp_path / 'kept'), '--to', 'onnx', '--dynamic', '--no-preprocess'
     ])
     said = capsys.readouterr().out

@@ -214,6 +214,9 @@ def test_our_tool_makes_the_embeddings(runs):
     check_run(ours, root / 'ours' / 'work', 'context')
     assert made.sha256 == vectors.sha256
     assert f'Made {TOY_FILE}' in ours.output
+    # Nothing of the libraries, no config, no list of hooks.
+    before = ours.output.split('Stage 1 of')[0]
+    assert 'arning' not in before and before.count('\n') < 25
 
 
 def test_both_tools_train_the_same(runs):

@@ -318,16 +318,32 @@ def test_plots_show_what_the_tables_say(page):
     folder, _ = page
     [study] = TOOL.read_studies([Ledger(folder / 's.jsonl')])
     [axis] = study.plot_seeds().axes
-    lines = {line.get_label(): line for line in axis.lines}
-    assert lines['seed 0'].get_ydata().tolist() == [40., 43., 41.]
-    assert lines['seed 2'].get_xdata().tolist() == [0, 1]
-    [axis] = study.plot_classes().axes
-    assert [round(bar.get_width(), 2)
-            for bar in axis.patches] == [2.17, 2.17, -.25, -.25]
+    dots = {line.get_label(): line for line in axis.lines}
+    joined = [x for x in axis.lines if x.get_color() == '.75']
+    assert joined[0].get_ydata().tolist() == [40., 43., 41.]
+    assert joined[2].get_xdata().tolist() == [0, 1]
+    assert {t.get_text()
+            for t in axis.get_legend().get_texts()} == {'one seed', 'mean'}
+    figure = study.plot_classes()
+    [axis] = figure.axes
+    drawn = {box.get_label(): box for box in axis.containers}
+    part, = study.groups.values()
+    assert len(drawn) == 2
+    for arm, box in drawn.items():
+        expected = [part.difference(arm, 'stock', k) for k in range(2)]
+        assert box.lines[0].get_xdata().tolist() == [g.mean for g in expected]
+        ends = [path.vertices[:, 0] for path in box.lines[2][0].get_paths()]
+        np.testing.assert_allclose(ends, [(g.low, g.high) for g in expected])
     [axis] = study.plot_curves().axes
     lines = {line.get_label(): line for line in axis.lines}
     assert lines['stock'].get_xdata().tolist() == [2, 4, 6, 8]
     assert lines['stock'].get_ydata().tolist() == [35., 35.5, 39., 40.]
+    # An arm has one color in all figures.
+    for arm, box in drawn.items():
+        assert len({
+            box.lines[0].get_color(), lines[arm].get_color(),
+            dots[f'_{arm}'].get_color()
+        }) == 1
 
 
 def test_check(page, tmp_path, capsys):

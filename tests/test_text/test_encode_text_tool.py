@@ -67,7 +67,7 @@ def test_dataset_as_a_command(tmp_path, clip_name):
 def test_names_and_bank(tool, tmp_path, clip_name, capsys):
     out = tmp_path / 'own.safetensors'
     argv = [
-        '--names', 'road, sky,car', '--model', clip_name, '--templates',
+        'road, sky,car', '--model', clip_name, '--templates',
         'none', '--keep-bank', '--out',
         str(out)
     ]
@@ -254,7 +254,7 @@ def test_prefetch_of_what_is_there(tool, clip_name, capsys):
     (['toy_scenes', '--model', 'toyclip'], '--out is needed'),
     (['toy_scenes', '--out', 'x.safetensors'], '--model is needed'),
     (['toy_scenes', '--out', 'x.pt', '--model', 'm'], '.safetensors'),
-    (['toy_scenes', '--names', 'a', '--model', 'm'], 'either'),
+    (['toy_scenes', '--names', 'a', '--model', 'm'], 'once'),
     (['--import', 'v.npy', '--out', 'x.safetensors'], 'needs the names'),
     (['--import', 'v.npy', '--names', 'a', '--model', 'm'], 'no sense'),
     (['--names-file', 'n.json', '--model', 'm'], 'belongs to --import'),

@@ -16,6 +16,7 @@ from mmseg_textkd import stock_config
 from mmseg_textkd.datasets.camvid import CamVidDataset
 from mmseg_textkd.datasets.labelmefacade import LabelMeFacadeDataset
 from mmseg_textkd.datasets.toy_scenes import ToyScenesDataset
+from mmseg_textkd.datasets.vspw import VSPWDataset
 from mmseg_textkd.text.vocabulary import ALIASES, VOCABULARY_DIR, Vocabulary
 
 FRAGMENTS = Path(__file__).resolve().parents[2] / 'configs/_base_/text'
@@ -33,6 +34,7 @@ DATASETS = {
     'mapillary_v1': (MAPILLARY, 65),
     'toy_scenes': (ToyScenesDataset.METAINFO, 8),
     'labelmefacade': (LabelMeFacadeDataset.METAINFO, 8),
+    'vspw': (VSPWDataset.METAINFO, 124),
 }
 # Only evaluated on; MMSegmentation has no dataset of these classes.
 LISTS = {'ade20k_847': 847, 'fss1000': 1000, 'pascal_context459': 459}
@@ -89,11 +91,11 @@ MEANT = [
 
 def test_every_file_is_tested():
     assert Vocabulary.keys() == sorted(COUNTS)
-    assert len(COUNTS) == 12
+    assert len(COUNTS) == 13
     # An alias has no file of its own, and everything else has one.
     files = sorted(f.name for f in VOCABULARY_DIR.glob('*.json'))
     assert files == sorted(f'{key}.json' for key in {*COUNTS} - {*ALIASES})
-    assert len(files) == 11
+    assert len(files) == 12
 
 
 @each_case('key', DATASETS)
@@ -181,8 +183,8 @@ def test_a_class_name_is_never_a_phrase_of_another_class():
         for name, phrases in zip(names, vocabulary.phrases):
             assert not ({*names} - {name}) & set(phrases), (key, name)
             checked += 1
-    assert checked == (19 + 19 + 11 + 150 + 21 + 171 + 65 + 8 + 8 + 847 + 459 +
-                       1000)
+    assert checked == (19 + 19 + 11 + 150 + 21 + 171 + 65 + 8 + 124 + 8 + 847 +
+                       459 + 1000)
 
 
 SYNONYMS = ('ade20k', 'bdd100k', 'camvid', 'cityscapes', 'toy_scenes', 'voc12')
@@ -252,7 +254,8 @@ def test_readme_names_every_file():
     assert rows == {key: str(count) for key, count in COUNTS.items()}
 
 
-@each_case('key', sorted({*DATASETS} - {'toy_scenes', 'labelmefacade'}))
+@each_case('key',
+           sorted({*DATASETS} - {'toy_scenes', 'labelmefacade', 'vspw'}))
 def test_every_dataset_has_a_text_fragment(key):
 
     def provider(name):
@@ -264,7 +267,8 @@ def test_every_dataset_has_a_text_fragment(key):
         classes=key)
     expected.embeddings.build.vocabulary = key
     assert provider(key) == expected
-    assert len(list(FRAGMENTS.glob('vit-b16_*.py'))) == 7
+    # One more for two data sets together.
+    assert len(list(FRAGMENTS.glob('vit-b16_*.py'))) == 8
 
 
 @pytest.mark.parametrize('spec', [

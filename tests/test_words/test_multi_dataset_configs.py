@@ -7,6 +7,7 @@ from mmseg_textkd.datasets.label_spaces import all_words
 from mmseg_textkd.deploy import to_stock_cfg
 from mmseg_textkd.deploy.words import to_words_cfg
 from mmseg_textkd.study import Study
+from mmseg_textkd.study.analysis import Group, check_hypotheses
 from mmseg_textkd.text import Vocabulary
 
 FOLDER = CONFIGS / 'multi_dataset'
@@ -76,3 +77,24 @@ def test_the_study_can_be_run():
     assert cfg.train_dataloader.sampler.weights == dict(
         camvid=1, labelmefacade=0)
     assert cfg.train_dataloader.dataset.datasets[0].data_root == 'data/camvid'
+
+
+def test_hypotheses_about_one_data_set():
+    """`b` is better on `x` by 2 and 4 points, and worse on `y`."""
+    entries = [
+        dict(
+            arm=arm,
+            seed=seed,
+            classes=[],
+            val=dict(
+                mIoU=0.,
+                datasets=dict(x=dict(mIoU=10. + gain),
+                              y=dict(mIoU=9. - gain))))
+        for seed, gains in enumerate((dict(a=0, b=2), dict(a=1, b=5)))
+        for arm, gain in gains.items()
+    ]
+    (on_x, on_y), = check_hypotheses([Group(entries, 'val')],
+                                     [['b', 'a', 'x'], ['b', 'a', 'y']])
+    assert (on_x.dataset, on_y.dataset) == ('x', 'y')
+    assert on_x.difference.mean == 3 and on_y.difference.mean == -3
+    assert on_x.difference.number == 2

@@ -17,6 +17,7 @@ from processes import TOOLS, load
 from tiny import assert_equal, run
 from words_data import DIM, OWN, SPACES, WORDS
 
+from mmseg_textkd.analysis.compare import evaluate
 from mmseg_textkd.text import TextEmbeddings
 
 
@@ -58,6 +59,18 @@ def test_metrics_of_each_data_set_and_a_resumed_run(trained, network_cfg,
                 both[k] += (a | b).sum()
         assert found[f'{name}/mIoU'] == pytest.approx(
             100 * np.mean(same / both), abs=.006)
+    # The comparison of two checkpoints joins the data sets.
+    joined = evaluate(
+        str(tmp_path / 'config.py'), tmp_path / 'work/iter_4.pth',
+        tmp_path / 'evaluated')
+    for name in OWN:
+        assert joined['datasets'][name]['mIoU'] == found[f'{name}/mIoU']
+    assert joined['mIoU'] == pytest.approx(
+        (found['town/mIoU'] + found['lane/mIoU']) / 2, abs=.006)
+    assert joined['classes'][4:6] == ['lane: road', 'lane: car']
+    assert joined['images'] == 8
+    confusion = np.array(joined['confusion'])
+    assert not confusion[:4, 4:].any() and confusion[4:, 4:].any()
     cfg = network_cfg(
         **{
             'default_hooks.checkpoint.interval': 2,
@@ -168,14 +181,14 @@ def test_fold_for_any_list_of_words(network_cfg, tmp_path, fold, data):
     (tmp_path / 'new.txt').write_text('road\ntree house\ncar\n')
     (tmp_path / 'lane.txt').write_text('\n'.join(OWN['lane']))
     common = [str(tmp_path / 'config.py'), str(tmp_path / 'w.pth')]
-    fold([*common, str(tmp_path / 'all.pth')])
+    fold([*common, '--out', str(tmp_path / 'all.pth')])
     fold([
-        *common,
+        *common, '--out',
         str(tmp_path / 'lane.pth'), '--classes',
         str(tmp_path / 'lane.txt')
     ])
     fold([
-        *common,
+        *common, '--out',
         str(tmp_path / 'new.pth'), '--classes',
         str(tmp_path / 'new.txt'), '--embeddings',
         str(tmp_path / 'new.st')
@@ -228,7 +241,7 @@ def test_only_trained_words_in_the_role_auxiliary(network_cfg, tmp_path, fold):
         (tmp_path / f'{name}.txt').write_text(words)
     common = [str(tmp_path / 'config.py'), str(tmp_path / 'w.pth')]
     fold([
-        *common,
+        *common, '--out',
         str(tmp_path / 'own.pth'), '--classes',
         str(tmp_path / 'own.txt')
     ])
@@ -237,7 +250,7 @@ def test_only_trained_words_in_the_role_auxiliary(network_cfg, tmp_path, fold):
                        model.decode_head.conv_seg.weight[[4, 0]])
     with pytest.raises(SystemExit, match='knows no text'):
         fold([
-            *common,
+            *common, '--out',
             str(tmp_path / 'new.pth'), '--classes',
             str(tmp_path / 'new.txt'), '--embeddings',
             str(tmp_path / 'new.st')

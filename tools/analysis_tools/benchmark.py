@@ -16,6 +16,47 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+from benchmark_options import add_options, parse_options
+
+# Of mmseg_textkd.analysis.benchmark_backends.
+NAMES = ['eager', 'compile', 'onnxruntime', 'cuda', 'cuda-graph']
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        'config',
+        nargs='+',
+        help='config of a text network, or deployed folders')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        default=(1024, 2048),
+        metavar=('HEIGHT', 'WIDTH'),
+        help='size of the input (default: 1024 2048)')
+    parser.add_argument(
+        '--backends',
+        nargs='+',
+        choices=NAMES,
+        default=NAMES,
+        help='what runs the network (default: all; what is not there is '
+        'skipped)')
+    add_options(parser, runs=50, warmup=10)
+    args = parse_options(parser, argv)
+    args.folders = Path(args.config[0]).is_dir()
+    if len(args.config) > 1 and not args.folders:
+        parser.error('one config at a time, or folders')
+    return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
@@ -28,11 +69,11 @@ from mmseg_textkd.analysis.benchmark import (interleave, num_bytes,
 from mmseg_textkd.analysis.benchmark_backends import (BACKENDS, Backend,
                                                       Skipped, onnxruntime)
 from mmseg_textkd.analysis.benchmark_folders import time_folders
-from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, add_options,
-                                                    parse_options, time_cells,
+from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, time_cells,
                                                     write_results)
 from mmseg_textkd.deploy import fold, to_stock_cfg
 from mmseg_textkd.models.text_parameters import text_providers
+from mmseg_textkd.utils.arguments import warn_renamed
 from mmseg_textkd.utils.report import count_cost, describe, environment, table
 
 STOCK = 'stock'
@@ -160,43 +201,16 @@ def run_folders(args: argparse.Namespace) -> None:
         sys.exit(f'Error: {error}')
     results = dict(
         runs=args.runs, warmup=args.warmup, environment=where, **found)
-    write_results(results, folders_page(results), args.json, args.markdown)
-
-
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        'config',
-        nargs='+',
-        help='config of a text network, or deployed folders')
-    parser.add_argument(
-        '--size',
-        type=int,
-        nargs=2,
-        default=(1024, 2048),
-        metavar=('HEIGHT', 'WIDTH'),
-        help='default: 1024 2048')
-    parser.add_argument(
-        '--backends',
-        nargs='+',
-        choices=BACKENDS,
-        default=list(BACKENDS),
-        help='default: all; what is not there is skipped')
-    add_options(parser, runs=50, warmup=10)
-    args = parse_options(parser, argv)
-    args.folders = Path(args.config[0]).is_dir()
-    if len(args.config) > 1 and not args.folders:
-        parser.error('one config at a time, or folders')
-    return args
+    write_results(results, folders_page(results), args.out)
 
 
 @torch.no_grad()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
+    warn_renamed(args, json='--out', markdown='--out')
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.folders:
         run_folders(args)
         return
@@ -226,7 +240,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         except Skipped as reason:
             print(f'{name} is skipped: {reason}')
             results['backends'][name] = dict(skipped=str(reason))
-    write_results(results, page(results), args.json, args.markdown)
+    write_results(results, page(results), args.out)
 
 
 if __name__ == '__main__':

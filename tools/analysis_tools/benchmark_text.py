@@ -13,12 +13,55 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence
 
+from benchmark_options import add_options, parse_options
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--model',
+        default='toyclip',
+        help="'toyclip' (default) or what open_clip knows, e.g. ViT-B-32")
+    parser.add_argument(
+        '--pretrained', help='tag or file of weights (default: random)')
+    parser.add_argument(
+        '--classes',
+        default='ade20k',
+        help='a vocabulary: a data set such as camvid, or a .txt or .json '
+        'file (default: ade20k)')
+    parser.add_argument(
+        '--num-classes',
+        type=int,
+        help='the first so many only (default: all)')
+    parser.add_argument(
+        '--vocabulary', dest='old_vocabulary', help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--templates',
+        default='imagenet',
+        help='prompt templates (default: imagenet)')
+    add_options(parser, runs=3, warmup=1)
+    args = parse_options(parser, argv)
+    args.old_classes = args.classes if args.classes.isdigit() else None
+    if args.old_classes:
+        args.num_classes, args.classes = int(args.classes), 'ade20k'
+    args.classes = args.old_vocabulary or args.classes
+    if args.num_classes is not None and args.num_classes < 2:
+        parser.error('--num-classes must be at least 2')
+    return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import torch
 from torch import Tensor
 
 from mmseg_textkd.analysis.benchmark import interleave, stopwatch, summarize
-from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, add_options,
-                                                    parse_options, time_cells,
+from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, time_cells,
                                                     write_results)
 from mmseg_textkd.clip import TextTower
 from mmseg_textkd.clip.weights import (CONFIG_NAME, TextTowerError,
@@ -26,6 +69,7 @@ from mmseg_textkd.clip.weights import (CONFIG_NAME, TextTowerError,
 from mmseg_textkd.text import Vocabulary
 from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.text.templates import get_templates
+from mmseg_textkd.utils.arguments import warn_renamed
 from mmseg_textkd.utils.report import describe, environment, table
 
 OURS, THEIRS = 'mmseg_textkd', 'open_clip'
@@ -130,37 +174,21 @@ def page(results: Mapping[str, Any]) -> str:
         f'{results["closest_classes"]:.1e}.\n')
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        '--model',
-        default='toyclip',
-        help="'toyclip' (default) or what open_clip knows, e.g. ViT-B-32")
-    parser.add_argument(
-        '--pretrained', help='tag or file of weights (default: random)')
-    parser.add_argument(
-        '--vocabulary', default='ade20k', help='default: %(default)s')
-    parser.add_argument(
-        '--templates', default='imagenet', help='default: %(default)s')
-    parser.add_argument(
-        '--classes', type=int, help='the first so many only (default: all)')
-    add_options(parser, runs=3, warmup=1)
-    args = parse_options(parser, argv)
-    if args.classes is not None and args.classes < 2:
-        parser.error('--classes must be at least 2')
-    return args
-
-
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
+    warn_renamed(
+        args,
+        vocabulary='--classes',
+        json='--out',
+        markdown='--out',
+        classes='--num-classes for a number')
+    if args.threads:
+        torch.set_num_threads(args.threads)
     try:
         where = environment(import_open_clip())
         templates = get_templates(args.templates)
-        vocabulary = Vocabulary.from_spec(args.vocabulary)
+        vocabulary = Vocabulary.from_spec(args.classes)
         if args.model == 'toyclip' or args.pretrained:
             tower = TextTower(args.model, args.pretrained)
         else:
@@ -172,7 +200,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         name: words[0]
         for name, words in zip(vocabulary.names, vocabulary.phrases)
     }
-    phrases = dict(list(phrases.items())[:args.classes])
+    phrases = dict(list(phrases.items())[:args.num_classes])
     results = dict(
         model=args.model,
         pretrained=args.pretrained,
@@ -183,7 +211,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         warmup=args.warmup,
         environment=where,
         **measure(tower, phrases, templates, args.runs, args.warmup))
-    write_results(results, page(results), args.json, args.markdown)
+    write_results(results, page(results), args.out)
 
 
 if __name__ == '__main__':

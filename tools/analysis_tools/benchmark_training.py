@@ -17,6 +17,33 @@ import tempfile
 from types import SimpleNamespace
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
+from benchmark_options import add_options, parse_options
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('configs', nargs='+', help='training configs')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('HEIGHT', 'WIDTH'),
+        help='size of the input (default: that of the data preprocessor)')
+    parser.add_argument(
+        '--batch', type=int, help='images in a batch (default: of the config)')
+    parser.add_argument(
+        '--device', help='such as cpu or cuda:1 (default: a GPU, or the CPU)')
+    add_options(parser, runs=20, warmup=3)
+    return parse_options(parser, argv)
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
@@ -33,13 +60,13 @@ from torch import nn
 from mmseg_textkd.analysis.benchmark import (interleave, num_bytes,
                                              peak_memory, random_clip,
                                              random_text, stopwatch, summarize)
-from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, add_options,
-                                                    parse_options, time_cells,
+from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, time_cells,
                                                     write_results)
 from mmseg_textkd.deploy import to_stock_cfg
 from mmseg_textkd.models.segmentors.frozen_clip_teacher import \
     FrozenCLIPTeacher
 from mmseg_textkd.models.text_parameters import text_providers
+from mmseg_textkd.utils.arguments import warn_renamed
 from mmseg_textkd.utils.report import describe, environment, table
 
 STOCK = 'stock'
@@ -256,28 +283,13 @@ def page(results: Mapping[str, Any]) -> str:
     return '\n\n'.join(parts) + '\n'
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('configs', nargs='+', help='training configs')
-    parser.add_argument(
-        '--size',
-        type=int,
-        nargs=2,
-        metavar=('HEIGHT', 'WIDTH'),
-        help='default: that of the data preprocessor of the config')
-    parser.add_argument('--batch', type=int, help='default: of the config')
-    parser.add_argument(
-        '--device', default=get_device(), help='default: %(default)s')
-    add_options(parser, runs=20, warmup=3)
-    return parse_options(parser, argv)
-
-
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
+    warn_renamed(args, json='--out', markdown='--out')
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.device = args.device or get_device()
     results = dict(
         runs=args.runs,
         warmup=args.warmup,
@@ -305,7 +317,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             arms[name]['peak_bytes'] = training.peak_bytes(args.device)
         results['configs'][path] = dict(
             size=list(size), batch=number, arms=arms)
-    write_results(results, page(results), args.json, args.markdown)
+    write_results(results, page(results), args.out)
 
 
 if __name__ == '__main__':

@@ -14,12 +14,42 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage='compare.py CONFIG_A CKPT_A CONFIG_B CKPT_B [--out DIR]\n'
+        '       compare.py A.json B.json [--out DIR]')
+    parser.add_argument('inputs', nargs='+', help='as above')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default='work_dirs/compare',
+        help='folder (default: %(default)s)')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='settings of both configs to override')
+    args = parser.parse_args(argv)
+    if len(args.inputs) not in (2, 4):
+        parser.error('two configs with a checkpoint each, or two results, but '
+                     f'got {len(args.inputs)} files')
+    return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import numpy as np
 from matplotlib.figure import Figure
-from mmengine.config import DictAction
 
 from mmseg_textkd.analysis.compare import compare, evaluate
 from mmseg_textkd.evaluation.confusion_iou_metric import SUMMARY
+from mmseg_textkd.utils.arguments import read_options
 from mmseg_textkd.utils.io import write_files
 from mmseg_textkd.utils.report import table
 
@@ -115,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
         a, b = map(read_result, args.inputs)
     else:
         a, b = (evaluate(args.inputs[i], Path(args.inputs[i + 1]),
-                         args.out / name, args.cfg_options)
+                         args.out / name, read_options(args.cfg_options))
                 for i, name in ((0, 'a'), (2, 'b')))
     result = compare(a, b)
     picture = io.BytesIO()
@@ -133,26 +163,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage='compare.py CONFIG_A CKPT_A CONFIG_B CKPT_B [--out DIR]\n'
-        '       compare.py A.json B.json [--out DIR]')
-    parser.add_argument('inputs', nargs='+', help='as above')
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default='work_dirs/compare',
-        help='folder (default: %(default)s)')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='settings of both configs to override, as key=value')
-    args = parser.parse_args(argv)
-    if len(args.inputs) not in (2, 4):
-        parser.error('two configs with a checkpoint each, or two results, but '
-                     f'got {len(args.inputs)} files')
+    args = parse_args(argv)
     try:
         run(args)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError,

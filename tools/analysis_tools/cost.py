@@ -15,8 +15,52 @@ import warnings
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Parse the arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        'configs',
+        nargs='+',
+        type=Path,
+        metavar='CONFIG',
+        help='configs of networks')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('HEIGHT', 'WIDTH'),
+        help='size of the input (default: 512 512)')
+    parser.add_argument(
+        '--shape', dest='old_shape', type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--runs',
+        type=int,
+        default=0,
+        help='also time what is deployed, or else trained, on the CPU, in '
+        'this number of rounds (default: 0, no times)')
+    parser.add_argument(
+        '--threads', type=int, help='on the CPU (default: that of PyTorch)')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='settings of all configs to override')
+    args = parser.parse_args(argv)
+    args.size = args.size or args.old_shape or (512, 512)
+    if args.runs == 1 or args.runs < 0:
+        parser.error('--runs must be 0 or at least 2')
+    return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
@@ -27,6 +71,7 @@ from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
 from mmseg_textkd.models import EBSeg
 from mmseg_textkd.models.ebseg.frozen_tower import FrozenTower
 from mmseg_textkd.models.text_parameters import text_providers
+from mmseg_textkd.utils.arguments import merge_options, warn_renamed
 from mmseg_textkd.utils.report import (count_params, describe, environment,
                                        flops_by_module, table)
 
@@ -121,60 +166,29 @@ def measure(models: Dict[str, nn.Module], shape: Sequence[int],
     return cells
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Parse the arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('configs', nargs='+', type=Path, metavar='CONFIG')
-    parser.add_argument(
-        '--shape',
-        nargs=2,
-        type=int,
-        default=(512, 512),
-        metavar=('HEIGHT', 'WIDTH'),
-        help='size of the image (default: 512 512)')
-    parser.add_argument(
-        '--runs',
-        type=int,
-        default=0,
-        help='also time what is deployed, or else trained, on the CPU, in '
-        'this number of rounds (default: 0, no times)')
-    parser.add_argument(
-        '--threads', type=int, help='on the CPU (default: that of PyTorch)')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='settings of all configs to override, as key=value')
-    args = parser.parse_args(argv)
-    if args.runs == 1 or args.runs < 0:
-        parser.error('--runs must be 0 or at least 2')
-    return args
-
-
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
+    warn_renamed(args, shape='--size')
     if args.threads:
         torch.set_num_threads(args.threads)
     rows, timed = {}, {}
     for path in args.configs:
         cfg = Config.fromfile(path)
-        cfg.merge_from_dict(args.cfg_options or {})
+        merge_options(cfg, args.cfg_options)
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         model = build(cfg)
-        rows[path.stem] = count(model, args.shape)
+        rows[path.stem] = count(model, args.size)
         deployed = deploy(model, cfg)
-        rows[path.stem] += count(deployed, args.shape)
+        rows[path.stem] += count(deployed, args.size)
         if args.runs:
             timed[path.stem] = deployed or model
     columns = list(COLUMNS)
-    where = f'{args.shape[0]}x{args.shape[1]}, without auxiliary heads'
+    where = f'{args.size[0]}x{args.size[1]}, without auxiliary heads'
     if args.runs:
         columns.append('seconds')
         where += f'. {describe(environment())}'
-        for name, cell in measure(timed, args.shape, args.runs).items():
+        for name, cell in measure(timed, args.size, args.runs).items():
             rows[name].append(cell)
     lines = [(name, *cells) for name, cells in rows.items()]
     print(f'{where}\n\n{table(columns, lines)}')

@@ -11,14 +11,44 @@ import copy
 import itertools
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of a text network')
+    parser.add_argument(
+        '--fusion',
+        default='TwoWayBridge',
+        help='type of the fusion (default: %(default)s)')
+    parser.add_argument(
+        '--vary',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='settings of the fusion, such as width=64,128 stride=1,2')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        default=(1024, 2048),
+        metavar=('HEIGHT', 'WIDTH'),
+        help='size of the input (default: 1024 2048)')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import torch
 from mmengine.config import Config
-from mmengine.config.config import DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 
 from mmseg_textkd.analysis.benchmark import random_text
 from mmseg_textkd.deploy import to_stock_cfg
+from mmseg_textkd.utils.arguments import read_options
 from mmseg_textkd.utils.report import count_cost, table
 
 
@@ -45,33 +75,14 @@ def combinations(vary: Dict[str, Any]) -> List[Dict[str, Any]]:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config of a text network')
-    parser.add_argument(
-        '--fusion', default='TwoWayBridge', help='default: %(default)s')
-    parser.add_argument(
-        '--vary',
-        nargs='+',
-        action=DictAction,
-        default={},
-        help='settings of the fusion, such as width=64,128 stride=1,2')
-    parser.add_argument(
-        '--size',
-        type=int,
-        nargs=2,
-        default=(1024, 2048),
-        metavar=('H', 'W'),
-        help='size of the image (default: 1024 2048)')
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     cfg = random_text(Config.fromfile(args.config))
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     cfg.model.pop('auxiliary_head', None)
     cfg.model.decode_head.pop('fusion', None)
     stock = cost(to_stock_cfg(cfg).model, args.size)
     rows = [('none (stock)', f'{stock[0]:.2f}', f'{stock[1]:.2f}', '')]
-    for settings in combinations(args.vary):
+    for settings in combinations(read_options(args.vary)):
         cfg.model.decode_head.fusion = dict(
             type=args.fusion, use='inference', **settings)
         params, macs = cost(cfg.model, args.size)

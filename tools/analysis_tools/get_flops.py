@@ -4,15 +4,55 @@
 No vectors are needed. A text classifier is counted as it is trained, not
 folded.
 """
+import argparse
+import sys
+from typing import Optional, Sequence
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line: the arguments of MMSegmentation's tool."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of the network')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('HEIGHT', 'WIDTH'),
+        help='size of the input (default: 2048 1024)')
+    parser.add_argument(
+        '--shape',
+        dest='old_shape',
+        type=int,
+        nargs='+',
+        help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='settings of the config to override')
+    args = parser.parse_args(argv)
+    args.shape = args.size or args.old_shape or [2048, 1024]
+    return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import torch
 from torch import nn
 
 from mmseg_textkd.compat import load_stock_tool
 from mmseg_textkd.models.text_parameters import text_providers
+from mmseg_textkd.utils.arguments import read_options, warn_renamed
 
 
 def main() -> None:
     """Count as the stock tool does."""
+    args = parse_args()
+    warn_renamed(args, shape='--size')
     stock = load_stock_tool('analysis_tools/get_flops.py')
     count = stock.get_model_complexity_info
 
@@ -26,6 +66,11 @@ def main() -> None:
         return count(model, inputs=inputs, **kwargs)
 
     stock.get_model_complexity_info = count_with_text
+    try:
+        args.cfg_options = read_options(args.cfg_options)
+    except ValueError as error:
+        sys.exit(f'Error: {error}')
+    stock.parse_args = lambda: args
     stock.main()
 
 

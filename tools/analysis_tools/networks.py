@@ -16,6 +16,44 @@ from collections import Counter
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / 'docs' / 'en' / 'networks.md'
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=PAGE,
+        help='page to write (default: %(default)s)')
+    parser.add_argument(
+        '--check',
+        action='store_true',
+        help='write nothing; fail if the file is out of date')
+    parser.add_argument(
+        '--only',
+        nargs='+',
+        default=[],
+        metavar='NETWORK',
+        help='with --check: look at these networks only')
+    args = parser.parse_args(argv)
+    if args.only and not args.check:
+        parser.error('--only would write a page without the other networks; '
+                     'it goes with --check')
+    needed = args.out if args.check else args.out.parent
+    if not needed.exists():
+        parser.error(f'--out: there is no {needed}')
+    return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
@@ -27,8 +65,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mmseg_textkd  # noqa: F401  (registers the text heads)
 from mmseg_textkd.utils.report import count_params, flops_by_module, table
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / 'docs' / 'en' / 'networks.md'
 # Network, and what follows the text encoder.
 NAME = re.compile(r'textkd_(.+)_vit-b16_(.+_cityscapes-.+\.py)')
 SCORE_MAP = re.compile(r'textkd_(.+)_vit-b16-score-map_(.+_camvid-.+\.py)')
@@ -309,37 +345,13 @@ def differences(old: str, new: str, only: Sequence[str]) -> List[str]:
     ]
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        '--out', type=Path, default=PAGE, help='default: %(default)s')
-    parser.add_argument(
-        '--check',
-        action='store_true',
-        help='write nothing; fail if the file is out of date')
-    parser.add_argument(
-        '--only',
-        nargs='+',
-        default=[],
-        choices=text_configs(),
-        metavar='NETWORK',
-        help='with --check: look at these networks only')
-    args = parser.parse_args(argv)
-    if args.only and not args.check:
-        parser.error('--only would write a page without the other networks; '
-                     'it goes with --check')
-    needed = args.out if args.check else args.out.parent
-    if not needed.exists():
-        parser.error(f'--out: there is no {needed}')
-    return args
-
-
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
+    unknown = set(args.only) - set(text_configs())
+    if unknown:
+        sys.exit(f'--only: there is no {", ".join(sorted(unknown))}, only '
+                 f'{", ".join(text_configs())}')
     init_default_scope('mmseg')
     rows = [
         measure(name, path) for name, path in text_configs().items()

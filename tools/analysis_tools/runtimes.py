@@ -14,11 +14,78 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / 'docs' / 'en' / 'runtimes.md'
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--work-dir',
+        type=Path,
+        default=Path('work_dirs/runtimes'),
+        help='where the folders are (default: %(default)s)')
+    parser.add_argument(
+        '--networks',
+        nargs='+',
+        metavar='NETWORK',
+        help='those to make (default: all)')
+    parser.add_argument(
+        '--cells',
+        nargs='+',
+        metavar='RUNTIME:PRECISION',
+        help='those to make (default: all)')
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        default=(128, 256),
+        metavar=('HEIGHT', 'WIDTH'),
+        help='size of the input (default: 128 256)')
+    parser.add_argument(
+        '--num-images',
+        type=int,
+        default=4,
+        help='images to compare on (default: %(default)s)')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=PAGE,
+        help='page to write (default: %(default)s)')
+    parser.add_argument(
+        '--time', action='store_true', help='deploy stock ones too, and time')
+    parser.add_argument(
+        '--runs', type=int, default=30, help='rounds (default: %(default)s)')
+    parser.add_argument(
+        '--warmup',
+        type=int,
+        default=5,
+        help='rounds before, which do not count (default: %(default)s)')
+    parser.add_argument(
+        '--threads',
+        type=int,
+        default=1,
+        help='of each runtime (default: %(default)s)')
+    args = parser.parse_args(argv)
+    args.size = tuple(args.size)
+    if not args.out.parent.is_dir():
+        parser.error(f'--out: there is no {args.out.parent}')
+    return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
+from networks import text_configs
 from torch import nn
 
 from mmseg_textkd.analysis.benchmark import random_text
@@ -33,11 +100,6 @@ from mmseg_textkd.deploy.load_stock import (complete_meta, dataset_meta,
 from mmseg_textkd.deploy.runtimes import RUNTIMES, Form
 from mmseg_textkd.utils.report import describe, environment, table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from networks import ROOT, text_configs  # noqa: E402
-
-PAGE = ROOT / 'docs' / 'en' / 'runtimes.md'
 CELLS = tuple((name, precision) for name, runtime in RUNTIMES.items()
               for precision in runtime.precisions)
 STOCK = 'stock'
@@ -226,40 +288,17 @@ def page(args: argparse.Namespace, results: Optional[Dict]) -> str:
                      'of peak'), time_rows(results)))
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        '--work-dir', type=Path, default=Path('work_dirs/runtimes'))
-    parser.add_argument(
-        '--networks', nargs='+', choices=text_configs(), metavar='NETWORK')
-    parser.add_argument(
-        '--cells',
-        nargs='+',
-        choices=[':'.join(c) for c in CELLS],
-        metavar='RUNTIME:PRECISION',
-        help='default: all')
-    parser.add_argument(
-        '--size',
-        type=int,
-        nargs=2,
-        default=(128, 256),
-        metavar=('H', 'W'),
-        help='default: 128 256')
-    parser.add_argument('--num-images', type=int, default=4)
-    parser.add_argument('--out', type=Path, default=PAGE)
-    parser.add_argument(
-        '--time', action='store_true', help='deploy stock ones too, and time')
-    parser.add_argument('--runs', type=int, default=30)
-    parser.add_argument('--warmup', type=int, default=5)
-    parser.add_argument('--threads', type=int, default=1)
-    args = parser.parse_args(argv)
-    args.size = tuple(args.size)
-    args.cells = [tuple(c.split(':')) for c in args.cells] \
-        if args.cells else CELLS
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """Look up networks and cells, and make the folder of all folders."""
     configs = text_configs()
+    cells = [tuple(c.split(':')) for c in args.cells or ()] or CELLS
+    odd = [n for n in args.networks or () if n not in configs]
+    odd += [':'.join(c) for c in cells if c not in CELLS]
+    if odd:
+        sys.exit(f'Error: there is no {", ".join(odd)}; networks: '
+                 f'{", ".join(configs)}; cells: '
+                 f'{", ".join(map(":".join, CELLS))}')
+    args.cells = cells
     args.networks = {k: configs[k] for k in args.networks or configs}
     args.work_dir.mkdir(parents=True, exist_ok=True)
     return args
@@ -267,7 +306,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
-    args = parse_args(argv)
+    args = complete(parse_args(argv))
     init_default_scope('mmseg')
     torch.set_num_threads(args.threads)
     for name, path in args.networks.items():

@@ -14,8 +14,30 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('ledgers', nargs='+', type=Path, help='ledgers')
+    parser.add_argument(
+        '--out', type=Path, required=True, help='page to write (.md)')
+    parser.add_argument(
+        '--overview',
+        type=Path,
+        metavar='PAGE',
+        help='another page (.md) whose marked part gets the first table')
+    parser.add_argument(
+        '--check', action='store_true', help='only compare with what is there')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from mmseg_textkd.study import Ledger, LedgerError
@@ -39,6 +61,10 @@ training, on a machine that may have been busy.'''
 MARKS = ('<!-- results: begin -->\n\n', '\n\n<!-- results: end -->')
 OVERVIEW = ('study', 'network', 'arm', 'runs', 'mIoU', 'baseline',
             'difference', 'control', 'difference')
+# Okabe and Ito's, which also the color-blind tell apart; their yellow is too
+# light for lines.
+COLORS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00',
+          '#56B4E9', '#8A6D00')
 KEY = 'ledger'  # of the text in a PNG that names the ledger's content
 
 
@@ -282,6 +308,12 @@ class Study:
                                             for arm in arms)), rows)
 
     # ------------------------------------------------------------ plots
+    def style(self, arm: str) -> Dict[str, str]:
+        """Color and marker of an arm, the same in all figures."""
+        i = [*self.arms].index(arm)
+        return dict(
+            color=COLORS[i % len(COLORS)], marker='os^Dv'[i // len(COLORS)])
+
     def plot_seeds(self) -> Figure:
         """Draw a dot for each run; a line joins those of a seed."""
         figure, axes = self._panels(width=1.2 + .55 * len(self.arms))
@@ -292,67 +324,112 @@ class Study:
                 points = [(x, part.scores(arm)[seed])
                           for x, arm in enumerate(arms)
                           if seed in part.scores(arm)]
-                axis.plot(*zip(*points), 'o-', label=f'seed {seed}', alpha=.7)
+                line, = axis.plot(*zip(*points), color='.75', linewidth=.8)
+            line.set_label('one seed')
             for x, arm in enumerate(arms):
-                axis.plot([x - .25, x + .25], [part.spread(arm)[0]] * 2, 'k-')
-            axis.set_xticks(range(len(arms)), arms, rotation=60, ha='right')
+                values = list(part.scores(arm).values())
+                axis.plot(
+                    [x] * len(values),
+                    values,
+                    linestyle='none',
+                    markersize=5,
+                    label=f'_{arm}',
+                    **self.style(arm))
+                axis.plot([x - .3, x + .3], [part.spread(arm)[0]] * 2,
+                          color=self.style(arm)['color'],
+                          linewidth=2.5)
+            mean = Line2D([], [], color='.3', linewidth=2.5)
+            axis.legend([line, mean], ['one seed', 'mean'], fontsize='small')
+            axis.set_xticks(range(len(arms)), arms, rotation=45, ha='right')
             axis.set_ylabel(f'{self.split} mIoU (%)')
-            axis.legend(fontsize='small')
         return figure
 
     def plot_classes(self) -> Figure:
-        """Draw the gain of each class over the baseline."""
-        figure, axes = self._panels(width=5)
+        """Draw the gain of each class over the baseline, with its interval."""
+        others = max(1, len(self.arms) - 1)
+        number = max(len(part.classes) for part in self.groups.values())
+        figure, axes = self._panels(
+            width=4.5, height=1.5 + number * (.2 + .08 * others))
         for axis, part in zip(axes, self.groups.values()):
             arms = [a for a in self.ordered(part) if a != self.baseline]
-            height = .8 / max(len(arms), 1)
+            step = .75 / max(len(arms), 1)
             for i, arm in enumerate(arms):
                 gains = [
                     part.difference(arm, self.baseline, label)
                     for label in range(len(part.classes))
                 ]
-                axis.barh([
-                    y + height * (i - (len(arms) - 1) / 2)
-                    for y in range(len(gains))
-                ], [g.mean if g else 0 for g in gains],
-                          height,
-                          label=arm)
+                known = [(y + step * (i - (len(arms) - 1) / 2), g)
+                         for y, g in enumerate(gains) if g]
+                axis.errorbar([g.mean for _, g in known],
+                              [y for y, _ in known],
+                              xerr=[
+                                  0 if math.isinf(g.high) else g.high - g.mean
+                                  for _, g in known
+                              ],
+                              linestyle='none',
+                              elinewidth=1,
+                              markersize=4,
+                              label=arm,
+                              **self.style(arm))
+            for y in range(1, len(part.classes)):
+                axis.axhline(y - .5, color='.9', linewidth=.8)
+            axis.grid(False, axis='y')
             axis.set_yticks(range(len(part.classes)), part.classes)
-            axis.invert_yaxis()
+            axis.set_ylim(len(part.classes) - .5, -.5)
             axis.axvline(0, color='k', linewidth=.8)
-            axis.set_xlabel(f'{self.split} IoU - {self.baseline} (points)')
-            if arms:
-                axis.legend(fontsize='small')
+            axis.set_xlabel(f'{self.split} IoU - {self.baseline} (points)\n'
+                            'mean and 95 % interval over the seeds')
+        self._legend(figure, without=self.baseline)
         return figure
 
     def plot_curves(self) -> Figure:
-        """Draw the mean val mIoU over the training, and each run thinly."""
+        """Draw the mean val mIoU over the training; a band is all seeds."""
         figure, axes = self._panels(width=4.5)
         for axis, part in zip(axes, self.groups.values()):
-            for i, arm in enumerate(self.ordered(part)):
+            for arm in self.ordered(part):
                 curves = [dict(e['curve']) for e in part.arms[arm].values()]
-                for curve in curves:
-                    axis.plot(
-                        *zip(*sorted(curve.items())),
-                        color=f'C{i % 10}',
-                        alpha=.25,
-                        linewidth=.8)
                 steps = sorted(set.intersection(*map(set, curves)))
+                values = np.array([[c[s] for s in steps] for c in curves])
+                style = self.style(arm)
+                axis.fill_between(
+                    steps,
+                    values.min(0),
+                    values.max(0),
+                    color=style['color'],
+                    alpha=.12,
+                    linewidth=0)
                 axis.plot(
-                    steps, [np.mean([c[s] for c in curves]) for s in steps],
-                    color=f'C{i % 10}',
-                    linestyle='-' if i < 10 else '--',
-                    label=arm)
+                    steps,
+                    values.mean(0),
+                    markersize=3,
+                    label=arm,
+                    **self.style(arm))
             axis.set_xlabel('iteration')
-            axis.set_ylabel('val mIoU (%)')
-            axis.legend(fontsize='small')
+            axis.set_ylabel('val mIoU (%), mean and all seeds')
+        self._legend(figure)
         return figure
 
-    def _panels(self, width: float) -> Tuple[Figure, List[Any]]:
+    def _legend(self, figure: Figure, without: str = '') -> None:
+        """Name all arms of the figure, once."""
+        handles = {}
+        for axis in figure.axes:
+            for handle, arm in zip(*axis.get_legend_handles_labels()):
+                handles.setdefault(arm, handle)
+        arms = [arm for arm in self.arms if arm in handles and arm != without]
+        if arms:
+            figure.legend([handles[arm] for arm in arms],
+                          arms,
+                          loc='outside lower center',
+                          ncols=min(len(arms), 4 * len(self.groups)),
+                          fontsize='small')
+
+    def _panels(self,
+                width: float,
+                height: float = 4.5) -> Tuple[Figure, List[Any]]:
         """Get a figure with a panel for each group."""
         number = len(self.groups)
         figure = Figure(
-            figsize=(max(width, 3.5) * number, 4.5), layout='constrained')
+            figsize=(max(width, 3.5) * number, height), layout='constrained')
         axes = figure.subplots(1, number, squeeze=False)[0]
         for axis, key in zip(axes, self.groups):
             axis.set_title(self.title(key), fontsize='medium')
@@ -473,18 +550,7 @@ def outdated(path: Path, data: bytes) -> bool:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Write or check the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('ledgers', nargs='+', type=Path, help='ledgers')
-    parser.add_argument(
-        '--out', type=Path, required=True, help='page to write (.md)')
-    parser.add_argument(
-        '--overview',
-        type=Path,
-        metavar='PAGE',
-        help='another page (.md) whose marked part gets the first table')
-    parser.add_argument(
-        '--check', action='store_true', help='only compare with what is there')
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     try:
         files = make(args.ledgers, args.out, args.overview)
     except ValueError as error:

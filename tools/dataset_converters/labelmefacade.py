@@ -11,10 +11,30 @@ import sys
 from pathlib import Path
 from typing import Optional, Sequence
 
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('source', type=Path, help='the published folder')
+    parser.add_argument(
+        '--out', type=Path, help='folder to write, such as data/labelmefacade')
+    parser.add_argument('old_out', nargs='?', help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args(argv)
+    args.out = args.out or args.old_out and Path(args.old_out)
+    if args.out is None:
+        parser.error('--out is needed')
+    return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import numpy as np
 from PIL import Image
 
 from mmseg_textkd.datasets import LabelMeFacadeDataset
+from mmseg_textkd.utils.arguments import warn_renamed
 
 VARIOUS = (0, 0, 0)
 
@@ -44,10 +64,8 @@ def to_indices(path: Path) -> np.ndarray:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Convert both splits."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('source', type=Path, help='the published folder')
-    parser.add_argument('out', type=Path, help='e.g. data/labelmefacade')
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
+    warn_renamed(args, out='--out')
     for split in ('train', 'test'):
         try:
             text = (args.source / f'{split}.txt').read_text()

@@ -12,36 +12,24 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-import cv2
-import numpy as np
-import torch
-from mmengine.config import DictAction
-from torch import Tensor
-
-from mmseg_textkd.deploy.export import OPSET, metadata
-from mmseg_textkd.deploy.exportable import ExportableSegmentor, Size
-from mmseg_textkd.deploy.folder import deploy, require
-from mmseg_textkd.deploy.load_stock import load_stock
-from mmseg_textkd.deploy.runtimes import RUNTIMES, Form
-from mmseg_textkd.utils.io import (MAX_PIXELS, check_image, list_images,
-                                   read_image)
-
+# Of mmseg_textkd.deploy.runtimes: all, and those that take normalized input.
+NAMES = ('onnx', 'openvino', 'ncnn', 'litert', 'executorch', 'tensorrt',
+         'torchscript')
+NORMALIZED = ('ncnn', 'tensorrt')
 NUM_IMAGES = 10
-# Added to the size for a second one, which the graph has not seen. The first
-# is awkward; some networks need multiples of 32.
-OFFSETS = ((23, 41), (64, 128))
-DIVISORS = (8, 16, 32, 64)
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='config, with text or stock')
     parser.add_argument('checkpoint', type=Path, help='its checkpoint')
-    parser.add_argument('out', type=Path, help='folder to write')
-    parser.add_argument('--to', choices=RUNTIMES, required=True)
+    parser.add_argument(
+        '--out', type=Path, required=True, help='folder to write')
+    parser.add_argument(
+        '--to', choices=NAMES, required=True, help='the runtime')
     parser.add_argument(
         '--precision',
         choices=('fp32', 'fp16', 'int8'),
@@ -51,7 +39,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         '--size',
         type=int,
         nargs=2,
-        metavar=('H', 'W'),
+        metavar=('HEIGHT', 'WIDTH'),
         help="size of the input (default: the config's crop size)")
     parser.add_argument(
         '--dynamic',
@@ -90,19 +78,19 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument(
         '--opset',
         type=int,
-        default=OPSET,
+        default=20,
         help='of ONNX, at least 18 (default: %(default)s)')
     parser.add_argument(
         '--max-pixels',
         type=int,
-        default=MAX_PIXELS,
+        default=89_478_485,
         help='larger images are refused before they are read (default: '
         '%(default)s)')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
-        help='settings of the config to override, as key=value')
+        metavar='KEY=VALUE',
+        help='settings of the config to override')
     args = parser.parse_args(argv)
     if (args.precision == 'int8') != (args.calibrate is not None):
         parser.error('--precision int8 and --calibrate FOLDER go together')
@@ -114,10 +102,33 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         parser.error('--opset must be at least 18: torch writes no older '
                      f'ones, but got {args.opset}')
     if args.preprocess is None:
-        args.preprocess = RUNTIMES[args.to].preprocess
+        args.preprocess = args.to not in NORMALIZED
     elif args.preprocess and args.to == 'ncnn':
         parser.error('ncnn takes no bytes: leave out --preprocess')
     return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmseg_textkd.deploy.export import metadata
+from mmseg_textkd.deploy.exportable import ExportableSegmentor, Size
+from mmseg_textkd.deploy.folder import deploy, require
+from mmseg_textkd.deploy.load_stock import load_stock
+from mmseg_textkd.deploy.runtimes import Form
+from mmseg_textkd.utils.arguments import read_options
+from mmseg_textkd.utils.io import check_image, list_images, read_image
+
+# Added to the size for a second one, which the graph has not seen. The first
+# is awkward; some networks need multiples of 32.
+OFFSETS = ((23, 41), (64, 128))
+DIVISORS = (8, 16, 32, 64)
 
 
 def read_inputs(paths: Sequence[Path], network: ExportableSegmentor,
@@ -199,7 +210,7 @@ def run(args: argparse.Namespace) -> None:
     for path in (*shown, *calibration):  # before hours of work
         check_image(path, args.max_pixels)
     cfg, model, classes = load_stock(args.config, args.checkpoint,
-                                     args.cfg_options)
+                                     read_options(args.cfg_options))
     network = ExportableSegmentor(model, args.output, args.preprocess).eval()
     size = args.size or cfg.model.data_preprocessor.get('size')
     if size is None:

@@ -18,6 +18,53 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Dict, List, Optional, Sequence, Tuple
 
+VARIANTS = ('vit-b16', 'vit-l14-336')
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('checkpoint', type=Path, help="the authors' file")
+    parser.add_argument('--out', type=Path, help='checkpoint to write, *.pth')
+    parser.add_argument('old_out', nargs='?', help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--model', choices=VARIANTS, required=True, help='which CLIP it has')
+    parser.add_argument(
+        '--text',
+        help='embeddings file of the 171 classes to take in place of what its '
+        'text tower makes of their names, which takes minutes')
+    parser.add_argument(
+        '--towers', action='store_true', help='write CLIP and SAM too')
+    args = parser.parse_intermixed_args(argv)
+    args.out = args.out or args.old_out and Path(args.old_out)
+    if args.out is None:
+        parser.error('--out is needed')
+    if args.out.suffix != '.pth':
+        parser.error(f'--out must end in .pth, but got {args.out}')
+    if not args.out.parent.is_dir():
+        parser.error(f'there is no folder {args.out.parent}')
+    for path in out_paths(args.out).values():
+        if path.exists():
+            parser.error(f'{path} exists; remove it or write elsewhere')
+    return args
+
+
+def out_paths(out: Path) -> Dict[str, Path]:
+    """What may be written."""
+    return dict(
+        model=out,
+        **{
+            part: out.with_name(f'{out.stem}_{part}.safetensors')
+            for part in ('clip', 'sam')
+        })
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -28,13 +75,12 @@ from torch import Tensor
 import mmseg_textkd
 from mmseg_textkd.text import TextEmbeddings
 from mmseg_textkd.text.encode_classes import encode_classes
+from mmseg_textkd.utils.arguments import warn_renamed
 from mmseg_textkd.utils.io import write_files
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs/ebseg'
-VARIANTS = ('vit-b16', 'vit-l14-336')
 TEXT = 'decode_head.text.trained.class_embeddings'
 State = Dict[str, Tensor]
-
 LAYER = r'sem_seg_head\.pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.'
 PIXELS, MASKS = (rf'sem_seg_head\.{p}\.'
                  for p in ('pixel_decoder', 'predictor'))
@@ -111,42 +157,6 @@ RULES: List[Tuple[str, List[Tuple[str, str]]]] = [
     (MASKS + r'bias_scaling\.(.*)', [('model',
                                       r'decode_head.embedder.bias_scale.\1')]),
 ]
-
-
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('checkpoint', type=Path, help="the authors' file")
-    parser.add_argument('out', type=Path, help='checkpoint to write, *.pth')
-    parser.add_argument(
-        '--model', choices=VARIANTS, required=True, help='which CLIP it has')
-    parser.add_argument(
-        '--text',
-        help='embeddings file of the 171 classes to take in place of what its '
-        'text tower makes of their names, which takes minutes')
-    parser.add_argument(
-        '--towers', action='store_true', help='write CLIP and SAM too')
-    args = parser.parse_args(argv)
-    if args.out.suffix != '.pth':
-        parser.error(f'OUT must end in .pth, but got {args.out}')
-    if not args.out.parent.is_dir():
-        parser.error(f'there is no folder {args.out.parent}')
-    for path in out_paths(args.out).values():
-        if path.exists():
-            parser.error(f'{path} exists; remove it or write elsewhere')
-    return args
-
-
-def out_paths(out: Path) -> Dict[str, Path]:
-    """What may be written."""
-    return dict(
-        model=out,
-        **{
-            part: out.with_name(f'{out.stem}_{part}.safetensors')
-            for part in ('clip', 'sam')
-        })
 
 
 def read(path: Path) -> State:
@@ -338,6 +348,7 @@ def _some(names: Sequence[str]) -> str:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
+    warn_renamed(args, out='--out')
     try:
         convert(args)
     except (OSError, RuntimeError, ValueError) as error:

@@ -17,8 +17,50 @@ import warnings
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
+# OpenAI's, with its QuickGELU.
+ARCHITECTURE = 'ViT-B-32-quickgelu'
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of the same network')
+    parser.add_argument(
+        'checkpoint', type=Path, help='checkpoint of the authors, *.ckpt')
+    parser.add_argument('--out', type=Path, help='checkpoint to write, *.pth')
+    parser.add_argument('old_out', nargs='?', help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--clip',
+        type=Path,
+        help='write the CLIP in CHECKPOINT too, *.safetensors, to encode '
+        f'other words with: --model {ARCHITECTURE} --pretrained CLIP')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='settings of the config to override')
+    args = parser.parse_intermixed_args(argv)
+    args.out = args.out or args.old_out and Path(args.old_out)
+    if args.out is None:
+        parser.error('--out is needed')
+    if args.clip and args.clip.suffix != '.safetensors':
+        parser.error(f'--clip must end in .safetensors: {args.clip}')
+    for path in filter(None, (args.out, args.clip)):
+        if path.exists():
+            parser.error(f'{path} exists; remove it or write to another file')
+        if not path.absolute().parent.is_dir():
+            parser.error(f'there is no folder {path.absolute().parent}')
+    return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from safetensors.torch import save as to_safetensors
@@ -29,12 +71,11 @@ from mmseg_textkd.clip.weights import import_open_clip
 from mmseg_textkd.models import LSegDPTHead
 from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.text.vocabulary import Vocabulary
+from mmseg_textkd.utils.arguments import merge_options, warn_renamed
 from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
 from mmseg_textkd.utils.io import write_files
 
 NET, CLIP = 'net.', 'clip_pretrained.'
-# OpenAI's, with its QuickGELU.
-ARCHITECTURE = 'ViT-B-32-quickgelu'
 # Lightning writes down the classes of its callbacks. Only their names are
 # read, nothing of Lightning is imported or called.
 CALLBACKS = [
@@ -70,36 +111,6 @@ RENAMES: List[Tuple[str, str]] = [
         (r'scratch\.head1\.', 'decode_head.conv_seg.projection.conv.'),
     )
 ]
-
-
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config of the same network')
-    parser.add_argument(
-        'checkpoint', type=Path, help='checkpoint of the authors, *.ckpt')
-    parser.add_argument('out', type=Path, help='checkpoint to write, *.pth')
-    parser.add_argument(
-        '--clip',
-        type=Path,
-        help='write the CLIP in CHECKPOINT too, *.safetensors, to encode '
-        f'other words with: --tower {ARCHITECTURE} --pretrained CLIP')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='settings of the config to override, as key=value')
-    args = parser.parse_args(argv)
-    if args.clip and args.clip.suffix != '.safetensors':
-        parser.error(f'--clip must end in .safetensors: {args.clip}')
-    for path in filter(None, (args.out, args.clip)):
-        if path.exists():
-            parser.error(f'{path} exists; remove it or write to another file')
-        if not path.absolute().parent.is_dir():
-            parser.error(f'there is no folder {path.absolute().parent}')
-    return args
 
 
 class _Callback:
@@ -276,7 +287,7 @@ def encode_words(theirs: Dict[str, Tensor], text: dict,
 def convert(args: argparse.Namespace) -> None:
     """Do what the command line says."""
     cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    merge_options(cfg, args.cfg_options)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     theirs = read_lightning(args.checkpoint)
     cfg.model.backbone.pop('init_cfg', None)
@@ -314,6 +325,7 @@ def convert(args: argparse.Namespace) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
+    warn_renamed(args, out='--out')
     try:
         convert(args)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:

@@ -13,8 +13,46 @@ import sys
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, Optional, Sequence, Tuple
 
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of the text network')
+    parser.add_argument('checkpoint', help='stock checkpoint, file or URL')
+    parser.add_argument('--out', type=Path, help='checkpoint to write, *.pth')
+    parser.add_argument('old_out', nargs='?', help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--num-images',
+        type=int,
+        default=100,
+        help='images to take batch norm statistics of, and as many again for '
+        'each measurement, rounded up to whole batches (default: 100)')
+    parser.add_argument(
+        '--device', help='such as cpu or cuda:1 (default: a GPU, or the CPU)')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='settings of the config to override')
+    args = parser.parse_intermixed_args(argv)
+    args.out = args.out or args.old_out and Path(args.old_out)
+    if args.out is None:
+        parser.error('--out is needed')
+    if args.num_images < 1:
+        parser.error('--num-images must be at least 1')
+    if args.out.exists():
+        parser.error(f'{args.out} exists; remove it or write to another file')
+    return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner, load_state_dict, set_random_seed
@@ -27,40 +65,12 @@ from mmseg_textkd.models.stock_init import (compare_with_stock, head_features,
                                             init_from_stock)
 from mmseg_textkd.models.text_parameters import check_classes
 from mmseg_textkd.text.encode_classes import ensure_embeddings
+from mmseg_textkd.utils.arguments import merge_options, warn_renamed
 from mmseg_textkd.utils.checkpoint import checkpoint_bytes
 from mmseg_textkd.utils.io import write_files
 
 SEED = 0  # the same images whenever the tool runs
 Names = Optional[Tuple[str, ...]]
-
-
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config of the text network')
-    parser.add_argument('checkpoint', help='stock checkpoint, file or URL')
-    parser.add_argument('out', type=Path, help='checkpoint to write')
-    parser.add_argument(
-        '--num-images',
-        type=int,
-        default=100,
-        help='images to take batch norm statistics of, and as many again for '
-        'each measurement, rounded up to whole batches (default: 100)')
-    parser.add_argument(
-        '--device', default=get_device(), help='default: %(default)s')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='settings of the config to override, as key=value')
-    args = parser.parse_args(argv)
-    if args.num_images < 1:
-        parser.error('--num-images must be at least 1')
-    if args.out.exists():
-        parser.error(f'{args.out} exists; remove it or write to another file')
-    return args
 
 
 def read_stock(path: str) -> Tuple[Dict[str, Tensor], Names]:
@@ -195,7 +205,7 @@ def convert(args: argparse.Namespace) -> None:
     """Do what the command line says."""
     path = args.checkpoint
     cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    merge_options(cfg, args.cfg_options)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     state, names = read_stock(path)
     ensure_embeddings(cfg)
@@ -220,7 +230,7 @@ def convert(args: argparse.Namespace) -> None:
     check_classes(model, train.dataset)
     check_names(path, names, train.dataset)
     load_state_dict(model, state, strict=False, logger='current')
-    model.to(args.device).eval()
+    model.to(args.device or get_device()).eval()
 
     fitted = [n for n, head in heads.items() if head.role == 'classifier']
     for name in heads.keys() - fitted:
@@ -250,6 +260,7 @@ def convert(args: argparse.Namespace) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
+    warn_renamed(args, out='--out')
     try:
         convert(args)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError,

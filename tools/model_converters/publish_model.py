@@ -14,37 +14,19 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
-import mmcv
-import mmengine
-import mmseg
-import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 
-import mmseg_textkd
-from mmseg_textkd.deploy.publish import check_weights, read_log, serialize
-from mmseg_textkd.models import DistilledEncoderDecoder
-from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
-from mmseg_textkd.utils.io import write_files
-
-CARD = Path(__file__).with_name('model_card.md.in')
-LIBRARIES = (torch, mmengine, mmcv, mmseg, mmseg_textkd)
-# As MMEngine writes when a checkpoint was saved.
-DATE = re.compile(r'\d{8}_\d{6}')
-UNKNOWN = 'not recorded'
-
-
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', type=Path, help='a folded or stock one')
     parser.add_argument(
-        'out',
-        type=Path,
-        help='folder, where the files are named after --config; or folder and '
-        'name of the config, without date and hash')
+        '--out',
+        help='folder, where the files are named after --config (it is made '
+        'if it ends in a slash); or folder and name of the config, without '
+        'date and hash')
+    parser.add_argument('old_out', nargs='?', help=argparse.SUPPRESS)
     parser.add_argument(
         '--config',
         help='config into which the weights must fit, all of them; for folded '
@@ -57,15 +39,42 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         '--keep-text',
         action='store_true',
         help='publish weights that still have text in them')
-    args = parser.parse_args(argv)
-    if args.out.is_dir():
+    args = parser.parse_intermixed_args(argv)
+    words = args.out or args.old_out
+    if not words:
+        parser.error('--out is needed')
+    args.out = Path(words)
+    if args.out.is_dir() or words.endswith('/'):
         if args.config is None:
             parser.error(f'{args.out} is a folder: give --config, after which '
                          'the file is named, or a name as well')
         args.out /= Path(args.config).stem
-    if not args.out.parent.is_dir():
-        parser.error(f'there is no folder {args.out.parent}')
     return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
+import mmcv
+import mmengine
+import mmseg
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+import mmseg_textkd
+from mmseg_textkd.deploy.publish import check_weights, read_log, serialize
+from mmseg_textkd.models import DistilledEncoderDecoder
+from mmseg_textkd.utils.arguments import warn_renamed
+from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
+from mmseg_textkd.utils.io import write_files
+
+CARD = Path(__file__).with_name('model_card.md.in')
+LIBRARIES = (torch, mmengine, mmcv, mmseg, mmseg_textkd)
+# As MMEngine writes when a checkpoint was saved.
+DATE = re.compile(r'\d{8}_\d{6}')
+UNKNOWN = 'not recorded'
 
 
 def model_card(cfg: Optional[Config], meta: Dict, **facts: Any) -> str:
@@ -129,7 +138,7 @@ def publish(args: argparse.Namespace) -> Path:
                 f'{args.config} has a teacher, which only training needs. '
                 'Make the stock config and its weights first, `python '
                 'tools/model_converters/textkd2mmseg.py '
-                f'{args.config} {args.checkpoint} OUT`.')
+                f'{args.config} {args.checkpoint} --out OUT`.')
         load_strictly(model, state, args.checkpoint)
         params = f'{sum(p.numel() for p in model.parameters()):,}'
         meta['cfg'] = cfg.pretty_text
@@ -187,6 +196,7 @@ def publish(args: argparse.Namespace) -> Path:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
+    warn_renamed(args, out='--out')
     try:
         publish(args)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError,

@@ -17,35 +17,11 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-import mmengine
-import mmseg
-import torch
-from mmengine.config import Config, DictAction
-from mmengine.dataset import pseudo_collate
-from mmengine.device import get_device
-from mmengine.registry import MODELS, init_default_scope
-from mmseg.registry import DATASETS
-from torch import nn
-
-import mmseg_textkd
-from mmseg_textkd.apis.class_encoder import ClassEncoder
-from mmseg_textkd.apis.drawing import palette_for
-from mmseg_textkd.deploy import (fold_state_dict, mean_lengths, to_stock_cfg,
-                                 verify)
-from mmseg_textkd.deploy.load_stock import dataset_meta
-from mmseg_textkd.deploy.words import set_words, to_words_cfg
-from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
-from mmseg_textkd.models.new_words import NEW_WORDS, place_new_words
-from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
-                                           read_checkpoint)
-from mmseg_textkd.utils.io import write_files
-
-# What MMEngine's runner and this tool note of a training.
-TRAINING = ('epoch', 'iter', 'seed', 'experiment_name', 'time', 'trained_with',
-            'training_cfg')
+# Of mmseg_textkd.models.new_words.
+NEW_WORDS = ('unit', 'projected', 'ridge', 'raw')
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -53,7 +29,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument('config', help='config of the text network')
     parser.add_argument('checkpoint', type=Path, help='its checkpoint')
     parser.add_argument(
-        'out', type=Path, help='checkpoint to write, *.pth; beside it *.py')
+        '--out', type=Path, help='checkpoint to write, *.pth; beside it *.py')
+    parser.add_argument('old_out', nargs='?', help=argparse.SUPPRESS)
     parser.add_argument(
         '--strip-auxiliary',
         action='store_true',
@@ -71,43 +48,80 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help='images of test_dataloader to compare on, if they are there, '
         'and with `--l2 approximate` as many before (default: 10)')
     parser.add_argument(
-        '--device', default=get_device(), help='default: %(default)s')
+        '--device', help='such as cpu or cuda:1 (default: a GPU, or the CPU)')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
-        help='settings of the config to override, as key=value')
+        metavar='KEY=VALUE',
+        help='settings of the config to override')
     words = parser.add_argument_group('other words')
     words.add_argument(
         '--classes',
-        metavar='FILE',
-        help='file with a word a line, or JSON with phrases, or the key of a '
-        'vocabulary, such as camvid; auxiliary heads are left out')
+        help='names with commas between them, or a vocabulary: a .txt or '
+        '.json file, or a key such as camvid; auxiliary heads are left out')
     words.add_argument(
         '--embeddings',
         type=Path,
         help='embeddings file with the vectors of new words (default: the '
         'text tower of the training encodes them)')
-    words.add_argument('--tower', help='text tower, if the config has none')
+    words.add_argument('--model', help='text model, if the config has none')
+    words.add_argument('--tower', dest='old_tower', help=argparse.SUPPRESS)
     words.add_argument('--pretrained', help='tag or file of its weights')
     words.add_argument(
         '--new-words',
         choices=NEW_WORDS,
         default=NEW_WORDS[0],
         help='how their vectors are used (default: %(default)s)')
-    args = parser.parse_args(argv)
-    if args.classes is None and (args.embeddings or args.tower):
-        parser.error('--embeddings and --tower are for --classes')
+    args = parser.parse_intermixed_args(argv)
+    args.model = args.model or args.old_tower
+    args.out = args.out or args.old_out and Path(args.old_out)
+    if args.out is None:
+        parser.error('--out is needed')
+    if args.classes is None and (args.embeddings or args.model):
+        parser.error('--embeddings and --model are for --classes')
     if args.num_images < 1:
         parser.error('--num-images must be at least 1')
     if args.out.suffix != '.pth':
-        parser.error(f'OUT must end in .pth, but got {args.out}')
+        parser.error(f'--out must end in .pth, but got {args.out}')
     if not args.out.parent.is_dir():
         parser.error(f'there is no folder {args.out.parent}')
     for path in (args.out, args.out.with_suffix('.py')):
         if path.exists():
             parser.error(f'{path} exists; remove it or write elsewhere')
     return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
+import mmengine
+import mmseg
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.device import get_device
+from mmengine.registry import MODELS, init_default_scope
+from mmseg.registry import DATASETS
+from torch import nn
+
+import mmseg_textkd
+from mmseg_textkd.apis.class_encoder import ClassEncoder
+from mmseg_textkd.apis.drawing import palette_for
+from mmseg_textkd.deploy import (fold_state_dict, mean_lengths, to_stock_cfg,
+                                 verify)
+from mmseg_textkd.deploy.load_stock import dataset_meta
+from mmseg_textkd.deploy.words import set_words, to_words_cfg
+from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
+from mmseg_textkd.models.new_words import place_new_words
+from mmseg_textkd.utils.arguments import merge_options, warn_renamed
+from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
+                                           read_checkpoint)
+from mmseg_textkd.utils.io import write_files
+
+# What MMEngine's runner and this tool note of a training.
+TRAINING = ('epoch', 'iter', 'seed', 'experiment_name', 'time', 'trained_with',
+            'training_cfg')
 
 
 def training_meta(saved: Dict) -> Dict:
@@ -158,10 +172,14 @@ def choose_words(args: argparse.Namespace, cfg: Config, model: nn.Module,
     head = cfg.model.decode_head
     encoder = ClassEncoder(model.decode_head.text_branch.text, head.text,
                            names)
-    classes = Path(args.classes)
+    classes = args.classes
+    if ',' in classes:
+        classes = [name.strip() for name in classes.split(',')]
+    elif Path(classes).is_file():
+        classes = Path(classes)
     found = encoder.encode(
-        classes if classes.is_file() else args.classes,
-        tower=args.tower,
+        classes,
+        tower=args.model,
         pretrained=args.pretrained,
         embeddings=args.embeddings)
     new = [k for k, row in enumerate(found.trained) if row is None]
@@ -182,7 +200,7 @@ def choose_words(args: argparse.Namespace, cfg: Config, model: nn.Module,
 def convert(args: argparse.Namespace) -> None:
     """Do what the command line says."""
     cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    merge_options(cfg, args.cfg_options)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     # TF32 would be measured in place of the fold.
     torch.backends.cudnn.allow_tf32 = False
@@ -208,7 +226,7 @@ def convert(args: argparse.Namespace) -> None:
         stock_cfg = Config.fromstring(text, '.py')
     model = MODELS.build((stock_cfg if folded else cfg).model)
     load_strictly(model, state, args.checkpoint)
-    model.to(args.device).eval()
+    model.to(args.device or get_device()).eval()
     images_cfg = cfg
     if not folded:
         strip = strip or args.classes is not None
@@ -259,6 +277,7 @@ def convert(args: argparse.Namespace) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
+    warn_renamed(args, out='--out', tower='--model')
     try:
         convert(args)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError,

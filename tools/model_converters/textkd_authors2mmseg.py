@@ -12,9 +12,41 @@ import tempfile
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config of the network, here')
+    parser.add_argument('checkpoint', type=Path, help="the authors'")
+    parser.add_argument('--out', type=Path, help='checkpoint to write, *.pth')
+    parser.add_argument('old_out', nargs='?', help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='settings of the config to override')
+    args = parser.parse_intermixed_args(argv)
+    args.out = args.out or args.old_out and Path(args.old_out)
+    if args.out is None:
+        parser.error('--out is needed')
+    if args.out.suffix != '.pth':
+        parser.error(f'--out must end in .pth, but got {args.out}')
+    if not args.out.parent.is_dir():
+        parser.error(f'there is no folder {args.out.parent}')
+    if args.out.exists():
+        parser.error(f'{args.out} exists; remove it or write elsewhere')
+    return args
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import torch
 import torch.nn.functional as F
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from torch import Tensor, nn
@@ -25,6 +57,7 @@ from mmseg_textkd.clip.weights import import_open_clip
 from mmseg_textkd.models import TextKD
 from mmseg_textkd.models.text_providers import ContextPromptLearner
 from mmseg_textkd.text import Vocabulary
+from mmseg_textkd.utils.arguments import merge_options, warn_renamed
 from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
                                            read_checkpoint)
 from mmseg_textkd.utils.io import write_files
@@ -36,29 +69,6 @@ ARCHITECTURE = 'RN50-quickgelu'
 # The order of their classes where it is not that of the data set here.
 CAMVID = ('Bicyclist', 'Building', 'Car', 'Column_Pole', 'Fence', 'Pedestrian',
           'Road', 'Sidewalk', 'SignSymbol', 'Sky', 'Tree')
-
-
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config of the network, here')
-    parser.add_argument('checkpoint', type=Path, help="the authors'")
-    parser.add_argument('out', type=Path, help='checkpoint to write, *.pth')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='settings of the config to override, as key=value')
-    args = parser.parse_args(argv)
-    if args.out.suffix != '.pth':
-        parser.error(f'OUT must end in .pth, but got {args.out}')
-    if not args.out.parent.is_dir():
-        parser.error(f'there is no folder {args.out.parent}')
-    if args.out.exists():
-        parser.error(f'{args.out} exists; remove it or write elsewhere')
-    return args
 
 
 def words_of(cfg: Config) -> List[str]:
@@ -213,9 +223,10 @@ def _load_tower(text: Dict[str, Tensor]) -> TextTower:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
+    warn_renamed(args, out='--out')
     try:
         cfg = Config.fromfile(args.config)
-        cfg.merge_from_dict(args.cfg_options or {})
+        merge_options(cfg, args.cfg_options)
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         theirs = read_checkpoint(args.checkpoint)['state_dict']
         model = MODELS.build(cfg.model)

@@ -14,6 +14,43 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
 
+DEFAULT_OUT = (
+    Path(__file__).resolve().parents[2] / 'mmseg_textkd' / 'clip' / 'toy_clip')
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        '--out', type=Path, default=DEFAULT_OUT, help='folder to write')
+    parser.add_argument('--seed', type=int, default=0, help='of everything')
+    parser.add_argument(
+        '--scenes', type=int, default=1500, help='to crop from')
+    parser.add_argument(
+        '--steps', type=int, default=1500, help='of the first part')
+    parser.add_argument(
+        '--batch', type=int, default=180, help='crops in a step')
+    parser.add_argument(
+        '--vocab-size', type=int, default=1024, help='of the tokenizer')
+    parser.add_argument(
+        '--region-steps',
+        type=int,
+        default=800,
+        help='steps of the second part, on windows of scenes')
+    parser.add_argument('--windows', type=int, default=8, help='in a step')
+    parser.add_argument(
+        '--start',
+        type=Path,
+        help='folder of weights of the first part, which is left out')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
 import numpy as np
 import torch
 from bpe import NUM_FIXED, pack_merges, train_merges
@@ -23,8 +60,6 @@ from measure import MEAN, STD, evaluate, to_tensor
 from regions import evaluate_regions, make_windows, train_regions
 
 CARD = Path(__file__).with_name('model_card.md.in')
-DEFAULT_OUT = (
-    Path(__file__).resolve().parents[2] / 'mmseg_textkd' / 'clip' / 'toy_clip')
 
 
 def model_config(vocab_size: int) -> Dict:
@@ -120,30 +155,6 @@ def train(model, tokenizer, crops: List[Crop], steps: int, batch: int,
                 f'scale {model.logit_scale.exp().item():.1f}, '
                 f'{time.time() - start:.0f} s',
                 flush=True)
-
-
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--out', type=Path, default=DEFAULT_OUT)
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--scenes', type=int, default=1500)
-    parser.add_argument('--steps', type=int, default=1500)
-    parser.add_argument('--batch', type=int, default=180)
-    parser.add_argument('--vocab-size', type=int, default=1024)
-    parser.add_argument(
-        '--region-steps',
-        type=int,
-        default=800,
-        help='steps of the second part, on windows of scenes')
-    parser.add_argument('--windows', type=int, default=8, help='a step')
-    parser.add_argument(
-        '--start',
-        type=Path,
-        help='folder of weights of the first part, which is left out')
-    return parser.parse_args()
 
 
 def main() -> None:

@@ -1,0 +1,73 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""tools/stock_tool.py: MMSegmentation's tools on a config of ours."""
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from analysis_tools import ROOT, load_tool
+
+from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
+
+CONFIG = str(ROOT / 'configs/text_classifier' /
+             'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py')
+
+
+@pytest.fixture(scope='module')
+def tool():
+    return load_tool('stock_tool', '.')
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    generate_toy_scenes(
+        'data/toy_scenes', num_train=1, num_val=2, height=64, width=128)
+    return tmp_path
+
+
+def test_print_config(tool, toys, capsys):
+    tool.main(['print_config', CONFIG])
+    assert "type='TextFCNHead'" in capsys.readouterr().out
+
+
+def test_browse_dataset(tool, toys):
+    """Also classes whose colors are arrays, as of a data set without."""
+    options = [
+        '--cfg-options',
+        'train_dataloader.dataset.metainfo.classes=[sky,building,road,'
+        'sidewalk,pole,car,truck,person]',
+        'train_dataloader.dataset.metainfo.palette=[]'
+    ]
+    tool.main([
+        'browse_dataset', CONFIG, '--not-show', '--output-dir', 'shown',
+        *options
+    ])
+    image, = toys.glob('shown/**/*.png')
+    assert cv2.imread(str(image)).shape == (64, 128, 3)
+
+
+def test_confusion_matrix(tool, toys):
+    """Perfect predictions, and then all is the first class."""
+    truth = toys / 'data/toy_scenes/ann_dir/val'
+    shutil.copytree(truth, 'predictions')
+    taken = []
+    plot = tool.plot_confusion_matrix
+    tool.plot_confusion_matrix = lambda matrix, *args, **kwargs: (taken.append(
+        matrix), plot(matrix, *args, **kwargs))
+    words = ['confusion_matrix', CONFIG, 'predictions', 'out']
+    tool.main(words)
+    labels = np.stack([cv2.imread(str(p), 0) for p in truth.glob('*.png')])
+    counts = np.bincount(labels[labels < 255], minlength=8)
+    np.testing.assert_array_equal(taken[0], np.diag(counts))
+    for path in (toys / 'predictions').iterdir():
+        cv2.imwrite(str(path), np.zeros_like(labels[0]))
+    tool.main(words)
+    np.testing.assert_array_equal(taken[1][:, 0], counts)
+    height, width = cv2.imread('out/confusion_matrix.png').shape[:2]
+    assert height < 1000 and width < 1000  # MMSegmentation's: 3840 x 4800
+
+
+def test_what_is_no_tool_is_said(tool):
+    with pytest.raises(SystemExit, match='has no tools/browse'):
+        tool.main(['browse', CONFIG])

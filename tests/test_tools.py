@@ -1,0 +1,145 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""What all tools and demos have in common: their command lines."""
+import argparse
+import json
+import os.path as osp
+import subprocess
+import sys
+from glob import glob
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config, DictAction
+from mmengine.logging import MMLogger
+from processes import ROOT
+
+from mmseg_textkd.compat import load_stock_tool, shorten_console
+from mmseg_textkd.utils.arguments import merge_options, read_options
+
+TOOLS = sorted(
+    path for pattern in ('tools/*.py', 'tools/*/*.py', 'demo/*.py')
+    for path in glob(osp.join(ROOT, pattern))
+    if "__name__ == '__main__'" in Path(path).read_text(encoding='utf-8'))
+# Runs `--help` of each; what takes time to import does not import here.
+CODE = """
+import argparse, contextlib, io, json, runpy, sys, os
+class Heavy:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('torch', 'mmengine', 'mmseg', 'mmcv', 'cv2',
+                                  'numpy', 'mmseg_textkd', 'matplotlib',
+                                  'PIL', 'onnx', 'onnxruntime', 'gradio'):
+            raise ImportError('before --help: ' + name)
+sys.meta_path.insert(0, Heavy())
+found = {}
+def print_help(parser, file=None):
+    found[tool] = {
+        (a.option_strings or [a.dest])[0]: [a.help, a.nargs]
+        for a in parser._actions if a.help != argparse.SUPPRESS}
+    parser.format_help()
+argparse.ArgumentParser.print_help = print_help
+for tool in json.loads(sys.argv.pop()):
+    sys.argv = [tool, '--help']
+    sys.path.insert(0, os.path.dirname(tool))
+    try:
+        runpy.run_path(tool, run_name='__main__')
+    except SystemExit as end:
+        assert not end.code, (tool, end.code)
+    sys.path.pop(0)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope='module')
+def helps():
+    done = subprocess.run([sys.executable, '-c', CODE,
+                           json.dumps(TOOLS)],
+                          capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {
+        osp.relpath(tool, ROOT): options
+        for tool, options in json.loads(done.stdout).items()
+    }
+
+
+def test_help_comes_before_what_takes_seconds(helps):
+    assert len(helps) == len(TOOLS) > 25
+
+
+def test_every_argument_is_explained(helps):
+    mute = [(tool, name) for tool, options in helps.items()
+            for name, (text, _) in options.items()
+            if not text or text.strip().startswith('default')]
+    assert not mute
+
+
+def test_one_thing_has_one_spelling(helps):
+    """The old ones are hidden."""
+    old = {
+        '--shape', '--height', '--width', '--tower', '--vocabulary', '--names',
+        '--json', '--markdown', 'out'
+    }
+    shown = {(tool, name)
+             for tool, options in helps.items()
+             for name in options}
+    assert not [(tool, name) for tool, name in shown if name in old]
+    for name in ('--size', '--cfg-options', '--device', '--num-images',
+                 '--max-pixels', '--model'):
+        kinds = {
+            json.dumps(options[name][1])
+            for options in helps.values() if name in options
+        }
+        assert len(kinds) == 1, (name, kinds)
+
+
+@pytest.mark.parametrize('name', ['train.py', 'test.py'])
+def test_ours_have_the_arguments_of_the_stock_tools(name, helps, monkeypatch):
+    taken = []
+    stock = load_stock_tool(name)
+    monkeypatch.setattr(sys, 'argv', [name, '--help'])
+    monkeypatch.setattr('argparse.ArgumentParser.print_help',
+                        lambda self: taken.append(self))
+    with pytest.raises(SystemExit):
+        stock.parse_args()
+    theirs = {(a.option_strings or [a.dest])[0] for a in taken[0]._actions}
+    assert theirs - {'--local_rank'} < set(helps[f'tools/{name}'])
+
+
+def test_settings_are_read_as_mmengine_does():
+    words = ['a.b=1', 'c=[(1,2),x]', 'd=true', 'e=1,2', 'f=g=h', 'i=']
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--o', nargs='+', action=DictAction)
+    assert read_options(words) == parser.parse_args(['--o', *words]).o
+    assert read_options(None) == {}
+    cfg = Config(dict(a=dict(b=0)))
+    merge_options(cfg, ['a.b=3'])
+    assert cfg.a.b == 3
+
+
+@pytest.mark.parametrize('word', ['junk', '=1'])
+def test_a_setting_without_value_is_refused(word):
+    with pytest.raises(ValueError, match=f'--cfg-options {word}.*key=value'):
+        read_options([word])
+
+
+def test_a_setting_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r'--cfg-options a.b.c=1.*not fit'):
+        merge_options(Config(dict(a=dict(b=[1, 2]))), ['a.b.c=1'])
+
+
+def test_what_nobody_can_act_upon_is_not_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(MMLogger, 'callHandlers', MMLogger.callHandlers)
+    shorten_console()
+    file = tmp_path / 'log'
+    log = MMLogger('noise', log_file=str(file))
+    for text in ('"FileClient" will be deprecated in future.',
+                 'The prefix is not set in metric class IoUMetric.'):
+        log.warning(text)
+    log.warning('The prefix of your metric is odd.')
+    log.info('Config:\nmodel = dict()')
+    said = capsys.readouterr()
+    assert 'is odd' in said.out + said.err
+    assert 'model' not in said.out + said.err
+    written = file.read_text()
+    assert 'model = dict()' in written and 'is odd' in written
+    assert 'FileClient' not in written and 'metric class' not in written
