@@ -36,16 +36,17 @@ def test_cells_say_what_the_folders_say(tool, tmp_path):
                                         '1.001 [0.990, 1.010]', '42 %')]
 
 
-def test_every_network_ran_in_three_runtimes_and_some_in_two_more():
-    """The page that is shipped; in fp32 a cell is there only if it is near."""
+def test_what_ran_in_float32_is_near():
+    """The page that is shipped; an empty cell has not been run."""
     page = (ROOT / 'docs' / 'en' / 'runtimes.md').read_text(encoding='utf-8')
     header, _, *rows = [r for r in page.splitlines() if r.startswith('|')]
-    cells = [[c.strip() for c in row.split('|')[1:-1]] for row in rows]
-    columns = dict(
-        zip([c.strip() for c in header.split('|')[1:-1]], zip(*cells)))
-    assert len(cells) == 15
-    for runtime in 'onnx', 'openvino', 'ncnn':
-        assert all(columns[f'{runtime} fp32']), runtime
-    for runtime in 'litert', 'executorch':
-        assert sum(map(bool, columns[f'{runtime} fp32'])) >= 5, runtime
-    assert {c.split()[0] for c in list(columns)[1:]} <= set(RUNTIMES)
+    names = [c.strip() for c in header.split('|')[1:-1]]
+    assert len(rows) == 15
+    assert {name.split()[0] for name in names[1:]} <= set(RUNTIMES)
+    cells = [
+        cell.split(',')[0] for row in rows
+        for name, cell in zip(names,
+                              row.split('|')[1:-1])
+        if name.endswith('fp32') and cell.strip()
+    ]
+    assert len(cells) > 30 and max(map(float, cells)) < 1e-4
