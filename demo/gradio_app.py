@@ -42,10 +42,15 @@ import cv2
 import numpy as np
 from PIL import Image
 
-import mmseg_textkd  # noqa: F401  (before mmseg.apis)
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.apis.drawing import draw_labels
 
+PAGE = """# Segment by words
+
+Network: **{model}**. It tells the classes of its training apart; another
+word gets what is nearest to it in what the network has learned, which may be
+wrong.
+"""
 LEGEND = '<div style="display: flex; flex-wrap: wrap; gap: 4px 20px">{}</div>'
 ENTRY = ('<span style="overflow-wrap: anywhere"><span style="display: '
          'inline-block; width: 1.4em; height: 1em; margin-right: .4em; '
@@ -123,11 +128,12 @@ def legend(found: Segmented) -> str:
     return LEGEND.format(''.join(entries))
 
 
-def build_page(inferencer: TextSegInferencer) -> Any:
+def build_page(inferencer: TextSegInferencer, model: str = '') -> Any:
     """Make the page.
 
     Args:
         inferencer (TextSegInferencer): The network.
+        model (str): Its name. Defaults to ''.
 
     Returns:
         gradio.Blocks: The page.
@@ -139,14 +145,15 @@ def build_page(inferencer: TextSegInferencer) -> Any:
         try:
             found = segment(inferencer, picture, words, other)
         except (OSError, RuntimeError, ValueError, cv2.error) as error:
-            # It is shown as HTML, and stays until it is closed.
+            # It is shown as HTML, and goes away.
             raise gradio.Error(
                 html.escape(str(error), quote=False),
-                duration=None,
+                duration=10,
                 print_exception=False) from error
         return draw(found, opacity), legend(found), inferencer.source, found
 
     with gradio.Blocks(title='mmseg_textkd', analytics_enabled=False) as page:
+        gradio.Markdown(PAGE.format(model=html.escape(model, quote=False)))
         found = gradio.State()
         with gradio.Row():
             with gradio.Column():
@@ -155,6 +162,10 @@ def build_page(inferencer: TextSegInferencer) -> Any:
                 words = gradio.Textbox(
                     label='Classes, with commas between them',
                     placeholder=', '.join(inferencer.own_meta['classes']))
+                gradio.Examples([['road, tree, bus stop'],
+                                 ['sky, building, everything on wheels']],
+                                words,
+                                label='For example')
                 other = gradio.Checkbox(label='and everything else: other')
                 button = gradio.Button('Segment', variant='primary')
             with gradio.Column():
@@ -197,13 +208,19 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         inferencer = TextSegInferencer(
             args.config, args.checkpoint, device=args.device)
         inferencer.show_progress = False
-        page = build_page(inferencer)
+        name = os.path.splitext(os.path.basename(args.config))[0]
+        page = build_page(inferencer, name)
     except ImportError as error:
         sys.exit(f'Error: {error}. The page needs `pip install -r '
                  'requirements/web.txt`.')
     except (OSError, ValueError) as error:
         sys.exit(f'Error: {error}')
-    page.launch(server_name='127.0.0.1', server_port=args.port, share=False)
+    # Also errors of what gradio does itself, as to read an upload.
+    page.launch(
+        server_name='127.0.0.1',
+        server_port=args.port,
+        share=False,
+        show_error=True)
 
 
 if __name__ == '__main__':

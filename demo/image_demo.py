@@ -103,6 +103,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     args.model = args.model or args.old_tower
     if (args.input is None) == (args.webcam is None):
         parser.error('give an input or --webcam, one of them')
+    if args.webcam is not None and args.webcam < 0:
+        parser.error('--webcam must be the number of a camera, 0 or more, '
+                     f'but got {args.webcam}')
     if not args.out and not args.show:
         parser.error('give --out, --show or both')
     if not 0 <= args.opacity <= 1:
@@ -145,7 +148,6 @@ if __name__ == '__main__':
 import cv2
 import numpy as np
 
-import mmseg_textkd  # noqa: F401  (before mmseg.apis)
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.apis.video import segment_video
 from mmseg_textkd.text import Vocabulary

@@ -1,14 +1,14 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """CLIP-text knowledge for small segmentation networks.
 
-Importing the package applies the version cures of :mod:`.compat` and
+Importing the package applies the version patches of :mod:`.compat` and
 registers every module with MMSegmentation's registries, so one line in a
 config, ``custom_imports = dict(imports=['mmseg_textkd'])``, is all that a
 project needs.
 """
 from . import compat
 
-# Before anything that imports mmseg.models: the cures must be in place.
+# Before anything that imports mmseg.models: the patches must be applied.
 compat.apply()
 
 from . import datasets, engine, evaluation, models, text

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""What stands in for ``mmcv.ops`` where mmcv has no compiled ops.
+"""Replacements of ``mmcv.ops`` for an mmcv without compiled ops.
 
 MMSegmentation 1.2.2 imports two functions from ``mmcv.ops`` whether or not a
 network needs them. Both are given here for real, in plain PyTorch, so that
@@ -93,7 +93,7 @@ def sigmoid_focal_loss(input: Tensor,
 
 
 def __getattr__(name: str) -> Any:
-    """Say for any other op that it needs a full mmcv.
+    """Raise for any other op, which needs a full mmcv.
 
     Args:
         name (str): Name that was looked for.

@@ -1,22 +1,26 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""All that this package knows of versions and forks of the OpenMMLab stack.
+"""Compatibility with versions and forks of the OpenMMLab stack.
 
-:func:`apply` runs on ``import mmseg_textkd``. Every cure looks for the fault
-itself (not for a version number) and does nothing where there is none.
+:func:`apply` runs on ``import mmseg_textkd``. Every patch tests for the fault
+itself (not for a version number) and is skipped where there is none.
 """
 import difflib
+import errno
 import functools
 import importlib
 import importlib.metadata as metadata
+import os
 import os.path as osp
 import re
 import sys
 import warnings
+import zipfile
+from contextlib import contextmanager
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from logging import FileHandler, LogRecord, StreamHandler
 from pickle import UnpicklingError
 from types import ModuleType
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
 
 # The oldest that can work and the newest that the tests have seen.
 VERSIONS: Dict[str, Tuple[str, str]] = {
@@ -29,17 +33,22 @@ INSTALL = (
     '"mmsegmentation>=1.2.2" ftfy regex` or `pip install onedl-mmengine '
     'onedl-mmcv onedl-mmsegmentation`')
 
+# Variables of the environment that torch reads on every load.
+FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+FORBID = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+
 _applied: List[str] = []
 _done = False
 
 
 def apply() -> Tuple[str, ...]:
-    """Check what is installed and cure what needs it, once per process.
+    """Check the installed versions and apply all patches, once per process.
 
     Returns:
-        tuple[str, ...]: Names of the cures that were needed, out of
+        tuple[str, ...]: Names of the patches that were needed, out of
         'mmseg assertion', 'mmcv.ops', 'safe globals', 'code in checkpoints',
-        'distribution name', 'pkg_resources', 'class weights' and 'drawing'.
+        'distribution name', 'pkg_resources', 'class weights', 'drawing' and
+        'unnamed files'.
 
     Raises:
         ImportError: If a library is missing or unsuitable; one line says
@@ -49,23 +58,24 @@ def apply() -> Tuple[str, ...]:
     if not _done:
         check_versions()
         _silence()
-        for name, cure in (('mmseg assertion',
-                            _import_mmseg), ('mmcv.ops', _stand_in_for_ops),
-                           ('safe globals', allow_runner_checkpoints),
-                           ('code in checkpoints', _load_without_code),
-                           ('distribution name', _name_distribution),
-                           ('pkg_resources', _find_without_pkg_resources),
-                           ('class weights',
-                            _weigh_with_ignored_pixels), ('drawing',
-                                                          _draw_all)):
-            if cure():
+        for name, patch in (('mmseg assertion',
+                             _import_mmseg), ('mmcv.ops', _stand_in_for_ops),
+                            ('safe globals', allow_runner_checkpoints),
+                            ('code in checkpoints',
+                             _load_without_code), ('distribution name',
+                                                   _name_distribution),
+                            ('pkg_resources', _find_without_pkg_resources),
+                            ('class weights', _weigh_with_ignored_pixels),
+                            ('drawing', _draw_all), ('unnamed files',
+                                                     _name_files)):
+            if patch():
                 _applied.append(name)
         _done = True
     return tuple(_applied)
 
 
 def check_versions() -> None:
-    """Refuse what is missing or too old, warn of what is untested.
+    """Raise for missing or too old packages, warn of untested ones.
 
     Raises:
         ImportError: If mmengine, mmcv or mmseg is missing, too old, or is
@@ -156,7 +166,7 @@ def _stock_file(kind: str, path: str) -> str:
             return found
     stock = []
     for root in filter(osp.isdir, roots):
-        # Imported here: nobody walks the folders unless something is wrong.
+        # Imported here: the folders are only searched for an error message.
         from mmengine.utils import scandir
         stock += scandir(root, osp.splitext(path)[1] or None, recursive=True)
     near = difflib.get_close_matches(path, stock, n=3)
@@ -234,7 +244,7 @@ def _import_mmseg() -> bool:
     """
     import mmcv
     try:
-        import mmseg  # noqa: F401
+        importlib.import_module('mmseg')
         return False
     except AssertionError as error:
         if 'MMCV' not in str(error):
@@ -249,7 +259,7 @@ def _import_mmseg() -> bool:
 
 
 def _stand_in_for_ops() -> bool:
-    """Put our ``mmcv.ops`` where mmseg needs one and mmcv has none.
+    """Register replacements of ``mmcv.ops`` where mmcv has no ops.
 
     See :mod:`mmseg_textkd._mmcv_ops`. OneDL's mmseg guards all its imports
     from ``mmcv.ops`` and therefore does not need it.
@@ -257,7 +267,7 @@ def _stand_in_for_ops() -> bool:
     if find_spec('mmcv._ext') is not None:
         return False
     try:
-        import mmseg.utils  # noqa: F401
+        importlib.import_module('mmseg.utils')
         return False
     except ModuleNotFoundError as error:
         if error.name not in ('mmcv._ext', 'mmcv.ops'):
@@ -291,7 +301,7 @@ def allow_runner_checkpoints() -> bool:
 
 @functools.lru_cache(maxsize=None)
 def _runner_globals() -> List[Any]:
-    """All that a runner's checkpoint needs besides tensors."""
+    """Globals of a runner's checkpoint besides tensors."""
     import numpy as np
     from mmengine.logging import HistoryBuffer
     core = np._core if hasattr(np, '_core') else np.core
@@ -311,7 +321,7 @@ def _runner_globals() -> List[Any]:
 
 
 def _under_name(function: Callable, name: str) -> Callable:
-    """A function that torch finds under another name in a pickle."""
+    """Copy of a function under another name, for pickles."""
 
     def renamed(*args: Any) -> Any:
         return function(*args)
@@ -323,7 +333,7 @@ def _under_name(function: Callable, name: str) -> Callable:
 
 
 def _history_method(owner: type, name: str) -> Callable:
-    """All that a runner's checkpoint needs of ``getattr``.
+    """Attributes that a runner's checkpoint needs from ``getattr``.
 
     A ``HistoryBuffer`` saves its methods (min, max, mean, current), which
     pickle writes as ``getattr(HistoryBuffer, 'min')``. To allow ``getattr``
@@ -335,8 +345,64 @@ def _history_method(owner: type, name: str) -> Callable:
     raise UnpicklingError(f'getattr of {owner!r}, {name!r} is not allowed')
 
 
+@contextmanager
+def weights_only(path: Union[str, os.PathLike]) -> Iterator[None]:
+    """Context in which every ``torch.load`` runs no code.
+
+    OneDL's MMEngine falls back to ``weights_only=False``, ``torch.hub`` asks
+    for it, and it is the default before torch 2.6; torch has a variable of
+    the environment that overrules all of them.
+
+    Args:
+        path (str or PathLike): What is read: a file, whose checksums torch
+            does not look at, or a URL.
+
+    Yields:
+        None: Once, to read it.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is damaged or holds more than weights and logs.
+    """
+    before = {name: os.environ.pop(name, None) for name in (FORCE, FORBID)}
+    try:
+        if os.path.isfile(path) and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken:
+                raise ValueError(f'the checksum of {broken} does not fit')
+        os.environ[FORCE] = '1'
+        allow_runner_checkpoints()
+        yield
+    except Exception as error:  # a damaged pickle raises anything
+        # EINVAL: torch has looked for something before the file's beginning.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise ValueError(
+            f'{path} is no checkpoint, a damaged one, or one that is not safe '
+            f'to read: {_safe_message(error)}') from error
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _safe_message(error: Exception) -> str:
+    """Get the message of an error, without torch's advice to run the code."""
+    found = re.search(r'(?:GLOBAL|global) ([\w.]+\.\w+)', str(error))
+    if found:
+        return (f'it names {found[1]}, which is no part of weights or logs '
+                'and is not run')
+    lines = [
+        line for line in str(error).splitlines()
+        if line.strip() and 'eights' not in line
+    ]
+    return lines[0] if lines else type(error).__name__
+
+
 def _load_without_code() -> bool:
-    """Let MMEngine's loaders run no code that is in a checkpoint.
+    """Patch MMEngine's loaders to run no code from checkpoints.
 
     OneDL's fall back to ``weights_only=False``, all that load from a URL ask
     for it, and before torch 2.6 it is the default. A runner that resumes also
@@ -351,7 +417,6 @@ def _load_without_code() -> bool:
 
     @functools.wraps(stock)
     def load_checkpoint(cls, filename, *args, **kwargs):
-        from .utils.checkpoint import weights_only
         with weights_only(filename):
             checkpoint = stock(cls, filename, *args, **kwargs)
         if isinstance(checkpoint, dict):
@@ -365,7 +430,7 @@ def _load_without_code() -> bool:
 
 
 def _name_distribution() -> bool:
-    """Tell MMEngine how the distributions behind ``x::`` bases are named."""
+    """Register the distribution names of ``x::`` bases in MMEngine."""
     from mmengine.config.utils import MODULE2PACKAGE
     MODULE2PACKAGE.setdefault('mmseg_textkd', 'mmseg_textkd')
     try:
@@ -380,12 +445,12 @@ def _name_distribution() -> bool:
 
 
 def _find_without_pkg_resources() -> bool:
-    """Replace MMEngine's package lookup where it cannot work.
+    """Replace MMEngine's package lookup where pkg_resources is missing.
 
     MMEngine 0.10.7 uses ``pkg_resources``, which setuptools 82 dropped; its
     main branch returns a wrong folder. Only these two functions of MMEngine
     are replaced; no module called ``pkg_resources`` is made up, for others
-    may ask whether there is one.
+    may check whether it is installed.
     """
     from mmengine.config.utils import MODULE2PACKAGE
     from mmengine.utils import package_utils
@@ -402,7 +467,7 @@ def _find_without_pkg_resources() -> bool:
         return False
     for ours in (is_installed, get_installed_path):
         theirs = getattr(package_utils, ours.__name__)
-        # They are imported by name, so every module has to be told.
+        # They are imported by name, so every module has to be patched.
         for name, module in list(sys.modules.items()):
             if (name.startswith('mmengine')
                     and vars(module).get(ours.__name__) is theirs):
@@ -411,14 +476,14 @@ def _find_without_pkg_resources() -> bool:
 
 
 def _weigh_with_ignored_pixels() -> bool:
-    """Let cross entropy have class weights and ignored pixels at once.
+    """Patch cross entropy to support class weights with ignored pixels.
 
     MMSegmentation 1.2.2 looks up the class weight of every pixel, of ignored
     ones (255) too: an IndexError, or on a GPU a device-side assertion. OneDL
     1.4.2 leaves them out, but then fails with ``avg_non_ignore=True``.
     """
     import torch
-    from mmseg.models import losses  # needs the cures before this one
+    from mmseg.models import losses  # needs the patches before this one
     stock = losses.cross_entropy
     scores, labels = torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 255]]])
     try:
@@ -469,8 +534,8 @@ def swaps_channels(preprocessor: Any) -> bool:
     for name in ('channel_conversion', '_channel_conversion'):
         if hasattr(preprocessor, name):
             return bool(getattr(preprocessor, name))
-    raise AttributeError(f'{type(preprocessor).__name__} does not tell '
-                         'whether it swaps channels.')
+    raise AttributeError(f'{type(preprocessor).__name__} has no '
+                         'attribute for the order of channels.')
 
 
 def _draw_all() -> bool:
@@ -499,6 +564,40 @@ def _draw_all() -> bool:
                      palette, *args, **kwargs)
 
     SegLocalVisualizer._draw_sem_seg = draw
+    return True
+
+
+def _name_files() -> bool:
+    """Let errors of images and label maps that cannot be read name the file.
+
+    MMCV decodes bytes: its errors are of ``<_io.BytesIO object>`` or of
+    ``!buf.empty()``.
+    """
+    from mmcv.transforms import LoadImageFromFile
+    from mmseg.datasets.transforms import LoadAnnotations
+
+    def name(owner: type, method: str, key: str, what: str) -> None:
+        stock = getattr(owner, method)
+
+        @functools.wraps(stock)
+        def named(self, results: Dict) -> Any:
+            try:
+                return stock(self, results)
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # each backend has its own
+                path = results.get(key)
+                if path is None or str(path) in str(error):
+                    raise
+                raise ValueError(
+                    f'{path} cannot be read as {what}: '
+                    f'{type(error).__name__}: {error}. Is it empty, cut '
+                    'short or another kind of file?') from error
+
+        setattr(owner, method, named)
+
+    name(LoadImageFromFile, 'transform', 'img_path', 'an image')
+    name(LoadAnnotations, '_load_seg_map', 'seg_map_path', 'a label map')
     return True
 
 
@@ -533,7 +632,7 @@ def get_installed_path(package: str) -> str:
     """
     modules = [
         module for module, names in metadata.packages_distributions().items()
-        if _plain(package) in map(_plain, names)
+        if _normalize_name(package) in map(_normalize_name, names)
     ]
     # A distribution may bring several (mmsegmentation also brings `tests`).
     from mmengine.config.utils import MODULE2PACKAGE
@@ -547,6 +646,6 @@ def get_installed_path(package: str) -> str:
     return osp.dirname(spec.origin)
 
 
-def _plain(name: str) -> str:
-    """A distribution's name as packaging tools compare it."""
+def _normalize_name(name: str) -> str:
+    """Normalized name of a distribution."""
     return name.lower().replace('_', '-').replace('.', '-')

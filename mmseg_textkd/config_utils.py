@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""What configs need to make use of MMSegmentation's own, not copies of them.
+"""Functions for configs that reuse those of MMSegmentation.
 
 Called from configs as ``__import__('mmseg_textkd').stock_network(...)``,
 since MMEngine allows no other import there.
@@ -19,7 +19,7 @@ def stock_network(path: str,
                   num_classes: int,
                   size: Tuple[int, int],
                   min_kept: Optional[int] = None) -> Tuple[Dict, Dict]:
-    """Take network and optimizer of a stock config over to other data.
+    """Get network and optimizer of a stock config for another dataset.
 
     The decode head gets ``num_classes``, and so does every head that had as
     many classes as it; STDC's boundary head had two and keeps them. Where the
@@ -59,7 +59,7 @@ def stock_network(path: str,
 
 
 def insert_transform(dataloader: Dict, transform: Dict, before: str) -> Dict:
-    """Put a transform into every pipeline of a data loader.
+    """Insert a transform into every pipeline of a data loader.
 
     Wrapped datasets are found too, such as the two of PASCAL VOC with its
     augmentation.
@@ -92,7 +92,7 @@ def open_vocabulary_test(
     vocabulary: str,
     leave_out: Sequence[str] = ()
 ) -> Tuple[Dict, Dict[str, List[str]]]:
-    """Take the test data of a stock config, and the words for its classes.
+    """Get test data of a stock config with a vocabulary for its classes.
 
     Args:
         path (str): Path of the config below MMSegmentation's ``configs``.
@@ -133,7 +133,7 @@ def open_vocabulary_test(
 def wide_label_test(data_root: str, img_path: str, seg_map_path: str,
                     scale: Tuple[int, int],
                     vocabulary: str) -> Tuple[Dict, Dict, List[Dict]]:
-    """Make test data of more classes than 8-bit label maps can hold.
+    """Configure test data of more classes than 8-bit label maps can hold.
 
     Images are ``.jpg``, label maps 16-bit ``.tif`` of the same name, see
     :class:`Load16BitAnnotations`; 65535 is ignored.
@@ -188,7 +188,7 @@ def wide_label_test(data_root: str, img_path: str, seg_map_path: str,
 
 def zero_shot(train_dataloader: Dict, vocabulary: str, unseen: Sequence[str],
               before: str) -> Tuple[Dict, Dict, Dict]:
-    """Hide classes in training, and score them apart in evaluation.
+    """Configure training without some classes and their evaluation.
 
     Args:
         train_dataloader (dict): Config of the data loader.
@@ -220,7 +220,7 @@ def zero_shot(train_dataloader: Dict, vocabulary: str, unseen: Sequence[str],
 
 
 def add_region_embeddings(dataloader: Dict, transform: Dict) -> Dict:
-    """Let every pipeline of a data loader load region embeddings.
+    """Add the loading of region embeddings to every training pipeline.
 
     Args:
         dataloader (dict): Config of the data loader.
@@ -255,5 +255,5 @@ def add_region_embeddings(dataloader: Dict, transform: Dict) -> Dict:
 
 
 def _types(part: Any) -> List[str]:
-    """Types of the transforms of a pipeline; none of another part."""
+    """Types of the transforms if a part of a config is a pipeline."""
     return [type_name(t) for t in part] if isinstance(part, list) else []

@@ -5,7 +5,7 @@ __version__ = '0.1.0'
 
 
 def parse_version_info(version: str) -> Tuple[int, ...]:
-    """Turn a version string into integers.
+    """Parse a version string.
 
     Args:
         version (str): A plain release, such as ``'0.1.0'``.

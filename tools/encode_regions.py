@@ -28,19 +28,16 @@ if __name__ == '__main__':
     # Before the imports below, which take seconds.
     parse_args()
 
-from mmengine.config import Config
-
 from mmseg_textkd.clip.weights import TextTowerError
 from mmseg_textkd.datasets.encode_regions import ensure_regions
-from mmseg_textkd.utils.arguments import merge_options
+from mmseg_textkd.utils.arguments import read_config
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
     try:
-        cfg = Config.fromfile(args.config)
-        merge_options(cfg, args.cfg_options)
+        cfg = read_config(args.config, args.cfg_options)
         if 'LoadRegionEmbeddings' not in str(cfg.get('train_dataloader')):
             sys.exit(f'Error: no pipeline of the train_dataloader of '
                      f'{args.config} has a LoadRegionEmbeddings.')

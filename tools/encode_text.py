@@ -149,6 +149,7 @@ if __name__ == '__main__':
     # Before the imports below, which take seconds.
     parse_args()
 
+import numpy as np
 from torch import Tensor
 
 from mmseg_textkd.clip.text_tower import TextTower, TextTowerError
@@ -227,14 +228,14 @@ def draw(vectors: Tensor, names: Sequence[str], path: Path,
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    cosine = (vectors @ vectors.T).numpy()
     num = len(names)
-    low = float(cosine.min())
-    # The diagonal is 1 everywhere; the colors are for the rest.
-    high = float(max(cosine[i, j] for i in range(num) for j in range(i)))
+    cosine = (vectors @ vectors.T).fill_diagonal_(float('nan')).numpy()
+    # The diagonal is 1 everywhere; it is left out.
+    low, high = float(np.nanmin(cosine)), float(np.nanmax(cosine))
     size = max(5., .32 * num + 2.5) if num <= 40 else .16 * num + 3
     font = 8 if num <= 40 else 5
     figure, axes = plt.subplots(figsize=(size + .8, size))
+    axes.set_facecolor('.85')
     image = axes.imshow(cosine, vmin=low, vmax=high, cmap='viridis')
     axes.set_xticks(range(num), names, rotation=90, fontsize=font)
     axes.set_yticks(range(num), names, fontsize=font)
@@ -242,7 +243,7 @@ def draw(vectors: Tensor, names: Sequence[str], path: Path,
                    f'{" (centered)" if centered else ""}')
     if num <= 25:
         for i in range(num):
-            for j in range(num):
+            for j in {*range(num)} - {i}:
                 bright = cosine[i, j] > low + .6 * (high - low)
                 axes.text(
                     j,
@@ -252,7 +253,7 @@ def draw(vectors: Tensor, names: Sequence[str], path: Path,
                     va='center',
                     fontsize=6,
                     color='black' if bright else 'white')
-    figure.colorbar(image, ax=axes, fraction=.04)
+    figure.colorbar(image, ax=axes, fraction=.04, label='cosine')
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches='tight')
     plt.close(figure)

@@ -41,6 +41,7 @@ from mmseg.apis import init_model
 from mmseg.evaluation import IoUMetric
 
 from mmseg_textkd.datasets import ToyScenesDataset
+from mmseg_textkd.datasets.toy_scenes_generator import MANIFEST
 from mmseg_textkd.utils.io import make_folder, write_files
 
 matplotlib.use('Agg')
@@ -74,6 +75,9 @@ def run(args: List[str], log: Path, echo: str = '') -> None:
     """
     command = [sys.executable, '-W', 'ignore', *args]
     env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED='1')
+    # Threads that wait must not spin on cores that others need.
+    env.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+    env.setdefault('KMP_BLOCKTIME', '0')
     last = ''
     with open(log, 'w') as file, subprocess.Popen(
             command,
@@ -246,9 +250,12 @@ def main() -> None:
             make_folder(work_dir / name)
     except OSError as error:
         sys.exit(f'quickstart: {error}')
-    print('Making the ToyScenes images', flush=True)
-    run(['tools/dataset_converters/toy_scenes.py', '--out',
-         str(DATA)], work_dir / 'data.log', 'ToyScenes')
+    if (DATA / MANIFEST).is_file():  # whole, of any number of images
+        print(f'Taking the ToyScenes images in {DATA}', flush=True)
+    else:
+        print('Making the ToyScenes images', flush=True)
+        run(['tools/dataset_converters/toy_scenes.py', '--out',
+             str(DATA)], work_dir / 'data.log', 'ToyScenes')
     for name, config in ARMS.items():
         train_and_test(name, config, args)
     iou = {name: class_iou(work_dir / name / 'predictions') for name in ARMS}

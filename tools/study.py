@@ -95,6 +95,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (LedgerError, StudyError) as error:
         print(f'study: {error}', file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f'study: cannot write: {error}. Make room or the folder writable '
+            'and start again: what is finished is kept.',
+            file=sys.stderr)
+        return 2
     say(f'{len(scheduler.runs) - len(left)} of {len(scheduler.runs)} runs are '
         f'in {ledger.path}, {len(scheduler.failed)} failed')
     if scheduler.failed:

@@ -91,11 +91,12 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
 
+from mmseg_textkd.clip.weights import TextTowerError
 from mmseg_textkd.compat import load_stock_tool, shorten_console
 from mmseg_textkd.datasets.encode_regions import ensure_regions
 from mmseg_textkd.engine import join_cpu_ranks
 from mmseg_textkd.text.encode_classes import ensure_embeddings
-from mmseg_textkd.utils.arguments import read_options
+from mmseg_textkd.utils.arguments import read_config, read_options
 from mmseg_textkd.utils.checkpoint import find_checkpoint
 
 
@@ -108,9 +109,8 @@ def load_config(args: argparse.Namespace) -> Config:
     Returns:
         Config: The config with ``--cfg-options`` merged in.
     """
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(args.config)
+    cfg.merge_from_dict(args.cfg_options)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -131,7 +131,10 @@ def main() -> None:
         sys.exit(f'Error: {error}')
     if resume not in (None, 'auto'):
         options['load_from'] = resume
-    cfg = load_config(args)
+    try:
+        cfg = load_config(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f'Error: {error}')
     if resume == 'auto':
         # MMEngine takes what `last_checkpoint` names, or else `load_from`.
         found = find_checkpoint(Path(cfg.work_dir))
@@ -141,7 +144,10 @@ def main() -> None:
         else:
             print(f'--resume: no checkpoint in {cfg.work_dir}; the run starts '
                   'from the beginning')
-    ensure_embeddings(cfg)
+    try:
+        ensure_embeddings(cfg)
+    except (TextTowerError, OSError, ValueError) as error:
+        sys.exit(f'Error: {error}')
     ensure_regions(cfg, progress=True)
     if get_device() == 'cpu':
         if args.launcher == 'pytorch':

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Time and memory of several things side by side."""
+"""Measurement of time and memory."""
 import copy
 import os
 import random
@@ -33,7 +33,7 @@ class Ratio(NamedTuple):
 
 def stopwatch(function: Callable[[], Any],
               device: Device) -> Callable[[], float]:
-    """Make a function that tells how long another one takes.
+    """Make a function that measures the time of another one.
 
     Args:
         function (Callable): What is timed, once a call.
@@ -68,7 +68,7 @@ def interleave(arms: Mapping[str, Callable[[], float]],
                runs: int,
                warmup: int = 0,
                seed: int = 0) -> Dict[str, List[float]]:
-    """Measure several things in turn, so that drift meets all of them.
+    """Measure several functions in turn, so that drift affects all alike.
 
     Args:
         arms (Mapping[str, Callable]): By name, what measures once and returns
@@ -116,7 +116,7 @@ def paired_ratio(values: Sequence[float],
 
 def summarize(seconds: Mapping[str, Sequence[float]],
               baseline: str) -> Dict[str, Dict]:
-    """Summarize what :func:`interleave` has measured.
+    """Summarize the times of :func:`interleave`.
 
     Args:
         seconds (Mapping[str, Sequence[float]]): Seconds a round, by name.
@@ -148,7 +148,7 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def peak_memory(function: Callable[[], Any], device: Device) -> int:
-    """Measure what PyTorch allocates while a function runs.
+    """Measure the memory that PyTorch allocates while a function runs.
 
     Args:
         function (Callable): What is measured. It should have run before, so
@@ -178,8 +178,8 @@ def peak_memory(function: Callable[[], Any], device: Device) -> int:
     return max(accumulate((e.nbytes() for e in events), initial=0))
 
 
-def random_text(cfg: Config) -> Config:
-    """Put random unit vectors in the place of class embeddings in files.
+def randomize_text(cfg: Config) -> Config:
+    """Replace class embeddings in files by random unit vectors in a config.
 
     Args:
         cfg (Config): Config of a text network.
@@ -205,11 +205,11 @@ def random_text(cfg: Config) -> Config:
     return cfg
 
 
-def random_clip(tower: FrozenCLIPViT) -> None:
-    """Let a frozen image tower of CLIP draw its weights, in place.
+def randomize_clip(tower: FrozenCLIPViT) -> None:
+    """Initialize a frozen CLIP image encoder at random, in place.
 
-    What is measured is that of trained weights, which need not be there. The
-    tower that comes with the package keeps its own.
+    Its time and memory are those of trained weights, which need not be
+    available. ToyCLIP keeps its own.
 
     Args:
         tower (FrozenCLIPViT): The tower, not loaded yet.

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""The ways to run a network that benchmarks compare."""
+"""Backends that benchmarks run a network with."""
 import io
 import warnings
 from typing import Any, Callable, NamedTuple
@@ -16,16 +16,16 @@ Run = Callable[[], Any]
 
 
 class Skipped(Exception):
-    """A backend cannot be measured here, and why."""
+    """Raised where a backend is not available, with the reason."""
 
 
 def eager(model: nn.Module, inputs: Tensor) -> Run:
-    """PyTorch as it is."""
+    """Run in PyTorch's eager mode."""
     return lambda: model(inputs)
 
 
 def compiled(model: nn.Module, inputs: Tensor) -> Run:
-    """torch.compile, whole or not at all."""
+    """Compile with torch.compile, without graph breaks."""
     # Without `fullgraph` what cannot be compiled would run in eager mode.
     function = torch.compile(model, fullgraph=True)
     try:
@@ -38,7 +38,7 @@ def compiled(model: nn.Module, inputs: Tensor) -> Run:
 
 
 def onnx(model: nn.Module, inputs: Tensor) -> Run:
-    """ONNX Runtime on the CPU."""
+    """Run with ONNX Runtime on the CPU."""
     if onnxruntime is None:
         raise Skipped('onnxruntime is not installed')
     file = io.BytesIO()
@@ -60,7 +60,7 @@ def onnx(model: nn.Module, inputs: Tensor) -> Run:
 
 
 def cuda_graph(model: nn.Module, inputs: Tensor) -> Run:
-    """A captured CUDA graph."""
+    """Replay a captured CUDA graph."""
     # Not on the default stream: torch wants the warm-up elsewhere.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -75,7 +75,7 @@ def cuda_graph(model: nn.Module, inputs: Tensor) -> Run:
 
 
 class Backend(NamedTuple):
-    """How a network is run.
+    """A backend and its requirements.
 
     Attributes:
         prepare (Callable): Makes what is timed.

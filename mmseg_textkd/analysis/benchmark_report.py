@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Output that all benchmarks have."""
+"""Reports of the benchmarks."""
 import json
 from pathlib import Path
 from typing import Any, Iterable, List, Mapping
@@ -11,7 +11,7 @@ TIME_HEADER = ('median [quartiles], ms', 'minimum, ms',
 
 
 def time_cells(summary: Mapping[str, Any]) -> List[str]:
-    """Write median, quartiles, minimum and ratio as cells of a table."""
+    """Format median, quartiles, minimum and ratio as table cells."""
     low, high = summary['ratio_ci95']
     return [
         f'{summary["median_ms"]:.2f} '
@@ -23,7 +23,7 @@ def time_cells(summary: Mapping[str, Any]) -> List[str]:
 
 def write_results(results: Mapping[str, Any], page: str,
                   paths: Iterable[Path]) -> None:
-    """Print a page and write files, whole: the results (.json) or it."""
+    """Print a report and write it or, as .json, the results to files."""
     print(page)
     text = json.dumps(results, indent=2) + '\n'
     write_files({

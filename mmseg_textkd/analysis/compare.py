@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Two checkpoints on the same validation set, class by class."""
+"""Comparison of two checkpoints on the same validation set by class."""
 import time
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -106,7 +106,7 @@ def _joined(results: Dict[str, Dict[str, Any]]) -> Dict[str, Any]:
 
 
 def compare(a: Dict[str, Any], b: Dict[str, Any]) -> Dict[str, Any]:
-    """Compare two results on the same labels.
+    """Compare two evaluations on the same labels.
 
     Args:
         a (dict): The result of one side, as of :func:`evaluate`.

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Adapters that let a trained network predict new classes, by its kind."""
+"""Adapters that let each kind of trained network predict new classes."""
 import copy
 from abc import ABCMeta, abstractmethod
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ from .label_maps import select_classes
 def build_adapter(model: nn.Module,
                   names: Sequence[str],
                   cache_dir: Optional[PathLike] = None) -> 'NetworkAdapter':
-    """Make the adapter for the kind of a network.
+    """Build the adapter of a network.
 
     Args:
         model (nn.Module): The segmentor, with its weights and its config as
@@ -50,7 +50,7 @@ def build_adapter(model: nn.Module,
 
 
 class NetworkAdapter(metaclass=ABCMeta):
-    """Base of the adapters between class names and a kind of network.
+    """Base of the adapters, one for each kind of network.
 
     Args:
         model (nn.Module): The segmentor.
@@ -74,7 +74,7 @@ class NetworkAdapter(metaclass=ABCMeta):
         self.vectors: Optional[Tensor] = None
 
     def encode(self, classes: Any, **options: Any) -> EncodedClasses:
-        """Encode classes; the network stays as it is.
+        """Encode classes without changing the network.
 
         See :meth:`ClassEncoder.encode`.
         """
@@ -85,7 +85,7 @@ class NetworkAdapter(metaclass=ABCMeta):
                     found: EncodedClasses,
                     new_bias: float = 0,
                     new_words: Optional[str] = None) -> None:
-        """Make encoded classes those of the network.
+        """Let the network predict encoded classes.
 
         Args:
             found (EncodedClasses): What :meth:`encode` has returned.
@@ -101,26 +101,26 @@ class NetworkAdapter(metaclass=ABCMeta):
         """
 
     def select(self, rows: Tensor) -> nn.Module:
-        """Make the layer for n classes, whose indices may repeat."""
+        """Build the layer of n classes, whose indices may repeat."""
         return select_classes(self.model.decode_head.conv_seg, rows)
 
     @abstractmethod
     def cosine(self, rows: Sequence[int]) -> nn.Module:
-        """Make a layer that gives the cosines of pixels with n classes.
+        """Build a layer of the cosines between pixels and n classes.
 
         Raises:
             ValueError: If the network has no embeddings of pixels.
         """
 
     def _install(self, layer: nn.Module, number: int) -> None:
-        """Put the layer of other classes into the network."""
+        """Set the classification layer of the network."""
         setattr(self.model.decode_head, self.layer, layer)
         for module in (self.model.decode_head, self.model):
             module.num_classes = module.out_channels = number
 
     @contextmanager
     def replaced(self, layer: nn.Module, number: int) -> Iterator[nn.Module]:
-        """Put a layer of so many maps in for a while; yields the head."""
+        """Temporarily replace the classification layer; yields the head."""
         head, model = self.model.decode_head, self.model
         before = getattr(head, self.layer), model.out_channels
         setattr(head, self.layer, layer)
@@ -134,7 +134,7 @@ class NetworkAdapter(metaclass=ABCMeta):
     @torch.no_grad()
     def similarities(self, images: Tensor, samples: List[SegDataSample],
                      rows: List[int]) -> List[Tensor]:
-        """Compare pixels with the text of classes.
+        """Compute the cosines between pixels and the text of classes.
 
         Args:
             images (Tensor): Preprocessed images with shape (N, 3, H, W).
@@ -155,11 +155,11 @@ class NetworkAdapter(metaclass=ABCMeta):
 
 
 class TextHeadAdapter(NetworkAdapter):
-    """Adapter of a text head: its projection is folded with new vectors.
+    """Adapter of a text head, which folds its projection with new vectors.
 
-    In the role 'auxiliary' the head's own classifier knows no text. It stays
-    until there are other classes. Then the cosine classifier of the text
-    branch, which the alignment loss has trained, takes its place.
+    In the role 'auxiliary' the head's own classifier does not depend on text.
+    For other classes it is replaced by the cosine classifier of the text
+    branch, which the alignment loss has trained.
     """
 
     def __init__(self,
@@ -192,7 +192,7 @@ class TextHeadAdapter(NetworkAdapter):
                     found: EncodedClasses,
                     new_bias: float = 0,
                     new_words: Optional[str] = None) -> None:
-        """Fold the vectors in.
+        """Fold the projection with the vectors.
 
         The default for new ones is 'unit', which is measured, where logits
         are linear in the pixel embeddings. Cosines take them raw, as LSeg
@@ -212,7 +212,7 @@ class TextHeadAdapter(NetworkAdapter):
         self.vectors = found.vectors
 
     def cosine(self, rows: Sequence[int]) -> nn.Module:
-        """Compare the projection of a pixel with the vectors."""
+        """Build a layer of the cosines of projected pixels and vectors."""
         return _PixelTextCosine(self.branch.projection, self.vectors[rows])
 
     @torch.no_grad()
@@ -220,14 +220,14 @@ class TextHeadAdapter(NetworkAdapter):
              vectors: Tensor,
              trained: Sequence[Optional[int]],
              new_bias: float = 0) -> nn.Module:
-        """Make the classifier of a stock head.
+        """Fold the projection with class vectors into a stock classifier.
 
         A trained class keeps its bias. A new one gets the mean of all biases,
-        so that a bias that is common to all, which no softmax sees, favors
+        so that a bias that is common to all, which the softmax cancels, favors
         neither. (Cross entropy leaves that mean where it began, at 0: the
         gradients of the biases sum to 0.) ``new_bias`` is added to it, as in
-        `calibrated stacking <https://arxiv.org/abs/1605.04253>`_: the
-        training has taught the network to prefer the trained classes.
+        `calibrated stacking <https://arxiv.org/abs/1605.04253>`_: the training
+        has taught the network to prefer the trained classes.
 
         Args:
             vectors (Tensor): Class vectors, shape (K, D).
@@ -279,7 +279,7 @@ class _PixelTextCosine(nn.Module):
 
 
 class EBSegAdapter(NetworkAdapter):
-    """Adapter of an EBSeg: its masks are compared with new vectors.
+    """Adapter of an EBSeg, which compares its masks with new vectors.
 
     Names are encoded by the text tower that belongs to its image tower.
     """
@@ -305,7 +305,7 @@ class EBSegAdapter(NetworkAdapter):
                     found: EncodedClasses,
                     new_bias: float = 0,
                     new_words: Optional[str] = None) -> None:
-        """Hand the vectors to :meth:`EBSeg.set_classes`."""
+        """Set the vectors by :meth:`EBSeg.set_classes`."""
         if new_words not in (None, 'raw'):
             raise ValueError('EBSeg compares masks with the vectors as they '
                              f'are, new_words="raw", but got {new_words!r}.')
@@ -319,11 +319,11 @@ class EBSegAdapter(NetworkAdapter):
         self.vectors = found.vectors
 
     def select(self, rows: Tensor) -> nn.Module:
-        """Sum up the scores of some of the classes."""
+        """Build the layer that scores some of the classes."""
         return MaskScores(rows)
 
     def cosine(self, rows: Sequence[int]) -> nn.Module:
-        """Compare the mean embedding B of a pixel's masks with the vectors."""
+        """Build a layer of the cosines between a pixel's masks and vectors."""
         return _MaskTextCosine(self.vectors[rows])
 
 
@@ -341,14 +341,14 @@ class _MaskTextCosine(nn.Module):
 
 
 class FoldedAdapter(NetworkAdapter):
-    """Adapter of a folded or stock network: only its own classes."""
+    """Adapter of a folded or stock network, for its trained classes only."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__(model, names)
         self.conv_seg = model.decode_head.conv_seg
 
     def encode(self, classes: Any, **options: Any) -> EncodedClasses:
-        """Choose among the classes of the network."""
+        """Look up the classes among the trained ones."""
         words = Vocabulary.from_spec(classes)
         new = [name for name in words.names if name not in self.names]
         if new:
@@ -366,7 +366,7 @@ class FoldedAdapter(NetworkAdapter):
                     found: EncodedClasses,
                     new_bias: float = 0,
                     new_words: Optional[str] = None) -> None:
-        """Take the rows of these classes."""
+        """Select the rows of the classifier."""
         device = next(self.conv_seg.parameters()).device
         rows = torch.tensor(found.trained, device=device)
         self._install(select_classes(self.conv_seg, rows), len(rows))

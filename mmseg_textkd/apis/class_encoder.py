@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Class names as vectors in the text space that a network was trained in."""
+"""Encoding of class names for networks trained with text."""
 import hashlib
 import json
 import logging
@@ -34,7 +34,7 @@ Tower = Tuple[Optional[str], Optional[str]]  # model, pretrained
 
 
 class EncodedClasses(NamedTuple):
-    """Classes for a network to predict.
+    """Class names with their vectors.
 
     Attributes:
         names (tuple[str]): K names.
@@ -80,7 +80,7 @@ class ClassEncoder:
         cache_dir (str or PathLike, optional): Folder of the cache of vectors.
             Defaults to None, see :func:`default_cache_dir`.
         tower (Mapping, optional): ``model``, ``pretrained`` and ``cache_dir``
-            of the tower, where the network itself tells them. Defaults to
+            of the tower, where the network defines them. Defaults to
             None.
     """
 
@@ -166,12 +166,12 @@ class ClassEncoder:
 
     def _encode_new(self, words: Vocabulary, tower: Tower, templates: Any,
                     record: Optional[TextEmbeddings]) -> Tuple[Tensor, str]:
-        """Get vectors of new names, and where they come from."""
+        """Get the vectors of new classes and describe their source."""
         if _type_name(self.embeddings) == 'ControlEmbeddings':
             raise ValueError(
                 'this network was trained with ControlEmbeddings, vectors '
-                'that know nothing of language: only the names of its own '
-                f'classes mean something to it, {list(self.names)}.')
+                'without language: it can only predict its own classes, '
+                f'{list(self.names)}.')
         if record is not None:
             vectors = self._from_file(record, words, tower)
             return self._center(vectors), 'from the embeddings file'
@@ -201,7 +201,7 @@ class ClassEncoder:
 
     def _in_templates(self, words: Vocabulary, tower: Tower,
                       templates: List[str]) -> Tensor:
-        """Encode all phrases of each class in templates."""
+        """Encode the phrases of each class in prompt templates."""
         return self._center(
             self._cached(
                 words, tower, templates, lambda block: encode_classes(
@@ -238,11 +238,11 @@ class ClassEncoder:
             raise ValueError(
                 f'the vectors in the embeddings file are of the tower '
                 f'{made_by}, but this network was trained with those of '
-                f'{known}. They do not lie in the same space.')
+                f'{known}. They are not in the same space.')
         return record.vectors[[row[name] for name in words.names]]
 
     def _load(self, tower: Tower) -> TextTower:
-        """Load the tower, once, and check its width."""
+        """Load the text tower once and check its width."""
         self._loaded = load_tower(*tower, self.weights_dir)
         if self._loaded.dim != self.provider.dim:
             raise ValueError(
@@ -253,7 +253,7 @@ class ClassEncoder:
 
     def _cached(self, words: Vocabulary, tower: Tower, made_of: Any,
                 encode: Callable[[Vocabulary], Tensor]) -> Tensor:
-        """Get vectors from the cache, or encode them and put them there.
+        """Load vectors from the cache, or encode and cache them.
 
         Entries are embeddings files: written whole or not at all, and
         verified when they are read. A damaged one is made anew; a folder that
@@ -284,7 +284,7 @@ class ClassEncoder:
         return vectors
 
     def _shift(self) -> Optional[Tensor]:
-        """The mean that was subtracted from the trained vectors."""
+        """Get the mean that was subtracted from the trained vectors."""
         shift = getattr(self.provider, 'shift', None)
         if shift is None and (self.embeddings.get('center')
                               or self.embeddings.get('centre')):
@@ -302,7 +302,7 @@ class ClassEncoder:
             vectors - shift, dim=1)
 
     def _check_tower(self, tower: Tower, templates: List[str]) -> None:
-        """Warn if the tower's vectors are not those of the training."""
+        """Warn if the tower is not the one of the training."""
         phrases: Any = self.build.get('vocabulary') or self.names
         if self.record is not None:
             phrases = dict(zip(self.record.names, self.record.phrases))
@@ -317,7 +317,7 @@ class ClassEncoder:
                 f'The tower {tower} gives for the classes that this network '
                 'was trained with other vectors than those it learned with '
                 f'(mean cosine {cosine:.2f}). Unless prompts have moved them '
-                'that far, it is another tower, and new names mean nothing.',
+                'that far, it is another tower, unfit for new classes.',
                 'current', logging.WARNING)
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Images of label maps and of similarities."""
+"""Visualization of label maps and of similarities."""
 import colorsys
 from pathlib import Path
 from typing import List, Optional, Sequence
@@ -10,11 +10,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 LEGEND_WIDTH, ROW, TEXT_SIZE, NAME_X = 180, 22, 13, 36  # pixels
+HEIGHT = 540  # of larger images the legend is larger too
 GRAY = [128, 128, 128]
 
 
 def palette_for(known: Sequence[Optional[Sequence[int]]]) -> List[List[int]]:
-    """Palette with a color for every class.
+    """Complete a palette so that every class has a color.
 
     Args:
         known (Sequence): For each class its color (R, G, B), or None.
@@ -43,7 +44,7 @@ def draw_labels(image: np.ndarray,
                 opacity: float = 0.5,
                 legend: bool = True,
                 font: Optional[str] = None) -> np.ndarray:
-    """Blend an image with its classes.
+    """Blend an image with the colors of its label map.
 
     Args:
         image (np.ndarray): The image, uint8, RGB, shape (H, W, 3).
@@ -52,51 +53,104 @@ def draw_labels(image: np.ndarray,
         palette (Sequence[Sequence[int]]): Their colors, RGB.
         opacity (float): Weight of the colors, in [0, 1]. Defaults to 0.5.
         legend (bool): Whether the names of the classes that are seen stand
-            to the right, the largest first, as many as there is room; the
-            end of a long name is cut. Defaults to True.
+            to the right, in the order of the classes, so that those of a
+            video do not jump; where there is no room for all, the largest.
+            The end of a long name is cut. Defaults to True.
         font (str, optional): A TrueType font for them. Defaults to None:
             DejaVu Sans, which has Latin, Greek, Cyrillic and more, but no
             Chinese, Japanese or Korean letters.
 
     Returns:
         np.ndarray: uint8, RGB, shape (H, W, 3), or with a legend
-        (H, W + 180, 3).
+        (H, W + 180, 3), wider by H / 540 if that is more than 1.
     """
     colors = np.array(palette, np.uint8)
     shown = (1 - opacity) * image + opacity * colors[labels]
     shown = shown.astype(np.uint8)
     if not legend:
         return shown
-    column = Image.new('RGB', (LEGEND_WIDTH, len(image)), 'white')
-    draw = ImageDraw.Draw(column)
-    font = ImageFont.truetype(font or str(_default_font()), TEXT_SIZE)
+    scale = max(1., len(image) / HEIGHT)
+    row = round(scale * ROW)
+    column, draw, font = _column(len(image), font)
     counts = np.bincount(labels.ravel(), minlength=len(classes))
     order = [k for k in np.argsort(-counts, kind='stable') if counts[k]]
-    for row, k in enumerate(order[:len(image) // ROW]):
-        y = row * ROW
-        draw.rectangle((6, y + 4, 30, y + 18), tuple(colors[k].tolist()))
-        name = _shorten(classes[k], font)
-        draw.text((NAME_X, y + ROW // 2), name, 'black', font, anchor='lm')
+    for number, k in enumerate(sorted(order[:len(image) // row])):
+        y = number * row
+        draw.rectangle(
+            (round(6 * scale), y + round(4 * scale), round(
+                30 * scale), y + round(18 * scale)), tuple(colors[k].tolist()))
+        name = _shorten(classes[k], font, scale)
+        draw.text((round(NAME_X * scale), y + row // 2),
+                  name,
+                  'black',
+                  font,
+                  anchor='lm')
     return np.hstack([shown, np.asarray(column)])
 
 
-def draw_similarity(similarity: np.ndarray) -> np.ndarray:
-    """Color a map of cosines, dark blue at its lowest and yellow at its top.
+def _column(height: int, font: Optional[str] = None) -> tuple:
+    """A white column beside an image, to be drawn into; and its font."""
+    scale = max(1., height / HEIGHT)
+    column = Image.new('RGB', (round(scale * LEGEND_WIDTH), height), 'white')
+    font = ImageFont.truetype(
+        font or str(_default_font()), round(scale * TEXT_SIZE))
+    return column, ImageDraw.Draw(column), font
+
+
+def draw_similarity(similarity: np.ndarray,
+                    image: Optional[np.ndarray] = None,
+                    title: str = '',
+                    opacity: float = 0.7,
+                    font: Optional[str] = None) -> np.ndarray:
+    """Draw a map of cosines, from dark blue (lowest) to yellow (highest).
 
     Args:
         similarity (np.ndarray): Cosines, shape (H, W).
+        image (np.ndarray, optional): What lies under the map, uint8, RGB,
+            shape (H, W, 3). Defaults to None: nothing, and no legend.
+        title (str): Words over the color bar. Defaults to ''.
+        opacity (float): Of the map over the image. Defaults to 0.7.
+        font (str, optional): As of :func:`draw_labels`. Defaults to None.
 
     Returns:
-        np.ndarray: uint8, RGB, shape (H, W, 3).
+        np.ndarray: uint8, RGB, shape (H, W, 3), or over an image
+        (H, W + 180, 3) with title and color bar.
     """
     low, high = float(similarity.min()), float(similarity.max())
     gray = (similarity - low) / max(high - low, 1e-6)
-    gray = (255 * gray).round().astype(np.uint8)
-    return cv2.applyColorMap(gray, cv2.COLORMAP_VIRIDIS)[..., ::-1]
+
+    def color(gray: np.ndarray) -> np.ndarray:
+        gray = (255 * gray).round().astype(np.uint8)
+        return cv2.applyColorMap(gray, cv2.COLORMAP_VIRIDIS)[..., ::-1]
+
+    if image is None:
+        return color(gray)
+    shown = (1 - opacity) * image.mean(
+        -1, keepdims=True) + opacity * color(gray)
+    height = len(image)
+    scale = max(1., height / HEIGHT)
+    column, draw, font = _column(height, font)
+    left, row = round(6 * scale), round(ROW * scale)
+    draw.text((left, row // 2),
+              _shorten(title, font, scale, left),
+              'black',
+              font,
+              anchor='lm')
+    column = np.array(column)
+    bar = column[row + 4:height - 4, left:4 * left]
+    if len(bar):
+        bar[:] = color(np.linspace(1, 0, len(bar))[:, None])
+        labels = Image.fromarray(column)
+        draw = ImageDraw.Draw(labels)
+        for y, value, anchor in ((row + 4, high, 'lt'), (height - 4, low,
+                                                         'lb')):
+            draw.text((5 * left, y), f'{value:.2f}', 'black', font, anchor)
+        column = np.asarray(labels)
+    return np.hstack([shown.astype(np.uint8), column])
 
 
 def write_image(path: str, image: np.ndarray) -> None:
-    """Write an image; folders are made.
+    """Write an image and create its folder.
 
     Args:
         path (str): The file, in any script.
@@ -115,9 +169,12 @@ def write_image(path: str, image: np.ndarray) -> None:
     Path(path).write_bytes(data.tobytes())
 
 
-def _shorten(name: str, font: ImageFont.FreeTypeFont) -> str:
-    """Cut the end of a name that is wider than the legend."""
-    room = LEGEND_WIDTH - NAME_X - 6
+def _shorten(name: str,
+             font: ImageFont.FreeTypeFont,
+             scale: float = 1.,
+             left: int = 0) -> str:
+    """Truncate a name to the width of the legend."""
+    room = scale * (LEGEND_WIDTH - 6) - (left or scale * NAME_X)
     if font.getlength(name) <= room:
         return name
     while name and font.getlength(f'{name}…') > room:
@@ -126,5 +183,5 @@ def _shorten(name: str, font: ImageFont.FreeTypeFont) -> str:
 
 
 def _default_font() -> Path:
-    """A font that every installation of Matplotlib has."""
+    """Get the font that ships with Matplotlib."""
     return Path(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf')

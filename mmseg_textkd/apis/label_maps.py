@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Label maps for any number of classes, in bounded memory."""
+"""Prediction of label maps for many classes in bounded memory."""
 import weakref
 from typing import TYPE_CHECKING, List, Optional, Tuple
 
@@ -21,7 +21,7 @@ BLOCK = 256
 
 
 class _SelectOutputs(nn.Module):
-    """Some outputs of a classifier whose classes depend on each other.
+    """Selected outputs of a classifier whose classes depend on each other.
 
     Args:
         whole (nn.Module): The classifier.
@@ -33,12 +33,12 @@ class _SelectOutputs(nn.Module):
         self.whole, self.rows = whole, rows
 
     def forward(self, feat: Tensor) -> Tensor:
-        """Classify, and take the classes; shape (N, n, H, W)."""
+        """Compute the logits of the selected classes, shape (N, n, H, W)."""
         return self.whole(feat)[:, self.rows]
 
 
 class _SelectBalanced(nn.Module):
-    """Some classes of a :class:`BalancedConvSeg`, normalized over all.
+    """Selected classes of a :class:`BalancedConvSeg`, normalized over all.
 
     Args:
         whole (BalancedConvSeg): The classifier.
@@ -53,14 +53,14 @@ class _SelectBalanced(nn.Module):
             for conv in (whole.supervised, whole.image))
 
     def forward(self, feat: Tensor) -> Tensor:
-        """Score the classes; shape (N, n, H, W)."""
+        """Compute the scores of the selected classes, shape (N, n, H, W)."""
         logs = (conv(feat) - total
                 for conv, total in zip(self.both, self._totals(feat)))
         return balance_log_probabilities(*logs, self.seen, self.whole.alpha,
                                          self.whole.beta)
 
     def _totals(self, feat: Tensor) -> List[Tensor]:
-        """Logarithms of the sums over all classes, twice (N, 1, H, W).
+        """Log-sum-exp over all classes of both classifiers, (N, 1, H, W) each.
 
         They are the same for all parts, which share the whole.
         """
@@ -82,7 +82,7 @@ class _SelectBalanced(nn.Module):
 
 
 def select_classes(conv_seg: nn.Module, rows: Tensor) -> nn.Module:
-    """Take some of the classes of a classifier.
+    """Build a classifier of some of the classes.
 
     Args:
         conv_seg (nn.Module): A convolution, a :class:`L2ConvSeg` or a
@@ -118,7 +118,7 @@ def predict_labels(adapter: 'NetworkAdapter',
                    threshold: Optional[float] = None,
                    other: Optional[int] = None,
                    budget: int = BUDGET) -> List[SegDataSample]:
-    """Predict the label map, some classes at a time.
+    """Predict label maps, some classes at a time.
 
     It is what the model's ``predict`` gives, but logits of all classes at full
     resolution, 80 GB for 10,000 classes of an image of 1024x2048, are never
@@ -185,7 +185,7 @@ def predict_labels(adapter: 'NetworkAdapter',
 
 def _first_logits(model: nn.Module, layer: nn.Module, inputs: Tensor,
                   metas: List[dict]) -> Tuple[Tensor, Optional[tuple]]:
-    """Run the network, and keep the features if they serve all classes.
+    """Run the network, and return the features if they suit all classes.
 
     Args:
         model (nn.Module): The model.

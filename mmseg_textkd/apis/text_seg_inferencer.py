@@ -95,7 +95,7 @@ class TextSegInferencer(MMSegInferencer):
                     cfg: Config,
                     weights: str,
                     device: str = 'cpu') -> nn.Module:
-        """Load the network and make its adapter."""
+        """Load the network and build its adapter."""
         model, self.own_meta = load_network(cfg, Path(weights))
         model.dataset_meta = dict(self.own_meta)
         model.to(device).eval()
@@ -123,7 +123,7 @@ class TextSegInferencer(MMSegInferencer):
                     pretrained: Optional[str] = None,
                     templates: Any = None,
                     embeddings: Optional[PathLike] = None) -> None:
-        """Choose the classes.
+        """Set the classes to predict.
 
         Args:
             classes: Names (a list), names with phrases (a dict), a
@@ -238,7 +238,7 @@ class TextSegInferencer(MMSegInferencer):
             **kwargs)
 
     def _inputs_to_list(self, inputs: Any) -> list:
-        """Take paths as well as texts, and check arrays."""
+        """Convert paths to strings, and check arrays."""
         if isinstance(inputs, Path):
             inputs = str(inputs)
         return [
@@ -277,7 +277,7 @@ class TextSegInferencer(MMSegInferencer):
         return samples
 
     def _rows(self, names: Names) -> Tuple[Tuple[str, ...], List[int]]:
-        """Names and indices of classes that have vectors."""
+        """Get names and indices of classes that have vectors."""
         # A label that is no class, as of a threshold, has no vector.
         known = list(self.classes[:self.model.out_channels])
         if isinstance(names, str):
@@ -319,11 +319,15 @@ class TextSegInferencer(MMSegInferencer):
             if img_out_dir:
                 write_image(osp.join(img_out_dir, name), drawn)
                 for word, values in zip(*_similarity(pred)):
-                    word = re.sub(r'[^\w-]+', '-', word)[:40]
+                    file = re.sub(r'[^\w-]+', '-', word)[:40]
                     write_image(
                         osp.join(img_out_dir,
-                                 f'{osp.splitext(name)[0]}_{word}.png'),
-                        draw_similarity(values))
+                                 f'{osp.splitext(name)[0]}_{file}.png'),
+                        draw_similarity(
+                            values,
+                            image[..., ::-1],
+                            f'cosine with {word}',
+                            font=self.font))
             if return_vis:
                 shown.append(drawn)
             self.num_visualized_imgs += 1
@@ -436,7 +440,7 @@ def _checked_image(image: np.ndarray) -> np.ndarray:
 
 
 def _similarity(pred: SegDataSample) -> Tuple[Sequence[str], np.ndarray]:
-    """Names and maps of the similarities of an image, if there are any."""
+    """Get names and maps of the similarities of an image, if any."""
     if 'similarity' not in pred:
         return (), np.empty(0)
     return pred.similarity.names, pred.similarity.data.cpu().numpy()

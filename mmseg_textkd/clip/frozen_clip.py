@@ -4,15 +4,15 @@ from typing import Optional
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmseg_textkd.text.checksum import checksum
+from mmseg_textkd.utils.checkpoint import checksum
 from .weights import TextTowerError
 
 
 class FrozenCLIP(nn.Module):
     """Base of the frozen encoders of a CLIP model.
 
-    The weights take no gradient, and the module stays in evaluation mode
-    whatever :meth:`train` is told.
+    The weights get no gradient, and the module always stays in evaluation
+    mode.
 
     Args:
         model (str): See :func:`.weights.find_weights`.
@@ -27,7 +27,7 @@ class FrozenCLIP(nn.Module):
             print_log(
                 f'The {type(self).__name__} is ToyCLIP, a tiny model trained '
                 'on generated street scenes for tests and the quickstart. It '
-                'is not CLIP and knows next to nothing.', 'current')
+                'is not CLIP and of no use for real images.', 'current')
 
     def _freeze(self, sample: Tensor) -> int:
         """Freeze the weights and get the width of the embeddings.
@@ -50,13 +50,13 @@ class FrozenCLIP(nn.Module):
         return sample.shape[1]
 
     def train(self, mode: bool = True) -> 'FrozenCLIP':
-        """Stay in evaluation mode: a frozen encoder has no other."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def checksum(self) -> str:
-        """Hash all weights, to prove that training has not touched them.
+        """Hash all weights, to prove that training has not changed them.
 
         Returns:
-            str: See :func:`.checksum.checksum`.
+            str: See :func:`.checkpoint.checksum`.
         """
         return checksum(self)

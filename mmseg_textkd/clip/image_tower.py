@@ -13,9 +13,9 @@ from .weights import PathLike, TextTowerError
 class ImageTower(FrozenCLIP):
     """Frozen image encoder of a CLIP model, through open_clip.
 
-    One vector for an image, in the space of the text embeddings of the same
-    model. It is a teacher: no deployed network and no training step needs it.
-    All arithmetic is in float32.
+    It embeds images in the space of the text embeddings of the same model,
+    for region embeddings; :class:`FrozenCLIPViT` takes the features of its
+    patches. All arithmetic is in float32.
 
     Args:
         model (str): See :class:`TextTower`.
@@ -28,6 +28,8 @@ class ImageTower(FrozenCLIP):
             the model gives no single vector for an image.
 
     Attributes:
+        visual (nn.Module): open_clip's image encoder.
+        logit_scale (float): Factor of the model on cosines.
         size (tuple[int, int]): Height and width of the images.
         dim (int): Width D of the image embeddings.
     """
@@ -37,8 +39,8 @@ class ImageTower(FrozenCLIP):
                  pretrained: Optional[str] = None,
                  cache_dir: Optional[PathLike] = None) -> None:
         super().__init__(model, pretrained)
-        self.visual, self.library, _ = load_visual(model, pretrained,
-                                                   cache_dir)
+        self.visual, self.logit_scale = load_visual(model, pretrained,
+                                                    cache_dir)
         self.visual.eval()
         prepared = self.visual.preprocess_cfg
         size = prepared['size']
@@ -52,11 +54,11 @@ class ImageTower(FrozenCLIP):
 
     @property
     def device(self) -> torch.device:
-        """torch.device: Where the weights are."""
+        """torch.device: Device of the weights."""
         return self.mean.device
 
     def resize(self, image: Tensor) -> Tensor:
-        """Resize an image to the size of the tower, whatever its aspect.
+        """Resize an image to the size of the tower, ignoring its aspect ratio.
 
         Args:
             image (Tensor): Values in [0, 255], with shape (3, H, W).

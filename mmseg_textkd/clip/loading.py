@@ -41,7 +41,7 @@ def load_clip(
 def load_visual(
         model: str,
         pretrained: Optional[str] = None,
-        cache_dir: Optional[PathLike] = None) -> Tuple[nn.Module, str, float]:
+        cache_dir: Optional[PathLike] = None) -> Tuple[nn.Module, float]:
     """Load the image encoder of a CLIP model.
 
     Args:
@@ -51,9 +51,8 @@ def load_visual(
             None.
 
     Returns:
-        tuple: What open_clip's ``encode_image`` calls (float32, on the CPU;
-        its ``preprocess_cfg`` tells how images are prepared), the name and
-        version of the library, and the model's own factor on cosines.
+        tuple: The image encoder of the open_clip model (float32, on the CPU,
+        with ``preprocess_cfg``), and the model's factor on cosines.
 
     Raises:
         TextTowerError: If open_clip or the weights are missing or damaged.
@@ -61,8 +60,7 @@ def load_visual(
     open_clip = import_open_clip()
     location = find_weights(model, pretrained, cache_dir)
     clip = _load_model(open_clip, model, location)
-    return (clip.visual, f'open_clip_torch {open_clip.__version__}',
-            clip.logit_scale.exp().item())
+    return clip.visual, clip.logit_scale.exp().item()
 
 
 def _load_model(open_clip: Any, model: str,
@@ -74,7 +72,7 @@ def _load_model(open_clip: Any, model: str,
             pretrained=location.pretrained,
             precision='fp32',
             device='cpu',
-            # With a file in place of the tag, open_clip cannot know.
+            # With a file in place of the tag, open_clip cannot infer it.
             force_quick_gelu=location.quick_gelu,
             require_pretrained=True)
     except Exception as error:

@@ -29,7 +29,7 @@ class RegionEmbeddings(NamedTuple):
     vectors: Tensor
 
     def save(self, path: Path, key: str) -> None:
-        """Write a file, at once or not at all.
+        """Write a file atomically.
 
         Args:
             path (Path): The file. Folders are made.
@@ -60,7 +60,7 @@ class RegionEmbeddings(NamedTuple):
 
 def region_key(image: np.ndarray, labels: np.ndarray,
                settings: Mapping) -> str:
-    """Hash all that the embeddings of an image depend on.
+    """Hash everything that the embeddings of an image depend on.
 
     Args:
         image (np.ndarray): The image, of any type.

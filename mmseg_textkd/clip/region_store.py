@@ -16,7 +16,7 @@ from .weights import PathLike, hash_weights
 
 
 class RegionStore:
-    """A folder of region embeddings, a file for each image.
+    """Folder of region embeddings, with one file for each image.
 
     A file is named after the hash of all that it was made of: image and label
     map as they are in memory, weights of the tower, parameters. So what is
@@ -66,44 +66,45 @@ class RegionStore:
 
     # ------------------------------------------------------ the tower
     @property
-    def _note(self) -> Path:
+    def _hash_file(self) -> Path:
         name = json.dumps([self.model, self.pretrained])
         short = hashlib.sha256(name.encode()).hexdigest()[:12]
         return self.folder / f'tower-{short}.json'
 
-    def _noted(self) -> Optional[str]:
-        """Read the hash that the folder notes; None if it has none."""
+    def _read_hash(self) -> Optional[str]:
+        """Read the hash of the weights in the folder, None if it has none."""
         try:
-            return str(json.loads(self._note.read_text('utf-8'))['weights'])
+            return str(
+                json.loads(self._hash_file.read_text('utf-8'))['weights'])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def check_weights(self) -> None:
-        """Note the weights that are on this machine.
+        """Compare the weights with those that the folder was made with.
 
-        To be called before a run, by one process after the other: entries of
-        other weights count no more. Without weights on this machine the note
-        of the folder holds.
+        To be called before a run, by one process after the other: files of
+        other weights are not used any more. Without weights on this machine
+        the hash in the folder is used.
 
         Raises:
-            TextTowerError: If there are neither weights nor a note.
+            TextTowerError: If there are neither weights nor a hash.
         """
         weights = hash_weights(self.model, self.pretrained, self.cache_dir)
-        noted = self._noted()
-        if weights is None and noted is None:
+        known = self._read_hash()
+        if weights is None and known is None:
             self._load()  # downloads, or says what is missing
             weights = hash_weights(self.model, self.pretrained, self.cache_dir)
-        if weights is not None and weights != noted:
+        if weights is not None and weights != known:
             note = dict(
                 model=self.model, pretrained=self.pretrained, weights=weights)
-            write_files({self._note: json.dumps(note, indent=1).encode()})
-        self._weights = weights or noted
+            write_files({self._hash_file: json.dumps(note, indent=1).encode()})
+        self._weights = weights or known
 
     @property
     def settings(self) -> Dict:
-        """dict: All that the embeddings of any image depend on."""
+        """dict: Settings that the embeddings depend on."""
         if self._weights is None:
-            self._weights = self._noted()
+            self._weights = self._read_hash()
         if self._weights is None:
             self.check_weights()
         return dict(weights=self._weights, **self.options)
@@ -116,7 +117,7 @@ class RegionStore:
 
     # ---------------------------------------------------- the entries
     def key(self, image: np.ndarray, labels: np.ndarray) -> str:
-        """Get the name of the entry of an image.
+        """Compute the name of the file of an image.
 
         Args:
             image (np.ndarray): uint8, BGR, with shape (H, W, 3).
@@ -128,7 +129,7 @@ class RegionStore:
         return region_key(image, labels, self.settings)
 
     def path(self, key: str) -> Path:
-        """Get the file of an entry.
+        """Get the path of a file.
 
         Args:
             key (str): Its name.
@@ -139,7 +140,7 @@ class RegionStore:
         return self.folder / key[:2] / f'{key}.safetensors'
 
     def get(self, image: np.ndarray, labels: np.ndarray) -> RegionEmbeddings:
-        """Read the entry of an image, or make it.
+        """Load the embeddings of an image, or compute and save them.
 
         Args:
             image (np.ndarray): uint8, BGR, with shape (H, W, 3).

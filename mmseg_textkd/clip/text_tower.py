@@ -60,7 +60,7 @@ class TextTower(FrozenCLIP):
         self.dim = self._freeze(self.encode_text(['a'], cut=False))
 
     def _inspect(self) -> None:
-        """Read context length, pooling and mask of the tower."""
+        """Determine context length, pooling and mask of the tower."""
         text = self._text
         # The tokenizer knows it better: Hugging Face's text models only tell
         # how many positions they have.
@@ -100,17 +100,17 @@ class TextTower(FrozenCLIP):
 
     @property
     def _text(self) -> nn.Module:
-        """nn.Module: What holds the layers of the text side."""
+        """nn.Module: Module that holds the layers of the text encoder."""
         # open_clip's CLIP holds the text layers itself, all others in `text`.
         return getattr(self.clip, 'text', self.clip)
 
     @property
     def device(self) -> torch.device:
-        """torch.device: Where the weights are."""
+        """torch.device: Device of the weights."""
         return self.clip.logit_scale.device
 
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
-        """Turn sentences into token ids.
+        """Tokenize sentences.
 
         Args:
             sentences (Sequence[str]): N sentences.
@@ -127,12 +127,12 @@ class TextTower(FrozenCLIP):
         if not sentences:
             raise ValueError('There are no sentences to tokenize.')
         length = self.context_length
-        roomy = self.tokenizer(sentences, context_length=4 * length)
+        padded = self.tokenizer(sentences, context_length=4 * length)
         inner = getattr(self.tokenizer, 'tokenizer', None)
         pad = getattr(inner, 'pad_token_id', None) or 0
         # The 'clips' mode of HF tokenizers puts a token into the last place.
         last = bool(getattr(self.tokenizer, 'tokenizer_mode', ''))
-        tail = roomy[:, length:-1] if last else roomy[:, length:]
+        tail = padded[:, length:-1] if last else padded[:, length:]
         too_long = (tail != pad).any(dim=1).nonzero().flatten().tolist()
         if too_long:
             count = length + int((tail[too_long[0]] != pad).sum())
@@ -145,7 +145,7 @@ class TextTower(FrozenCLIP):
         if last:
             return self.tokenizer(sentences, context_length=length)
         # Tokenizing takes as long as a small tower; once is enough.
-        return roomy[:, :length].contiguous()
+        return padded[:, :length].contiguous()
 
     @torch.no_grad()
     def encode_text(self,
@@ -185,7 +185,7 @@ class TextTower(FrozenCLIP):
         return torch.cat(parts)[order.argsort().to(self.device)]
 
     def _encode_ids(self, ids: Tensor, cut: bool) -> Tensor:
-        """Encode one batch of token ids, cut or as open_clip does it."""
+        """Encode one batch of token ids, truncated to its longest sentence."""
         with torch.autocast(self.device.type, enabled=False):
             if cut:
                 ids = ids[:, :int(self.end_positions(ids).max()) + 1]
@@ -201,7 +201,7 @@ class TextTower(FrozenCLIP):
         return features.float()
 
     def end_positions(self, ids: Tensor) -> Tensor:
-        """Find the token that is pooled, where that is the end token.
+        """Find the end token of each sentence, where it is pooled.
 
         Args:
             ids (Tensor): Token ids with shape (N, L).
@@ -213,9 +213,9 @@ class TextTower(FrozenCLIP):
         pool, eos = self._pool
         return ((ids == eos).int() if pool == 'eos' else ids).argmax(dim=1)
 
-    def find_words(self,
-                   sentences: Sequence[str]) -> Tuple[Tensor, int, List[int]]:
-        """Tell the words of sentences from what the tokenizer puts around.
+    def find_word_tokens(
+            self, sentences: Sequence[str]) -> Tuple[Tensor, int, List[int]]:
+        """Find the tokens of the words, without special tokens and padding.
 
         Start, end and padding tokens differ: CLIP has all three, SigLIP no
         start token and its end token for padding, CLIPA no end token. They
@@ -232,42 +232,43 @@ class TextTower(FrozenCLIP):
 
         Raises:
             TextTowerError: If this kind of tower takes no soft prompts, or
-                its tokenizer frames sentences in another way.
+                its tokenizer adds other special tokens.
             ValueError: If a sentence is longer than the context.
         """
         self._require_soft()
-        ids, frame = self.tokenize(sentences), self._frame()
-        room = len(frame)
-        starts = (ids == frame).int().cumprod(dim=1).sum(dim=1)
+        ids, empty = self.tokenize(sentences), self._empty_ids()
+        max_length = len(empty)
+        starts = (ids == empty).int().cumprod(dim=1).sum(dim=1)
         start = int(starts.min())
         counts = []
         for row, sentence in zip(ids, sentences):
             count = next(
-                (n for n in range(1, room - start)
-                 if torch.equal(row[start + n:], frame[start:room - n])), None)
+                (n for n in range(1, max_length - start)
+                 if torch.equal(row[start + n:], empty[start:max_length - n])),
+                None)
             if count is None:
                 raise TextTowerError(
                     f'{self.model!r} takes no soft prompts: its tokenizer '
-                    f'({type(self.tokenizer).__name__}) makes of {sentence!r} '
-                    f'the tokens {row[:16].tolist()}, which is not what it '
-                    'puts around an empty sentence with words in between. '
+                    f'({type(self.tokenizer).__name__}) encodes {sentence!r} '
+                    f'to {row[:16].tolist()}, which differs in more than the '
+                    'words from the empty sentence. '
                     'Use the `residual` or `mixture` prompts, which need no '
                     'tower.')
             counts.append(count)
         return ids, start, counts
 
-    def lay_out_prompts(self,
-                        phrases: Sequence[str],
-                        num_context: int,
-                        suffix: str = '.',
-                        room: Optional[int] = None) -> Tuple[Tensor, int]:
-        """Make room for context vectors in front of phrases.
+    def build_prompts(self,
+                      phrases: Sequence[str],
+                      num_context: int,
+                      suffix: str = '.',
+                      max_length: Optional[int] = None) -> Tuple[Tensor, int]:
+        """Build token ids of prompts with placeholders for context vectors.
 
         Args:
             phrases (Sequence[str]): K phrases.
             num_context (int): Number of context vectors M.
             suffix (str): What follows a phrase. Defaults to '.'.
-            room (int, optional): Greatest number of tokens of a whole prompt.
+            max_length (int, optional): Maximum number of tokens of a prompt.
                 Defaults to None: that of the tower.
 
         Returns:
@@ -275,35 +276,36 @@ class TextTower(FrozenCLIP):
             the first of the M that the context vectors are to replace.
 
         Raises:
-            TextTowerError: As of :meth:`find_words`.
-            ValueError: If a prompt is longer than ``room``.
+            TextTowerError: As of :meth:`find_word_tokens`.
+            ValueError: If a prompt is longer than ``max_length``.
         """
-        ids, start, lengths = self.find_words([p + suffix for p in phrases])
-        frame = self._frame()
-        room = min(room or len(frame), len(frame))
+        ids, start, lengths = self.find_word_tokens(
+            [p + suffix for p in phrases])
+        empty = self._empty_ids()
+        max_length = min(max_length or len(empty), len(empty))
         # At least one place is the end token's, also where that is padding.
-        end = max(1, int((frame[start:] != frame[-1]).sum()))
+        end = max(1, int((empty[start:] != empty[-1]).sum()))
         for phrase, length in zip(phrases, lengths):
             length += start + end
-            if length + num_context > room:
+            if length + num_context > max_length:
                 raise ValueError(
                     f'the prompt of class {phrase!r} has {length} tokens and '
                     f'{num_context} context vectors, but there is room for '
-                    f'{room}. Give a shorter phrase, a smaller `n_ctx`, or a '
-                    'greater `context_length`, if the tower allows it.')
+                    f'{max_length}. Give a shorter phrase, a smaller `n_ctx`, '
+                    'or a greater `context_length`, if the tower allows it.')
         # The ids tell the tower where the token is that it pools, which is
         # none of these.
         filler = int(self._pool[0] == 'eos' and self._pool[1] == 0)
         context = ids.new_full((len(ids), num_context), filler)
         ids = torch.cat([ids[:, :start], context, ids[:, start:]], dim=1)
-        return ids[:, :len(frame)], start
+        return ids[:, :len(empty)], start
 
-    def _frame(self) -> Tensor:
-        """Token ids of the empty sentence, shape (L, )."""
+    def _empty_ids(self) -> Tensor:
+        """Get the token ids of the empty sentence, shape (L, )."""
         return self.tokenize([''])[0]
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
-        """Look up token embeddings, without positions.
+        """Look up token embeddings, without positional embeddings.
 
         Args:
             ids (Tensor): Token ids with shape (N, L).
@@ -315,7 +317,7 @@ class TextTower(FrozenCLIP):
         return self._text.token_embedding(ids.to(self.device))
 
     def encode_prompts(self, token_embeddings: Tensor, ids: Tensor) -> Tensor:
-        """Encode prompts that are given in token space, with gradient.
+        """Encode prompts given as token embeddings, with gradient.
 
         Args:
             token_embeddings (Tensor): Float tensor with shape (N, L, d).
@@ -351,7 +353,7 @@ class TextTower(FrozenCLIP):
                 ids[:, :length])
 
     def _forward(self, tokens: Tensor, ids: Tensor) -> Tensor:
-        """The text transformer from token embeddings on, at any length."""
+        """Run the text transformer on token embeddings of any length."""
         from open_clip.transformer import text_global_pool
         text, length = self._text, tokens.shape[1]
         mask = text.attn_mask
@@ -369,7 +371,7 @@ class TextTower(FrozenCLIP):
         return x @ projection
 
     def _require_soft(self) -> None:
-        """Require a tower that takes soft prompts."""
+        """Require a tower that supports soft prompts."""
         if not self._soft:
             raise TextTowerError(
                 f'{self.model!r} ({type(self._text).__name__}) takes no soft '
@@ -386,7 +388,7 @@ class TextTower(FrozenCLIP):
 def load_tower(model: str,
                pretrained: Optional[str] = None,
                cache_dir: Optional[PathLike] = None) -> TextTower:
-    """Get a tower, shared by all callers with the same arguments.
+    """Load a tower, shared by all callers with the same arguments.
 
     It is kept for as long as there is a reference to it.
 

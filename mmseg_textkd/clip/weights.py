@@ -1,8 +1,8 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Local weights of CLIP models, downloaded where there is a network.
 
-Weights are always opened from local files. open_clip on its own asks the hub
-first, which costs half a minute of retries per file on a machine without a
+Weights are always opened from local files. open_clip on its own queries the
+hub first, which costs half a minute of retries per file on a machine without a
 network even if everything is in the cache, and goes on with random weights
 when a download fails.
 """
@@ -31,7 +31,7 @@ PathLike = Union[str, os.PathLike]
 
 
 class TextTowerError(RuntimeError):
-    """A tower is not available, or not of the needed kind."""
+    """Raised where a tower is not available or not supported."""
 
 
 class WeightsLocation(NamedTuple):
@@ -49,7 +49,7 @@ class WeightsLocation(NamedTuple):
 
 
 class _NotHere(Exception):
-    """The weights are known but not on this machine.
+    """Raised where known weights are not on this machine.
 
     Args:
         looked (str): Where was looked.
@@ -62,7 +62,7 @@ class _NotHere(Exception):
 
 
 def import_open_clip() -> ModuleType:
-    """Import open_clip on first use, for only a tower needs it.
+    """Import open_clip on first use, since only towers need it.
 
     Raises:
         TextTowerError: If it is not installed or its import fails.
@@ -84,7 +84,7 @@ def import_open_clip() -> ModuleType:
 
 def missing_weights(model: str, pretrained: Optional[str], looked: str,
                     reason: str) -> TextTowerError:
-    """Error for weights that are not available, with what to do."""
+    """Make the error for weights that are not available."""
     name = model + (f' --pretrained {pretrained}' if pretrained else '')
     if model.startswith(LOCAL) or model == 'toyclip':
         name = 'ViT-B-16 --pretrained openai'
@@ -220,7 +220,7 @@ def find_hub_file(repo: str,
 
 def _locate(model: str, pretrained: Optional[str],
             cache_dir: Optional[PathLike]) -> WeightsLocation:
-    """Look on this machine only."""
+    """Locate weights on this machine only."""
     if model == 'toyclip':
         return _locate_folder(model, TOY_CLIP)
     if model.startswith(LOCAL):
@@ -300,9 +300,9 @@ def _hub_files(repo: str,
     from huggingface_hub import constants, try_to_load_from_cache
     from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
     if filename:
-        # open_clip's download prefers the safetensors twin of a file.
-        twin = os.path.splitext(filename)[0] + '.safetensors'
-        wanted = [(twin, filename)]
+        # open_clip's download prefers the safetensors version of a file.
+        safetensors = os.path.splitext(filename)[0] + '.safetensors'
+        wanted = [(safetensors, filename)]
     else:
         wanted = [(HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)]
     if config:
@@ -323,7 +323,7 @@ def _hub_files(repo: str,
 
 def _download(model: str, pretrained: Optional[str],
               cache_dir: Optional[PathLike]) -> None:
-    """Fetch into the cache what :func:`_locate` looks for."""
+    """Download the weights of :func:`_locate` into the cache."""
     open_clip = import_open_clip()
     cache_dir = None if cache_dir is None else str(cache_dir)
     if not model.startswith(HUB):

@@ -79,7 +79,7 @@ class CamVidDataset(BaseSegDataset):
     def get_label_map(cls,
                       new_classes: Optional[Sequence] = None
                       ) -> Dict[int, int]:
-        """Map labels as the base class does, and unlabeled to 255.
+        """Get the label map of the base class, with unlabeled mapped to 255.
 
         Args:
             new_classes (list, tuple, optional): Subset of the classes to
@@ -94,7 +94,7 @@ class CamVidDataset(BaseSegDataset):
         return label_map
 
     def load_data_list(self) -> List[dict]:
-        """List the images with their label maps; see that none is missing.
+        """Load annotations and check that no file is missing.
 
         Returns:
             list[dict]: Sample information as of ``BaseSegDataset``.
@@ -131,7 +131,7 @@ class CamVidDataset(BaseSegDataset):
         return data_list
 
     def _list_dir(self, folder: str) -> List[str]:
-        """Names of the files in a folder, hidden ones left out."""
+        """List the files in a folder, without hidden ones."""
         if not fileio.isdir(folder, backend_args=self.backend_args):
             raise FileNotFoundError(
                 f'Folder {osp.abspath(folder)} does not exist. {LAYOUT}.')
@@ -141,12 +141,12 @@ class CamVidDataset(BaseSegDataset):
 
     @staticmethod
     def _stems(files: Sequence[str], suffix: str) -> List[str]:
-        """Sorted names of the files with this suffix, without it."""
+        """List the sorted stems of the files with a suffix."""
         return sorted(f[:-len(suffix)] for f in files if f.endswith(suffix))
 
     @staticmethod
     def _find_suffix(img_dir: str, files: Sequence[str]) -> str:
-        """Suffix of the images: the tutorial's are .png, some copies .jpg."""
+        """Find the suffix of the images: .png, or .jpg in some copies."""
         found = sorted({osp.splitext(f)[1] for f in files} & {'.png', '.jpg'})
         if len(found) > 1:
             raise ValueError(f'Both .png and .jpg files lie in {img_dir}: say '
@@ -157,7 +157,7 @@ class CamVidDataset(BaseSegDataset):
         return found[0]
 
     def _read_list(self, img_dir: str, names: Sequence[str]) -> List[str]:
-        """Names in ``ann_file``; all of them must be among ``names``."""
+        """Read the names in ``ann_file``, which must all be in ``names``."""
         if not fileio.isfile(self.ann_file, backend_args=self.backend_args):
             raise FileNotFoundError(
                 f'The list of images {self.ann_file} does not exist')
@@ -173,7 +173,7 @@ class CamVidDataset(BaseSegDataset):
     @staticmethod
     def _check_missing(what: str, wanted: Sequence[str], there: Sequence[str],
                        folder: str, suffix: str) -> None:
-        """Raise if files are missing; name the first few of them."""
+        """Raise an error that names the first missing files."""
         missing = sorted(set(wanted) - set(there))
         if missing:
             first = ', '.join(name + suffix for name in missing[:5])

@@ -18,7 +18,7 @@ ALLOWED = (*range(NUM_CLASSES), CamVidDataset.UNLABELED, 255)
 
 @dataclass
 class CamVidReport:
-    """What :func:`check_camvid` found.
+    """Result of :func:`check_camvid`.
 
     Args:
         sizes (dict[str, Counter]): For each split the number of images of
@@ -37,7 +37,7 @@ class CamVidReport:
 def check_camvid(data_root: str,
                  splits: Sequence[str] = ('train', 'val', 'test'),
                  progress: bool = False) -> CamVidReport:
-    """Read every image and label map of CamVid and report what is wrong.
+    """Check every image and label map of CamVid.
 
     The dataset itself only does the cheap checks when it is built (folders,
     missing files, number of images) and those of a sample when it is loaded.
@@ -87,7 +87,7 @@ def check_camvid(data_root: str,
 
 def _check_sample(info: dict, sizes: Counter,
                   pixels: np.ndarray) -> Optional[str]:
-    """Count one sample in; return what is wrong with it, if anything."""
+    """Count the labels of one sample and return its errors."""
     image, problem = _read(info['img_path'], 'color', 'cv2')
     if problem:
         return problem
@@ -119,7 +119,7 @@ def _check_sample(info: dict, sizes: Counter,
 
 def _read(path: str, flag: str,
           backend: str) -> Tuple[Optional[np.ndarray], Optional[str]]:
-    """Decode an image; return it and what went wrong, one of them None."""
+    """Decode an image; return it or the error, the other is None."""
     try:
         picture = mmcv.imfrombytes(fileio.get(path), flag, backend=backend)
     except Exception as err:

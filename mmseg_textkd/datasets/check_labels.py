@@ -6,7 +6,7 @@ from mmseg.registry import TRANSFORMS
 
 @TRANSFORMS.register_module()
 class CheckLabels(BaseTransform):
-    """Stop at a bad label map, by name, right where it was loaded.
+    """Check label maps after loading and name the file of a bad one.
 
     Without it a label beyond the classes ends in a CUDA assertion that names
     no file (while training) or is silently left out of the scores (while
@@ -71,7 +71,7 @@ class CheckLabels(BaseTransform):
 
     @staticmethod
     def _check_size(seg_map: np.ndarray, results: dict, where: str) -> None:
-        """Compare with the image as loaded, or as it is at this point."""
+        """Compare the size with that of the loaded or the current image."""
         sizes = []
         if 'ori_shape' in results:
             sizes.append(tuple(results['ori_shape'][:2]))

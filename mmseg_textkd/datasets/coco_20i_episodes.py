@@ -15,7 +15,7 @@ from .episode_dataset import EpisodeDataset, check_fold
 
 @DATASETS.register_module()
 class COCO20iEpisodes(EpisodeDataset):
-    """Episodes of COCO-20i, as HSNet tests on them.
+    """COCO-20i dataset of few-shot episodes, sampled as HSNet does.
 
     Fold i holds the classes i, i + 4, i + 8, ... of the 80 things of COCO.
     For each episode a class is drawn, then one of its images, with numpy's
@@ -64,7 +64,7 @@ class COCO20iEpisodes(EpisodeDataset):
             **kwargs)
 
     def load_data_list(self) -> List[dict]:
-        """Draw the episodes.
+        """Sample the episodes.
 
         Returns:
             list[dict]: Sample information, in the order of the episodes.
@@ -95,7 +95,7 @@ class COCO20iEpisodes(EpisodeDataset):
         return episodes
 
     def _read_list(self) -> Dict[int, List[str]]:
-        """Read the file names of each class of the fold."""
+        """Load the file names of each class of the fold."""
         path = self.ann_file
         if not fileio.exists(path, backend_args=self.backend_args):
             raise FileNotFoundError(
@@ -127,8 +127,8 @@ class COCO20iEpisodes(EpisodeDataset):
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Read a pickle of numbers, texts, lists and dicts, and nothing else."""
+    """Unpickler of numbers, strings, lists and dicts only."""
 
     def find_class(self, module: str, name: str) -> None:
-        """Refuse whatever would be imported."""
-        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+        """Raise for anything that would be imported."""
+        raise pickle.UnpicklingError(f'it imports {module}.{name}')

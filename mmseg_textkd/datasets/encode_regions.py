@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Make the region embeddings of a config before a run needs them."""
+"""Computation of the region embeddings of a config before a run."""
 import copy
 import hashlib
 import json
@@ -21,7 +21,7 @@ KIND = 'LoadRegionEmbeddings'
 def ensure_regions(cfg: Mapping,
                    progress: bool = False,
                    everything: bool = False) -> int:
-    """Make the region embeddings that the training data of a config lacks.
+    """Compute the missing region embeddings of the training data.
 
     Of several processes one makes them, and the others wait. What is made is
     kept at once, so a killed process goes on where it was.
@@ -62,7 +62,7 @@ def ensure_regions(cfg: Mapping,
 
 
 def _fill(store: RegionStore, dataset: Any, progress: bool) -> int:
-    """Make what is missing of a dataset; the number of images."""
+    """Compute the missing embeddings of a dataset; returns their number."""
     store.device = get_device()
     rows, made = range(len(dataset)), 0
     if progress:
@@ -104,7 +104,7 @@ def _listing(dataset: Any, store: RegionStore) -> str:
 
 
 def _find(loader: Any) -> Iterator[Tuple[Dict, Dict]]:
-    """Find datasets, with their pipelines up to the transform, and it."""
+    """Find datasets that load region embeddings, with their transforms."""
     if hasattr(loader, 'to_dict'):
         loader = loader.to_dict()
     for node in dicts(loader):

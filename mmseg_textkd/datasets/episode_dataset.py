@@ -5,9 +5,9 @@ from mmseg.datasets import BaseSegDataset
 
 
 class EpisodeDataset(BaseSegDataset):
-    """Base of the data sets of few-shot work: an image and one class each.
+    """Base of few-shot datasets, with one class for each image.
 
-    An episode asks where one class is in one image (the "query"); all else
+    An episode is to segment one class in one image (the "query"); all else
     is the other. The episodes are those that `HSNet
     <https://arxiv.org/abs/2104.01538>`_ tests on, so that figures can be
     compared; its support images are not loaded, for text takes their place.
@@ -35,7 +35,7 @@ class EpisodeDataset(BaseSegDataset):
                 class_id: int,
                 foreground: Optional[int] = None,
                 ignored: Optional[int] = None) -> dict:
-        """Describe one episode as the pipeline needs it.
+        """Make the data info of one episode.
 
         Args:
             img_path (str): Path of the image.
@@ -68,7 +68,7 @@ class EpisodeDataset(BaseSegDataset):
 
 
 def check_fold(fold: int) -> int:
-    """Refuse a fold that is not 0, 1, 2 or 3.
+    """Require a fold of 0, 1, 2 or 3.
 
     Args:
         fold (int): The fold.

@@ -9,7 +9,7 @@ from PIL import Image
 
 @TRANSFORMS.register_module()
 class EpisodeLabels(BaseTransform):
-    """Make the label map of an episode: 1 its class, 0 all else.
+    """Convert the label map of an episode to 1 for its class and 0 else.
 
     Put it behind ``Resize`` and ``LoadAnnotations``. As in few-shot work it
     is scored at the size of the network's input: the label map is brought to
@@ -35,7 +35,7 @@ class EpisodeLabels(BaseTransform):
         self.ignore_index = ignore_index
 
     def transform(self, results: dict) -> dict:
-        """Make the label map of one episode.
+        """Convert the label map of one episode.
 
         Args:
             results (dict): Result dict of the pipeline.

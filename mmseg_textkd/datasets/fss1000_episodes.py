@@ -14,7 +14,7 @@ PICTURES = 10
 
 @DATASETS.register_module()
 class FSS1000Episodes(EpisodeDataset):
-    """FSS-1000: a thousand classes of ten images, with one object each.
+    """FSS-1000 few-shot dataset: 1,000 classes of ten images each.
 
     520 classes are for training, 240 for validation and 240 for testing, each
     part in alphabetical order. All images of the part are episodes::

@@ -8,7 +8,7 @@ from mmseg.registry import TRANSFORMS
 
 @TRANSFORMS.register_module()
 class HideClasses(BaseTransform):
-    """Let training ignore the pixels of some classes.
+    """Set the labels of some classes to the ignored label.
 
     For zero-shot protocols: the images stay as they are, but nothing says
     where the hidden classes are. Put it directly behind ``LoadAnnotations``
@@ -43,7 +43,7 @@ class HideClasses(BaseTransform):
         self.ignore_index = ignore_index
 
     def transform(self, results: dict) -> dict:
-        """Hide the classes in one label map.
+        """Set the labels of the classes in one label map.
 
         Args:
             results (dict): Result dict of the pipeline.

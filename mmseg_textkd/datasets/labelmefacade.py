@@ -8,7 +8,7 @@ from mmseg.registry import DATASETS
 
 @DATASETS.register_module()
 class LabelMeFacadeDataset(BaseSegDataset):
-    """LabelMeFacade: street images with 8 classes, 255 is unlabeled.
+    """LabelMeFacade dataset: facades, 8 classes, 255 is unlabeled.
 
     .. code-block:: none
 
@@ -52,7 +52,7 @@ class LabelMeFacadeDataset(BaseSegDataset):
             **kwargs)
 
     def load_data_list(self) -> List[dict]:
-        """List the images; say how to get them where there are none.
+        """Load annotations; missing files raise with how to get them.
 
         Returns:
             list[dict]: All data info of the data set.

@@ -8,7 +8,7 @@ from mmseg.registry import TRANSFORMS
 
 @TRANSFORMS.register_module()
 class Load16BitAnnotations(LoadAnnotations):
-    """Load label maps that have more than 256 values.
+    """Load label maps of more than 256 classes.
 
     ``LoadAnnotations`` casts labels to 8 bits: 300 becomes 44, and 65535,
     which is ignored in such data, becomes class 255, or class 255 what is

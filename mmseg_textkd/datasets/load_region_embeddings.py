@@ -11,7 +11,7 @@ from mmseg_textkd.clip.weights import PathLike
 
 @TRANSFORMS.register_module()
 class LoadRegionEmbeddings(BaseTransform):
-    """Load what a CLIP image tower makes of the classes in an image.
+    """Load CLIP image embeddings of the regions of the classes in an image.
 
     Put it directly behind ``LoadAnnotations``, in front of whatever changes
     the image, and let :class:`PackRegionInputs` pack what it loads;

@@ -12,7 +12,7 @@ from .episode_dataset import EpisodeDataset, check_fold
 
 @DATASETS.register_module()
 class PASCAL5iEpisodes(EpisodeDataset):
-    """Episodes of PASCAL-5i, as HSNet tests on them.
+    """PASCAL-5i dataset of few-shot episodes, sampled as HSNet does.
 
     Fold i holds the classes 5i to 5i + 4 of PASCAL VOC. The list of the fold
     names pairs of an image and one of its classes; the episodes are the

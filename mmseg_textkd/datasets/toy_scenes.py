@@ -10,7 +10,7 @@ from .toy_scenes_painter import CLASSES, PALETTE
 
 @DATASETS.register_module()
 class ToyScenesDataset(BaseSegDataset):
-    """Generated street-like scenes: 8 classes, 255 is unlabeled.
+    """ToyScenes dataset of generated street scenes: 8 classes, 255 unlabeled.
 
     The data set is made, not downloaded:
     ``python tools/dataset_converters/toy_scenes.py``. Its layout is
@@ -41,13 +41,13 @@ class ToyScenesDataset(BaseSegDataset):
             **kwargs)
 
     def load_data_list(self) -> List[dict]:
-        """List the images; say how to make them where there are none.
+        """Load annotations; missing files raise with how to make them.
 
         Returns:
             list[dict]: All data info of the data set.
         """
         root = self.data_root or 'data/toy_scenes'
-        cure = ('Make the data set with "python tools/dataset_converters/'
+        hint = ('Make the data set with "python tools/dataset_converters/'
                 f'toy_scenes.py --out {root}", or set data_root to where it '
                 'is.')
         for key in ('img_path', 'seg_map_path'):
@@ -55,9 +55,9 @@ class ToyScenesDataset(BaseSegDataset):
             if folder and not osp.isdir(folder):
                 raise FileNotFoundError(
                     f'ToyScenes: no folder {osp.abspath(folder)} '
-                    f'(data_prefix[{key!r}]). {cure}')
+                    f'(data_prefix[{key!r}]). {hint}')
         data_list = super().load_data_list()
         if not data_list:
             raise FileNotFoundError(f'ToyScenes: no *{self.img_suffix} in '
-                                    f'{self.data_prefix["img_path"]}. {cure}')
+                                    f'{self.data_prefix["img_path"]}. {hint}')
         return data_list

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Write ToyScenes, the seeded data set that travels without files."""
+"""Generator of the seeded ToyScenes dataset."""
 import json
 import os
 import shutil
@@ -29,7 +29,7 @@ PARTS = ('img_dir', 'ann_dir')
 
 
 def read_manifest(root: Union[str, Path]) -> Optional[Dict]:
-    """What a ToyScenes folder says of itself.
+    """Read the manifest of a ToyScenes folder.
 
     Args:
         root (str | Path): The data root.
@@ -63,7 +63,7 @@ def _write_scene(item: Tuple[str, int], root: Path, seed: int, height: int,
 
 
 def _is_ours(manifest: Path) -> bool:
-    """Whether a manifest says that its folder was made here."""
+    """Whether a manifest is that of a generated folder."""
     try:
         return json.loads(manifest.read_text('utf-8'))['name'] == NAME
     except (OSError, ValueError, KeyError, TypeError):
@@ -71,7 +71,7 @@ def _is_ours(manifest: Path) -> bool:
 
 
 def _check_target(root: Path, wanted: Dict, force: bool) -> bool:
-    """Whether ``root`` already is what is wanted; raise where it is not ours.
+    """Whether ``root`` is complete already; raise for other folders.
 
     Raises:
         FileExistsError: If something else is there.
@@ -159,7 +159,7 @@ def generate_toy_scenes(root: Union[str, Path],
                         width: int = 256,
                         workers: int = 1,
                         force: bool = False) -> bool:
-    """Write ToyScenes, all or nothing.
+    """Generate ToyScenes atomically.
 
     The images are written into a temporary folder beside ``root``, which is
     renamed at the end. Every image has a seed of its own, so neither order

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""How one ToyScenes image is painted (numpy and OpenCV only).
+"""Drawing of the objects of ToyScenes (numpy and OpenCV only).
 
 Every shape is drawn twice with the same polygon: with a color into the
 image and with a class into the label map. Both canvases have twice the final
@@ -38,7 +38,7 @@ BUILDING_COLORS = ('red', 'yellow', 'white', 'gray', 'brown', 'blue')
 
 @dataclass
 class SceneObject:
-    """One thing in a scene, for captions and crops.
+    """Object in a scene, for captions and crops.
 
     Args:
         label (int): Index into ``CLASSES``.
@@ -56,7 +56,7 @@ class SceneObject:
 
 @dataclass
 class Canvas:
-    """An image and its labels at twice the final size.
+    """Image and label map at twice the final size.
 
     Args:
         height (int): Final height in pixels.
@@ -108,7 +108,7 @@ class Canvas:
              box: Sequence[float],
              color: str,
              kind: str = '') -> None:
-        """Remember what was drawn, with its box in final pixels."""
+        """Record a drawn object with its box in final pixels."""
         x1, y1, x2, y2 = (int(round(v / 2)) for v in box)
         box = (max(x1, 0), max(y1,
                                0), min(x2 + 1,
@@ -120,13 +120,13 @@ class Canvas:
 def shade(color: str,
           rng: np.random.Generator,
           gain: float = 1.) -> np.ndarray:
-    """A named color, made darker or lighter and shifted by chance."""
+    """Get a named color with random brightness and shift."""
     base = np.asarray(COLORS[color], np.float64)
     return base * gain * rng.uniform(0.8, 1.2) + rng.normal(0, 7, 3)
 
 
 def draw_shadow(cv: Canvas, x: float, y: float, rx: float) -> None:
-    """Darken the ground under a thing; labels stay what the ground is."""
+    """Draw the shadow of an object; labels are unchanged."""
     mask = np.zeros(cv.lab.shape, np.uint8)
     cv2.ellipse(mask, (int(x), int(y)), (int(rx), int(rx * .2) + 1), 0, 0, 360,
                 1, -1)
@@ -134,7 +134,7 @@ def draw_shadow(cv: Canvas, x: float, y: float, rx: float) -> None:
 
 
 def draw_car(cv: Canvas, x: float, y: float, w: float) -> None:
-    """A sedan, or one time in five a van: boxy, so easily taken for a truck.
+    """Draw a sedan or, one time in five, a van, which resembles a truck.
 
     Args:
         cv (Canvas): Where to draw.
@@ -167,7 +167,7 @@ def draw_car(cv: Canvas, x: float, y: float, w: float) -> None:
 
 
 def draw_truck(cv: Canvas, x: float, y: float, w: float) -> None:
-    """A truck: a tall load box and a lower cab (arguments as a car's)."""
+    """Draw a truck with a tall load box and a lower cab."""
     rng = cv.rng
     name = VEHICLE_COLORS[rng.integers(len(VEHICLE_COLORS))]
     load, turn = shade(name, rng), rng.choice([-1, 1])
@@ -193,7 +193,7 @@ def draw_truck(cv: Canvas, x: float, y: float, w: float) -> None:
 
 
 def draw_person(cv: Canvas, x: float, y: float, h: float) -> None:
-    """A standing or walking person of height ``h``, feet at (x, y)."""
+    """Draw a standing or walking person of height ``h``, feet at (x, y)."""
     rng = cv.rng
     name = CLOTHES_COLORS[rng.integers(len(CLOTHES_COLORS))]
     coat, legs = shade(name, rng), shade(
@@ -213,7 +213,7 @@ def draw_person(cv: Canvas, x: float, y: float, h: float) -> None:
 
 
 def draw_pole(cv: Canvas, x: float, y: float, h: float) -> None:
-    """A lamp post, a sign post or a bare pole standing at (x, y)."""
+    """Draw a lamp post, a sign post or a bare pole at (x, y)."""
     rng = cv.rng
     name = str(rng.choice(['gray', 'black', 'brown', 'green']))
     paint = shade(name, rng)
@@ -236,7 +236,7 @@ def draw_pole(cv: Canvas, x: float, y: float, h: float) -> None:
 
 
 def draw_bin(cv: Canvas, x: float, y: float, h: float) -> None:
-    """A litter bin: no class of ours, so its pixels are not labeled."""
+    """Draw a litter bin, which is no class and stays unlabeled."""
     w, paint = h * .35, shade('green', cv.rng, .8)
     cv.rect(x - w, y - h, x + w, y, paint, IGNORE_INDEX)
     cv.rect(x - w, y - h, x + w, y - h * .85, paint * .5, IGNORE_INDEX)

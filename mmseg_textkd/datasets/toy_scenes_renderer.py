@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""How one ToyScenes scene is composed, lit and labeled."""
+"""Rendering of the scenes of ToyScenes."""
 from dataclasses import dataclass
 from typing import Iterator, List, Tuple
 
@@ -16,7 +16,7 @@ LIGHTS = ('bright', 'cloudy', 'sunset', 'dark')
 
 @dataclass
 class Scene:
-    """A finished scene.
+    """Rendered scene.
 
     Args:
         image (np.ndarray): H×W×3 uint8, BGR.
@@ -32,14 +32,14 @@ class Scene:
 
 def _noise(rng: np.random.Generator, shape: Tuple[int, int],
            cell: int) -> np.ndarray:
-    """Smooth noise of unit variance whose grain is ``cell`` pixels."""
+    """Make smooth noise of unit variance with a grain of ``cell`` pixels."""
     grid = rng.standard_normal((shape[0] // cell + 2, shape[1] // cell + 2),
                                dtype=np.float32)
     return cv2.resize(grid, shape[::-1], interpolation=cv2.INTER_CUBIC)
 
 
 def _paint_background(cv: Canvas, light: str) -> None:
-    """Sky, the row of houses at the horizon and the walls at the sides."""
+    """Paint the sky, the houses at the horizon and the walls at the sides."""
     rng = cv.rng
     zenith, low = dict(
         bright=((215, 150, 85), (225, 205, 180)),
@@ -62,7 +62,7 @@ def _paint_background(cv: Canvas, light: str) -> None:
 
 
 def _paint_wall(cv: Canvas, quad: List[Tuple[float, float]]) -> None:
-    """A façade over a quad (tl, tr, br, bl), windows in its perspective."""
+    """Paint a facade on a quad (tl, tr, br, bl) with windows."""
     rng = cv.rng
     name = BUILDING_COLORS[rng.integers(len(BUILDING_COLORS))]
     wall = shade(name, rng, .85)
@@ -92,7 +92,7 @@ def _paint_wall(cv: Canvas, quad: List[Tuple[float, float]]) -> None:
 
 
 def _paint_ground(cv: Canvas) -> Tuple[float, float]:
-    """Sidewalks, road and side walls; returns the road's edges at the bottom.
+    """Paint sidewalks, road and side walls; returns the road's edges.
 
     Asphalt and paving draw their gray from ranges that overlap; what tells
     them apart is the paving's joints, the markings and the place.
@@ -141,11 +141,11 @@ def _paint_ground(cv: Canvas) -> Tuple[float, float]:
 
 
 def _paint_things(cv: Canvas, left: float, right: float) -> None:
-    """Everything that stands on the ground, back to front (occlusion)."""
+    """Paint the objects on the ground, back to front."""
     rng, vx, todo = cv.rng, cv.vanish_x, []
 
     def walk(s: float) -> float:
-        """A column on one of the sidewalks at perspective scale s."""
+        """Sample a column on one of the sidewalks at perspective scale s."""
         edge, sign = (left, -1) if rng.random() < .5 else (right, 1)
         return vx + (edge - vx) * s + sign * cv.w * s * rng.uniform(.02, .22)
 
@@ -176,7 +176,7 @@ def _paint_things(cv: Canvas, left: float, right: float) -> None:
 
 
 def _finish(cv: Canvas, light: str) -> np.ndarray:
-    """Texture, cast shadow, light, blur and sensor noise; final size."""
+    """Apply texture, shadow, light, blur and noise, and resize."""
     rng, shape = cv.rng, (cv.h, cv.w)
     img = cv.img.astype(np.float32)
     amount = np.asarray([2, 9, 9, 8, 6, 7, 7, 7], np.float32)
@@ -206,7 +206,7 @@ def _finish(cv: Canvas, light: str) -> np.ndarray:
 
 
 def _outline(label: np.ndarray) -> np.ndarray:
-    """Set the rims of large regions, on the ground and sky side, to 255."""
+    """Set the borders of large regions to 255."""
     solid = np.where((label == ROAD) | (label == SIDEWALK), SKY, label)
     kernel = np.ones((3, 3), np.uint8)
     # An opening drops thin and small things: they would be half rim.
@@ -269,7 +269,7 @@ def render_scene(seed: int,
                  index: int,
                  height: int = 128,
                  width: int = 256) -> Scene:
-    """Paint one scene; it depends on the arguments and on nothing else.
+    """Render one scene, which depends on the arguments only.
 
     Args:
         seed (int): Seed of the data set, >= 0.

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class MatrixAdaptiveAvgPool2d(nn.Module):
-    """``nn.AdaptiveAvgPool2d`` as two products with matrices.
+    """``nn.AdaptiveAvgPool2d`` as two matrix products, for exporters.
 
     ONNX has no such pooling. Exporters write one whose bins are those of the
     size at which they trace; these matrices follow the size of the input.
@@ -25,7 +25,7 @@ class MatrixAdaptiveAvgPool2d(nn.Module):
 
     @staticmethod
     def _means(size: int, bins: int, x: Tensor) -> Tensor:
-        """Matrix (bins, size) that averages over each bin.
+        """Compute the matrix (bins, size) that averages over each bin.
 
         Bin i reaches from floor(i * size / bins) to
         ceil((i + 1) * size / bins), as in torch.

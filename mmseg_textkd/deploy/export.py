@@ -21,7 +21,7 @@ META = 'mmseg_textkd'
 
 
 class Exported(NamedTuple):
-    """A network in another format.
+    """Exported network.
 
     Attributes:
         data (bytes): What the file will hold.
@@ -32,7 +32,7 @@ class Exported(NamedTuple):
 
 
 def metadata(network: ExportableSegmentor, classes: Dict) -> str:
-    """What a program needs to know beside the graph, as JSON.
+    """Make the metadata of an exported graph, as JSON.
 
     Args:
         network (ExportableSegmentor): The network.
@@ -55,7 +55,7 @@ def to_onnx(network: ExportableSegmentor,
             dynamic: bool,
             meta: str,
             opset: int = OPSET) -> Exported:
-    """Export to ONNX, by way of ``torch.export``.
+    """Export to ONNX by ``torch.export``.
 
     Args:
         network (ExportableSegmentor): The network.
@@ -83,7 +83,7 @@ def to_onnx(network: ExportableSegmentor,
         shapes = dict(image=dict.fromkeys(axes, torch.export.Dim.DYNAMIC))
         names = dict(image=dict(zip(axes, ('height', 'width'))))
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _no_advice():
+        with torch.no_grad(), warnings.catch_warnings(), _silence_resize():
             warnings.simplefilter('ignore')
             program = torch.export.export(
                 traced, (image, ), dynamic_shapes=shapes, strict=False)
@@ -100,11 +100,11 @@ def to_onnx(network: ExportableSegmentor,
                 dynamic_shapes=names,
                 verbose=False).model_proto
     except Exception as error:  # torch raises anything
-        raise ValueError(why(error, dynamic)) from error
+        raise ValueError(describe_failure(error, dynamic)) from error
     if graph.opset_import[0].version != opset:
         raise ValueError(f'torch {torch.__version__} cannot export opset '
                          f'{opset}, only {graph.opset_import[0].version}.')
-    _tidy(graph)
+    _strip_metadata(graph)
     onnx.helper.set_model_props(graph, {META: meta})
     graph.producer_name, graph.producer_version = META, __version__
     onnx.checker.check_model(graph)
@@ -112,9 +112,10 @@ def to_onnx(network: ExportableSegmentor,
 
 
 @contextmanager
-def _no_advice() -> Iterator[None]:
-    """Silence ``resize``: to give advice on sizes it makes numbers of them,
-    which pins them to those of the trace.
+def _silence_resize() -> Iterator[None]:
+    """Silence warnings of ``resize``, whose check makes sizes constant.
+
+    Otherwise the sizes of the graph would be those of the trace.
     """
     defaults = resize.__defaults__
     resize.__defaults__ = (*defaults[:-1], False)  # `warning`
@@ -124,8 +125,8 @@ def _no_advice() -> Iterator[None]:
         resize.__defaults__ = defaults
 
 
-def _tidy(graph) -> None:
-    """Remove what torch writes about its work, such as paths of sources."""
+def _strip_metadata(graph) -> None:
+    """Remove metadata of torch, such as paths of sources, from the graph."""
     graph = graph.graph
     for part in (graph, *graph.node, *graph.input, *graph.output,
                  *graph.initializer, *graph.value_info):
@@ -137,7 +138,7 @@ def _onnx_runner(model) -> Callable:
     """Run an ONNX model with ONNX Runtime."""
     import onnxruntime
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # it is said what failed
+    options.log_severity_level = 4  # errors are raised anyway
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=['CPUExecutionProvider'])
 
@@ -176,7 +177,7 @@ def to_torchscript(network: ExportableSegmentor, size: Size, dynamic: bool,
             buffer.seek(0)
             loaded = torch.jit.load(buffer)
     except Exception as error:  # torch raises anything
-        raise ValueError(why(error, dynamic)) from error
+        raise ValueError(describe_failure(error, dynamic)) from error
 
     def run(image: Tensor) -> Tensor:
         with torch.no_grad():
@@ -185,7 +186,7 @@ def to_torchscript(network: ExportableSegmentor, size: Size, dynamic: bool,
     return Exported(buffer.getvalue(), run)
 
 
-def why(error: Exception, dynamic: bool) -> str:
+def describe_failure(error: Exception, dynamic: bool) -> str:
     """Say what does not export and where it stands.
 
     Args:

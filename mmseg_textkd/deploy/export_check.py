@@ -115,7 +115,7 @@ def check(name: str,
 
 
 def _same_shape(name: str, got: Tensor, expected: Tensor) -> None:
-    """Refuse an output of another shape."""
+    """Require an output of the same shape."""
     if got.shape != expected.shape:
         raise ValueError(f'{name}: the export has an output of shape '
                          f'{tuple(got.shape)} instead of '

@@ -123,7 +123,7 @@ def _fold(classifier: TextClassifier, name: str, keep_l2: bool,
         return fuse_l2(classifier)
     if blocks is not None and blocks.depth:
         raise ValueError(
-            f'{name} has spatial regularization blocks, which look at '
+            f'{name} has spatial regularization blocks, which use '
             'neighboring pixels and other labels and do not fold into a 1x1 '
             "convolution. With norm='l2' they can be kept, in a small module "
             'that needs the plugin at inference (keep_l2=True; `--l2 keep`). '

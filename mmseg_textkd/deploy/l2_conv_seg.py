@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""The two ways to deploy ``norm='l2'``, which does not fold."""
+"""Deployment of classifiers with ``norm='l2'``, which does not fold."""
 import copy
 from typing import Dict, Iterable, List, Optional
 
@@ -14,7 +14,7 @@ EPS = 1e-12  # as of torch.nn.functional.normalize
 
 
 class L2ConvSeg(nn.Module):
-    r"""The cosine classifier, fused into two 1x1 convolutions.
+    r"""Cosine classifier, fused into two 1x1 convolutions.
 
     .. math::
         z_k = \frac{w_k^T f + v_k}{\lVert R f + r \rVert} + b_k

@@ -112,7 +112,7 @@ def fix_bases(model: nn.Module) -> nn.Module:
 
 
 def dataset_meta(cfg: Config, saved: Optional[Dict]) -> Dict:
-    """Get classes and palette: the checkpoint's, else those of the test set.
+    """Get classes and palette of a checkpoint or of its test set.
 
     Args:
         cfg (Config): The config.

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""What makes a checkpoint fit to be published."""
+"""Checks and serialization of checkpoints to be published."""
 import hashlib
 import io
 import json
@@ -22,7 +22,7 @@ def check_weights(path: Path,
                   state_dict: Mapping[str, Tensor],
                   meta: Mapping[str, Any],
                   keep_text: bool = False) -> bool:
-    """Refuse what must not be published.
+    """Require weights that may be published.
 
     Args:
         path (Path): The checkpoint. If it has the name of a published file,
@@ -97,7 +97,7 @@ def read_log(path: Path, iteration: Optional[int]) -> Dict[str, Any]:
 
 
 def serialize(state_dict: Mapping[str, Tensor], meta: Dict[str, Any]) -> bytes:
-    """Make the bytes of a checkpoint that anybody can load.
+    """Serialize a checkpoint that loads without this package.
 
     Args:
         state_dict (Mapping[str, Tensor]): The weights.

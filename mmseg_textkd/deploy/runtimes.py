@@ -13,7 +13,7 @@ from typing import Callable, Dict, Iterator, NamedTuple, Sequence, Tuple
 
 import torch
 
-from .export import OPSET, to_onnx, to_torchscript, why
+from .export import OPSET, describe_failure, to_onnx, to_torchscript
 from .exportable import ExportableSegmentor, Size
 from .tensorrt import build_script, check_graph
 
@@ -152,7 +152,7 @@ def _reasons(form: Form) -> Iterator[None]:
             warnings.simplefilter('ignore')
             yield
     except Exception as error:  # each converter raises anything
-        raise ValueError(why(error, form.dynamic)) from error
+        raise ValueError(describe_failure(error, form.dynamic)) from error
 
 
 def _read(folder: str, *names: str) -> Files:

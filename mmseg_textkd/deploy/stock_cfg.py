@@ -6,7 +6,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from ..utils.config import as_list, dicts, type_name
-from .stock_forms import DROPPED, PLUGIN, StockForms
+from .stock_converter import DROPPED, PLUGIN, StockConverter
 
 # Parts of parameter names that only training with text or teacher has.
 TEXT_PARAMETERS = ('.text.', 'text_branch', 'text_losses', 'log_scale',
@@ -17,7 +17,7 @@ TEXT_PARAMETERS = ('.text.', 'text_branch', 'text_losses', 'log_scale',
 def to_stock_cfg(cfg: Config,
                  strip_auxiliary: bool = False,
                  keep_l2: bool = False) -> Config:
-    """Take text and plugin out of a config.
+    """Convert a config to one of stock MMSegmentation.
 
     Text heads become their stock heads, the plugin's datasets a
     ``BaseSegDataset`` each. Hook, text variables, settings of text
@@ -47,13 +47,13 @@ def to_stock_cfg(cfg: Config,
     stock = cfg.to_dict()
     imports = (stock.pop('custom_imports', None) or {}).get('imports', [])
     imports = [imports] if isinstance(imports, str) else imports
-    forms = StockForms(imports, keep_l2)
+    converter = StockConverter(imports, keep_l2)
     for key in list(stock):
         value = stock.pop(key)
-        if key.startswith('text_') or forms.find(value) is not None:
+        if key.startswith('text_') or converter.find(value) is not None:
             continue
         try:
-            value = forms.replace(value, key)
+            value = converter.replace(value, key)
         except ValueError:
             if key in inspect.signature(Runner).parameters:
                 raise
@@ -69,8 +69,8 @@ def to_stock_cfg(cfg: Config,
     _drop_pretrained(stock['model'])
     _drop_text_parameters(stock.get('optim_wrapper') or {})
     for split in ('val', 'test'):
-        _ignore_unlabeled(cfg, stock, split, forms)
-    imports = [name for name in imports if not forms.needs_plugin(name)]
+        _ignore_unlabeled(cfg, stock, split, converter)
+    imports = [name for name in imports if not converter.needs_plugin(name)]
     if 'L2ConvSegHead' in str(stock['model']):
         imports.append(f'{PLUGIN}.deploy')
     if imports:
@@ -80,7 +80,7 @@ def to_stock_cfg(cfg: Config,
 
 
 def _drop_pretrained(model: Dict) -> None:
-    """Remove weights of pre-training from a model's config, in place."""
+    """Remove pre-trained weights from the config of a model, in place."""
     for part in dicts(model):
         if part.get('pretrained'):
             part['pretrained'] = None
@@ -105,13 +105,13 @@ def _drop_text_parameters(optim_wrapper: Dict) -> None:
 
 
 def _ignore_unlabeled(cfg: Config, stock: Dict, split: str,
-                      forms: StockForms) -> None:
-    """Let the evaluator ignore the label that the dataset turned to 255.
+                      converter: StockConverter) -> None:
+    """Let the evaluator ignore the label that the dataset mapped to 255.
 
     ``BaseSegDataset`` cannot turn it.
     """
     dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}
-    label = getattr(forms.find(dataset.get('type')), 'UNLABELED', None)
+    label = getattr(converter.find(dataset.get('type')), 'UNLABELED', None)
     for evaluator in as_list(stock.get(f'{split}_evaluator')):
         if label is not None and evaluator['type'] == 'IoUMetric':
             evaluator['ignore_index'] = label

@@ -18,7 +18,7 @@ SEED = 0
 
 
 class Agreement(NamedTuple):
-    """How near two models are on some inputs.
+    """Difference between two models on some inputs.
 
     Attributes:
         inputs (str): What they were.
@@ -53,7 +53,7 @@ class Agreement(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What :func:`verify` has measured.
+    """Result of :func:`verify`.
 
     Attributes:
         agreements (list[Agreement]): By kind of inputs.
@@ -78,7 +78,7 @@ def verify(model: nn.Module,
            state_dict: Dict[str, Tensor],
            batches: Sequence[dict] = (),
            tolerance: Optional[float] = 1e-4) -> Report:
-    """Compare a model with the stock model that it has been folded into.
+    """Compare a model with the stock model that it was folded into.
 
     The stock model is built from its config, loaded strictly, and compared on
     random inputs of two sizes and on the images that are given. SegNeXt's

@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from .cpu_ranks import join_cpu_ranks
 from .hooks import ChannelsLastHook, PromptLearnerHook, TeacherHook
-from .model_wrappers import CPUDistributedDataParallel
+from .model_wrappers import CPUDistributedDataParallel, join_cpu_ranks
 from .optim_wrappers import CPUAmpOptimWrapper
 
 __all__ = [

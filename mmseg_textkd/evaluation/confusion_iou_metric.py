@@ -12,11 +12,11 @@ SUMMARY = ('mIoU', 'mAcc', 'aAcc')
 
 @METRICS.register_module()
 class ConfusionIoUMetric(IoUMetric):
-    """IoUMetric that keeps what it has counted of each class."""
+    """``IoUMetric`` that also returns confusions and metrics of each class."""
     confusion = 0
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        """Count the areas as before, and the confusions besides."""
+        """Count the areas and the confusions of a batch."""
         super().process(data_batch, data_samples)
         number = len(self.dataset_meta['classes'])
         for sample in data_samples:
@@ -28,7 +28,7 @@ class ConfusionIoUMetric(IoUMetric):
                 index, minlength=number**2).view(number, number)
 
     def compute_metrics(self, results: list) -> Dict[str, float]:
-        """Keep the metrics of each class, in percent, and their means."""
+        """Compute the metrics of each class, in percent, and their means."""
         areas = [sum(column) for column in zip(*results)]
         by_class = self.total_area_to_metrics(*areas, self.metrics,
                                               self.nan_to_num, self.beta)

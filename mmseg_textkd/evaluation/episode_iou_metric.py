@@ -11,7 +11,7 @@ from prettytable import PrettyTable
 
 @METRICS.register_module()
 class EpisodeIoUMetric(BaseMetric):
-    r"""IoU of episodes: one class against all else in each image.
+    r"""IoU of few-shot episodes, with one foreground class in each image.
 
     In percent, as few-shot work has them:
 
@@ -20,7 +20,7 @@ class EpisodeIoUMetric(BaseMetric):
     - ``FB-IoU``: mean of foreground and background IoU, whose areas are added
       up over all episodes.
 
-    A class of the fold that no episode asks for counts as 0, as it does
+    A class of the fold that is in no episode counts as 0, as it does
     there, and there is a warning.
 
     Source: `HSNet <https://arxiv.org/abs/2104.01538>`_, section 5.
@@ -103,7 +103,7 @@ class EpisodeIoUMetric(BaseMetric):
         lost = [names[k + 1] for k, n in zip(classes, episodes) if not n]
         if lost:
             print_log(
-                f'No episode asks for {len(lost)} class(es), whose IoU counts '
+                f'No episode is of {len(lost)} class(es), whose IoU counts '
                 f'as 0: {", ".join(lost[:10])}', logger, 30)
         metrics = OrderedDict(
             mIoU=iou.mean(), **{'FB-IoU': 100 * of_both.mean()})

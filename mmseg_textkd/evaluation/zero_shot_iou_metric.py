@@ -11,7 +11,7 @@ from torch import Tensor
 
 @METRICS.register_module()
 class ZeroShotIoUMetric(IoUMetric):
-    r"""IoU of the classes that training had seen, and of those it had not.
+    r"""IoU of the seen and of the unseen classes.
 
     All classes compete at every pixel ("generalized" zero-shot). Beside what
     ``IoUMetric`` gives, in percent:
@@ -109,7 +109,7 @@ class ZeroShotIoUMetric(IoUMetric):
         return dict(metrics, **own)
 
     def _is_unseen(self) -> np.ndarray:
-        """Which classes are unseen: bool, shape (K, )."""
+        """Get the mask of unseen classes, bool with shape (K, )."""
         classes = list(self.dataset_meta['classes'])
         unknown = [name for name in self.unseen if name not in classes]
         if unknown:
@@ -123,7 +123,7 @@ class ZeroShotIoUMetric(IoUMetric):
 
     @staticmethod
     def _fb_iou(areas: List[Tensor], unseen: Tensor) -> float:
-        """Mean IoU of foreground and background.
+        """Compute the mean IoU of foreground and background.
 
         Args:
             areas (list[Tensor]): Intersection, union, prediction and label,
@@ -144,6 +144,6 @@ class ZeroShotIoUMetric(IoUMetric):
 
 
 def _nanmean(values: np.ndarray) -> float:
-    """Mean of what is not NaN; NaN, without a warning, of nothing."""
+    """Mean without NaN; NaN, without a warning, of no values."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else float('nan')

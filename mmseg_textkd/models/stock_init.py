@@ -53,7 +53,7 @@ def init_from_stock(classifier: TextClassifier,
         bias (Tensor): Stock bias b with shape (K, ).
         features (Iterable[Tensor], optional): Inputs of the classifier
             in training, each with shape (N, C, H, W). Needed with
-            ``norm='bn'``, else not looked at. Defaults to ().
+            ``norm='bn'``, else not used. Defaults to ().
 
     Returns:
         float: The relative residual of the least squares,
@@ -89,7 +89,7 @@ def init_from_stock(classifier: TextClassifier,
     target, bias = weight.to(text).flatten(1), bias.to(text)
     if classifier.logit_bias is None:
         target = torch.cat([target, bias[:, None]], dim=1)
-    # Directions that float32 cannot tell from none are none: equal rows.
+    # Directions below the precision of float32 are dropped: equal rows.
     limit = max(text.shape) * torch.finfo(torch.float32).eps
     solution = torch.linalg.pinv(text, rtol=limit) @ target
     residual = (text @ solution - target).norm() / target.norm()

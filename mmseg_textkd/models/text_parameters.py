@@ -56,7 +56,7 @@ def prompt_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
 
 
 def text_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
-    """Find everything that stage 2 learns by default.
+    """Find the parameters that stage 2 learns by default.
 
     Args:
         model (nn.Module): The model, not wrapped.

@@ -37,7 +37,13 @@ class Ledger:
         self._entries: Dict[Tuple[str, Run], Dict[str, Any]] = {}
         self._registered: Dict[str, List[Dict[str, Any]]] = {}
         if self.path.exists():
-            lines = self.path.read_text(encoding='utf-8').split('\n')
+            try:
+                lines = self.path.read_text(encoding='utf-8').split('\n')
+            except (OSError, UnicodeDecodeError) as error:
+                raise LedgerError(
+                    f'{self.path} cannot be read as a ledger: {error}. It is '
+                    'a file of JSON lines in UTF-8 (*.jsonl): give another '
+                    'one, or restore it.') from error
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     self._take(self._parse(line, number), number)

@@ -1,8 +1,9 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """The YAML file of a study: what it may say."""
+import re
 from itertools import product
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import yaml
 
@@ -38,19 +39,30 @@ def read_study(path: Path) -> Dict[str, Any]:
     return spec
 
 
-def _read(path: Path) -> Dict[str, Any]:
+def _read(path: Path, above: Tuple[Path, ...] = ()) -> Dict[str, Any]:
     """Read a YAML file and what it is based on."""
+    if path.resolve() in above:
+        raise StudyError(f'{path} is its own `_base_`, by way of '
+                         f'{" and ".join(map(str, above))}. Name another '
+                         'file, or none.')
     try:
         spec = yaml.safe_load(path.read_text(encoding='utf-8'))
     except FileNotFoundError as error:
         raise StudyError(f'there is no study {path}.') from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f'{path} cannot be read: {error}. A study is YAML '
+                         'in UTF-8.') from error
     except yaml.YAMLError as error:
         raise StudyError(f'{path} is no YAML: {error}') from error
     if not isinstance(spec, dict):
         raise StudyError(f'{path} is no study: a mapping was expected.')
     if '_base_' not in spec:
         return spec
-    return _merge(_read(path.parent / spec.pop('_base_')), spec)
+    base = spec.pop('_base_')
+    if not isinstance(base, str):
+        raise StudyError(f'{path}: `_base_` must be the path of one file, but '
+                         f'is {base!r}.')
+    return _merge(_read(path.parent / base, (*above, path.resolve())), spec)
 
 
 def _merge(base: Dict[str, Any], own: Dict[str, Any]) -> Dict[str, Any]:
@@ -79,7 +91,20 @@ def _check(path: Path, spec: Dict[str, Any]) -> None:
 
     check_keys('it', spec, KEYS,
                ('name', 'baseline', 'evaluate', 'networks', 'arms', 'grids'))
+    # It becomes a folder.
+    if not re.fullmatch(r'\w[\w.-]*', str(spec['name'])):
+        fail(f'name must be of letters, digits, "_", "-" and ".", and begin '
+             f'with none of the last two, but is {spec["name"]!r}.')
+    for key in ('networks', 'arms'):
+        if not isinstance(spec[key], dict):
+            fail(f'{key} must be a mapping of names, but is {spec[key]!r}.')
     for name, network in spec['networks'].items():
+        for key in ('iterations', 'val_interval'):
+            value = (network or {}).get(key, 1)
+            if isinstance(value,
+                          bool) or not isinstance(value, int) or value < 1:
+                fail(f'network {name!r}: {key} must be a number of iterations '
+                     f'of at least 1, but is {value!r}.')
         check_keys(f'network {name!r}', network, NETWORK_KEYS,
                    ('configs', 'iterations', 'val_interval'))
     for name, arm in spec['arms'].items():
@@ -98,6 +123,11 @@ def _check(path: Path, spec: Dict[str, Any]) -> None:
     for number, grid in enumerate(spec['grids'], 1):
         where = f'grid {number}'
         check_keys(where, grid, GRID_KEYS, ('networks', 'arms', 'seeds'))
+        seeds = grid['seeds']
+        if not isinstance(seeds, list) or not seeds or not all(
+                isinstance(seed, int) and seed >= 0 for seed in seeds):
+            fail(f'{where}: seeds must be a list of whole numbers, such as '
+                 f'[0, 1, 2], but is {seeds!r}.')
         for kind in ('networks', 'arms'):
             for name in grid[kind]:
                 if name not in spec[kind]:

@@ -11,19 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..utils.io import digest, write_hashed
-from .embedding_storage import KIND, TEXTS, read_file
-from .vector_import import EmbeddingFileError, read_names, read_vectors
+from ..utils.io import DamagedFileError, digest, read_hashed, write_hashed
+from .vector_import import EmbeddingFileError, read_names, read_vectors, sniff
 
 __all__ = ['EmbeddingFileError', 'TextEmbeddings']
 
 PathLike = Union[str, os.PathLike]
+KIND = 'mmseg_textkd.class_embeddings.1'
+TEXTS = ('names', 'phrases', 'templates', 'model', 'pretrained', 'library')
 
 
 # Compared by identity: tensors have no truth value.
 @dataclass(frozen=True, eq=False)
 class TextEmbeddings:
-    """Class embeddings with what they were made of, and their file.
+    """Class embeddings with their names, phrases and sources, and their file.
 
     Args:
         vectors (Tensor): Float32 unit rows with shape (K, D).
@@ -91,7 +92,7 @@ class TextEmbeddings:
                 f'length {norms[worst]:.4g}.')
 
     def _check_names(self) -> None:
-        """Require a name of its own and phrases for each row."""
+        """Require a unique name and phrases for each row."""
         empty = [k for k, n in enumerate(self.names) if not str(n).strip()]
         twice = sorted(n for n, c in Counter(self.names).items() if c > 1)
         if empty or twice:
@@ -104,7 +105,7 @@ class TextEmbeddings:
                                          f'{len(getattr(self, what))} {what}.')
 
     def _check_bank(self) -> None:
-        """Require a bank that fits the vectors and its mask."""
+        """Require a phrase bank of the shapes of the vectors and its mask."""
         bank, mask = self.bank, self.bank_mask
         if (bank.dtype != torch.float32 or bank.dim() != 3
                 or bank.shape[::2] != self.vectors.shape
@@ -135,14 +136,14 @@ class TextEmbeddings:
         return digest(self._texts(), self._tensors())
 
     def _texts(self) -> Dict[str, str]:
-        """Everything but the tensors, as JSON."""
+        """Get all metadata as JSON."""
         return {
             name: json.dumps(getattr(self, name), ensure_ascii=False)
             for name in TEXTS
         }
 
     def _tensors(self) -> Dict[str, Tensor]:
-        """The tensors that there are, as they are written."""
+        """Get the tensors to write."""
         tensors = dict(
             vectors=self.vectors, bank=self.bank, bank_mask=self.bank_mask)
         return {
@@ -151,7 +152,7 @@ class TextEmbeddings:
         }
 
     def save(self, path: PathLike) -> None:
-        """Write the safetensors file, so that readers never see half of it.
+        """Write the safetensors file atomically.
 
         Args:
             path (str or PathLike): The file. Folders are made.
@@ -178,7 +179,7 @@ class TextEmbeddings:
                 f'There is no embeddings file {path}. Make it with `python '
                 f'tools/encode_text.py DATASET --model MODEL --out {path}`.')
         try:
-            tensors, texts = read_file(path)
+            tensors, texts = _read_file(path)
             fields: Dict[str, Any] = {n: json.loads(texts[n]) for n in TEXTS}
             return cls(**fields, **tensors)
         except EmbeddingFileError as error:
@@ -186,7 +187,7 @@ class TextEmbeddings:
                 f'Embeddings file {path}: {error}') from error.__cause__
 
     def check_names(self, names: Sequence[str], where: str) -> None:
-        """Require other class names to be these, in this order.
+        """Require class names that are equal to these, in this order.
 
         Args:
             names (Sequence[str]): The names to compare with.
@@ -222,7 +223,7 @@ class TextEmbeddings:
             f'{where}:\n  ' + '\n  '.join(lines))
 
     def renamed(self, names: Sequence[str]) -> 'TextEmbeddings':
-        """Take over another spelling and order of the same classes.
+        """Adopt another spelling and order of the same classes.
 
         Imported vectors often say "sign symbol" where a dataset says
         "signsymbol". Case, spaces and punctuation are passed over.
@@ -238,8 +239,8 @@ class TextEmbeddings:
         """
         if tuple(names) == self.names:
             return self
-        mine = [_bare(name) for name in self.names]
-        bare = [_bare(name) for name in names]
+        mine = [_normalize_name(name) for name in self.names]
+        bare = [_normalize_name(name) for name in names]
         if sorted(mine) != sorted(bare) or len(set(mine)) < len(mine):
             self.check_names(names, 'the wanted names')
         rows = [mine.index(name) for name in bare]
@@ -316,6 +317,40 @@ class TextEmbeddings:
                 f'Vectors {path}: {error}') from error.__cause__
 
 
-def _bare(name: str) -> str:
-    """A name without case, spaces and punctuation."""
+def _normalize_name(name: str) -> str:
+    """Normalize a name to lower case without spaces and punctuation."""
     return re.sub(r'[\W_]+', '', name.lower())
+
+
+def _read_file(path: Path) -> Tuple[Dict[str, Tensor], Dict[str, str]]:
+    """Read and verify a file of class embeddings.
+
+    Args:
+        path (Path): The file.
+
+    Returns:
+        tuple[dict[str, Tensor], dict[str, str]]: Tensors and texts.
+
+    Raises:
+        EmbeddingFileError: If it is of another kind, damaged or changed.
+    """
+    remedy = (f'`python tools/encode_text.py --import {path} --names-file '
+              'NAMES.json --out FILE.safetensors`.')
+    try:
+        tensors, texts = read_hashed(path, KIND)
+    except DamagedFileError as error:
+        kind = sniff(path)
+        if kind != 'safetensors':
+            raise EmbeddingFileError(
+                f'It is no embeddings file but {kind}. If it holds plain '
+                f'vectors, import it: {remedy}') from error
+        raise EmbeddingFileError(
+            f'{error} Make it anew. Plain vectors are imported with {remedy}'
+        ) from error
+    allowed = {'vectors', 'bank', 'bank_mask'}
+    if ('vectors' not in tensors or set(tensors) - allowed
+            or set(TEXTS) - set(texts)):
+        raise EmbeddingFileError(
+            'It is a safetensors file, but none of class embeddings: it has '
+            f'the tensors {sorted(tensors)} and the texts {sorted(texts)}.')
+    return tensors, {name: texts[name] for name in TEXTS}

@@ -82,9 +82,9 @@ def encode_classes(vocabulary: VocabularySpec,
 def look_up_phrases(vocabulary: VocabularySpec,
                     found: TextEmbeddings,
                     keep_bank: bool = False) -> TextEmbeddings:
-    """Class embeddings from the vectors of single phrases.
+    """Make class embeddings from the vectors of single phrases.
 
-    For vectors that were made elsewhere, where no tower is at hand. Phrases
+    For vectors that were made elsewhere, without a tower. Phrases
     that have no vector are left out.
 
     Args:
@@ -131,7 +131,7 @@ def look_up_phrases(vocabulary: VocabularySpec,
 def _assemble(names: Sequence[str], phrases: Sequence[Sequence[str]],
               groups: Sequence[Tensor], keep_bank: bool,
               **origin: Any) -> TextEmbeddings:
-    """Average the vectors of each class, with or without a bank of them."""
+    """Average the vectors of each class, with or without a phrase bank."""
     bank = mask = None
     if keep_bank:
         bank = pad_sequence(groups, batch_first=True)
@@ -185,7 +185,7 @@ def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
                              f'{len(files)} files {files}: give each its own.')
         for file, build in zip(map(str, files), map(dict, builds)):
             if nodes.setdefault(file, build) != build:
-                raise ValueError(f'The config tells two ways to build {file}: '
+                raise ValueError(f'The config has two ways to build {file}: '
                                  f'{nodes[file]} and {build}.')
     for file, build in nodes.items():
         _check_build(file, build)
@@ -197,7 +197,7 @@ def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
 
 
 def build_command(file: str, build: Optional[Mapping] = None) -> str:
-    """Command that makes an embeddings file, as a sentence.
+    """Describe the command that makes an embeddings file.
 
     Args:
         file (str): The embeddings file.
@@ -232,7 +232,7 @@ def build_command(file: str, build: Optional[Mapping] = None) -> str:
 
 
 def _check_build(file: str, build: Mapping) -> None:
-    """Check the keys of a `build`, before anything is loaded."""
+    """Check the keys of ``build`` before anything is loaded."""
     unknown = sorted(set(build) - set(BUILD_KEYS))
     missing = [key for key in ('model', 'vocabulary') if not build.get(key)]
     if unknown or missing:
@@ -281,7 +281,7 @@ def _make(path: Path, build: Mapping, progress: bool) -> bool:
 
 
 def _check_fit(file: str, build: Mapping) -> None:
-    """Compare an existing file with what the config would have made."""
+    """Compare an existing file with the settings of the config."""
     found = TextEmbeddings.load(file)
     vocabulary = Vocabulary.from_spec(build['vocabulary'])
     remedy = f'Delete or rename it. {build_command(file, build)}'

@@ -81,15 +81,15 @@ def ambiguous_phrases(record: TextEmbeddings) -> Dict[int, Set[str]]:
     owners: Dict[str, Set[int]] = {}
     for k, (name, phrases) in enumerate(zip(record.names, record.phrases)):
         for words in (name, *phrases):
-            owners.setdefault(_plain(words), set()).add(k)
+            owners.setdefault(_normalize(words), set()).add(k)
     found: Dict[int, Set[str]] = {}
     for k, phrases in enumerate(record.phrases):
-        shared = {p for p in phrases[1:] if len(owners[_plain(p)]) > 1}
+        shared = {p for p in phrases[1:] if len(owners[_normalize(p)]) > 1}
         if shared:
             found[k] = shared
     return found
 
 
-def _plain(words: str) -> str:
-    """Words without case and underscores."""
+def _normalize(words: str) -> str:
+    """Normalize a phrase to lower case without underscores."""
     return words.strip().lower().replace('_', ' ')

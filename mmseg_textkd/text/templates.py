@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Prompt templates: the sentences that a phrase is put into."""
+"""Prompt templates."""
 import json
 from pathlib import Path
 from typing import List, Sequence, Union
@@ -88,7 +88,7 @@ def _from_file(path: Path) -> List[str]:
 
 
 def _checked(templates: Sequence[str], where: str) -> List[str]:
-    """Return the templates if each of them can take one phrase."""
+    """Require templates with one placeholder each."""
     if not templates:
         raise ValueError(f'{where} is empty')
     for template in templates:

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Reading of vectors, names and texts from untrusted files."""
+"""Import of vectors, names and texts from untrusted files."""
 
 import json
 import os

@@ -52,7 +52,7 @@ class Vocabulary:
         self._check_phrases()
 
     def _check_names(self) -> None:
-        """Refuse empty and repeated class names."""
+        """Require unique class names that are not empty."""
         seen: Dict[str, int] = {}
         for i, name in enumerate(self.names):
             if not isinstance(name, str) or not name.strip():
@@ -68,7 +68,7 @@ class Vocabulary:
             seen[name.strip()] = i
 
     def _check_phrases(self) -> None:
-        """Refuse empty phrases; warn of those that two classes share."""
+        """Require phrases that are not empty; warn of shared ones."""
         owner: Dict[str, str] = {}
         for name, phrases in zip(self.names, self.phrases):
             if not phrases:
@@ -96,7 +96,7 @@ class Vocabulary:
 
     @staticmethod
     def keys() -> List[str]:
-        """Dataset keys that come with the package.
+        """List the vocabularies of the package.
 
         Returns:
             list[str]: What :meth:`from_spec` knows by name, sorted.
@@ -106,7 +106,7 @@ class Vocabulary:
 
     @classmethod
     def from_spec(cls, spec: VocabularySpec) -> 'Vocabulary':
-        """Make a vocabulary from what a config or a command line says.
+        """Make a vocabulary from a value of a config or a command line.
 
         Args:
             spec (str | Path | dict | list | Vocabulary): One of
@@ -156,7 +156,7 @@ class Vocabulary:
 
     def with_synonyms(self, synonyms: Mapping[str,
                                               Sequence[str]]) -> 'Vocabulary':
-        """Put further phrases behind those of the classes.
+        """Append phrases to those of the classes.
 
         Args:
             synonyms (Mapping[str, Sequence[str]]): Phrases by the name of the

@@ -1,2 +1,2 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""What every other part may use: files, checkpoints, configs, reports."""
+"""Utilities for files, checkpoints, configs and reports."""

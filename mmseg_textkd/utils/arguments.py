@@ -5,8 +5,9 @@ Parsers themselves import nothing that takes time: `--help` and a mistake are
 answered at once.
 """
 import argparse
+import os
 import warnings
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, Union
 
 from mmengine.config import Config, DictAction
 
@@ -56,8 +57,41 @@ def merge_options(cfg: Config, words: Optional[Sequence[str]]) -> Dict:
         raise ValueError(
             f'--cfg-options {" ".join(words)}: it does not fit the config '
             f'({error}). Look at what the config has with '
-            '`python tools/misc/print_config.py CONFIG`.') from error
+            '`python tools/stock_tool.py print_config CONFIG`.') from error
     return options
+
+
+def read_config(path: Union[str, os.PathLike],
+                words: Optional[Sequence[str]] = None) -> Config:
+    """Read the config of a network that the command line names.
+
+    Args:
+        path (str or PathLike): The config.
+        words (Sequence[str], optional): As of :func:`read_options`.
+
+    Returns:
+        Config: The config.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no config of a network, and why.
+    """
+    try:
+        cfg = Config.fromfile(path)
+    except OSError:
+        raise
+    except Exception as error:  # a config is code and raises anything
+        raise ValueError(
+            f'{path} cannot be read as a config: {type(error).__name__}: '
+            f'{error}. Look at it with `python tools/stock_tool.py '
+            f'print_config {path}`.') from error
+    if not isinstance(cfg.get('model'), dict) or 'type' not in cfg.model:
+        raise ValueError(
+            f'{path} has no network (`model=dict(type=...)`), as the parts '
+            'below configs/_base_ have not. Give a config that inherits from '
+            'them.')
+    merge_options(cfg, words)
+    return cfg
 
 
 def warn_renamed(args: argparse.Namespace, **new: str) -> None:

@@ -1,14 +1,12 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Checkpoints: read without running code, loaded all or not at all."""
-import errno
+"""Loading of checkpoints, without running code and strictly."""
+import hashlib
 import io
 import logging
 import os
 import re
-import zipfile
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
@@ -16,73 +14,14 @@ from mmengine.model import revert_sync_batchnorm
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ..compat import allow_runner_checkpoints
+from ..compat import weights_only
 
 SHOWN = 5
-# What torch reads from the environment whenever it loads something.
-FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
-FORBID = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 NUMBERED = re.compile(r'(?:iter|epoch)_(\d+)\.pth')
 
 
-@contextmanager
-def weights_only(path: Union[str, os.PathLike]) -> Iterator[None]:
-    """Let ``torch.load`` run no code, whoever calls it and however.
-
-    OneDL's MMEngine falls back to ``weights_only=False``, ``torch.hub`` asks
-    for it, and it is the default before torch 2.6; torch has a variable of
-    the environment that overrules all of them.
-
-    Args:
-        path (str or PathLike): What is read: a file, whose checksums torch
-            does not look at, or a URL.
-
-    Yields:
-        None: Once, to read it.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is damaged or holds more than weights and logs.
-    """
-    before = {name: os.environ.pop(name, None) for name in (FORCE, FORBID)}
-    try:
-        if os.path.isfile(path) and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-            if broken:
-                raise ValueError(f'the checksum of {broken} does not fit')
-        os.environ[FORCE] = '1'
-        allow_runner_checkpoints()
-        yield
-    except Exception as error:  # a damaged pickle raises anything
-        # EINVAL: torch has looked for something before the file's beginning.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        raise ValueError(
-            f'{path} is no checkpoint, a damaged one, or one that is not safe '
-            f'to read: {_reason(error)}') from error
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-def _reason(error: Exception) -> str:
-    """What is wrong, without torch's advice to run the code all the same."""
-    found = re.search(r'(?:GLOBAL|global) ([\w.]+\.\w+)', str(error))
-    if found:
-        return (f'it names {found[1]}, which is no part of weights or logs '
-                'and is not run')
-    lines = [
-        line for line in str(error).splitlines()
-        if line.strip() and 'eights' not in line
-    ]
-    return lines[0] if lines else type(error).__name__
-
-
 def load_file(path: Union[str, os.PathLike], map_location: Any = 'cpu') -> Any:
-    """Read what ``torch.save`` wrote, without running code that is in it.
+    """Load a file of ``torch.save`` without running code in it.
 
     Args:
         path (str or PathLike): The file.
@@ -100,7 +39,7 @@ def load_file(path: Union[str, os.PathLike], map_location: Any = 'cpu') -> Any:
 
 
 def read_checkpoint(path: Union[str, os.PathLike]) -> Dict[str, Any]:
-    """Read a checkpoint without running any code that may be in it.
+    """Load a checkpoint without running code in it.
 
     With MMEngine's ``EMAHook`` the ``state_dict`` of a checkpoint holds the
     averaged weights, text included, and ``ema_state_dict`` the others: it
@@ -139,7 +78,7 @@ def find_checkpoint(folder: Path) -> Optional[Path]:
 
     That is the one that ``last_checkpoint`` names. A kill may leave that file
     empty, and a full disk half a checkpoint; then it is the one with the
-    highest number that is whole, and a warning says what was passed over.
+    highest number that is whole, and a warning names those that were skipped.
 
     Args:
         folder (Path): Work directory of the run.
@@ -178,7 +117,7 @@ def find_checkpoint(folder: Path) -> Optional[Path]:
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor],
                   path: Union[str, os.PathLike]) -> None:
-    """Load weights that must be those of the model, all of them.
+    """Load a state dict whose keys and shapes must match the model.
 
     Args:
         model (nn.Module): The model.
@@ -238,7 +177,7 @@ def build_segmentor(model: Dict, state: Mapping[str, Tensor],
 
 
 def non_finite(state: Mapping[str, Tensor]) -> str:
-    """Name the weights that are NaN or infinite.
+    """Find weights that are NaN or infinite.
 
     Args:
         state (Mapping[str, Tensor]): Weights by name.
@@ -256,7 +195,7 @@ def non_finite(state: Mapping[str, Tensor]) -> str:
 
 
 def checkpoint_bytes(checkpoint: Dict[str, Any]) -> bytes:
-    """Make what ``torch.save`` would write.
+    """Serialize a checkpoint as ``torch.save`` does.
 
     Args:
         checkpoint (dict): The checkpoint.
@@ -267,3 +206,24 @@ def checkpoint_bytes(checkpoint: Dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     return buffer.getvalue()
+
+
+def checksum(module: nn.Module) -> str:
+    """Hash all weights of a module, to prove that they are unchanged.
+
+    Args:
+        module (nn.Module): The module.
+
+    Returns:
+        str: SHA-256 over names, types, shapes and bytes of all parameters and
+        buffers, in hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    tensors: List[Tuple[str, Tensor]] = [
+        *module.named_parameters(), *module.named_buffers()
+    ]
+    for name, value in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f'{name} {value.dtype} {tuple(value.shape)};'.encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

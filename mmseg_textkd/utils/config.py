@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Walks through nested configs."""
+"""Traversal of nested configs."""
 from typing import Any, Dict, Iterator, List, Mapping, Union
 
 from mmengine.config import Config
@@ -56,7 +56,7 @@ def type_name(cfg: Any) -> str:
 
 
 def as_list(value: Any) -> List:
-    """Take one thing and several of them alike.
+    """Convert one value or several to a list.
 
     Args:
         value (Any): One, a list or tuple of them, or None.

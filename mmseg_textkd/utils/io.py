@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Files: written whole, verified when read, removed only if they are ours."""
+"""Atomic writing, verified reading and safe removal of files."""
 import hashlib
 import json
 import os
@@ -22,11 +22,11 @@ MARK_TEXT = 'Made by mmseg_textkd, which may remove this folder.\n'
 
 
 class DamagedFileError(ValueError):
-    """A file is not what was written: cut short, changed, or another kind."""
+    """Raised for a file that is truncated, changed, or of another kind."""
 
 
 def write_files(files: Mapping[PathLike, bytes]) -> None:
-    """Write files so that none is there before all are whole.
+    """Write several files atomically.
 
     Args:
         files (Mapping[str or PathLike, bytes]): Contents by path. Folders are
@@ -80,7 +80,7 @@ def digest(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 def write_hashed(path: PathLike, kind: str, tensors: Mapping[str, Tensor],
                  texts: Mapping[str, str]) -> None:
-    """Write a safetensors file that tells whether somebody has changed it.
+    """Write a safetensors file with a hash of its content.
 
     Args:
         path (str or PathLike): The file. Folders are made, and readers never
@@ -167,7 +167,7 @@ def new_folder(path: PathLike) -> Iterator[Path]:
 
 
 def make_folder(path: PathLike) -> Path:
-    """Make a folder, or empty it, that :func:`remove_folder` may remove.
+    """Make or empty a folder that :func:`remove_folder` may remove.
 
     Args:
         path (str or PathLike): The folder.
@@ -187,7 +187,7 @@ def make_folder(path: PathLike) -> Path:
 
 
 def remove_folder(path: PathLike) -> None:
-    """Remove a folder of :func:`make_folder` with all that is in it.
+    """Remove a folder of :func:`make_folder` with its content.
 
     Args:
         path (str or PathLike): The folder.
@@ -206,7 +206,7 @@ def remove_folder(path: PathLike) -> None:
 
 # ------------------------------------------------------------------ images
 def check_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> None:
-    """Refuse an image that is too large, by its header alone.
+    """Require an image of a limited size by its header.
 
     Args:
         path (str or PathLike): The image.
@@ -239,7 +239,7 @@ def check_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def read_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Read an image whose size is known before it is decoded.
+    """Read an image after checking its size by the header.
 
     Args:
         path (str or PathLike): The image.

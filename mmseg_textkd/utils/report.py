@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""What reports need: costs of networks, the machine, tables."""
+"""Costs of networks, description of the machine, and tables."""
 import os
 import platform
 from datetime import datetime, timezone
@@ -90,7 +90,7 @@ def cpu_name() -> str:
 
 
 def environment(*libraries: ModuleType) -> Dict[str, Any]:
-    """Describe where and when something is measured.
+    """Describe hardware, software and date of a measurement.
 
     Args:
         *libraries (module): Further libraries whose versions matter.
@@ -117,7 +117,7 @@ def environment(*libraries: ModuleType) -> Dict[str, Any]:
 
 
 def describe(where: Mapping[str, Any]) -> str:
-    """Write what :func:`environment` gives as a paragraph.
+    """Format :func:`environment` as a paragraph.
 
     Args:
         where (Mapping): As of :func:`environment`.
@@ -133,7 +133,7 @@ def describe(where: Mapping[str, Any]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> str:
-    """Write a Markdown table.
+    """Format a Markdown table.
 
     Args:
         header (Sequence[str]): Titles of the columns.

@@ -12,7 +12,7 @@ from torch import nn
 from torch._inductor import config as inductor
 
 from mmseg_textkd.analysis.benchmark import (interleave, paired_ratio,
-                                             peak_memory, random_text,
+                                             peak_memory, randomize_text,
                                              stopwatch, summarize)
 from mmseg_textkd.analysis.benchmark_backends import BACKENDS, Skipped
 
@@ -113,7 +113,7 @@ def test_peak_memory_is_what_lives_at_a_time():
 def test_text_needs_no_file():
     cfg = Config.fromfile(TOY)
     before = cfg.pretty_text
-    random = random_text(cfg)
+    random = randomize_text(cfg)
     assert cfg.pretty_text == before
     text = random.model.decode_head.text
     assert text.embeddings == dict(
@@ -130,7 +130,7 @@ def test_text_needs_no_file():
                      embeddings=dict(
                          type='ClassEmbeddings', file='own', dim=4))):
         cfg.model.decode_head.text = head
-        assert random_text(cfg).model.decode_head.text == head
+        assert randomize_text(cfg).model.decode_head.text == head
 
 
 def test_without_compiler():

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from mmseg_textkd.models.ebseg import EBSegLoss
-from mmseg_textkd.models.ebseg.ebseg_loss import LayerPrediction
+from mmseg_textkd.models.ebseg.ebseg_loss import (LayerPrediction,
+                                                  mask_structure_loss)
 from mmseg_textkd.models.ebseg.mask_matching import (mask_targets, match_masks,
                                                      pairwise_mask_costs)
-from mmseg_textkd.models.losses import mask_structure_loss
 
 SIZE = (4, 6)
 

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from tiny_clip import save_model
 
 from mmseg_textkd.clip import TextTower
+from mmseg_textkd.clip.clip_features import resize_position
 from mmseg_textkd.clip.weights import TextTowerError
 from mmseg_textkd.models.ebseg import FrozenCLIPViT, FrozenSAMViT
-from mmseg_textkd.models.ebseg.clip_features import resize_position
 
 SIZES = dict(
     embed_dims=64, num_layers=3, patch_size=8, grid_size=4, out_dims=64)

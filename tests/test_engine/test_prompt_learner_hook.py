@@ -575,23 +575,23 @@ def test_a_frozen_parameter_stays_frozen(tmp_path, residual):
         assert recorder.changed(i) and frozen not in recorder.changed(i)
 
 
-@pytest.mark.parametrize('hook, error, message', [
-    (dict(switch_at=-1), ValueError, 'must not be negative'),
-    (dict(switch_at=1.5), ValueError, r'must lie in \(0, 1\)'),
-    (dict(switch_at='half'), TypeError, 'iteration'),
-    (dict(switch_at=True), TypeError, 'iteration'),
-    (dict(switch_at=0, load_best=True), ValueError, 'needs a stage 1'),
-    (dict(switch_at=6), ValueError, 'run ends after 6'),
-    (dict(switch_at=99), ValueError, 'start at iteration 99.*ends after 6'),
-    (dict(switch_at=3, learn=['nothing_like_this']), ValueError,
+@pytest.mark.parametrize('hook, message', [
+    (dict(switch_at=-1), 'iteration.*fraction.*got -1'),
+    (dict(switch_at=1.5), 'iteration.*fraction.*got 1.5'),
+    (dict(switch_at='half'), "iteration.*fraction.*got 'half'"),
+    (dict(switch_at=True), 'iteration.*fraction.*got True'),
+    (dict(switch_at=0, load_best=True), 'needs a stage 1'),
+    (dict(switch_at=6), 'run ends after 6'),
+    (dict(switch_at=99), 'start at iteration 99.*ends after 6'),
+    (dict(switch_at=3, learn=['nothing_like_this']),
      "'nothing_like_this'.*matches no parameter.*offset"),
-    (dict(switch_at=3, learn={'.': -1.}), ValueError, 'must not be negative'),
-    (dict(switch_at=3, learn={'.': 0.}), ValueError, 'all factors.*are 0'),
-    (dict(switch_at=3, param_scheduler=dict(type='PolyLR', by_epoch=True)),
-     ValueError, 'counts iterations.*`by_epoch`'),
+    (dict(switch_at=3, learn={'.': -1.}), 'must not be negative'),
+    (dict(switch_at=3, learn={'.': 0.}), 'all factors.*are 0'),
+    (dict(switch_at=3, param_scheduler=dict(
+        type='PolyLR', by_epoch=True)), 'counts iterations.*`by_epoch`'),
 ])
-def test_bad_plans(tmp_path, residual, hook, error, message):
-    with pytest.raises(error, match=message):
+def test_bad_plans(tmp_path, residual, hook, message):
+    with pytest.raises(ValueError, match=message):
         run(tiny_config(tmp_path, residual, hook))
     assert not list(tmp_path.glob('work/iter_*'))
 

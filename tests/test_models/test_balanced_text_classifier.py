@@ -297,7 +297,7 @@ def test_what_a_loss_needs(text):
         text=text,
         text_losses=[dict(type='TextSimilarityDistillationLoss')],
         **ARGS)
-    with pytest.raises(ValueError, match='bring no logits of a teacher'):
+    with pytest.raises(ValueError, match='have no logits of a teacher'):
         head.loss([torch.randn(2, 8, 4, 6)], labeled(), {})
 
 
@@ -377,7 +377,7 @@ def preprocessor(**options):
 
 def test_teacher_sees_the_pictures_as_clip_does():
     teacher = MODELS.build(dict(TOY, type='FrozenCLIPTeacher', scale=1.))
-    assert teacher.tower._keeper.network is None, 'loaded too early'
+    assert teacher.tower._holder.network is None, 'loaded too early'
     rgb = torch.randint(0, 256, (2, 3, 32, 48)).float()
     options = {k: v for k, v in TOY.items() if k != 'surgery_blocks'}
     with torch.no_grad():

@@ -98,7 +98,7 @@ def test_what_has_blocks_is_not_folded(text):
     for norm in ('bn', 'none'):
         module = TextClassifier(
             8, 6, text, norm, regularization=dict(depth=1)).eval()
-        with pytest.raises(ValueError, match='blocks look at neighboring'):
+        with pytest.raises(ValueError, match='blocks use neighboring'):
             module.as_conv()
         module = TextClassifier(
             8, 6, text, norm, regularization=dict(depth=0)).eval()

@@ -552,7 +552,7 @@ def test_bad_context_is_refused_when_built(toy, options, words):
     (dict(vocabulary=dict(TOY_PHRASES, car='very ' * 40 + 'long car')),
      ['longer than the 32', 'very very']),
     (dict(embeddings=dict(type='ControlEmbeddings', kind='onehot', dim=64)),
-     ['does not know the class names', '`vocabulary`']),
+     ['has no class names', '`vocabulary`']),
     (dict(
         embeddings=dict(type='ControlEmbeddings', kind='onehot', dim=64),
         vocabulary=['sky', 'car']), ['2 class names', '3 classes']),

@@ -64,7 +64,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from mmseg_textkd.analysis.benchmark import (interleave, num_bytes,
-                                             peak_memory, random_text,
+                                             peak_memory, randomize_text,
                                              stopwatch, summarize)
 from mmseg_textkd.analysis.benchmark_backends import (BACKENDS, Backend,
                                                       Skipped, onnxruntime)
@@ -73,7 +73,7 @@ from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, time_cells,
                                                     write_results)
 from mmseg_textkd.deploy import fold, to_stock_cfg
 from mmseg_textkd.models.text_parameters import text_providers
-from mmseg_textkd.utils.arguments import warn_renamed
+from mmseg_textkd.utils.arguments import read_config, warn_renamed
 from mmseg_textkd.utils.report import count_cost, describe, environment, table
 
 STOCK = 'stock'
@@ -91,7 +91,7 @@ def build_networks(cfg: Config) -> Dict[str, nn.Module]:
     Raises:
         ValueError: If the config has no text, or does not fold.
     """
-    cfg = random_text(cfg)
+    cfg = randomize_text(cfg)
     torch.manual_seed(0)
     text = MODELS.build(cfg.model).eval()
     if not text_providers(text):
@@ -218,7 +218,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     where = environment(*[onnxruntime] * (onnxruntime is not None))
     init_default_scope('mmseg')
     try:
-        networks = build_networks(Config.fromfile(args.config))
+        networks = build_networks(read_config(args.config))
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         sys.exit(f'Error: {error}')
     inputs = torch.randn(1, 3, *args.size)

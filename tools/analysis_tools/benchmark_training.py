@@ -58,8 +58,9 @@ from mmseg.structures import SegDataSample
 from torch import nn
 
 from mmseg_textkd.analysis.benchmark import (interleave, num_bytes,
-                                             peak_memory, random_clip,
-                                             random_text, stopwatch, summarize)
+                                             peak_memory, randomize_clip,
+                                             randomize_text, stopwatch,
+                                             summarize)
 from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, time_cells,
                                                     write_results)
 from mmseg_textkd.deploy import to_stock_cfg
@@ -96,7 +97,7 @@ class Training:
         self.model = revert_sync_batchnorm(MODELS.build(cfg.model)).to(device)
         self.teacher = getattr(self.model, 'teacher', None)
         if isinstance(self.teacher, FrozenCLIPTeacher):
-            random_clip(self.teacher.tower)
+            randomize_clip(self.teacher.tower)
         self.optim_wrapper = build_optim_wrapper(self.model, cfg.optim_wrapper)
         self.hook = HOOKS.build(hook) if hook else Hook()
         # All of a runner that the hook asks for.
@@ -183,7 +184,7 @@ def random_teacher(cfg: Config, folder: str) -> None:
         return
     teacher = Config.fromfile(cfg.model.teacher.config)
     teacher.merge_from_dict(cfg.model.teacher.get('cfg_options') or {})
-    teacher = random_text(teacher)
+    teacher = randomize_text(teacher)
     paths = [osp.join(folder, f'teacher{end}') for end in ('.py', '.pth')]
     teacher.dump(paths[0])
     torch.save(
@@ -224,7 +225,7 @@ def build_trainings(cfg: Config, size: Tuple[int, int], number: int,
     Raises:
         ValueError: If the config has neither text nor teacher.
     """
-    cfg = random_text(cfg)
+    cfg = randomize_text(cfg)
     cfg.model.data_preprocessor.size = size
     has_text = 'text' in cfg.model.decode_head
     if not has_text and 'teacher' not in cfg.model:

@@ -11,6 +11,7 @@ them. Times are those of one image at a time, from pixels to logits.
 import argparse
 import copy
 import statistics
+import sys
 import warnings
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
@@ -66,12 +67,13 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from torch import nn
 
-from mmseg_textkd.analysis.benchmark import interleave, random_clip, stopwatch
+from mmseg_textkd.analysis.benchmark import (interleave, randomize_clip,
+                                             stopwatch)
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
 from mmseg_textkd.models import EBSeg
 from mmseg_textkd.models.ebseg.frozen_tower import FrozenTower
 from mmseg_textkd.models.text_parameters import text_providers
-from mmseg_textkd.utils.arguments import merge_options, warn_renamed
+from mmseg_textkd.utils.arguments import read_config, warn_renamed
 from mmseg_textkd.utils.report import (count_params, describe, environment,
                                        flops_by_module, table)
 
@@ -102,7 +104,7 @@ def build_ebseg(model: Dict) -> nn.Module:
         type='ControlEmbeddings', kind='random', dim=head['text']['dim'])
     head.pop('test_text', None)
     built = MODELS.build(model).requires_grad_(False).eval()
-    random_clip(built.image_encoder)
+    randomize_clip(built.image_encoder)
     backbone = model['backbone']
     if isinstance(backbone['model'], str):
         sam = timm.create_model(backbone['model'], num_classes=0)
@@ -174,8 +176,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         torch.set_num_threads(args.threads)
     rows, timed = {}, {}
     for path in args.configs:
-        cfg = Config.fromfile(path)
-        merge_options(cfg, args.cfg_options)
+        try:
+            cfg = read_config(path, args.cfg_options)
+        except (OSError, ValueError) as error:
+            sys.exit(f'Error: {error}')
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         model = build(cfg)
         rows[path.stem] = count(model, args.size)

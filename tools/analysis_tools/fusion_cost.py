@@ -9,6 +9,7 @@ products, attention included, as in docs/en/networks.md. No files are needed.
 import argparse
 import copy
 import itertools
+import sys
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 
@@ -42,13 +43,12 @@ if __name__ == '__main__':
     parse_args()
 
 import torch
-from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 
-from mmseg_textkd.analysis.benchmark import random_text
+from mmseg_textkd.analysis.benchmark import randomize_text
 from mmseg_textkd.deploy import to_stock_cfg
-from mmseg_textkd.utils.arguments import read_options
+from mmseg_textkd.utils.arguments import read_config, read_options
 from mmseg_textkd.utils.report import count_cost, table
 
 
@@ -76,17 +76,21 @@ def combinations(vary: Dict[str, Any]) -> List[Dict[str, Any]]:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
-    cfg = random_text(Config.fromfile(args.config))
+    try:
+        cfg = randomize_text(read_config(args.config))
+        settings = combinations(read_options(args.vary))
+    except (OSError, ValueError) as error:
+        sys.exit(f'Error: {error}')
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     cfg.model.pop('auxiliary_head', None)
     cfg.model.decode_head.pop('fusion', None)
     stock = cost(to_stock_cfg(cfg).model, args.size)
     rows = [('none (stock)', f'{stock[0]:.2f}', f'{stock[1]:.2f}', '')]
-    for settings in combinations(read_options(args.vary)):
+    for setting in settings:
         cfg.model.decode_head.fusion = dict(
-            type=args.fusion, use='inference', **settings)
+            type=args.fusion, use='inference', **setting)
         params, macs = cost(cfg.model, args.size)
-        words = ', '.join(f'{k} {v}' for k, v in settings.items())
+        words = ', '.join(f'{k} {v}' for k, v in setting.items())
         rows.append((words or 'defaults', f'{params:.2f}', f'{macs:.2f}',
                      f'{100 * (macs / stock[1] - 1):+.1f} %'))
     print(

@@ -31,7 +31,7 @@ READMES = {
         'lseg': 'LSeg'
     },
     'configs/balance/README.md': {
-        'balance': 'Balance for new classes'
+        'balance': 'Balance for unseen classes'
     },
     'configs/ebseg/README.md': {
         'ebseg': 'EBSeg'

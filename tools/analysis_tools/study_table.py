@@ -8,6 +8,7 @@ nothing and fails where page, plots or overview are not those of the ledgers.
 """
 import argparse
 import hashlib
+import html
 import io
 import math
 import sys
@@ -298,10 +299,10 @@ class Study:
         for label, name in enumerate(part.classes):
             scores = list(part.scores(self.baseline, label=label).values())
             rows.append([
-                name, f'{np.mean(scores):.2f}' if scores else '-',
-                *(difference(
+                html.escape(name, quote=False),
+                f'{np.mean(scores):.2f}' if scores else '-', *(difference(
                     part.difference(arm, self.baseline, label), read=False)
-                  for arm in arms)
+                                                               for arm in arms)
             ])
         return table(
             ('IoU', f'`{self.baseline}`', *(f'`{arm}` - `{self.baseline}`'

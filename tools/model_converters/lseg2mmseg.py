@@ -60,7 +60,6 @@ if __name__ == '__main__':
     parse_args()
 
 import torch
-from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from safetensors.torch import save as to_safetensors
@@ -71,7 +70,7 @@ from mmseg_textkd.clip.weights import import_open_clip
 from mmseg_textkd.models import LSegDPTHead
 from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.text.vocabulary import Vocabulary
-from mmseg_textkd.utils.arguments import merge_options, warn_renamed
+from mmseg_textkd.utils.arguments import read_config, warn_renamed
 from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
 from mmseg_textkd.utils.io import write_files
 
@@ -286,8 +285,7 @@ def encode_words(theirs: Dict[str, Tensor], text: dict,
 
 def convert(args: argparse.Namespace) -> None:
     """Do what the command line says."""
-    cfg = Config.fromfile(args.config)
-    merge_options(cfg, args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     theirs = read_lightning(args.checkpoint)
     cfg.model.backbone.pop('init_cfg', None)

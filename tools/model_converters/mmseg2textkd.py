@@ -65,7 +65,7 @@ from mmseg_textkd.models.stock_init import (compare_with_stock, head_features,
                                             init_from_stock)
 from mmseg_textkd.models.text_parameters import check_classes
 from mmseg_textkd.text.encode_classes import ensure_embeddings
-from mmseg_textkd.utils.arguments import merge_options, warn_renamed
+from mmseg_textkd.utils.arguments import read_config, warn_renamed
 from mmseg_textkd.utils.checkpoint import checkpoint_bytes
 from mmseg_textkd.utils.io import write_files
 
@@ -204,8 +204,7 @@ def fit(model: nn.Module, name: str, stock: Tuple[Tensor, Tensor],
 def convert(args: argparse.Namespace) -> None:
     """Do what the command line says."""
     path = args.checkpoint
-    cfg = Config.fromfile(args.config)
-    merge_options(cfg, args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     state, names = read_stock(path)
     ensure_embeddings(cfg)

@@ -8,6 +8,7 @@ weights are the averaged ones, as in any checkpoint that MMEngine saves.
 """
 import argparse
 import hashlib
+import html
 import re
 import sys
 import time
@@ -98,7 +99,8 @@ def model_card(cfg: Optional[Config], meta: Dict, **facts: Any) -> str:
                    f'(`{log["file"]}`).')
     return CARD.read_text(encoding='utf-8').format(
         num_classes=len(classes),
-        classes=', '.join(classes),
+        # The card is a page, and the names may be anybody's.
+        classes=html.escape(', '.join(classes), quote=False),
         dataset=', '.join(map(str, places)) or UNKNOWN,
         iterations=meta.get('iter', whole),
         batch=loader.get('batch_size') or UNKNOWN,

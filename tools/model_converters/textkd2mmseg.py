@@ -114,7 +114,7 @@ from mmseg_textkd.deploy.load_stock import dataset_meta
 from mmseg_textkd.deploy.words import set_words, to_words_cfg
 from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
 from mmseg_textkd.models.new_words import place_new_words
-from mmseg_textkd.utils.arguments import merge_options, warn_renamed
+from mmseg_textkd.utils.arguments import read_config, warn_renamed
 from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
                                            read_checkpoint)
 from mmseg_textkd.utils.io import write_files
@@ -199,8 +199,7 @@ def choose_words(args: argparse.Namespace, cfg: Config, model: nn.Module,
 
 def convert(args: argparse.Namespace) -> None:
     """Do what the command line says."""
-    cfg = Config.fromfile(args.config)
-    merge_options(cfg, args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     # TF32 would be measured in place of the fold.
     torch.backends.cudnn.allow_tf32 = False

@@ -57,7 +57,7 @@ from mmseg_textkd.clip.weights import import_open_clip
 from mmseg_textkd.models import TextKD
 from mmseg_textkd.models.text_providers import ContextPromptLearner
 from mmseg_textkd.text import Vocabulary
-from mmseg_textkd.utils.arguments import merge_options, warn_renamed
+from mmseg_textkd.utils.arguments import read_config, warn_renamed
 from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
                                            read_checkpoint)
 from mmseg_textkd.utils.io import write_files
@@ -225,8 +225,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     warn_renamed(args, out='--out')
     try:
-        cfg = Config.fromfile(args.config)
-        merge_options(cfg, args.cfg_options)
+        cfg = read_config(args.config, args.cfg_options)
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         theirs = read_checkpoint(args.checkpoint)['state_dict']
         model = MODELS.build(cfg.model)

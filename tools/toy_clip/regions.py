@@ -10,8 +10,8 @@ from corpus import CLASSES, NOUNS, TEMPLATES
 from measure import MEAN, STD, word_vectors
 from torch import Tensor, nn
 
+from mmseg_textkd.clip.clip_features import CLIPFeatures, encode_image
 from mmseg_textkd.datasets.toy_scenes_renderer import render_scene
-from mmseg_textkd.models.ebseg.clip_features import CLIPFeatures, encode_image
 
 SIDE = 128  # pixels of a window, sixteen patches
 PATCH = 8

@@ -10,7 +10,7 @@ from mmseg_textkd.models.text_parameters import unwrap
 class ChannelsLastHook(Hook):
     """Train and evaluate with weights in PyTorch's channels-last layout.
 
-    Convolutions then hand on features in the same layout, without a
+    Convolutions then output features in the same layout, without a
     conversion of the images. Values stay what they are, up to the order of
     sums. On a CPU, light networks with depthwise convolutions train faster so.
 
@@ -19,7 +19,7 @@ class ChannelsLastHook(Hook):
     """
 
     def before_train(self, runner) -> None:
-        """Change the layout.
+        """Convert the weights.
 
         Args:
             runner (Runner): The runner.
@@ -29,7 +29,7 @@ class ChannelsLastHook(Hook):
     before_val = before_test = before_train
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Write weights as every other run does, for safetensors and others.
+        """Save contiguous weights, which safetensors and others need.
 
         Args:
             runner (Runner): The runner of the training process.

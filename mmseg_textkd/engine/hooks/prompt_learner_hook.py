@@ -5,7 +5,7 @@ import warnings
 from typing import Dict, List, Optional, Sequence, Set, Union
 
 import torch
-from mmengine.dist import barrier
+from mmengine.dist import barrier, is_main_process
 from mmengine.fileio import exists
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import print_log
@@ -21,6 +21,13 @@ from ...models.text_parameters import (check_classes, prompt_parameters,
                                        text_parameters, text_providers,
                                        text_statistics, tower_checksums,
                                        unwrap)
+from ...text.encode_classes import ensure_embeddings
+
+# Schedulers of the deprecated argument `schedule`, by its `type`.
+SCHEDULES: Dict[str, List[dict]] = dict(
+    constant=[],
+    cosine=[dict(type='CosineAnnealingLR', eta_min=0.)],
+    poly=[dict(type='PolyLR', power=0.9, eta_min=0.)])
 
 
 @HOOKS.register_module()
@@ -28,13 +35,13 @@ class PromptLearnerHook(Hook):
     r"""Train in two stages: the network first, then the prompts.
 
     In stage 1 the network learns with fixed class embeddings. In stage 2 the
-    prompts learn, and of the network what ``learn`` names; the rest is
-    frozen. The stage follows from ``runner.iter`` alone, so a resumed run is
-    in the stage in which it was killed.
+    parameters that ``learn`` names are trained, by default the prompts, and
+    all others are frozen. The stage depends on ``runner.iter`` only, so that
+    a resumed run is in the stage in which it was interrupted.
 
     In both stages the hook checks that the text is for the classes of the
-    data sets, and keeps the embeddings that are evaluated and saved up to
-    date with the prompts, those of :class:`EMAHook` included.
+    data sets. Before validation and before a checkpoint is saved it updates
+    the class embeddings from the prompts, those of :class:`EMAHook` included.
 
     Source: Lin, Chen and Wu, `Enhancing Real-Time Semantic Segmentation with
     Textual Knowledge of Pre-Trained VLM
@@ -44,24 +51,24 @@ class PromptLearnerHook(Hook):
         switch_at (int | float, optional): Iteration at which stage 2 starts,
             or, as a float in (0, 1), the fraction of the run; 0 if the whole
             run is stage 2. Defaults to None: the whole run is stage 1.
-        learn (dict[str, float] | Sequence[str], optional): What learns in
+        learn (dict[str, float] | Sequence[str], optional): Parameters of
             stage 2: regular expressions that are searched for in parameter
             names, and the factor on each one's base learning rate, 0 to
-            freeze it. A parameter that several match takes the first.
-            Defaults to None: prompts, scales and biases, at their base rate.
+            freeze it. The first that matches a parameter applies. Defaults to
+            None: prompts, scales and biases, at their base rate.
         param_scheduler (dict | Sequence[dict], optional): MMEngine's
             learning rate schedulers of stage 2, which count iterations from
             the switch; ``end`` defaults to the end of the run. Defaults to
             None: constant rates, or the schedule of the run if all of it is
             stage 2.
-        load_best (bool): Whether stage 2 starts, as a run of its own would,
-            from the best checkpoint of stage 1 with a fresh state of the
+        load_best (bool): Whether stage 2 starts, as a separate run would,
+            from the best checkpoint of stage 1 with a new state of the
             optimizer. Needs ``save_best`` of :class:`CheckpointHook`, which
             then keeps a best checkpoint of either stage. Defaults to False.
-        freeze_norm (bool): Whether the batch norms of what is frozen keep
-            their statistics in stage 2. Defaults to True.
-        log_interval (int): Iterations between two entries about the text
-            (scale, cosines, drift) in the log. Defaults to 50.
+        freeze_norm (bool): Whether frozen batch norms keep their statistics
+            in stage 2. Defaults to True.
+        log_interval (int): Iterations between two log entries of the text
+            statistics. Defaults to 50.
         schedule (dict, optional): Deprecated, see ``param_scheduler``.
 
     Examples:
@@ -91,18 +98,12 @@ class PromptLearnerHook(Hook):
                  freeze_norm: bool = True,
                  log_interval: int = 50,
                  schedule: Optional[dict] = None) -> None:
-        if isinstance(switch_at, bool) or not (switch_at is None or isinstance(
-                switch_at, (int, float))):
-            raise TypeError('`switch_at` must be an iteration (int), a '
-                            'fraction (float) or None, but got '
-                            f'{switch_at!r}')
-        if isinstance(switch_at, float) and not 0 < switch_at < 1:
+        if not (switch_at is None or type(switch_at) is int and switch_at >= 0
+                or type(switch_at) is float and 0 < switch_at < 1):
             raise ValueError(
-                'a fractional `switch_at` must lie in (0, 1), but '
-                f'got {switch_at}; give an int for an iteration.')
-        if isinstance(switch_at, int) and switch_at < 0:
-            raise ValueError('`switch_at` must not be negative, but got '
-                             f'{switch_at}.')
+                '`switch_at` must be an iteration (int, not negative), a '
+                'fraction of the run (float in (0, 1)) or None, but got '
+                f'{switch_at!r}.')
         if load_best and not switch_at:
             raise ValueError(
                 'load_best=True needs a stage 1 and a stage 2 in this run, '
@@ -116,7 +117,7 @@ class PromptLearnerHook(Hook):
         if schedule is not None:
             warnings.warn('`schedule` of PromptLearnerHook is deprecated; use '
                           '`param_scheduler`, a list of MMEngine schedulers.')
-            param_scheduler = _schedulers_of(**schedule)
+            param_scheduler = _convert_schedule(**schedule)
         if isinstance(param_scheduler, dict):
             param_scheduler = [param_scheduler]
         self.switch_at = switch_at
@@ -130,16 +131,15 @@ class PromptLearnerHook(Hook):
         self._loaded = False
         self._run_lrs: Optional[List[float]] = None
 
-    # ------------------------------------------------------------ the stages
+    # ----------------------------------------------- hook points of training
     def before_run(self, runner) -> None:
-        """Check what can be checked before weights are loaded.
+        """Check that the model has text and the run one hook of this type.
 
         Args:
             runner (Runner): The runner of the training process.
 
         Raises:
-            ValueError: If the model has no text, or there are several hooks
-                of this kind.
+            ValueError: If there is no text, or are several hooks.
         """
         if not text_providers(unwrap(runner.model)):
             raise ValueError(
@@ -154,9 +154,7 @@ class PromptLearnerHook(Hook):
                 'model.')
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Check that a resumed run goes on with text of the same shape.
-
-        Without this the optimizer would stumble over it later.
+        """Check that the text of a resumed run has the same shape.
 
         Args:
             runner (Runner): The runner.
@@ -180,16 +178,21 @@ class PromptLearnerHook(Hook):
                     '`load_from` instead of `--resume`.')
 
     def before_train(self, runner) -> None:
-        """Check the text and what the stages need.
+        """Check the text and prepare stage 2.
 
         Args:
             runner (Runner): The runner of the training process.
 
         Raises:
             ValueError: If the text is not for the classes of the data, or
-                the stages cannot be carried out, and why.
+                stage 2 cannot be run as configured.
         """
         model = unwrap(runner.model)
+        if not all(p.filled for p in text_providers(model).values()):
+            # `tools/train.py` has done it; MMSegmentation's has not.
+            if is_main_process():
+                ensure_embeddings(runner.cfg)
+            barrier()
         check_classes(model, getattr(runner.train_dataloader, 'dataset', None))
         for name, provider in text_providers(model).items():
             message = provider.check_loaded(resumed=runner._resume)
@@ -198,17 +201,17 @@ class PromptLearnerHook(Hook):
         for ema in _ema_models(runner):
             for provider in text_providers(ema).values():
                 provider.check_loaded(resumed=False)
-        # Taken before any change: what the user froze stays frozen.
+        # Before any change: what the user has frozen stays frozen.
         self._trainable = {
             name
             for name, param in model.named_parameters() if param.requires_grad
         }
         if self.switch_at is not None:
-            self._plan_stage2(runner, model)
+            self._prepare_stage2(runner, model)
         if runner.cfg.get('compile'):
             # MMEngine compiles the whole step. The optimizer would be traced
             # again for each learning rate, and in stage 2, where it first
-            # sees the prompts, Dynamo fails on it.
+            # gets gradients of the prompts, Dynamo fails on it.
             step = runner.optim_wrapper.step
             runner.optim_wrapper.step = torch.compiler.disable(step)
 
@@ -216,28 +219,28 @@ class PromptLearnerHook(Hook):
                           runner,
                           batch_idx: int,
                           data_batch: Optional[dict] = None) -> None:
-        """Enter the stage that is due; in stage 2 set its learning rates.
+        """Switch the stage if it is due; set the learning rates of stage 2.
 
         Args:
             runner (Runner): The runner of the training process.
             batch_idx (int): Index of the batch.
             data_batch (dict, optional): The batch. Defaults to None.
         """
-        due = 1
+        stage = 1
         if self.switch_iter is not None and runner.iter >= self.switch_iter:
-            due = 2
-        if self.stage != due:
-            self._enter(runner, due)
-        if due == 1:
+            stage = 2
+        if self.stage != stage:
+            self._switch_stage(runner, stage)
+        if stage == 1:
             return
         # The loop calls `train()` before each iteration.
         for norm in self._frozen_norms:
             norm.eval()
         groups = runner.optim_wrapper.param_groups
-        # The schedule of the run goes on from its own rates.
+        # The schedulers of the run continue from their own rates.
         self._run_lrs = [group['lr'] for group in groups]
         if self.switch_iter or self._schedulers:
-            lrs = self._scheduled_lrs(runner.iter - self.switch_iter)
+            lrs = self._stage2_lrs(runner.iter - self.switch_iter)
         else:
             lrs = self._run_lrs
         for group, lr, factor in zip(groups, lrs, self._group_factors):
@@ -248,7 +251,7 @@ class PromptLearnerHook(Hook):
                          batch_idx: int,
                          data_batch: Optional[dict] = None,
                          outputs: Optional[dict] = None) -> None:
-        """Put the learning rates of the run back and log the text.
+        """Restore the learning rates of the run and log the text statistics.
 
         Args:
             runner (Runner): The runner of the training process.
@@ -265,7 +268,7 @@ class PromptLearnerHook(Hook):
             self._log_text(runner)
 
     def after_train(self, runner) -> None:
-        """Bring the text up to date and prove that the tower is unchanged.
+        """Update the embeddings and check that the tower is unchanged.
 
         Args:
             runner (Runner): The runner of the training process.
@@ -273,13 +276,13 @@ class PromptLearnerHook(Hook):
         Raises:
             RuntimeError: If a weight of the text tower has changed.
         """
-        _refresh(runner)
+        _update_embeddings(runner)
         if self.stage == 2 and tower_checksums(unwrap(
                 runner.model)) != self._checksums:
             raise RuntimeError('the frozen text tower has changed during '
                                'training; its embeddings cannot be trusted.')
 
-    # --------------------------------- text that is evaluated, tested, saved
+    # --------------------- hook points of validation, testing and checkpoints
     def before_val(self, runner) -> None:
         """Check that the text is for the classes of the validation set.
 
@@ -289,13 +292,13 @@ class PromptLearnerHook(Hook):
         check_classes(unwrap(runner.model), runner.val_dataloader.dataset)
 
     def before_val_epoch(self, runner) -> None:
-        """Evaluate with the text as it is now.
+        """Update the embeddings, and swap in those of the averaged model.
 
         Args:
             runner (Runner): The runner of the training process.
         """
-        _refresh(runner)
-        _swap_text(runner)
+        _update_embeddings(runner)
+        _swap_ema_embeddings(runner)
 
     def after_val_epoch(self,
                         runner,
@@ -306,7 +309,7 @@ class PromptLearnerHook(Hook):
             runner (Runner): The runner of the training process.
             metrics (dict[str, float], optional): Results. Defaults to None.
         """
-        _swap_text(runner)
+        _swap_ema_embeddings(runner)
 
     def before_test(self, runner) -> None:
         """Check that the text is for the classes of the test set.
@@ -317,24 +320,24 @@ class PromptLearnerHook(Hook):
         check_classes(unwrap(runner.model), runner.test_dataloader.dataset)
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Write the learned text into the checkpoint.
+        """Save the updated embeddings.
 
         Args:
             runner (Runner): The runner of the training process.
             checkpoint (dict): The checkpoint that is about to be written.
         """
-        _refresh(runner)
+        _update_embeddings(runner)
         for name, provider in text_providers(unwrap(runner.model)).items():
             checkpoint['state_dict'][f'{name}.class_embeddings'] = (
                 provider.class_embeddings.detach().cpu().clone())
 
-    # --------------------------------------------------------- plan, switch
-    def _plan_stage2(self, runner, model: nn.Module) -> None:
-        """Settle when stage 2 starts, what learns in it, and how fast."""
-        self.switch_iter = self._find_switch(runner)
-        self._factors = self._find_factors(model)
-        self._group_factors = self._find_group_factors(runner, model)
-        self._make_schedule(runner)
+    # ------------------------------------------------------ switch of stages
+    def _prepare_stage2(self, runner, model: nn.Module) -> None:
+        """Check and set when stage 2 starts, what it trains, and its rates."""
+        self.switch_iter = self._get_switch_iter(runner)
+        self._lr_factors = self._get_lr_factors(model)
+        self._group_factors = self._get_group_factors(runner, model)
+        self._build_schedulers(runner)
         if self.switch_iter == 0 and not self._loaded:
             print_log(
                 "Stage 2 without stage 1's weights: the whole run is stage 2, "
@@ -349,10 +352,18 @@ class PromptLearnerHook(Hook):
                 'wrapped for distributed training; add the line '
                 '`find_unused_parameters = True` to the config.')
 
-    def _find_switch(self, runner) -> int:
+    def _get_switch_iter(self, runner) -> int:
+        """Get the first iteration of stage 2."""
         switch = self.switch_at
         if isinstance(switch, float):
-            switch = round(switch * runner.max_iters)
+            wanted = round(switch * runner.max_iters)
+            # A fraction of a short run still leaves both stages something.
+            switch = min(max(wanted, 1), max(runner.max_iters - 1, 1))
+            if switch != wanted:
+                print_log(
+                    f'switch_at={self.switch_at} of {runner.max_iters} '
+                    f'iterations leaves one stage nothing: stage 2 starts at '
+                    f'iteration {switch}.', 'current', logging.WARNING)
         if switch >= runner.max_iters:
             raise ValueError(
                 f'stage 2 would start at iteration {switch}, but the run ends '
@@ -369,10 +380,66 @@ class PromptLearnerHook(Hook):
             switch = rounded
         return switch
 
-    def _find_factors(self, model: nn.Module) -> Dict[str, float]:
-        """Find what learns in stage 2, and the factors on its rates."""
-        # What is frozen from the start stays so, but for the text: of that
-        # the caller hears. STDC's boundary head has a constant parameter.
+    def _switch_stage(self, runner, stage: int) -> None:
+        """Freeze and unfreeze the parameters of the model for a stage."""
+        model = unwrap(runner.model)
+        if stage == 2:
+            # A checkpoint of a later iteration has been through the switch.
+            if self.load_best and runner.iter <= self.switch_iter:
+                self._load_best(runner, model)
+            _start_prompts(runner)
+            self._checksums = tower_checksums(model)
+            self._warn_if_nothing_is_deployed()
+            learned = set(self._lr_factors)
+        else:
+            for provider in text_providers(model).values():
+                provider.stop_learning()
+            learned = self._trainable - set(prompt_parameters(model))
+        # Only now that the optimizer has been built: MMEngine leaves out of
+        # it what is frozen before that.
+        for name, param in model.named_parameters():
+            param.requires_grad_(name in learned)
+            if name not in learned:
+                # A leftover gradient would still be applied.
+                param.grad = None
+        self._frozen_norms = [
+            module for module in model.modules()
+            if self.freeze_norm and isinstance(module, _BatchNorm) and not any(
+                p.requires_grad for p in module.parameters())
+        ]
+        self.stage = stage
+        follows = ''
+        if stage == 1 and self.switch_iter is not None:
+            follows = f'; stage 2 follows at iteration {self.switch_iter}'
+        print_log(
+            f'Stage {stage} of text-knowledge training from iteration '
+            f'{runner.iter}: {len(learned)} parameter tensors learn{follows}.',
+            'current')
+        if stage == 2:
+            print_log(f'Learning in stage 2: {sorted(learned)}', 'current')
+        self._log_text(runner)
+
+    def _warn_if_nothing_is_deployed(self) -> None:
+        """Warn if stage 2 trains only parameters that training alone has."""
+        if all('.text_branch.' in n or '.text_losses.' in n
+               or n.startswith('auxiliary_head.') for n in self._lr_factors):
+            print_log(
+                "In the role 'auxiliary' nothing that is deployed learns in "
+                'stage 2: name some of the network in `learn`, e.g. '
+                "{r'\\.text\\.': 1.0, 'backbone': 0.1}.", 'current',
+                logging.WARNING)
+
+    def _log_text(self, runner) -> None:
+        """Add stage and text statistics to the message hub."""
+        model, hub = unwrap(runner.model), runner.message_hub
+        hub.update_scalar('train/text_stage', self.stage)
+        _update_embeddings(runner, averaged=False)
+        for name, value in text_statistics(model).items():
+            hub.update_scalar(f'train/{name}', value)
+
+    # --------------------------------------------- learning rates of stage 2
+    def _get_lr_factors(self, model: nn.Module) -> Dict[str, float]:
+        """Get the parameters of stage 2, with factors on their rates."""
         names = [name for name, _ in model.named_parameters()]
         text = list(text_parameters(model))
         if self.learn is None:
@@ -392,6 +459,8 @@ class PromptLearnerHook(Hook):
                     f'parameter. Text parameters of this model are '
                     f'{sorted(text)}; '
                     f'network parameters look like {names[:3]}.')
+            # What is frozen from the start, such as a constant kernel of
+            # STDC, stays so; frozen text is reported by the group factors.
             own = [n for n in matches if n in self._trainable or n in text]
             for name in own or matches:
                 factors.setdefault(name, float(factor))
@@ -401,19 +470,19 @@ class PromptLearnerHook(Hook):
                              f'`learn` are 0, {self.learn}.')
         return factors
 
-    def _find_group_factors(self, runner, model: nn.Module) -> List[float]:
-        """Find the factors of the groups of the optimizer."""
-        wrapper, factors = runner.optim_wrapper, self._factors
+    def _get_group_factors(self, runner, model: nn.Module) -> List[float]:
+        """Get the factor of each parameter group of the optimizer."""
+        wrapper, factors = runner.optim_wrapper, self._lr_factors
         if isinstance(wrapper, OptimWrapperDict):
             raise ValueError(
                 'PromptLearnerHook supports one optimizer, but got '
                 f'{type(wrapper).__name__} with {list(wrapper.keys())}.')
         names = {id(param): name for name, param in model.named_parameters()}
-        known: Set[Optional[str]] = set()
-        found = []
+        optimized: Set[Optional[str]] = set()
+        group_factors = []
         for group in wrapper.param_groups:
             members = [names.get(id(param)) for param in group['params']]
-            known.update(members)
+            optimized.update(members)
             own = {factors[name] for name in members if name in factors}
             if len(own) > 1:
                 raise ValueError(
@@ -422,17 +491,17 @@ class PromptLearnerHook(Hook):
                     'each parameter a group of its own by adding to '
                     '`optim_wrapper`: paramwise_cfg=dict(custom_keys={'
                     "'.text.': dict(decay_mult=0.)}).")
-            found.append(own.pop() if own else 1.0)
-        lost = [n for n in factors if n not in known & self._trainable]
+            group_factors.append(own.pop() if own else 1.0)
+        lost = [n for n in factors if n not in optimized & self._trainable]
         if lost:
             raise ValueError(
                 f'stage 2 is to learn {lost[:5]}{"..." if lost[5:] else ""}, '
                 'but they are not in the optimizer or were frozen when it was '
                 'built. Do not freeze them yourself (the hook does), or leave '
                 'them out of `learn`.')
-        return found
+        return group_factors
 
-    def _make_schedule(self, runner) -> None:
+    def _build_schedulers(self, runner) -> None:
         """Build the schedulers of stage 2 on an optimizer of their own."""
         if any(cfg.get('by_epoch') for cfg in self.param_scheduler):
             raise ValueError('`param_scheduler` of PromptLearnerHook counts '
@@ -448,76 +517,30 @@ class PromptLearnerHook(Hook):
             dict(params=[nn.Parameter(torch.zeros(()))], lr=lr, initial_lr=lr)
             for lr in sorted(set(self._base_lrs))
         ]
-        self._scheduled, self._step = torch.optim.SGD(groups, lr=0.), 0
+        self._optimizer, self._step = torch.optim.SGD(groups, lr=0.), 0
         length = runner.max_iters - self.switch_iter
         self._schedulers = [
             PARAM_SCHEDULERS.build(
                 dict(cfg, by_epoch=False, end=cfg.get('end', length)),
-                default_args=dict(optimizer=self._scheduled))
+                default_args=dict(optimizer=self._optimizer))
             for cfg in self.param_scheduler
         ]
 
-    def _scheduled_lrs(self, step: int) -> List[float]:
-        """Get the rates at an iteration of stage 2, for each group."""
-        # A resumed run steps through what lies behind it, which takes seconds
-        # for 100,000 iterations and needs no state in a checkpoint.
+    def _stage2_lrs(self, step: int) -> List[float]:
+        """Get the rate of each group at an iteration of stage 2."""
+        # A resumed run repeats the steps before it, which takes seconds for
+        # 100,000 iterations and needs no state in a checkpoint.
         while self._step < step:
-            self._scheduled.step()
+            self._optimizer.step()
             for scheduler in self._schedulers:
                 scheduler.step()
             self._step += 1
-        now = {g['initial_lr']: g['lr'] for g in self._scheduled.param_groups}
-        return [now[lr] for lr in self._base_lrs]
+        lrs = {g['initial_lr']: g['lr'] for g in self._optimizer.param_groups}
+        return [lrs[base] for base in self._base_lrs]
 
-    def _enter(self, runner, stage: int) -> None:
-        """Bring the model into a stage."""
-        model = unwrap(runner.model)
-        if stage == 2:
-            # A checkpoint of a later iteration has been through the switch.
-            if self.load_best and runner.iter <= self.switch_iter:
-                self._load_best(runner, model)
-            _start_text(runner)
-            self._checksums = tower_checksums(model)
-            self._warn_if_idle()
-            learns = set(self._factors)
-        else:
-            for provider in text_providers(model).values():
-                provider.stop_learning()
-            learns = self._trainable - set(prompt_parameters(model))
-        # Only now that the optimizer has been built: MMEngine leaves what is
-        # frozen before that out of it.
-        for name, param in model.named_parameters():
-            param.requires_grad_(name in learns)
-            if name not in learns:
-                # A leftover gradient would still be applied.
-                param.grad = None
-        self._frozen_norms = [
-            module for module in model.modules()
-            if self.freeze_norm and isinstance(module, _BatchNorm) and not any(
-                p.requires_grad for p in module.parameters())
-        ]
-        self.stage = stage
-        follows = ''
-        if stage == 1 and self.switch_iter is not None:
-            follows = f'; stage 2 follows at iteration {self.switch_iter}'
-        print_log(
-            f'Stage {stage} of text-knowledge training from iteration '
-            f'{runner.iter}: {len(learns)} parameter tensors learn{follows}.',
-            'current')
-        if stage == 2:
-            print_log(f'Learning in stage 2: {sorted(learns)}', 'current')
-        self._log_text(runner)
-
-    def _warn_if_idle(self) -> None:
-        if all('.text_branch.' in n or '.text_losses.' in n
-               or n.startswith('auxiliary_head.') for n in self._factors):
-            print_log(
-                "In the role 'auxiliary' nothing that is deployed learns in "
-                'stage 2: name some of the network in `learn`, e.g. '
-                "{r'\\.text\\.': 1.0, 'backbone': 0.1}.", 'current',
-                logging.WARNING)
-
+    # ------------------------------------------- best checkpoint of stage 1
     def _check_load_best(self, runner) -> None:
+        """Check that stage 1 will save one best checkpoint."""
         hook, loop = _checkpoint_hook(runner), runner.train_loop
         if hook is None or len(hook.save_best or []) != 1:
             raise ValueError(
@@ -535,7 +558,7 @@ class PromptLearnerHook(Hook):
                 f'{self.switch_iter}. Lower `val_interval`.')
 
     def _load_best(self, runner, model: nn.Module) -> None:
-        """Start stage 2 as a run from the best checkpoint would start."""
+        """Load the best checkpoint of stage 1 and reset the optimizer."""
         hook, loop = _checkpoint_hook(runner), runner.train_loop
         if self.stage == 0 and runner.iter >= loop.val_begin and (
                 runner.iter % loop.val_interval == 0):
@@ -562,76 +585,62 @@ class PromptLearnerHook(Hook):
             runner.message_hub.pop_info(key)
         print_log(
             f'Stage 2 starts from the best checkpoint of stage 1, {path}, '
-            'with a fresh state of the optimizer.', 'current')
-
-    def _log_text(self, runner) -> None:
-        """Put stage, scale, cosines and drift where loggers find them."""
-        model, hub = unwrap(runner.model), runner.message_hub
-        hub.update_scalar('train/text_stage', self.stage)
-        for provider in text_providers(model).values():
-            if provider.learning:
-                provider.refresh()
-        for name, value in text_statistics(model).items():
-            hub.update_scalar(f'train/{name}', value)
+            'with a new state of the optimizer.', 'current')
 
 
-def _schedulers_of(type: str = 'constant',
-                   warmup_iters: int = 0) -> List[dict]:
-    """Translate the deprecated ``schedule``."""
-    known = dict(
-        constant=[],
-        cosine=[dict(type='CosineAnnealingLR', eta_min=0.)],
-        poly=[dict(type='PolyLR', power=0.9, eta_min=0.)])
-    if type not in known or warmup_iters < 0:
+def _convert_schedule(type: str = 'constant',
+                      warmup_iters: int = 0) -> List[dict]:
+    """Convert the deprecated ``schedule`` to configs of schedulers."""
+    if type not in SCHEDULES or warmup_iters < 0:
         raise ValueError(f'unknown schedule {type!r} for stage 2, or a '
                          f'negative `warmup_iters`: {warmup_iters}.')
-    if warmup_iters > 1:
-        known[type].append(
-            dict(
-                type='LinearLR',
-                start_factor=1 / warmup_iters,
-                end=warmup_iters))
-    return known[type]
+    warmup = dict(
+        type='LinearLR',
+        start_factor=1 / max(warmup_iters, 1),
+        end=warmup_iters)
+    return SCHEDULES[type] + [warmup] * (warmup_iters > 1)
 
 
 def _checkpoint_hook(runner) -> Optional[CheckpointHook]:
+    """Get the checkpoint hook of a run, if there is one."""
     return next((h for h in runner.hooks if isinstance(h, CheckpointHook)),
                 None)
 
 
 def _ema_models(runner) -> List[BaseAveragedModel]:
-    """Get the averaged model that EMAHook keeps, if there is one."""
+    """Get the averaged models of all EMAHooks."""
     return [
         hook.ema_model for hook in runner.hooks
         if isinstance(hook, EMAHook) and hasattr(hook, 'ema_model')
     ]
 
 
-def _start_text(runner) -> None:
-    """Let the text learn, also that of averaged models."""
+def _start_prompts(runner) -> None:
+    """Let the prompts learn, those of averaged models included."""
     averages = [text_providers(ema.module) for ema in _ema_models(runner)]
     for name, provider in text_providers(unwrap(runner.model)).items():
-        fresh = not getattr(provider, 'started', True)
+        first_time = not getattr(provider, 'started', True)
         provider.start_learning()
         for average in averages:
             average[name].start_learning()
-            if fresh:
-                # Averages of prompts begin where the prompts do.
+            if first_time:
+                # The average starts from the initial prompts.
                 average[name].load_state_dict(provider.state_dict())
 
 
-def _refresh(runner) -> None:
-    """Bring learned embeddings up to date, also those of averaged models."""
-    for model in [unwrap(runner.model), *_ema_models(runner)]:
+def _update_embeddings(runner, averaged: bool = True) -> None:
+    """Recompute learned embeddings, those of averaged models included."""
+    models = [unwrap(runner.model), *(_ema_models(runner) if averaged else [])]
+    for model in models:
         for provider in text_providers(model).values():
             if provider.learning:
                 provider.refresh()
 
 
-def _swap_text(runner) -> None:
-    """Let the embeddings follow the parameters that EMAHook swaps.
+def _swap_ema_embeddings(runner) -> None:
+    """Swap embeddings with the averaged model, as EMAHook swaps parameters.
 
-    With ``update_buffers=True`` it swaps buffers itself.
+    With ``update_buffers=True`` it swaps these buffers itself.
     """
     for ema in _ema_models(runner):
         if ema.update_buffers:

@@ -9,7 +9,7 @@ from mmseg_textkd.text import Vocabulary
 
 @HOOKS.register_module()
 class TeacherHook(Hook):
-    """See that a frozen teacher fits the data and stays as it is.
+    """Check that a frozen teacher fits the data and stays unchanged.
 
     Without it ``DistilledEncoderDecoder`` trains too, but only the number of
     classes is compared. A teacher of embeddings may have other classes, if
@@ -44,9 +44,9 @@ class TeacherHook(Hook):
             return
         classes = tuple(classes)
         if teacher.num_classes is None:
-            text = getattr(model.decode_head, 'text', None)
-            self._check_hidden(
-                teacher, [classes[k] for k in getattr(text, 'unseen', ())])
+            branch = getattr(model.decode_head, 'text_branch', None)
+            self._check_unseen(
+                teacher, [classes[k] for k in getattr(branch, 'unseen', ())])
         elif teacher.classes != classes:
             first = next(
                 (i for i, pair in enumerate(zip(teacher.classes, classes))
@@ -61,20 +61,20 @@ class TeacherHook(Hook):
                 'classes.')
 
     @staticmethod
-    def _check_hidden(teacher, hidden) -> None:
-        """Refuse a teacher that has been told of what is hidden."""
-        if not hidden:
+    def _check_unseen(teacher, unseen) -> None:
+        """Require a teacher that was not trained with unseen classes."""
+        if not unseen:
             return
         known = seen_classes(*(Vocabulary.from_spec(list(names))
-                               for names in (hidden, teacher.classes)))
+                               for names in (unseen, teacher.classes)))
         if any(known):
             raise ValueError(
                 f'The teacher {teacher.name} was trained with '
-                f'{[n for n, k in zip(hidden, known) if k]}, which are hidden '
-                'from the student (`unseen`). Take one that was not.')
+                f'{[n for n, k in zip(unseen, known) if k]}, which are unseen '
+                'by the student (`unseen`). Use another teacher.')
 
     def after_train(self, runner) -> None:
-        """Prove that the teacher is unchanged.
+        """Check that the teacher is unchanged.
 
         Args:
             runner (Runner): The runner of the training process.
@@ -84,4 +84,4 @@ class TeacherHook(Hook):
         """
         if unwrap(runner.model).teacher.checksum() != self._checksum:
             raise RuntimeError('the frozen teacher has changed during '
-                               'training; its knowledge cannot be trusted.')
+                               'training; what was distilled is not valid.')

@@ -1,7 +1,9 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import logging
-from typing import Any
+from typing import Any, Dict
 
+import torch.distributed as dist
+from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 # MMEngine's runner looks up the class in its own registry only.
@@ -13,7 +15,7 @@ from torch import nn
 class CPUDistributedDataParallel(MMDistributedDataParallel):
     """Distributed training of a model on CPUs.
 
-    Synchronised batch norm, which torch has on GPUs only, becomes plain batch
+    Synchronized batch norm, which torch has on GPUs only, becomes plain batch
     norm: each rank then normalizes by its own part of the batch.
 
     Args:
@@ -30,14 +32,37 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
                  broadcast_buffers: bool = False,
                  **kwargs: Any) -> None:
         # By name: there are torch's and mmcv's, and mmcv-lite has none.
-        synchronised = sum(
+        synchronized = sum(
             type(m).__name__ == 'SyncBatchNorm' for m in module.modules())
-        if synchronised:
+        if synchronized:
             module = revert_sync_batchnorm(module)
             print_log(
-                f'{synchronised} SyncBN layers became plain batch norm, as '
+                f'{synchronized} SyncBN layers became plain batch norm, as '
                 'SyncBN needs a GPU: each rank has statistics of its own, and '
                 'rank 0 saves its own.', 'current', logging.WARNING)
         kwargs['device_ids'] = None
         super().__init__(
             module=module, broadcast_buffers=broadcast_buffers, **kwargs)
+
+
+def join_cpu_ranks(cfg: Config) -> Dict[str, Any]:
+    """Initialize the process group of distributed training on CPUs.
+
+    MMEngine would require a CUDA device for each process that torchrun has
+    started, unless the process group, here over gloo, exists before.
+
+    Args:
+        cfg (Config): The config of the run.
+
+    Returns:
+        dict: Options to merge into the config: how to wrap the model. Empty
+        if the config has its own ``model_wrapper_cfg``.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group('gloo')
+    if cfg.get('model_wrapper_cfg'):
+        return {}
+    return dict(
+        model_wrapper_cfg=dict(
+            type='CPUDistributedDataParallel',
+            find_unused_parameters=cfg.get('find_unused_parameters', False)))

@@ -10,7 +10,7 @@ from torch import nn
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(OptimWrapper):
-    """Mixed precision on a CPU: bfloat16, as autocast has it there.
+    """Optimizer wrapper of mixed precision (bfloat16) on CPUs.
 
     MMEngine's ``AmpOptimWrapper`` insists on a GPU. bfloat16 has the range
     of float32, so the loss is not scaled and the state of the optimizer is

@@ -9,7 +9,7 @@ from ..layers import TextBranch, TextClassifier
 
 def branch_type(name: Optional[str], role: str,
                 fusion: Optional[dict]) -> type:
-    """Find the class of a head's text branch.
+    """Get the class of a head's text branch.
 
     Args:
         name (str, optional): The ``type`` that ``text_branch`` names.

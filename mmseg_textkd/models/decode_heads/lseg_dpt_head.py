@@ -12,7 +12,7 @@ STRIDES = (4, 8, 16, 32)
 
 @MODELS.register_module()
 class LSegDPTHead(TextDPTHead):
-    """DPT's decoder as LSeg has it: nothing between it and the text.
+    """DPT head of LSeg, whose features are projected without a fusion conv.
 
     It is ``TextDPTHead`` (readout projection, four fusion blocks) with three
     differences, which the weights of LSeg's authors need:

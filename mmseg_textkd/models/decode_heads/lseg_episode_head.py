@@ -11,7 +11,7 @@ from .lseg_dpt_head import LSegDPTHead
 
 @MODELS.register_module()
 class LSegEpisodeHead(LSegDPTHead):
-    """LSeg's head for few-shot work: one class of each image, or the others.
+    """Head of LSeg for few-shot episodes, with one class for each image.
 
     The text has a row for 'others' and one for each class; which one is asked
     for is the ``class_id`` of an image (:class:`EpisodeDataset`), k for row
@@ -73,7 +73,7 @@ class LSegEpisodeHead(LSegDPTHead):
 
     @contextmanager
     def _episode(self, metas: List[dict]) -> Iterator[None]:
-        """Ask for the classes of some images.
+        """Set the classes of a batch of images.
 
         Raises:
             KeyError: If an image has no class.
@@ -89,7 +89,7 @@ class LSegEpisodeHead(LSegDPTHead):
         rows = self.text_branch.text.num_classes
         if not all(0 <= k < rows - 1 for k in classes):
             raise ValueError(f'the text has the others and {rows - 1} classes,'
-                             f' but the images ask for {classes}.')
+                             f' but the images have {classes}.')
         self.text_branch.episode = torch.tensor(classes)
         try:
             yield

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @MODELS.register_module()
 class ScoreMapHead(BaseDecodeHead):
-    r"""Alignment loss on a score map: a head without parameters.
+    r"""Auxiliary head of the alignment loss on a score map.
 
     Its logits are the scores divided by the temperature. They are resized to
     the labels and compared with them by the losses and the sampler of any

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""What text must know of the stock head that it comes into."""
+"""Checks of the stock head that receives text."""
 from typing import List, Optional, Union
 
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def check_stock_head(head: BaseDecodeHead) -> None:
-    """Refuse a head in which text cannot take the classifier's place.
+    """Require a head whose classifier can be replaced.
 
     Args:
         head (BaseDecodeHead): The head, with its own ``conv_seg``.
@@ -32,7 +32,7 @@ def check_stock_head(head: BaseDecodeHead) -> None:
 
 
 def foldable_norm_cfg(norm_cfg: Optional[dict]) -> Optional[dict]:
-    """Give the head's own norm if it folds, else None.
+    """Get the config of the head's norm if it is a batch norm.
 
     Args:
         norm_cfg (dict, optional): Config of the norm of the head.
@@ -48,7 +48,7 @@ def foldable_norm_cfg(norm_cfg: Optional[dict]) -> Optional[dict]:
 
 def init_without_conv_seg(
         cfgs: Union[dict, List[dict], None]) -> Optional[List[dict]]:
-    """Keep the stock init of ``conv_seg`` away from the text branch.
+    """Remove the initialization of ``conv_seg`` from an ``init_cfg``.
 
     It would also hit the batch norm, whose gain it would make 0.01.
 

@@ -7,7 +7,7 @@ from .text_head_mixin import TextHeadMixin
 
 @MODELS.register_module()
 class TextDDRHead(TextHeadMixin, DDRHead):
-    """``DDRHead`` that learns with text, in its context branch: for DDRNet.
+    """``DDRHead`` with text in its context branch, for DDRNet.
 
     All other arguments and behavior are those of the stock head; see
     :class:`TextHeadMixin` for what text adds.

@@ -7,7 +7,7 @@ from .text_head_mixin import TextHeadMixin
 
 @MODELS.register_module()
 class TextDepthwiseSeparableFCNHead(TextHeadMixin, DepthwiseSeparableFCNHead):
-    """``DepthwiseSeparableFCNHead`` that learns with text: for Fast-SCNN.
+    """``DepthwiseSeparableFCNHead`` with text, for Fast-SCNN.
 
     All other arguments and behavior are those of the stock head; see
     :class:`TextHeadMixin` for what text adds.

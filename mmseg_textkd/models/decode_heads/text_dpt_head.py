@@ -7,7 +7,7 @@ from .text_head_mixin import TextHeadMixin
 
 @MODELS.register_module()
 class TextDPTHead(TextHeadMixin, DPTHead):
-    """``DPTHead`` that learns with text: with a ViT, the network of LSeg.
+    """``DPTHead`` with text; with a ViT, the network of LSeg.
 
     LSeg's head is this one with
     ``text_branch=dict(norm='l2', bias=False, regularization=dict())``, which

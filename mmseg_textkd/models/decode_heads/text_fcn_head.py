@@ -7,7 +7,7 @@ from .text_head_mixin import TextHeadMixin
 
 @MODELS.register_module()
 class TextFCNHead(TextHeadMixin, FCNHead):
-    """``FCNHead`` that learns with text.
+    """``FCNHead`` with text.
 
     It is the head of BiSeNetV1, BiSeNetV2, STDC, CGNet, ERFNet and ICNet.
 

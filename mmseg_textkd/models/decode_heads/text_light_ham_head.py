@@ -7,7 +7,7 @@ from .text_head_mixin import TextHeadMixin
 
 @MODELS.register_module()
 class TextLightHamHead(TextHeadMixin, LightHamHead):
-    """``LightHamHead`` that learns with text: for SegNeXt.
+    """``LightHamHead`` with text, for SegNeXt.
 
     All other arguments and behavior are those of the stock head; see
     :class:`TextHeadMixin` for what text adds.

@@ -7,7 +7,7 @@ from .text_head_mixin import TextHeadMixin
 
 @MODELS.register_module()
 class TextPIDHead(TextHeadMixin, PIDHead):
-    """``PIDHead`` that learns with text, in its integral branch: for PIDNet.
+    """``PIDHead`` with text in its integral branch, for PIDNet.
 
     All other arguments and behavior are those of the stock head; see
     :class:`TextHeadMixin` for what text adds.

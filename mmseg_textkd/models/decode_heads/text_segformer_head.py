@@ -7,7 +7,7 @@ from .text_head_mixin import TextHeadMixin
 
 @MODELS.register_module()
 class TextSegformerHead(TextHeadMixin, SegformerHead):
-    """``SegformerHead`` that learns with text: for SegFormer.
+    """``SegformerHead`` with text, for SegFormer.
 
     All other arguments and behavior are those of the stock head; see
     :class:`TextHeadMixin` for what text adds.

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Parts of DETR-like decoders, in plain PyTorch.
+"""Layers of DETR-like decoders in plain PyTorch.
 
 MMSegmentation has them only through MMDetection and its compiled operators.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class AttentionLayer(nn.Module):
-    """Attention, residual, layer norm.
+    """Attention layer with residual connection and layer norm.
 
     Args:
         dims (int): Width C.
@@ -32,7 +32,7 @@ class AttentionLayer(nn.Module):
                 context: Optional[Tensor] = None,
                 context_position: Optional[Tensor] = None,
                 mask: Optional[Tensor] = None) -> Tensor:
-        """Let tokens attend to others, or to themselves.
+        """Compute cross- or self-attention.
 
         Args:
             x (Tensor): Tokens with shape (N, Q, C).
@@ -59,7 +59,7 @@ class AttentionLayer(nn.Module):
 
 
 class DeformableAttention(nn.Module):
-    """Multi-scale deformable self-attention, residual, layer norm.
+    """Multi-scale deformable self-attention, with residual and layer norm.
 
     Each pixel looks, in each level and head, at a few points that it chooses
     beside its own place. Source: `Deformable DETR
@@ -87,7 +87,7 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.offsets.weight)
         nn.init.zeros_(self.weights.weight)
-        # The points lie on rays, one direction a head, 1, 2, ... pixels away.
+        # The points are on rays, one direction a head, 1, 2, ... pixels away.
         angle = 2 * math.pi * torch.arange(num_heads) / num_heads
         ray = torch.stack([angle.cos(), angle.sin()], dim=1)
         ray = ray / ray.abs().amax(dim=1, keepdim=True)
@@ -99,7 +99,7 @@ class DeformableAttention(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor,
                 sizes: Sequence[Tuple[int, int]]) -> Tensor:
-        """Let the pixels of all levels attend to each other.
+        """Compute self-attention over the pixels of all levels.
 
         Args:
             x (Tensor): Tokens of all levels, one after the other, shape
@@ -136,7 +136,7 @@ class DeformableAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, residual, layer norm.
+    """Feed-forward network with residual connection and layer norm.
 
     Args:
         dims (int): Width C.
@@ -181,7 +181,7 @@ def mlp(in_dims: int, hidden: int, out_dims: int, layers: int) -> nn.Module:
 
 
 def sine_position(size: Tuple[int, int], dims: int, like: Tensor) -> Tensor:
-    """Encode the places of a feature map by sines and cosines.
+    """Compute sine positional encodings of a feature map.
 
     Source: `DETR <https://arxiv.org/abs/2005.12872>`_, with coordinates in
     [0, 2π].
@@ -200,7 +200,7 @@ def sine_position(size: Tuple[int, int], dims: int, like: Tensor) -> Tensor:
     for side in size:
         place = torch.arange(1, side + 1, device=like.device) / side
         angle = 2 * math.pi * place[:, None] / wave
-        # Sine and cosine of a frequency lie side by side.
+        # Sine and cosine of a frequency are adjacent.
         axes.append(torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1))
     rows, columns = axes
     grid = torch.cat([
@@ -211,7 +211,7 @@ def sine_position(size: Tuple[int, int], dims: int, like: Tensor) -> Tensor:
 
 
 def xavier_init(module: nn.Module) -> None:
-    """Draw all matrices of a module as Glorot and Bengio do.
+    """Initialize all matrices of a module by Xavier's method.
 
     Args:
         module (nn.Module): The module.
@@ -222,7 +222,7 @@ def xavier_init(module: nn.Module) -> None:
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """Turn a map (N, C, h, w) into tokens.
+    """Flatten a map (N, C, h, w) to tokens.
 
     Args:
         x (Tensor): Features with shape (N, C, h, w).

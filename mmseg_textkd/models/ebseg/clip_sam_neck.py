@@ -8,13 +8,13 @@ from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from mmseg_textkd.clip.clip_features import CLIPFeatures
 from .attention_layers import (DeformableAttention, FeedForward, sine_position,
                                to_tokens)
-from .clip_features import CLIPFeatures
 
 
 class FusedFeatures(NamedTuple):
-    """What the head gets to see of a batch.
+    """Inputs of the head.
 
     Attributes:
         pixels (Tensor): Pixel features with shape (N, C, 4·h, 4·w), h and w
@@ -34,7 +34,7 @@ class FusedFeatures(NamedTuple):
 
 @MODELS.register_module()
 class CLIPSAMNeck(BaseModule):
-    """Add CLIP to a feature pyramid of SAM, and decode it to pixels.
+    """Neck that fuses features of SAM and CLIP, with a pixel decoder.
 
     Tokens of CLIP after three depths pass a layer norm and a 1x1 convolution
     and are added to SAM's features at strides 8, 16, 32 (`EBSeg
@@ -50,7 +50,7 @@ class CLIPSAMNeck(BaseModule):
         channels (int): Width C. Defaults to 256.
         num_layers (int): Number of layers of attention. Defaults to 6.
         num_heads (int): Their heads. Defaults to 8.
-        num_points (int): Points that a head looks at in each level. Defaults
+        num_points (int): Sampling points of a head in each level. Defaults
             to 4.
         feedforward (int): Their inner width. Defaults to 1024.
         norm_cfg (dict): Config of the norms. Defaults to GN of 32 groups.
@@ -131,7 +131,7 @@ class CLIPSAMNeck(BaseModule):
                 self.pixel_conv(pixels), levels, clip, tuple(image))
 
     def _encode(self, maps: Sequence[Tensor]) -> List[Tensor]:
-        """Let the pixels of all levels attend to each other, coarse first."""
+        """Encode all levels, coarse first, by deformable attention."""
         sizes = [tuple(x.shape[2:]) for x in maps]
         tokens = torch.cat([to_tokens(x) for x in maps], dim=1)
         position = torch.cat([

@@ -51,7 +51,7 @@ class EBSeg(EncoderDecoder):
                 'one CLIP model.')
 
     def extract_feat(self, inputs: Tensor) -> FusedFeatures:
-        """Run both frozen towers and fuse them.
+        """Run both frozen encoders and fuse their features.
 
         Args:
             inputs (Tensor): Preprocessed images, shape (N, 3, H, W).
@@ -73,7 +73,7 @@ class EBSeg(EncoderDecoder):
                     classes: Union[VocabularySpec, TextEmbeddings, None],
                     templates: Any = 'vild',
                     tower: Optional[Mapping] = None) -> None:
-        """Ask for other classes, without training.
+        """Set the classes of inference, without training.
 
         Args:
             classes (VocabularySpec | TextEmbeddings, optional): Class names
@@ -102,7 +102,7 @@ class EBSeg(EncoderDecoder):
 
     @torch.no_grad()
     def pixel_embeddings(self, inputs: Tensor) -> Tensor:
-        """Embed each pixel in the space of the text, as a teacher does.
+        """Compute pixel embeddings in the space of the text.
 
         The embeddings B of all masks, averaged at each pixel by how much it
         is in them.
@@ -117,7 +117,7 @@ class EBSeg(EncoderDecoder):
             self.decode_head.embed_masks(self.extract_feat(inputs)))
 
     def pixel_text_similarity(self, inputs: Tensor) -> Tensor:
-        """Compare each pixel with the text of the current classes.
+        """Compute the cosines of each pixel with the text of the classes.
 
         Args:
             inputs (Tensor): Preprocessed images, shape (N, 3, H, W).
@@ -130,7 +130,7 @@ class EBSeg(EncoderDecoder):
 
 
 def _padded(pixels: Tensor, tower: FrozenTower) -> Tensor:
-    """Pad images with what a tower takes for 0."""
+    """Pad images with the mean of an encoder, which normalizes to 0."""
     size = pixels.shape[2:]
     height, width = (p - s for p, s in zip(padded_size(size), size))
     if not height and not width:

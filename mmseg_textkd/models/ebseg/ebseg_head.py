@@ -21,7 +21,7 @@ from .switchable_text import SwitchableText
 
 @MODELS.register_module()
 class EBSegHead(BaseModule):
-    r"""Masks with three embeddings each, compared with text (EBSeg).
+    r"""Mask classification head of EBSeg with three embeddings for each mask.
 
     A, fully supervised: pixel features pooled by the mask, plus the query,
     through a perceptron, of a learned length. B: class tokens of frozen CLIP
@@ -100,7 +100,7 @@ class EBSegHead(BaseModule):
         self.criterion = MODELS.build(loss)
 
     def set_classes(self, embeddings: Optional[TextEmbeddings]) -> None:
-        """Take other classes for inference.
+        """Set the classes of inference.
 
         Args:
             embeddings (TextEmbeddings, optional): Text embeddings of the
@@ -115,7 +115,7 @@ class EBSegHead(BaseModule):
     def embed_masks(self,
                     inputs: FusedFeatures,
                     size: Optional[Tuple[int, int]] = None) -> MaskEmbeddings:
-        """Find masks and embed each in three ways, for inference.
+        """Predict masks and their three embeddings, for inference.
 
         Args:
             inputs (FusedFeatures): Features of the neck.
@@ -131,7 +131,7 @@ class EBSegHead(BaseModule):
 
     def classify(self, embeddings: Tensor, text: Tensor,
                  scale: float) -> Tensor:
-        """Compare embeddings with text and with "no object".
+        """Compute logits of embeddings for text and "no object".
 
         Args:
             embeddings (Tensor): Shape (N, Q, D).

@@ -7,14 +7,13 @@ from mmengine.dist import all_reduce
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ..losses.mask_structure_loss import mask_structure_loss
 from .mask_matching import MaskTargets, mask_targets, match_masks
 
 Matches = List[Tuple[Tensor, Tensor]]
 
 
 class LayerPrediction(NamedTuple):
-    """What one decoder layer says.
+    """Predictions of one decoder layer.
 
     Attributes:
         logits (Tensor): Class logits by embedding A, shape (N, Q, K + 1).
@@ -29,7 +28,7 @@ class LayerPrediction(NamedTuple):
 
 @MODELS.register_module()
 class EBSegLoss(nn.Module):
-    """All losses of EBSeg on matched queries.
+    """Losses of EBSeg on matched queries.
 
     On every decoder layer: cross entropies of the classes by embeddings A and
     B, binary cross entropy and dice of the matched masks. On the last layer
@@ -130,7 +129,7 @@ class EBSegLoss(nn.Module):
 
     def _class_loss(self, logits: Tensor, targets: List[MaskTargets],
                     matches: Matches) -> Tensor:
-        """Cross entropy; queries without a mask are to say "no object"."""
+        """Cross entropy, with "no object" as target of unmatched queries."""
         num_classes = logits.shape[2] - 1
         wanted = torch.full(
             logits.shape[:2], num_classes, device=logits.device)
@@ -163,5 +162,39 @@ class EBSegLoss(nn.Module):
 
 
 def _float(x: Tensor) -> Tensor:
-    """Float32, or wider where it is."""
+    """Convert to float32, or keep a wider type."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def mask_structure_loss(embeddings: Sequence[Tensor],
+                        texts: Sequence[Tensor]) -> Tensor:
+    r"""Semantic structure consistency over the masks of each image.
+
+    .. math::
+        L = \frac{1}{N} \sum_n \frac{1}{G_n^2} \sum_{i,j}
+        (\langle e_i, e_j \rangle - \cos(t_i, t_j))^2
+
+    over the :math:`G_n` masks of image n. The embeddings keep their length,
+    so the diagonal draws it to 1. An image without masks counts as 0. In
+    float32 or wider.
+
+    Source: `EBSeg <https://arxiv.org/abs/2406.09829>`_, the SSC loss.
+
+    Args:
+        embeddings (Sequence[Tensor]): For each of N images the embeddings of
+            the matched queries, shape (G, D).
+        texts (Sequence[Tensor]): For each image the text embeddings of their
+            true classes, shape (G, D).
+
+    Returns:
+        Tensor: Scalar; 0 with a graph if no image has a mask.
+    """
+    total = 0.
+    for own, text in zip(embeddings, texts):
+        dtype = torch.promote_types(own.dtype, torch.float32)
+        with torch.autocast(own.device.type, enabled=False):
+            own, text = own.to(dtype), F.normalize(text.to(dtype), dim=1)
+            error = (own @ own.T - text @ text.T)**2
+            # Without masks the sum is an empty one: 0, with a graph.
+            total = total + error.sum() / max(len(own), 1)**2
+    return total / len(embeddings)

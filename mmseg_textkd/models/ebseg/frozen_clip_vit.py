@@ -5,19 +5,21 @@ import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_textkd.clip.loading import load_visual
+from mmseg_textkd.clip import ImageTower
+from mmseg_textkd.clip.clip_features import CLIPFeatures, encode_image
 from mmseg_textkd.clip.weights import PathLike
-from .clip_features import CLIPFeatures, encode_image
 from .frozen_tower import FrozenTower
 
 
 @MODELS.register_module()
 class FrozenCLIPViT(FrozenTower):
-    """CLIP's image tower, of which only the positional embedding learns.
+    """Frozen CLIP image encoder with a learnable positional embedding.
 
-    It sees the image at a fraction of its size, with the positional embedding
-    interpolated. Source: `EBSeg <https://arxiv.org/abs/2406.09829>`_. The
-    sizes of the tower must be given, and are checked when it is loaded.
+    Its input is the image at a fraction of its size, with the positional
+    embedding interpolated. The sizes of the tower must be given, and are
+    checked when it is loaded.
+
+    Source: `EBSeg <https://arxiv.org/abs/2406.09829>`_.
 
     Args:
         model (str): ``'toyclip'``, an architecture of open_clip, ``hf-hub:``
@@ -72,14 +74,14 @@ class FrozenCLIPViT(FrozenTower):
         Returns:
             nn.Module: The tower, with CLIP's factor as ``clip_scale``.
         """
-        network, _, scale = load_visual(self.model, self.pretrained,
-                                        self.cache_dir)
+        tower = ImageTower(self.model, self.pretrained, self.cache_dir)
+        network = tower.visual
         self._check(network)
-        network.clip_scale = scale
+        network.clip_scale = tower.logit_scale
         return network
 
     def _check(self, network: nn.Module) -> None:
-        """Refuse a tower of another kind or other sizes than said."""
+        """Require a plain ViT of the configured sizes."""
         blocks = getattr(
             getattr(network, 'transformer', None), 'resblocks', ())
         plain = len(blocks) and all(
@@ -109,8 +111,8 @@ class FrozenCLIPViT(FrozenTower):
             pixels (Tensor): RGB in [0, 255], shape (N, 3, H, W).
             cover (bool): Whether the patches are to cover all of the image,
                 which is stretched to whole patches then, with antialiasing.
-                EBSeg lets go of what is less than a patch, and resizes
-                without. Defaults to False.
+                EBSeg drops what is less than a patch, and resizes without
+                antialiasing. Defaults to False.
 
         Returns:
             CLIPFeatures: Tokens of all depths, with gradient to the

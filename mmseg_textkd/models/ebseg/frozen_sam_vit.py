@@ -17,7 +17,7 @@ NORM = partial(nn.LayerNorm, eps=1e-6)
 
 @MODELS.register_module()
 class FrozenSAMViT(FrozenTower):
-    """The image encoder of Segment Anything, through timm, without its neck.
+    """Frozen image encoder of Segment Anything, through timm.
 
     It gives what its four blocks of global attention do, resized to a
     pyramid; of its weights only the positional embedding learns. Sources:
@@ -171,7 +171,7 @@ class FrozenSAMViT(FrozenTower):
 
 def _without_neck(state: Dict[str, Tensor],
                   network: nn.Module) -> Dict[str, Tensor]:
-    """Bring any file of SAM to timm's names, without the encoder's neck."""
+    """Convert the keys of a checkpoint of SAM to timm's, without the neck."""
     from timm.models.vision_transformer_sam import checkpoint_filter_fn
     return {
         k: v

@@ -6,24 +6,24 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmseg_textkd.text.checksum import checksum
+from mmseg_textkd.utils.checkpoint import checksum
 
 
-class _Keeper:
-    """Hold a network out of sight of ``nn.Module``; copies share it."""
+class _Unregistered:
+    """Holder of a network outside the module tree; copies share it."""
 
     def __init__(self) -> None:
         self.network: Optional[nn.Module] = None
 
-    def __deepcopy__(self, memo: Dict[int, Any]) -> '_Keeper':
+    def __deepcopy__(self, memo: Dict[int, Any]) -> '_Unregistered':
         return self
 
 
 class FrozenTower(BaseModule, metaclass=ABCMeta):
-    """A pre-trained image encoder, of which only the position is trained.
+    """Base of frozen image encoders with a learnable positional embedding.
 
-    Its positional embedding is a parameter here, which starts from the
-    network's own. The network is no part of the module tree: it is in no
+    The positional embedding is a parameter, initialized from that of the
+    network. The network is no part of the module tree: it is in no
     optimizer, no checkpoint and no broadcast of distributed training, and an
     averaged model shares it. It is loaded by :meth:`init_weights`, or on first
     use in inference, so that building needs neither its library nor its
@@ -38,7 +38,7 @@ class FrozenTower(BaseModule, metaclass=ABCMeta):
             the optimizer by then.
     """
 
-    # What the positional embedding is called in the network.
+    # Name of the positional embedding in the network.
     position_name = 'positional_embedding'
 
     def __init__(self, mean: Sequence[float], std: Sequence[float],
@@ -49,7 +49,7 @@ class FrozenTower(BaseModule, metaclass=ABCMeta):
                 name,
                 torch.tensor(value, dtype=torch.float).view(-1, 1, 1),
                 persistent=False)
-        self._keeper = _Keeper()
+        self._holder = _Unregistered()
         self.positional_embedding = nn.Parameter(torch.zeros(*position))
         self._filled = False
 
@@ -64,19 +64,19 @@ class FrozenTower(BaseModule, metaclass=ABCMeta):
     @property
     def network(self) -> nn.Module:
         """nn.Module: The frozen network, loaded on first use."""
-        if self._keeper.network is None:
+        if self._holder.network is None:
             network = self.load_network()
-            self._keeper.network = network.requires_grad_(False).eval()
+            self._holder.network = network.requires_grad_(False).eval()
         if not self._filled:
             with torch.no_grad():
                 self.positional_embedding.copy_(
-                    getattr(self._keeper.network, self.position_name))
+                    getattr(self._holder.network, self.position_name))
             self._filled = True
-        return self._keeper.network
+        return self._holder.network
 
     def _load_from_state_dict(self, state_dict, prefix, *args,
                               **kwargs) -> None:
-        """Note that a checkpoint has filled the positional embedding."""
+        """Load the positional embedding in place of the network's."""
         value = state_dict.get(prefix + 'positional_embedding')
         if value is not None and (value.shape
                                   == self.positional_embedding.shape):
@@ -84,12 +84,12 @@ class FrozenTower(BaseModule, metaclass=ABCMeta):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def init_weights(self) -> None:
-        """Load the network, so that what is missing is missed at once."""
+        """Load the network, so that missing weights are reported at once."""
         super().init_weights()
         self.network
 
     def network_for(self, pixels: Tensor) -> nn.Module:
-        """Get the network where the images are.
+        """Get the network on the device and of the dtype of the images.
 
         Args:
             pixels (Tensor): Images with shape (N, 3, H, W).
@@ -104,7 +104,7 @@ class FrozenTower(BaseModule, metaclass=ABCMeta):
         return network
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Bring images to the mean and deviation of the network.
+        """Normalize images for the network.
 
         Args:
             pixels (Tensor): RGB in [0, 255], shape (N, 3, H, W).

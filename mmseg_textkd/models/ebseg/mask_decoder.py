@@ -11,7 +11,7 @@ from .attention_layers import (AttentionLayer, FeedForward, mlp, sine_position,
 
 
 class DecodedMasks(NamedTuple):
-    """Queries and masks of one layer.
+    """Queries and masks after one decoder layer.
 
     Attributes:
         queries (Tensor): Normed queries with shape (N, Q, C).
@@ -27,7 +27,7 @@ class DecodedMasks(NamedTuple):
 
 @MODELS.register_module()
 class MaskDecoder(BaseModule):
-    """Queries that find masks, by masked attention to the pixels.
+    """Transformer decoder of mask queries with masked attention.
 
     Source: `Mask2Former <https://arxiv.org/abs/2112.01527>`_, section 3.2.
 
@@ -94,7 +94,7 @@ class MaskDecoder(BaseModule):
         return decoded
 
     def _predict(self, query: Tensor, pixels: Tensor) -> DecodedMasks:
-        """Turn queries into masks."""
+        """Predict masks from queries."""
         query = self.norm(query)
         kernels = self.mask_embed(query)
         masks = kernels @ pixels.flatten(2)
@@ -102,7 +102,7 @@ class MaskDecoder(BaseModule):
                             masks.unflatten(2, pixels.shape[2:]))
 
     def _outside(self, masks: Tensor, level: Tensor) -> Tensor:
-        """Where queries must not look: outside their masks."""
+        """Get the attention mask of each query, True outside its mask."""
         masks = F.interpolate(
             masks.detach(),
             level.shape[2:],

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from mmseg_textkd.clip.clip_features import CLIPFeatures
 from .attention_layers import mlp
-from .clip_features import CLIPFeatures
 from .mask_decoder import DecodedMasks
 
 
@@ -33,7 +33,7 @@ class MaskEmbeddings(NamedTuple):
 
 
 class MaskEmbedder(BaseModule):
-    """The three embeddings of a mask (EBSeg's AdaB decoder).
+    """Three embeddings of each mask (AdaB decoder of EBSeg).
 
     Source: `EBSeg <https://arxiv.org/abs/2406.09829>`_.
 
@@ -96,7 +96,7 @@ class MaskEmbedder(BaseModule):
         ]
 
     def _attention_bias(self, kernels: Tensor, hidden: Tensor) -> Tensor:
-        """What CLIP's attention logits get added, (N, heads, Q, pixels).
+        """Compute the bias of CLIP's attention logits, (N, heads, Q, pixels).
 
         Masks of other pixel features, those of a perceptron, for each head.
         Its last layer is multiplied by the kernels first: the features of all

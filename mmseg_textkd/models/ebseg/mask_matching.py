@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Ground-truth masks of semantic labels, and which query is to find which."""
+"""Ground-truth masks of label maps and their matching with queries."""
 from typing import NamedTuple, Sequence, Tuple
 
 import torch
@@ -26,7 +26,7 @@ def mask_targets(labels: Tensor,
                  size: Tuple[int, int],
                  num_classes: int,
                  ignore_index: int = 255) -> MaskTargets:
-    """Turn a label map into masks at the size of the predictions.
+    """Convert a label map to masks at the size of the predictions.
 
     Args:
         labels (Tensor): Long tensor with shape (H', W').
@@ -56,7 +56,7 @@ def mask_targets(labels: Tensor,
 
 def pairwise_mask_costs(logits: Tensor,
                         masks: Tensor) -> Tuple[Tensor, Tensor]:
-    """Compare all predicted with all true masks.
+    """Compute the matching costs of all predicted and true masks.
 
     Args:
         logits (Tensor): Mask logits with shape (Q, P).
@@ -82,7 +82,7 @@ def match_masks(
     targets: MaskTargets,
     weights: Sequence[float] = (2., 5., 5.)
 ) -> Tuple[Tensor, Tensor]:
-    """Assign queries to true masks so that the total cost is least.
+    """Match queries with true masks at the lowest total cost.
 
     Source: `DETR <https://arxiv.org/abs/2005.12872>`_, section 3.1, with the
     costs of `Mask2Former <https://arxiv.org/abs/2112.01527>`_.

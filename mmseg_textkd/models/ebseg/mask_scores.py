@@ -10,7 +10,7 @@ from .mask_embedder import MaskEmbeddings
 
 
 class MaskScores(nn.Module):
-    r"""Scores of classes at each pixel, from those of the masks.
+    r"""Scores of classes at each pixel from masks and their scores.
 
     :math:`\sum_q p_{qk} \sigma(m_q)`, the last step of the head, with mask
     logits that have been resized before. It has no parameters and is a module
@@ -27,7 +27,7 @@ class MaskScores(nn.Module):
         self.rows = rows
 
     def forward(self, found: MaskEmbeddings, classes: Tensor) -> Tensor:
-        """Sum up over the masks.
+        """Sum the scores over the masks.
 
         Args:
             found (MaskEmbeddings): The masks.
@@ -59,7 +59,7 @@ def fit_masks(found: MaskEmbeddings, size: Tuple[int, int]) -> Tensor:
 
 
 def pixel_embeddings(found: MaskEmbeddings) -> Tensor:
-    """Average the embeddings B of all masks by how much a pixel is in them.
+    """Average the embeddings B of all masks, weighted at each pixel.
 
     Args:
         found (MaskEmbeddings): The masks.

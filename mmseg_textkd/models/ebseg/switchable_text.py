@@ -13,7 +13,7 @@ from ..text_providers import ClassEmbeddings, TextProvider
 
 
 class SwitchableText(BaseModule):
-    """Text of the training, and other text at inference.
+    """Class embeddings of training, and replaceable ones of inference.
 
     Args:
         text (dict): Config of the :class:`TextProvider` of the training.
@@ -51,7 +51,7 @@ class SwitchableText(BaseModule):
         return (self.__dict__['other'] or self.trained).num_classes
 
     def switch(self, other: Optional[TextProvider]) -> None:
-        """Take other text for inference.
+        """Set the text provider of inference.
 
         Args:
             other (TextProvider, optional): The provider; None for that of
@@ -69,7 +69,7 @@ class SwitchableText(BaseModule):
         self.__dict__['other'] = other
 
     def set_classes(self, embeddings: Optional[TextEmbeddings]) -> None:
-        """Take other classes for inference.
+        """Set the classes of inference.
 
         Args:
             embeddings (TextEmbeddings, optional): Text embeddings of the
@@ -116,7 +116,7 @@ class SwitchableText(BaseModule):
 
 
 def _build(cfg: dict) -> TextProvider:
-    """Build a text provider, and nothing else."""
+    """Build a text provider."""
     provider = MODELS.build(cfg)
     if not isinstance(provider, TextProvider):
         raise TypeError('The text must be the config of a text provider, such '
@@ -126,7 +126,7 @@ def _build(cfg: dict) -> TextProvider:
 
 
 def _vocabulary(provider: TextProvider) -> Vocabulary:
-    """The names and phrases of a provider."""
+    """Get names and phrases of a provider."""
     record = getattr(provider, 'record', None)
     if record is not None:
         return Vocabulary(record.names, record.phrases)

@@ -12,7 +12,7 @@ from ..layers import (TextBranch, TextClassifier, TextFusion,
 
 @MODELS.register_module()
 class ContextAwareText(TextFusion):
-    r"""Text that has looked at the image, and its score map.
+    r"""Context-aware prompting of DenseCLIP, with its score map.
 
     A decoder lets the class embeddings attend to the features; what it finds
     is added with a small learned factor, and the pixels are compared with
@@ -110,7 +110,7 @@ class ContextAwareText(TextFusion):
                 torch.zeros(num_classes, num_classes))
 
     def forward(self, feat: Tensor, text: Tensor) -> Tensor:
-        """Let the text look at the image.
+        """Update the text by cross-attention to the image.
 
         Args:
             feat (Tensor): Features with shape (N, C, H, W).
@@ -136,7 +136,7 @@ class ContextAwareText(TextFusion):
         return text.to(dtype) + self.gamma.to(dtype) * gain
 
     def score(self, embeddings: Tensor, feat: Tensor, text: Tensor) -> Tensor:
-        """Compare the pixels with the text that has looked at them.
+        """Compute the score map of pixels and updated text.
 
         Args:
             embeddings (Tensor): Pixel embeddings, shape (N, D, H, W).
@@ -157,7 +157,7 @@ class ContextAwareText(TextFusion):
         """Classify each pixel with the score map as a further input.
 
         Args:
-            classifier (TextClassifier): The classifier that it lies in.
+            classifier (TextClassifier): The classifier that has it.
             feat (Tensor): Features with shape (N, C, H, W).
             text (Tensor): Class embeddings, shape (K, D) or (N, K, D).
 
@@ -177,11 +177,11 @@ class ContextAwareText(TextFusion):
         """Compute the cross entropy of the score map.
 
         Args:
-            branch (TextBranch): The branch that it lies in.
+            branch (TextBranch): The branch that has it.
             feat (Tensor): Features with shape (N, C, H, W).
             embeddings (Tensor): Pixel embeddings, shape (N, D, H, W).
             text (Tensor): Class embeddings, shape (K, D) or (N, K, D).
-            logits (Tensor): Not looked at.
+            logits (Tensor): Not used.
             labels (Tensor): Long tensor with shape (N, H, W).
             ignore_index (int): Label of the pixels that are left out.
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Attention of several heads, without projections.
+    """Multi-head attention without projections.
 
     Args:
         query (Tensor): Shape (N, Q, d).
@@ -27,7 +27,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
 
 
 class TwoWayBlock(BaseModule):
-    """Convolutions on a map, a transformer on tokens, a bridge either way.
+    """Block of convolutions and a transformer with bridges both ways.
 
     The tokens attend to the map, then to each other; the map goes through a
     convolution, then attends to the tokens. Everything is residual. Of
@@ -68,7 +68,7 @@ class TwoWayBlock(BaseModule):
         self.key_value = nn.Linear(width, 2 * width)
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tuple[Tensor, Tensor]:
-        """Let map and tokens go one step on.
+        """Update map and tokens.
 
         Args:
             pixels (Tensor): Map with shape (N, d, h, w).
@@ -87,5 +87,5 @@ class TwoWayBlock(BaseModule):
         pixels = self.conv(pixels)
         key, value = self.key_value(self.norm_told(tokens)).chunk(2, dim=2)
         flat = pixels.flatten(2).transpose(1, 2)
-        told = attend(flat, key, value, heads)
-        return pixels + told.transpose(1, 2).reshape(pixels.shape), tokens
+        update = attend(flat, key, value, heads)
+        return pixels + update.transpose(1, 2).reshape(pixels.shape), tokens

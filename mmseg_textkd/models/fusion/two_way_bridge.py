@@ -15,7 +15,7 @@ from .two_way_block import TwoWayBlock
 
 @MODELS.register_module()
 class TwoWayBridge(TextFusion):
-    r"""Convolutions and a text transformer side by side, bridged both ways.
+    r"""Fusion by convolutions and a text transformer with two-way bridges.
 
     A narrow copy v of the head's features and a token for each class go
     through ``num_blocks`` :class:`TwoWayBlock`. What comes out is added to
@@ -160,7 +160,7 @@ class TwoWayBridge(TextFusion):
         """Classify each pixel with the fusion.
 
         Args:
-            classifier (TextClassifier): The classifier that it lies in.
+            classifier (TextClassifier): The classifier that has it.
             feat (Tensor): Features with shape (N, C, H, W).
             text (Tensor): Class embeddings, shape (K, D) or (N, K, D).
 
@@ -183,7 +183,7 @@ class TwoWayBridge(TextFusion):
         """Compute the losses of ``use='training'``.
 
         Args:
-            branch (TextClassifier): The classifier that it lies in.
+            branch (TextClassifier): The classifier that has it.
             feat (Tensor): Features with shape (N, C, H, W).
             embeddings (Tensor): Pixel embeddings, shape (N, D, H, W).
             text (Tensor): Class embeddings, shape (K, D) or (N, K, D).
@@ -209,7 +209,7 @@ class TwoWayBridge(TextFusion):
 
     def divergence(self, teacher: Tensor, student: Tensor,
                    valid: Tensor) -> Tensor:
-        """Compare a student with its teacher by :func:`pixel_divergence`.
+        """Compute the distillation loss by :func:`pixel_divergence`.
 
         Args:
             teacher (Tensor): Logits with shape (N, K, H, W).

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def class_masks(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Mark the pixels of each class.
+    """Compute one-hot masks of the classes.
 
     A product with these masks sums over classes. Unlike a scattered sum it is
     the same in every run on a GPU.
@@ -27,7 +27,7 @@ def class_masks(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
 
 def class_means(values: Tensor, labels: Tensor, num_classes: int,
                 ignore_index: int) -> Tuple[Tensor, Tensor]:
-    """Average over the pixels of each class, image by image.
+    """Average over the pixels of each class in each image.
 
     Args:
         values (Tensor): Float tensor with shape (N, C, H, W).

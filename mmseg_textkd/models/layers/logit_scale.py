@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 class LogitScale(nn.Module):
-    r"""A positive factor on similarities, learned as its logarithm.
+    r"""Positive factor on similarities, learned as its logarithm.
 
     A fixed :math:`1/0.07` leaves a cross entropy that no network can remove,
-    because CLIP's class names lie close together; so it is learned by
-    default, and kept from running away as in CLIP.
+    because the embeddings of CLIP's class names are close together; so it is
+    learned by default, and kept from running away as in CLIP.
 
     Source: `Learning Transferable Visual Models From Natural Language
     Supervision <https://arxiv.org/abs/2103.00020>`_, section 2.5.

@@ -11,7 +11,7 @@ from .text_classifier import TextClassifier
 
 @MODELS.register_module()
 class LSegTextClassifier(TextClassifier):
-    """``TextClassifier`` that computes as the code of LSeg's authors does.
+    """``TextClassifier`` with the precision of the code of LSeg's authors.
 
     In evaluation mode pixel embeddings, text and products are rounded to half
     precision, as in their code. With 150 classes many products are then

@@ -12,7 +12,7 @@ NORMS = ('bn', 'l2', 'none')
 
 
 class PixelProjection(BaseModule):
-    """Bring the features of a head into the space of the text embeddings.
+    """Projection of a head's features to the space of the text embeddings.
 
     A 1x1 convolution C -> D and a norm. With batch normalization, which is an
     affine map in evaluation mode, everything up to the logits is affine in
@@ -81,7 +81,7 @@ class PixelProjection(BaseModule):
         return embedding
 
     def affine(self, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
-        r"""Get convolution and norm as the one affine map that they are.
+        r"""Get convolution and norm as one affine map.
 
         With :math:`g = \gamma / \sqrt{\sigma^2 + \epsilon}`:
         :math:`f \mapsto \mathrm{diag}(g) P f + g \odot (p_b - \mu) + \beta`,
@@ -109,7 +109,7 @@ class PixelProjection(BaseModule):
 
     @torch.no_grad()
     def fold(self, rows: Tensor, bias: Optional[Tensor] = None) -> nn.Conv2d:
-        r"""Fold the projection and products with fixed vectors into one.
+        r"""Fold the projection and products with vectors into a convolution.
 
         With the affine map A, a (see :meth:`affine`): :math:`W = V A` and
         :math:`B = V a + b`, in float64, cast once.

@@ -21,7 +21,7 @@ KEPT_AS_IT_IS = (
 
 
 class ScoreMap(BaseModule):
-    r"""Similarity of each pixel's feature to the text of each class.
+    r"""Score map of the similarities of pixel features and class text.
 
     .. math::
         s_k = \left\langle \frac{P f}{\lVert P f \rVert}, t_k \right\rangle
@@ -101,7 +101,7 @@ class ScoreMap(BaseModule):
         })
 
     def _make_conv(self, name: str, conv: nn.Conv2d, init: str) -> nn.Conv2d:
-        """Make the part of a widened convolution that reads the scores."""
+        """Build the part of a convolution that reads the score map."""
         if conv.groups != 1 or conv.padding_mode != 'zeros':
             raise ValueError(
                 f'{name} cannot read the score map: it has {conv.groups} '
@@ -144,7 +144,7 @@ class ScoreMap(BaseModule):
                 '`score_map` to the channels of the module that `feature` '
                 'names, or name another module.')
         text = self.text(feat.shape[0])
-        # Under AMP too: half precision cannot tell class names apart whose
+        # Under AMP too: half precision does not resolve class names whose
         # cosines differ in the third digit.
         with torch.autocast(feat.device.type, enabled=False):
             dtype = torch.promote_types(feat.dtype, torch.float32)
@@ -158,7 +158,7 @@ class ScoreMap(BaseModule):
             return pixel_text_similarity(feat, text.to(dtype))
 
     def _length(self, feat: Tensor) -> Tensor:
-        """Root mean square of the lengths of the pixels."""
+        """Compute the root mean square of the lengths of pixel features."""
         if not self.training:
             return self.length.to(feat)
         length = feat.square().sum(dim=1).mean().sqrt().clamp(min=1e-12)
@@ -167,7 +167,7 @@ class ScoreMap(BaseModule):
         return length
 
     def read(self, name: str, scores: Tensor) -> Tensor:
-        """Compute what a convolution adds to its output for the scores.
+        """Compute the output of a convolution for the score map.
 
         Args:
             name (str): Name of the stock convolution in the network.

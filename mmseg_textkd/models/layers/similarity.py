@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def pixel_text_similarity(embeddings: Tensor, text: Tensor) -> Tensor:
-    """Multiply every pixel embedding with every class embedding.
+    """Compute inner products of pixel embeddings and class embeddings.
 
     Args:
         embeddings (Tensor): Pixel embeddings with shape (N, D, H, W).
@@ -25,11 +25,11 @@ def pixel_text_similarity(embeddings: Tensor, text: Tensor) -> Tensor:
 
 
 def text_of_batch(text: Tensor) -> Tensor:
-    """Give each class the one vector that stands for it in a whole batch.
+    """Get one class embedding for each class of a batch.
 
     Where images have text of their own, or a class has several phrases, it
-    is their mean, brought back to unit length: what is compared with it, such
-    as a mean over the pixels of all images, has no image of its own either.
+    is their normalized mean, since it is compared with
+    values of the whole batch, such as means over the pixels of all images.
 
     Args:
         text (Tensor): Class embeddings with unit rows, of a shape that

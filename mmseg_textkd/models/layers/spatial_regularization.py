@@ -12,7 +12,7 @@ ACTIVATIONS = {
 
 
 class SpatialRegularization(nn.Module):
-    r"""Smooth the label maps of a text classifier, whatever the labels are.
+    r"""Spatial regularization blocks of LSeg, for any number of classes.
 
     A block filters every label map :math:`z_k` with the same 3x3 kernel
     :math:`w_d` (zero padding). The blocks of depth d = 1 ... N are
@@ -69,7 +69,7 @@ class SpatialRegularization(nn.Module):
         self.bias = nn.Parameter(torch.zeros(depth))
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Filter the label maps.
+        """Filter the logit maps.
 
         Args:
             logits (Tensor): Label maps with shape (N, K, H, W), any K >= 1.

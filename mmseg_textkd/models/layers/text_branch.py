@@ -9,7 +9,7 @@ from .pixel_projection import PixelProjection
 
 
 class TextBranch(BaseModule):
-    """Pixel embeddings and class embeddings of one head, side by side.
+    """Pixel projection and text provider of one head.
 
     Args:
         in_channels (int): Channels C of the head's features.

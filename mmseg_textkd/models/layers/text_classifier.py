@@ -17,7 +17,7 @@ UNSEEN_LOGIT = -1e4
 
 @MODELS.register_module()
 class TextClassifier(TextBranch):
-    r"""Classify pixels by their similarity to the text of the classes.
+    r"""Classifier of pixels by their similarity to the text of the classes.
 
     It takes the place of a head's ``conv_seg`` and is called as that is:
 
@@ -153,7 +153,7 @@ class TextClassifier(TextBranch):
         seen_only = self.training and self.unseen
         if seen_only:
             text = self.seen_text(text)
-        # Under AMP too: half precision cannot tell class names apart whose
+        # Under AMP too: half precision does not resolve class names whose
         # cosines differ in the third digit.
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(embeddings.dtype, torch.float32)
@@ -206,7 +206,7 @@ class TextClassifier(TextBranch):
             RuntimeError: In training mode, in which the batch norm is not
                 yet an affine map.
             ValueError: With an L2 norm, which is not affine, with
-                regularization blocks, which look at more than one pixel, or
+                regularization blocks, which use more than one pixel, or
                 with a fusion that is used at inference.
         """
         if self.training:
@@ -221,7 +221,7 @@ class TextClassifier(TextBranch):
                 'deploy unfolded.')
         if self.regularization is not None and self.regularization.depth:
             raise ValueError(
-                'spatial regularization blocks look at neighboring pixels '
+                'spatial regularization blocks use neighboring pixels '
                 'and other labels and cannot be folded into a 1x1 '
                 'convolution; train without `regularization`, or deploy '
                 'unfolded.')

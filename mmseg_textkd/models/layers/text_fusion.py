@@ -71,7 +71,7 @@ class TextFusion(BaseModule, metaclass=ABCMeta):
         """Classify each pixel with the fusion, as at inference.
 
         Args:
-            classifier (TextClassifier): The classifier that it lies in.
+            classifier (TextClassifier): The classifier that has it.
             feat (Tensor): Features with shape (N, C, H, W).
             text (Tensor): Class embeddings, shape (K, D) or (N, K, D).
 
@@ -86,7 +86,7 @@ class TextFusion(BaseModule, metaclass=ABCMeta):
         """Compute the losses of the fusion.
 
         Args:
-            branch (TextBranch | TextClassifier): The branch that it lies in.
+            branch (TextBranch | TextClassifier): The branch that has it.
             feat (Tensor): Features with shape (N, C, H, W).
             embeddings (Tensor): Pixel embeddings of the branch, shape
                 (N, D, H, W).

@@ -2,9 +2,7 @@
 from .channel_wise_distillation_loss import ChannelWiseDistillationLoss
 from .image_embedding_distillation_loss import ImageEmbeddingDistillationLoss
 from .logit_distillation_loss import LogitDistillationLoss
-from .mask_structure_loss import mask_structure_loss
-from .semantic_structure_loss import SemanticStructureLoss
-from .similarity_matrices import structure_loss
+from .semantic_structure_loss import SemanticStructureLoss, structure_loss
 from .text_alignment_loss import TextAlignmentLoss
 from .text_guided_distillation_loss import TextGuidedDistillationLoss
 from .text_similarity_distillation_loss import TextSimilarityDistillationLoss
@@ -14,5 +12,5 @@ __all__ = [
     'ChannelWiseDistillationLoss', 'ImageEmbeddingDistillationLoss',
     'LogitDistillationLoss', 'SemanticStructureLoss', 'TextAlignmentLoss',
     'TextGuidedDistillationLoss', 'TextSimilarityDistillationLoss',
-    'TextToTextContrastiveLoss', 'mask_structure_loss', 'structure_loss'
+    'TextToTextContrastiveLoss', 'structure_loss'
 ]

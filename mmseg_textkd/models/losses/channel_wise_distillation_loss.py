@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @MODELS.register_module()
 class ChannelWiseDistillationLoss(nn.Module):
-    r"""Let each channel look where the same channel of the teacher looks.
+    r"""Channel-wise knowledge distillation loss.
 
     .. math::
         L = \frac{T^2}{N C} \sum_{n, c} \sum_{p \in V_n}
@@ -71,7 +71,7 @@ class ChannelWiseDistillationLoss(nn.Module):
         Args:
             student (Tensor): Logits or features, shape (N, C, H, W).
             teacher (Tensor): Those of the teacher, which get no gradient,
-                with the same shape but for what ``align`` tells.
+                with the same shape, or the channels that ``align`` gives.
             labels (Tensor): Long tensor with shape (N, H, W).
             ignore_index (int): Label of the pixels that are left out.
                 Defaults to 255.

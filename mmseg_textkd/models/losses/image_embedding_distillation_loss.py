@@ -10,23 +10,22 @@ from torch import Tensor, nn
 
 @MODELS.register_module()
 class ImageEmbeddingDistillationLoss(nn.Module):
-    r"""Bring the image embedding of each pixel to that of frozen CLIP.
+    r"""Squared distance between pixel embeddings and those of frozen CLIP.
 
     .. math::
         L = \frac{1}{|P|} \sum_{p \in P} \lVert u_p - v_p \rVert^2
 
-    over **all** pixels P, those without a label too: what is seen there, such
-    as a class that is hidden in training, is what it is about. No class name
-    takes part. The unit vector :math:`v_p` is the teacher's, resized to the
-    student's resolution and brought back to unit length; :math:`u_p` is the
-    student's, of any length. Computed in float32 whatever the mode of
-    training; the teacher gets no gradient.
+    over **all** pixels P, also unlabeled ones, such as those of unseen
+    classes. It does not depend on class names. The unit vector :math:`v_p` is
+    the teacher's, resized to the student's resolution and normalized;
+    :math:`u_p` is the student's, of any length. Computed in float32 whatever
+    the mode of training; the teacher gets no gradient.
 
     The squared distance and not a cosine, since the student must stay an
-    affine map to fold: at inference nothing brings u to unit length, so that
-    its length must be learned. The minimum is the mean of what the teacher
-    says of such features, which is the shorter the less they tell, and then
-    the softmax over the classes is the flatter.
+    affine map to fold: u is not normalized at inference, so that its length
+    must be learned. The minimum is the conditional mean of the teacher's
+    vectors, which is the shorter the less certain they are, and then the
+    softmax over the classes is the flatter.
 
     It is the first term of `GKC's <https://arxiv.org/abs/2303.09181>`_
     distillation, there for regions, at pixels.
@@ -68,14 +67,14 @@ class ImageEmbeddingDistillationLoss(nn.Module):
             Tensor: Scalar.
 
         Raises:
-            ValueError: If the data samples bring no embeddings of a teacher,
+            ValueError: If the data samples have no embeddings of a teacher,
                 or of another width.
         """
         if not batch_data_samples or not all(
                 'embeddings' in sample.get('teacher', ())
                 for sample in batch_data_samples):
             raise ValueError(
-                'the data samples bring no image embeddings of a teacher. Set '
+                'the data samples have no image embeddings of a teacher. Set '
                 "model=dict(type='DistilledEncoderDecoder', teacher=dict("
                 "type='FrozenCLIPTeacher', ...)) in the config.")
         teacher = torch.stack(

@@ -1,6 +1,9 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+from typing import Sequence, Tuple
+
 import torch
 import torch.nn.functional as F
+from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
@@ -33,7 +36,7 @@ def pixel_divergence(student: Tensor,
 
 @MODELS.register_module()
 class LogitDistillationLoss(nn.Module):
-    r"""Let a network predict, pixel by pixel, what its teacher predicts.
+    r"""Kullback-Leibler divergence from the teacher's predictions by pixel.
 
     .. math::
         L = \frac{T^2}{|V|} \sum_{p \in V} \sum_k \sigma(z^T_p / T)_k
@@ -98,3 +101,37 @@ class LogitDistillationLoss(nn.Module):
     def loss_name(self) -> str:
         """str: Name of the loss in the log."""
         return self._loss_name
+
+
+def teacher_logits(batch_data_samples: Sequence, size: Tuple[int, int],
+                   num_classes: int) -> Tensor:
+    """Get the logits of a segmentation teacher from the data samples.
+
+    Args:
+        batch_data_samples (Sequence[:obj:`SegDataSample`]): N samples, with
+            ``teacher.logits``, as ``DistilledEncoderDecoder`` sets them.
+        size (tuple[int, int]): Height h and width w to resize them to.
+        num_classes (int): Number of classes K.
+
+    Returns:
+        Tensor: Float32 or wider, without gradient, shape (N, K, h, w).
+
+    Raises:
+        ValueError: If there are none, or for another number of classes.
+    """
+    if not batch_data_samples or not all('logits' in s.get('teacher', ())
+                                         for s in batch_data_samples):
+        raise ValueError(
+            'the data samples have no logits of a teacher. Set '
+            "model=dict(type='DistilledEncoderDecoder', teacher=dict("
+            'config=..., checkpoint=...)) in the config.')
+    logits = torch.stack([s.teacher.logits for s in batch_data_samples])
+    if logits.shape[1] != num_classes:
+        raise ValueError(f'the teacher has {logits.shape[1]} classes, but the '
+                         f'text {num_classes}.')
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return resize(
+        logits.detach().to(dtype),
+        size=tuple(size),
+        mode='bilinear',
+        align_corners=False)

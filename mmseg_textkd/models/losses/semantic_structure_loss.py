@@ -9,7 +9,6 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ..layers import LogitScale, class_masks, text_of_batch
-from .similarity_matrices import standardize, structure_loss
 
 TARGETS = ('raw', 'centered', 'standardized')
 OLD_TARGETS = dict(centred='centered', standardised='standardized')
@@ -110,7 +109,6 @@ class SemanticStructureLoss(nn.Module):
                 embeddings: Tensor,
                 text: Tensor,
                 labels: Tensor,
-                weight: Optional[Tensor] = None,
                 ignore_index: int = 255,
                 **kwargs) -> Tensor:
         """Compute the loss.
@@ -123,8 +121,6 @@ class SemanticStructureLoss(nn.Module):
             labels (Tensor): Long tensor with shape (N, H, W), of values in
                 [0, K) or ``ignore_index``. Where H, W differ from h, w the
                 nearest labels are taken.
-            weight (Tensor, optional): Weight of each pixel in the mean, shape
-                (N, h, w). Defaults to None.
             ignore_index (int): Label of the pixels that are left out.
                 Defaults to 255.
 
@@ -141,7 +137,7 @@ class SemanticStructureLoss(nn.Module):
             dtype = torch.promote_types(embeddings.dtype, torch.float32)
             text = self._text(text.detach().to(dtype))
             prototypes, present = self._prototypes(
-                embeddings.to(dtype), labels, weight, len(text), ignore_index)
+                embeddings.to(dtype), labels, len(text), ignore_index)
             known, prototypes = self._remember(prototypes, present)
             # At least one of a pair must be present, or nothing learns.
             pairs = known[:, None] & known & (present[:, None] | present)
@@ -151,21 +147,18 @@ class SemanticStructureLoss(nn.Module):
             return self.loss_weight * self._compare(prototypes, text, pairs)
 
     def _text(self, text: Tensor) -> Tensor:
-        """One row for each class, of the whole batch."""
+        """Get one class embedding for each class of the batch."""
         if text.dim() == 3 and self.gather and get_world_size() > 1:
             # Each rank has drawn text for its own images.
             text = F.normalize(text, dim=2).sum(dim=0)
             all_reduce(text)
         return text_of_batch(text)
 
-    def _prototypes(self, embeddings: Tensor, labels: Tensor,
-                    weight: Optional[Tensor], num_classes: int,
+    def _prototypes(self, embeddings: Tensor, labels: Tensor, num_classes: int,
                     ignore_index: int) -> Tuple[Tensor, Tensor]:
-        """Unit prototypes (K, D), and which classes are present (K, )."""
+        """Compute unit prototypes (K, D) and the present classes (K, )."""
         masks = class_masks(labels, num_classes, ignore_index)
         masks = masks.flatten(0, 1).to(embeddings)  # (P, K)
-        if weight is not None:
-            masks = masks * weight.flatten()[:, None].to(masks)
         counts = masks.count_nonzero(dim=0)
         sums = masks.T @ embeddings.permute(0, 2, 3, 1).flatten(0, 2)
         if self.gather and get_world_size() > 1:
@@ -181,7 +174,7 @@ class SemanticStructureLoss(nn.Module):
 
     def _remember(self, prototypes: Tensor,
                   present: Tensor) -> Tuple[Tensor, Tensor]:
-        """Take absent classes from the memory, and update it."""
+        """Fill absent classes from the memory, and update it."""
         if self.memory is None:
             return present, prototypes
         if self.memory.shape != prototypes.shape:
@@ -202,7 +195,7 @@ class SemanticStructureLoss(nn.Module):
 
     def _compare(self, prototypes: Tensor, text: Tensor,
                  pairs: Tensor) -> Tensor:
-        """Compare the similarities over the pairs."""
+        """Compute the loss over the pairs."""
         if self.target == 'centered':
             text = F.normalize(text - text.mean(dim=0), dim=1)
         ours, theirs = prototypes @ prototypes.T, text @ text.T
@@ -216,3 +209,46 @@ class SemanticStructureLoss(nn.Module):
     def loss_name(self) -> str:
         """str: Name of the loss in the log."""
         return self._loss_name
+
+
+def structure_loss(similarities_a: Tensor,
+                   similarities_b: Tensor,
+                   off_diagonal: bool = True,
+                   pairs: Optional[Tensor] = None) -> Tensor:
+    """Mean squared difference of two similarity matrices.
+
+    Args:
+        similarities_a (Tensor): Float tensor with shape (P, P).
+        similarities_b (Tensor): Float tensor with shape (P, P).
+        off_diagonal (bool): Whether to leave out the similarity of each
+            thing with itself. Defaults to True.
+        pairs (Tensor, optional): Bool tensor with shape (P, P), the pairs
+            to compare. Defaults to None: all.
+
+    Returns:
+        Tensor: Scalar; 0 with a graph if there is no pair.
+    """
+    if pairs is None:
+        pairs = torch.ones_like(similarities_a, dtype=torch.bool)
+    if off_diagonal:
+        pairs = pairs.clone().fill_diagonal_(False)
+    squares = (similarities_a - similarities_b).square()
+    return squares.where(pairs, 0).sum() / pairs.sum().clamp(min=1)
+
+
+def standardize(matrix: Tensor, pairs: Tensor) -> Tensor:
+    """Standardize the selected entries of a matrix to mean 0 and deviation 1.
+
+    Args:
+        matrix (Tensor): Float tensor with shape (P, P).
+        pairs (Tensor): Bool tensor with shape (P, P), the selected pairs.
+
+    Returns:
+        Tensor: The matrix, shape (P, P). Of one pair there is no deviation;
+        it becomes 0.
+    """
+    number = pairs.sum().clamp(min=1)
+    matrix = matrix - matrix.where(pairs, 0).sum() / number
+    variance = matrix.square().where(pairs, 0).sum() / number
+    # Of one pair there is no deviation; its difference to the mean is 0.
+    return matrix * (variance + 1e-8).rsqrt()

@@ -34,8 +34,6 @@ class TextAlignmentLoss(nn.Module):
         upsample (bool): Whether to compare at the resolution of the labels,
             with bilinear similarities, instead of the features' own.
             Defaults to False.
-        samples_per_class (int, optional): At most so many pixels of each
-            class in the batch, drawn at random. Defaults to None: all.
         loss_weight (float): Weight of the loss. Defaults to 1.0.
         loss_name (str): Name in the log; a loss is optimized only if the name
             starts with 'loss'. Defaults to 'loss_text_align'.
@@ -45,17 +43,12 @@ class TextAlignmentLoss(nn.Module):
                  scale: Optional[dict] = None,
                  class_weight: Optional[Union[Sequence[float], str]] = None,
                  upsample: bool = False,
-                 samples_per_class: Optional[int] = None,
                  loss_weight: float = 1.0,
                  loss_name: str = 'loss_text_align') -> None:
         super().__init__()
-        if samples_per_class is not None and samples_per_class < 1:
-            raise ValueError('`samples_per_class` must be at least 1, but got '
-                             f'{samples_per_class}.')
         self.scale = LogitScale(**(scale or {}))
         self.class_weight = get_class_weight(class_weight)
         self.full_resolution = upsample
-        self.samples_per_class = samples_per_class
         self.loss_weight = loss_weight
         self._loss_name = loss_name
 
@@ -63,7 +56,6 @@ class TextAlignmentLoss(nn.Module):
                 embeddings: Tensor,
                 text: Tensor,
                 labels: Tensor,
-                weight: Optional[Tensor] = None,
                 ignore_index: int = 255,
                 **kwargs) -> Tensor:
         """Compute the loss.
@@ -75,8 +67,6 @@ class TextAlignmentLoss(nn.Module):
             labels (Tensor): Long tensor with shape (N, H, W), of values in
                 [0, K) or ``ignore_index``. Where H, W differ from h, w the
                 similarities are resized to them.
-            weight (Tensor, optional): Weight of each pixel, shape (N, H, W).
-                Defaults to None.
             ignore_index (int): Label of the pixels that are left out.
                 Defaults to 255.
             **kwargs: ``batch_data_samples``, whose label spaces count where
@@ -100,15 +90,13 @@ class TextAlignmentLoss(nn.Module):
             if spaces is not None:
                 logits = own_logits(logits, spaces)
             return self.loss_weight * self._cross_entropy(
-                logits, labels, weight, ignore_index)
+                logits, labels, ignore_index)
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor,
-                       weight: Optional[Tensor], ignore_index: int) -> Tensor:
+                       ignore_index: int) -> Tensor:
         class_weight = None
         if self.class_weight is not None:
             class_weight = logits.new_tensor(self.class_weight)
-        if self.samples_per_class is not None:
-            labels = self._sample(labels, len(logits[0]), ignore_index)
         losses = F.cross_entropy(
             logits,
             labels,
@@ -119,31 +107,10 @@ class TextAlignmentLoss(nn.Module):
         pixel_weight = valid.to(losses)
         if class_weight is not None:
             pixel_weight = class_weight[labels.where(valid, 0)] * pixel_weight
-        if weight is not None:
-            losses = losses * weight
-            pixel_weight = pixel_weight * weight
         # A batch without a valid pixel gives 0, not 0 / 0, and keeps the
         # graph: under DDP each rank must have a gradient.
         tiny = torch.finfo(losses.dtype).tiny
         return losses.sum() / pixel_weight.sum().clamp(min=tiny)
-
-    def _sample(self, labels: Tensor, num_classes: int,
-                ignore_index: int) -> Tensor:
-        """Ignore all but a random few pixels of each class."""
-        flat = labels.flatten()
-        # Ignored pixels sort behind all classes.
-        classes = flat.where(flat != ignore_index, num_classes)
-        order = torch.randperm(len(flat), device=flat.device)
-        order = order[classes[order].argsort(stable=True)]
-        classes = classes[order]
-        # Rank of each pixel in the random order of its own class.
-        start = torch.searchsorted(
-            classes, torch.arange(num_classes + 1, device=flat.device))
-        rank = torch.arange(len(flat), device=flat.device) - start[classes]
-        keep = (classes < num_classes) & (rank < self.samples_per_class)
-        sampled = torch.full_like(flat, ignore_index)
-        sampled[order[keep]] = flat[order[keep]]
-        return sampled.view_as(labels)
 
     @property
     def loss_name(self) -> str:

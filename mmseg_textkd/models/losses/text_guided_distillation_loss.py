@@ -7,14 +7,14 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ..layers import LogitScale, class_means
-from .teacher_logits import teacher_logits
+from .logit_distillation_loss import teacher_logits
 
 TEACHERS = ('regions', 'segmentor')
 
 
 @MODELS.register_module()
 class TextGuidedDistillationLoss(nn.Module):
-    r"""Bring the classes of an image to their teacher as far as text says.
+    r"""Text-guided knowledge distillation of class prototypes.
 
     .. math::
         L_i = \frac{1}{R_i^2} \Big( \sum_a \lVert s_a - v_a \rVert^2 +
@@ -31,14 +31,14 @@ class TextGuidedDistillationLoss(nn.Module):
 
     The teacher is
 
-    - 'regions': a frozen CLIP image tower, which has seen the region of the
-      class in the image as it is on the disk
+    - 'regions': a frozen CLIP image tower, whose input is the region of the
+      class in the original image
       (:class:`LoadRegionEmbeddings`). It must be the tower that belongs to
       the text.
     - 'segmentor': a segmentation network (``DistilledEncoderDecoder``), text
       or stock, of any width. The mean of its softmax over the pixels of class
-      a, :math:`q_a`, tells what it takes the class for; in the space of the
-      text that is :math:`v_a \propto \sum_k q_{ak} t_k`.
+      a, :math:`q_a`, is its mean prediction for the class; in the space of
+      the text that is :math:`v_a \propto \sum_k q_{ak} t_k`.
 
     Source: `Global Knowledge Calibration for Fast Open-Vocabulary
     Segmentation <https://arxiv.org/abs/2303.09181>`_ (text-guided knowledge
@@ -103,16 +103,16 @@ class TextGuidedDistillationLoss(nn.Module):
             labels (Tensor): Long tensor with shape (N, h, w).
             ignore_index (int): Label of the pixels that are left out.
                 Defaults to 255.
-            batch_data_samples (Sequence[:obj:`SegDataSample`]): With what
-                the teacher knows.
+            batch_data_samples (Sequence[:obj:`SegDataSample`]): With the
+                outputs of the teacher.
 
         Returns:
             Tensor: Scalar; 0 with a graph if no image has a class that
             student and teacher know.
 
         Raises:
-            ValueError: If the data samples bring nothing of the teacher, or
-                what does not fit the text.
+            ValueError: If the data samples have no outputs of the teacher, or
+                these do not fit the text.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(embeddings.dtype, torch.float32)
@@ -134,7 +134,7 @@ class TextGuidedDistillationLoss(nn.Module):
 
     def _compare(self, students: Tensor, teachers: Tensor, text: Tensor,
                  known: Tensor) -> Tensor:
-        """The loss of unit vectors (N, K, D), of the known classes (N, K)."""
+        """Compute the loss of unit vectors (N, K, D), known classes (N, K)."""
         own = (students - teachers).square().sum(dim=2)
         target = self.gamma().to(text) * text @ text.transpose(1, 2)
         pairs = (target - students @ teachers.transpose(1, 2)).square()
@@ -148,14 +148,14 @@ class TextGuidedDistillationLoss(nn.Module):
 
     @staticmethod
     def _regions(samples: Sequence, text: Tensor) -> Tuple[Tensor, Tensor]:
-        """Vectors of the image tower (N, K, D), and where there are any."""
+        """Get region embeddings (N, K, D) and the mask of known classes."""
         teachers = torch.zeros_like(text)
         known = torch.zeros(
             text.shape[:2], dtype=torch.bool, device=text.device)
         if len(samples) != len(text) or not all('region_embeddings' in s
                                                 for s in samples):
             raise ValueError(
-                'the data samples bring no region embeddings. Put '
+                'the data samples have no region embeddings. Put '
                 'LoadRegionEmbeddings and PackRegionInputs into the pipeline '
                 'of train_dataloader (mmseg_textkd.add_region_embeddings).')
         for i, sample in enumerate(samples):
@@ -176,7 +176,7 @@ class TextGuidedDistillationLoss(nn.Module):
 
     def _prototypes(self, samples: Sequence, text: Tensor, labels: Tensor,
                     ignore_index: int) -> Tuple[Tensor, Tensor]:
-        """What a segmentor takes the classes for, as text (N, K, D)."""
+        """Compute prototypes (N, K, D) in text space from the logits."""
         logits = teacher_logits(samples, labels.shape[1:], text.shape[1])
         maps = (logits.to(text) / self.temperature).softmax(dim=1)
         shares, counts = class_means(maps, labels, text.shape[1], ignore_index)

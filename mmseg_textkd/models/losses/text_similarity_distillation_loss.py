@@ -7,8 +7,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ..layers import LogitScale, pixel_text_similarity
-from .logit_distillation_loss import pixel_divergence
-from .teacher_logits import teacher_logits
+from .logit_distillation_loss import pixel_divergence, teacher_logits
 
 
 @MODELS.register_module()

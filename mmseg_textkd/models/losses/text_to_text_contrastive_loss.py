@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 @MODELS.register_module()
 class TextToTextContrastiveLoss(nn.Module):
-    r"""Keep learned class embeddings nearest to the fixed ones of their class.
+    r"""Contrastive loss between learned and fixed class embeddings.
 
     With the cosines :math:`S_{ij} = \cos(l_i, f_j) / \tau` of learned and
     fixed embeddings of the K classes, the mean of two cross entropies:

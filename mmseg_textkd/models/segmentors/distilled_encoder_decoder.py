@@ -15,14 +15,14 @@ from ..record_calls import record_calls
 
 @MODELS.register_module()
 class DistilledEncoderDecoder(EncoderDecoder):
-    """``EncoderDecoder`` that learns from a frozen teacher.
+    """``EncoderDecoder`` with knowledge distillation from a frozen teacher.
 
-    In training the teacher looks at the same images. What it sees goes into
-    the data samples, as ``teacher``, a :obj:`PixelData` with ``logits`` and
+    In training the teacher runs on the same images. Its outputs are added to
+    the data samples as ``teacher``, a :obj:`PixelData` with ``logits`` and
     ``features`` of a segmentation network, or with ``embeddings`` in the
-    space of text, where the text losses of the heads find it; and
-    ``distill_losses`` compare it with the logits or features of the decode
-    head, taken on their way through its own forward. Heads are stock or ours.
+    space of text, for the text losses of the heads; ``distill_losses``
+    compare them with the logits or features of the decode head, recorded by
+    forward hooks. Heads are stock or of this package.
     Evaluation, and every name in the state dict but ``distill_losses.*``, are
     those of ``EncoderDecoder``, which is what is deployed.
 
@@ -43,7 +43,7 @@ class DistilledEncoderDecoder(EncoderDecoder):
         super().__init__(**kwargs)
         self.teacher = MODELS.build(
             dict(dict(type='FrozenTeacher'), **teacher))
-        # With the same seed the network begins as it would without them.
+        # With the same seed the network is initialized as without them.
         with torch.random.fork_rng(devices=[]):
             self.distill_losses = nn.ModuleList(
                 MODELS.build(loss) for loss in distill_losses or [])

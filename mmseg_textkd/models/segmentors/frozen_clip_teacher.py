@@ -7,21 +7,21 @@ from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from mmseg_textkd.text.checksum import checksum
+from mmseg_textkd.utils.checkpoint import checksum
 from ..ebseg import FrozenCLIPViT
 from .normalization import to_rgb
 
 
 @MODELS.register_module()
 class FrozenCLIPTeacher:
-    """CLIP's image tower, which tells what it sees at each patch.
+    """Frozen CLIP image encoder as teacher of dense image embeddings.
 
-    It sees images and no labels, and is asked for no names: it may teach
-    where classes are hidden (``unseen``).
+    Its outputs depend on neither labels nor class names, so that it may be
+    used with ``unseen`` classes.
 
-    No module: it is in no module tree, state dict or optimizer, and takes no
-    gradient. It is loaded when it is first needed, and moves to the device of
-    its inputs. Copies of a student share it.
+    It is no module: it is in no module tree, state dict or optimizer, and
+    gets no gradient. It is loaded on first use and moved to the device of its
+    inputs. Copies of a student share it.
 
     Args:
         surgery_blocks (int): See :meth:`CLIPFeatures.dense`. Defaults to 6,
@@ -31,7 +31,7 @@ class FrozenCLIPTeacher:
             ``scale``, the size of its images relative to the student's.
     """
 
-    # It gives no logits.
+    # It has no logits.
     classes = None
     num_classes = None
 
@@ -44,28 +44,27 @@ class FrozenCLIPTeacher:
 
     @property
     def name(self) -> str:
-        """str: What it is called in messages."""
+        """str: Name of the model in messages."""
         return self.tower.model
 
     def checksum(self) -> str:
-        """Hash all weights, to prove that training has not touched them.
+        """Hash all weights, to prove that training has not changed them.
 
         Returns:
-            str: See :func:`mmseg_textkd.text.checksum.checksum`, of the tower
-            and of the positional embedding that stands for its own.
+            str: See :func:`.checkpoint.checksum`, of the tower and of its
+            positional embedding.
         """
         return self.tower.checksum() + checksum(self.tower)
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor,
                  preprocessor: SegDataPreProcessor) -> Dict[str, Tensor]:
-        """Look at a batch.
+        """Embed the patches of a batch.
 
         Args:
-            inputs (Tensor): Images as the student gets them, with shape
+            inputs (Tensor): Normalized images of the student, with shape
                 (N, 3, H, W).
-            preprocessor (SegDataPreProcessor): The student's, which says how
-                they were normalized.
+            preprocessor (SegDataPreProcessor): That of the student.
 
         Returns:
             dict[str, Tensor]: ``embeddings``, of unit length, with shape

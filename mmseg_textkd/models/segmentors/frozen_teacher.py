@@ -9,19 +9,19 @@ from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from mmseg_textkd.text.checksum import checksum
-from mmseg_textkd.utils.checkpoint import build_segmentor, read_checkpoint
+from mmseg_textkd.utils.checkpoint import (build_segmentor, checksum,
+                                           read_checkpoint)
 from ..record_calls import record_calls
 from .normalization import renormalize
 
 
 @MODELS.register_module()
 class FrozenTeacher:
-    """A trained segmentation network that tells what it sees.
+    """Frozen segmentation network used as teacher.
 
-    No module: it is in no module tree, state dict or optimizer, and takes no
-    gradient. It is loaded when it is first needed, and moves to the device of
-    its inputs. Copies of a student share it.
+    It is no module: it is in no module tree, state dict or optimizer, and
+    gets no gradient. It is loaded on first use and moved to the device of its
+    inputs. Copies of a student share it.
 
     Args:
         config (str): Path of its config, of a stock network or one of ours.
@@ -29,10 +29,9 @@ class FrozenTeacher:
             not needed, may be missing.
         cfg_options (dict, optional): Settings of the config to override.
             Defaults to None.
-        embeddings (bool): Whether it tells of its pixel embeddings in the
-            space of text, as :class:`EBSeg` has them, in place of logits and
-            features. It may have other classes than the student then.
-            Defaults to False.
+        embeddings (bool): Whether it outputs pixel embeddings in the space of
+            text, as :class:`EBSeg` has them, instead of logits and features.
+            It may have other classes than the student then. Defaults to False.
     """
 
     def __init__(self,
@@ -69,12 +68,12 @@ class FrozenTeacher:
 
     @property
     def name(self) -> str:
-        """str: What it is called in messages."""
+        """str: Name of the teacher in messages."""
         return self.config
 
     @property
     def num_classes(self) -> Optional[int]:
-        """int, optional: Number of classes of its logits, if it gives them."""
+        """int, optional: Number of classes of its logits, if it has any."""
         if self.embeddings:
             return None
         head = self.model.decode_head
@@ -82,10 +81,10 @@ class FrozenTeacher:
         return head.out_channels
 
     def checksum(self) -> str:
-        """Hash all weights, to prove that training has not touched them.
+        """Hash all weights, to prove that training has not changed them.
 
         Returns:
-            str: See :func:`mmseg_textkd.text.checksum.checksum`.
+            str: See :func:`mmseg_textkd.utils.checkpoint.checksum`.
         """
         return checksum(self.model)
 
@@ -100,7 +99,7 @@ class FrozenTeacher:
         cfg = Config.fromfile(self.config)
         cfg.merge_from_dict(self.cfg_options or {})
         saved = read_checkpoint(path)
-        # What the student draws must not depend on its teacher.
+        # The random numbers of the student must not depend on its teacher.
         with torch.random.fork_rng(devices=[]):
             model = build_segmentor(cfg.model, saved['state_dict'], path)
         self._model = model.requires_grad_(False)
@@ -110,13 +109,12 @@ class FrozenTeacher:
     @torch.no_grad()
     def __call__(self, inputs: Tensor,
                  preprocessor: SegDataPreProcessor) -> Dict[str, Tensor]:
-        """Look at a batch.
+        """Compute logits and features, or embeddings, of a batch.
 
         Args:
-            inputs (Tensor): Images as the student gets them, with shape
+            inputs (Tensor): Normalized images of the student, with shape
                 (N, 3, H, W).
-            preprocessor (SegDataPreProcessor): The student's, which says how
-                they were normalized.
+            preprocessor (SegDataPreProcessor): That of the student.
 
         Returns:
             dict[str, Tensor]: ``logits`` with shape (N, K, h, w) and, of a
@@ -132,7 +130,7 @@ class FrozenTeacher:
             if not hasattr(model, 'pixel_embeddings'):
                 raise ValueError(
                     f'the {type(model).__name__} of the teacher {self.config} '
-                    'has no pixel embeddings, as EBSeg has them, to teach; '
+                    'has no pixel embeddings, as EBSeg has them, to distill; '
                     'leave `embeddings` out.')
             return dict(embeddings=model.pixel_embeddings(inputs))
         head = model.decode_head
@@ -144,7 +142,7 @@ class FrozenTeacher:
             raise ValueError(
                 f'the head {type(head).__name__} of the teacher '
                 f'{self.config} gives no logits for each pixel and class and '
-                'cannot teach.')
+                'cannot be a teacher.')
         if len(calls) != 1:
             return dict(logits=logits)
         return dict(logits=logits, features=calls[0][0])

@@ -103,13 +103,13 @@ class TextKD(EncoderDecoder):
         convs = options.pop('convs', convs)
         if feature is None or convs is None:
             raise ValueError(
-                f'TextKD does not know the {type(self.backbone).__name__}; '
+                f'TextKD has no sites for {type(self.backbone).__name__}; '
                 'give `feature` (the module whose output is the feature) and '
                 '`convs` (the convolutions that read the score map) in '
                 '`score_map`.')
         self.in_index = options.pop('in_index', -1)
         readers = self._find_convs(convs)
-        # With the same seed the network begins as the stock one.
+        # With the same seed the network is initialized as the stock one.
         with torch.random.fork_rng(devices=[]):
             self.score_map = ScoreMap(
                 num_classes=self.num_classes, convs=readers, **options)
@@ -122,8 +122,8 @@ class TextKD(EncoderDecoder):
                 raise ValueError(
                     '`text_loss` needs prompts that learn, but `text` is a '
                     f'{type(self.score_map.text).__name__}.')
-        # Of the forward that is under way: the score map, and as the
-        # alignment loss takes it, at the largest size that is read.
+        # During a forward: the score map, and the input of the alignment loss,
+        # which is the score map at the largest size that is read.
         self._scores: Optional[Tensor] = None
         self._largest: Optional[Tensor] = None
         self._find(feature).register_forward_hook(self._compute_scores)
@@ -131,7 +131,7 @@ class TextKD(EncoderDecoder):
             conv.register_forward_hook(partial(self._add_scores, name))
 
     def _find(self, name: str) -> nn.Module:
-        """Get a module by its name, or say which there are."""
+        """Get a module by its name, or raise with the names that exist."""
         found: nn.Module = self
         for i, part in enumerate(parts := name.split('.')):
             children = dict(found.named_children())

@@ -110,12 +110,12 @@ class ClassEmbeddings(TextProvider):
             self.fill(self._source)
 
     def _rows(self, record: TextEmbeddings) -> Tensor:
-        """Choose the vectors of the classes."""
+        """Get the vectors of the classes."""
         return record.vectors
 
     @property
     def can_compute(self) -> bool:
-        """bool: Whether the file's own vectors are at hand."""
+        """bool: Whether the vectors of the file are loaded."""
         return self._source is not None
 
     def compute(self) -> Tensor:

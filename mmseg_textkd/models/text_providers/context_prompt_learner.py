@@ -98,7 +98,7 @@ class ContextPromptLearner(PromptLearner):
         return self.__dict__['tower'] is not None
 
     def phrases(self) -> List[str]:
-        """Get the words that stand for each class in its prompt.
+        """Get the phrase of each class in its prompt.
 
         Returns:
             list[str]: One phrase for each class.
@@ -117,16 +117,15 @@ class ContextPromptLearner(PromptLearner):
         elif self.record is not None:
             phrases = [words[0] for words in self.record.phrases]
         else:
-            raise ValueError(
-                'ContextPromptLearner does not know the class names; give '
-                '`vocabulary`.')
+            raise ValueError('ContextPromptLearner has no class names; give '
+                             '`vocabulary`.')
         if len(phrases) != self.num_classes:
             raise ValueError(f'{len(phrases)} class names for '
                              f'{self.num_classes} classes: {phrases}')
         return phrases
 
     def prepare(self) -> None:
-        """Load the tower and lay out the prompts.
+        """Load the tower and tokenize the prompts.
 
         Raises:
             ValueError: If the widths differ, a prompt is longer than the
@@ -142,23 +141,24 @@ class ContextPromptLearner(PromptLearner):
                 f'embeddings have width {self.dim}. Use embeddings made with '
                 f'this tower and token_dim={tower.token_dim}.')
         self.__dict__['tower'] = tower.to(self.context.device)
-        self.__dict__['prompts'] = self._lay_out(tower, self.phrases(),
-                                                 self.context_length)
+        self.__dict__['prompts'] = self._build_prompts(tower, self.phrases(),
+                                                       self.context_length)
         if self.init is not None and not self.started:
             self._init_from_words(tower)
 
-    def _lay_out(self,
-                 tower: TextTower,
-                 phrases: Sequence[str],
-                 room: Optional[int] = None) -> Tuple[Tensor, int]:
+    def _build_prompts(self,
+                       tower: TextTower,
+                       phrases: Sequence[str],
+                       max_length: Optional[int] = None) -> Tuple[Tensor, int]:
         """Get the token ids of the prompts, with room for the context, and
         where it starts.
         """
-        return tower.lay_out_prompts(phrases, self.n_ctx, self.suffix, room)
+        return tower.build_prompts(phrases, self.n_ctx, self.suffix,
+                                   max_length)
 
     @torch.no_grad()
     def _init_from_words(self, tower: TextTower) -> None:
-        ids, start, (num, ) = tower.find_words([self.init])
+        ids, start, (num, ) = tower.find_word_tokens([self.init])
         if num != self.n_ctx:
             raise ValueError(
                 f'init={self.init!r} has {num} tokens, so set n_ctx={num} '
@@ -192,10 +192,10 @@ class ContextPromptLearner(PromptLearner):
         Raises:
             ValueError: If a prompt is longer than the tower's context.
         """
-        return self._encode(tower, *self._lay_out(tower, phrases))
+        return self._encode(tower, *self._build_prompts(tower, phrases))
 
     def _encode(self, tower: TextTower, ids: Tensor, start: int) -> Tensor:
-        """Put the context into the prompts and encode them."""
+        """Insert the context into the prompts and encode them."""
         device = self.context.device
         tower, ids = tower.to(device), ids.to(device)
         tokens = tower.embed_tokens(ids)

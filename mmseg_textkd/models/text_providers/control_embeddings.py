@@ -14,7 +14,7 @@ KINDS = ('random', 'shuffled', 'onehot')
 
 @MODELS.register_module()
 class ControlEmbeddings(TextProvider):
-    """Control embeddings: vectors without the meaning of the class names.
+    """Control class embeddings without the meaning of the class names.
 
     A gain that these reach too does not come from language. They take the
     place of ``ClassEmbeddings`` in a config, with everything else unchanged.
@@ -95,7 +95,7 @@ class ControlEmbeddings(TextProvider):
 
     @property
     def can_compute(self) -> bool:
-        """bool: Whether the control can be made here."""
+        """bool: Whether the control vectors can be computed."""
         return self._source is not None
 
     def compute(self) -> Tensor:

@@ -10,7 +10,7 @@ from .text_provider import TextProvider
 
 @MODELS.register_module()
 class LearnedEmbeddings(TextProvider):
-    """Class vectors that are ordinary weights, learned from the start.
+    """Class embeddings that are weights, learned from the start.
 
     A control without language for every gain of fixed text: the classifier
     of ``ClassEmbeddings`` with the same width, norm and scale, which folds
@@ -55,7 +55,7 @@ class LearnedEmbeddings(TextProvider):
             return self.compute()
 
     def compute(self) -> Tensor:
-        """Bring the vectors to unit length.
+        """Normalize the vectors.
 
         Returns:
             Tensor: Unit rows, float32, with shape (K, D), with gradient.
@@ -63,7 +63,7 @@ class LearnedEmbeddings(TextProvider):
         return F.normalize(self.vectors, dim=1)
 
     def stop_learning(self) -> None:
-        """Nothing: they learn in stage 1."""
+        """Do nothing: the vectors are learned in stage 1."""
 
     @torch.no_grad()
     def distance_from_start(self) -> float:

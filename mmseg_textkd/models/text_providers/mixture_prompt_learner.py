@@ -45,7 +45,7 @@ class MixturePromptLearner(PromptLearner):
         self.weights = nn.Parameter(torch.zeros(num_classes, width))
 
     def compute(self) -> Tensor:
-        """Mix the bank by the weights.
+        """Average the vectors of the bank by the weights.
 
         Returns:
             Tensor: Unit rows, float32, with shape (K, D).

@@ -9,7 +9,7 @@ from torch import Tensor
 # Compared by identity: tensors have no truth value.
 @dataclass(eq=False)
 class PhraseBank:
-    """Vectors of several phrases of each class, for training.
+    """Vectors of several phrases for each class, sampled in training.
 
     Args:
         vectors (Tensor): Unit vectors of the phrases, float32, with shape
@@ -25,8 +25,8 @@ class PhraseBank:
     probability: Tensor
     mode: str = 'draw'
 
-    def take(self, num_images: int, device: torch.device) -> Tensor:
-        """Get the text of one training iteration.
+    def sample(self, num_images: int, device: torch.device) -> Tensor:
+        """Sample the text of one training iteration.
 
         Draws are made on the CPU by torch's global generator: of a given
         seed they are the same on any device.
@@ -59,7 +59,7 @@ class PhraseBank:
         return full.transpose(0, 1)[None]
 
     def select(self, rows: Tensor) -> 'PhraseBank':
-        """Bank of some of the classes, in a given order.
+        """Select the phrases of some classes.
 
         Args:
             rows (Tensor): Long tensor, the classes.

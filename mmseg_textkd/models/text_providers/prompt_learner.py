@@ -13,10 +13,9 @@ from .text_provider import TextProvider
 class PromptLearner(TextProvider):
     """Base of the providers that learn in stage 2.
 
-    In stage 1 it hands out the fixed vectors of ``embeddings``; in stage 2
-    it hands out what :meth:`compute` makes of its parameters. A checkpoint
-    holds the parameters and the resulting embeddings, not the vectors
-    that they are relative to.
+    In stage 1 it provides the fixed vectors of ``embeddings``; in stage 2
+    those that :meth:`compute` derives from its parameters. A checkpoint
+    holds the parameters and the resulting embeddings, not the fixed vectors.
 
     Args:
         embeddings (dict): Config of the fixed provider to start from.
@@ -38,11 +37,11 @@ class PromptLearner(TextProvider):
             'base', fixed.class_embeddings.clone(), persistent=False)
         self.register_buffer(
             'shift', getattr(fixed, 'shift', None), persistent=False)
-        # Says, through any kill and resume, whether the prompts have begun.
+        # Whether stage 2 has started, also in a resumed run.
         self.register_buffer('started', torch.zeros((), dtype=torch.bool))
         self.has_base = fixed.filled
         self.record = getattr(fixed, 'record', None)
-        # Stage 1 trains with them, stage 2 with what is learned.
+        # Stage 1 trains with phrases, stage 2 with the learned embeddings.
         self.phrase_bank = fixed.phrase_bank
         self._bank_hint = fixed._bank_hint
         if self.has_base:
@@ -58,7 +57,7 @@ class PromptLearner(TextProvider):
 
     @property
     def can_compute(self) -> bool:
-        """bool: Whether the vectors to start from are at hand."""
+        """bool: Whether the initial vectors are loaded."""
         return self.has_base
 
     def start_learning(self) -> None:
@@ -75,7 +74,7 @@ class PromptLearner(TextProvider):
         self.started.fill_(True)
 
     def prepare(self) -> None:
-        """Load what only stage 2 needs."""
+        """Prepare stage 2."""
 
     @abstractmethod
     def compute(self) -> Tensor:
@@ -90,7 +89,7 @@ class PromptLearner(TextProvider):
 
         Returns:
             Tensor, optional: Unit rows with shape (K, D); None if they cannot
-            be told here.
+            be computed.
         """
         if not self.started:
             # In stage 1, also where stage 2 needs a tower to compute them.

@@ -9,7 +9,7 @@ from .prompt_learner import PromptLearner
 
 @MODELS.register_module()
 class ResidualPromptLearner(PromptLearner):
-    r"""A learnable offset for every class on fixed vectors.
+    r"""Learnable offset of every class embedding.
 
     :math:`T_k = \mathrm{normalize}(t_k + \alpha x_k)` with :math:`x_k = 0`
     at the start, so that the switch to stage 2 changes nothing by itself.

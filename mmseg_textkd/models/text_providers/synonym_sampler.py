@@ -22,8 +22,8 @@ MODES = ('uniform', 'weighted', 'mean', 'max')
 class SynonymSampler(ClassEmbeddings):
     """Class embeddings that sample synonyms of the class names in training.
 
-    In training each image sees each class by a phrase that is drawn anew, so
-    that the network does not learn a word but what the words have in common.
+    In training a phrase of each class is sampled for each image, so that the
+    network learns what the phrases have in common.
     The class embeddings, which are evaluated, folded and saved, are those of
     the first phrase of each class, the plain name. In stage 2 of a provider
     that learns, and for the scale and bias of this one, they are used in
@@ -82,14 +82,14 @@ class SynonymSampler(ClassEmbeddings):
             self.phrase_bank = self._make_bank(phrase_confidence(self.record))
 
     def _rows(self, record: TextEmbeddings) -> Tensor:
-        """Vectors of the plain names."""
+        """Get the vectors of the class names."""
         try:
             return phrase_vectors(record)[0][:, 0]
         except ValueError as error:
             raise ValueError(f'{self.file}: {error}') from None
 
     def _make_bank(self, scores: Tensor) -> PhraseBank:
-        """Bank of the phrases that may be drawn, with their probabilities."""
+        """Build the bank of phrases to sample with their probabilities."""
         vectors, mask = phrase_vectors(self.record)
         if self.shift is not None:
             vectors = F.normalize(vectors - self.shift, dim=2)

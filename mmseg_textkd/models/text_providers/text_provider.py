@@ -13,15 +13,15 @@ from .phrase_bank import PhraseBank
 class TextProvider(BaseModule, metaclass=ABCMeta):
     """Base of the modules that provide the class embeddings.
 
-    Everything the vision side knows about language is the matrix that
-    :meth:`forward` returns. Fixed vectors, controls and learned prompts are
-    all providers, so that no classifier or loss needs a branch for them.
+    The matrix that :meth:`forward` returns is the only interface between
+    language and vision. Fixed vectors, controls and learned prompts are all
+    providers, so that no classifier or loss depends on their kind.
 
     The matrix is a plain persistent buffer, ``class_embeddings``: a
     checkpoint can be tested with neither the vectors' file nor a text tower.
     A provider whose file is missing can still be built (inference tools build
-    the model before they load the checkpoint), but refuses to be used until
-    its buffer has been filled.
+    the model before they load the checkpoint), but raises an error if used
+    before its buffer has been set.
 
     Args:
         num_classes (int): Number of classes K.
@@ -41,15 +41,15 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         self.learning = False
         self._filled = False
         self._missing_hint = 'no class embeddings were given.'
-        # Phrases for training to take in the place of the class embeddings.
+        # Phrases that replace the class embeddings in training.
         self.phrase_bank: Optional[PhraseBank] = None
-        self._bank_hint = ''  # why they are missing, if they must not
+        self._bank_hint = ''  # the error if they are needed but missing
         self.register_buffer('class_embeddings',
                              torch.full((num_classes, dim), float('nan')))
 
     @property
     def filled(self) -> bool:
-        """bool: Whether the embeddings are there and may be used."""
+        """bool: Whether the embeddings have been set."""
         return self._filled
 
     def fill(self, vectors: Tensor) -> None:
@@ -105,8 +105,8 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
                                f'{self._missing_hint}')
         if self.training and not self.learning:
             if self.phrase_bank is not None:
-                return self.phrase_bank.take(num_images,
-                                             self.class_embeddings.device)
+                return self.phrase_bank.sample(num_images,
+                                               self.class_embeddings.device)
             if self._bank_hint:
                 raise RuntimeError('Training needs the phrases of the '
                                    f'classes: {self._bank_hint}')
@@ -122,7 +122,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
 
     @property
     def can_compute(self) -> bool:
-        """bool: Whether :meth:`compute` has all that it needs now."""
+        """bool: Whether :meth:`compute` can be called."""
         return self._filled
 
     def learnable(self) -> Dict[str, nn.Parameter]:
@@ -138,7 +138,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         """Enter stage 2; a fixed provider stays as it is."""
 
     def stop_learning(self) -> None:
-        """Go back to stage 1, in which the embeddings are fixed."""
+        """Enter stage 1, in which the embeddings are fixed."""
         self.learning = False
 
     @torch.no_grad()
@@ -162,7 +162,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
 
         Returns:
             Tensor, optional: Unit rows with shape (K, D); None if they cannot
-            be told here.
+            be computed.
         """
         return self.compute() if self.can_compute else None
 
@@ -172,7 +172,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
 
         A resumed run must go on with the text that it began with, so a
         difference is an error. A run that only starts from other weights
-        uses what its config says.
+        uses the text of its config.
 
         Args:
             resumed (bool): Whether the run is a resumed one.
@@ -204,7 +204,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
 
     def _load_from_state_dict(self, state_dict, prefix, *args,
                               **kwargs) -> None:
-        """Note that a checkpoint has filled the embeddings."""
+        """Load the embeddings, which are set then."""
         value = state_dict.get(prefix + 'class_embeddings')
         if value is not None and value.shape == self.class_embeddings.shape:
             self._filled = True

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""What takes the place of the plugin's own things in a stock config."""
+"""Stock replacements of the plugin's modules in a config."""
 import inspect
 import os.path as osp
 import sys
@@ -41,8 +41,8 @@ STOCK_FORMS = {
 }
 
 
-class StockForms:
-    """Find what needs the plugin, through the registries, and replace it.
+class StockConverter:
+    """Converter of the modules of a config that need the plugin.
 
     Args:
         imports (list[str]): Modules that the config imports. Those that
@@ -75,7 +75,7 @@ class StockForms:
                    for package in self.packages)
 
     def find(self, kind: Any) -> Optional[Any]:
-        """Look up a ``type``.
+        """Get the class of a ``type`` from the registries.
 
         Args:
             kind (Any): Value of a config, of use if it is a name.
@@ -89,7 +89,7 @@ class StockForms:
         return None
 
     def replace(self, value: Any, where: str) -> Any:
-        """Give the stock form of a value and all that is in it.
+        """Convert a value of a config and everything nested in it.
 
         Args:
             value (Any): Part of a config.
@@ -104,7 +104,7 @@ class StockForms:
         if isinstance(value, dict):
             kind = self.find(value.get('type'))
             if kind is not None:
-                value = self._stock_form(kind, value, where)
+                value = self._convert_module(kind, value, where)
                 if value is DROPPED:
                     return DROPPED
             items = {
@@ -120,7 +120,7 @@ class StockForms:
             return type(value)(items) if items else DROPPED
         return value
 
-    def _stock_form(self, kind: Any, value: Dict, where: str) -> Any:
+    def _convert_module(self, kind: Any, value: Dict, where: str) -> Any:
         if kind in NOT_DEPLOYED:
             return DROPPED
         if kind is TextKD and value['score_map'].get('norm') != 'rms':
@@ -146,7 +146,7 @@ class StockForms:
             f'in a module that does not import {PLUGIN}.')
 
     def _stock_head(self, kind: type, value: Dict, where: str) -> Dict:
-        """Take the text out of a head."""
+        """Convert a text head to its stock head."""
         names = {thing: name for name, thing in MODELS.module_dict.items()}
         lineage = [c for c in kind.__mro__ if not issubclass(c, TextHeadMixin)]
         stock = next((c for c in lineage if c in names), None)
@@ -194,7 +194,7 @@ def _uses_plugin(name: str) -> bool:
 
 
 def _stock_dataset(kind: type, value: Dict, where: str) -> Dict:
-    """Turn a dataset of the plugin into the ``BaseSegDataset`` that it is."""
+    """Convert a dataset of the plugin to a ``BaseSegDataset``."""
     metainfo = dict(kind.METAINFO, **(value.get('metainfo') or {}))
     known = inspect.signature(BaseSegDataset).parameters
     odd = [k for k in value if k not in (*known, 'type') or k == 'ann_file']

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""The frozen CLIP image tower at work on one batch of images."""
+"""Intermediate features of a CLIP image encoder."""
 from typing import Tuple
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class CLIPFeatures:
-    """Tokens of one batch in all depths of a CLIP image tower.
+    """Tokens of one batch after each block of a CLIP image encoder.
 
     Args:
         network (nn.Module): open_clip's image tower of L blocks.
@@ -39,7 +39,7 @@ class CLIPFeatures:
                                                    2).unflatten(2, self.size)
 
     def mask_attention(self, bias: Tensor, first_block: int) -> Tensor:
-        """Embed masks: class tokens of their own, drawn to their pixels.
+        """Embed masks by class tokens that attend to their pixels.
 
         Each mask gets a copy of the class token. In the last blocks it attends
         to itself and to the patches, to whose attention logits a bias is
@@ -73,7 +73,7 @@ class CLIPFeatures:
         return self._project(tokens)
 
     def dense(self, surgery_blocks: int) -> Tensor:
-        """Embed the patches.
+        """Embed the patches by CLIP Surgery.
 
         A stream beside the last blocks gathers their attention with values
         for queries and keys, and leaves the feed-forward networks out, which
@@ -98,7 +98,7 @@ class CLIPFeatures:
                                                    2).unflatten(2, self.size)
 
     def _project(self, tokens: Tensor) -> Tensor:
-        """Go from tokens to the space that images and text share."""
+        """Project tokens to the space shared by images and text."""
         return self.network.ln_post(tokens) @ self.network.proj
 
 
@@ -125,7 +125,7 @@ def resize_position(embedding: Tensor, grid: Tuple[int, int],
 
 def encode_image(network: nn.Module, images: Tensor, position: Tensor,
                  logit_scale: float) -> CLIPFeatures:
-    """Run a CLIP image tower on images of any size.
+    """Run a CLIP image encoder on images of any size.
 
     Args:
         network (nn.Module): open_clip's image tower, a plain ViT.
