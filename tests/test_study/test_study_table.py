@@ -372,8 +372,10 @@ def test_the_published_pages_are_what_the_ledgers_say():
     left = {path.name for path in results.glob('*.jsonl')}
     for page in results.glob('*.md'):
         with open(page, encoding='utf-8') as file:
-            names = re.findall(r'[\w-]+\.jsonl', file.readline())
-        if not names:
+            first = file.readline()
+        names = re.findall(r'[\w-]+\.jsonl', first)
+        if 'study_table.py' not in first:  # by hand, or by another tool
+            left -= {*names}
             continue
         words = [*(str(results / n) for n in names), '--out', str(page)]
         if page.name == 'camvid.md':

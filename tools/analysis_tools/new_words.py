@@ -10,18 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-import numpy as np
-from mmengine.config import Config, DictAction
-from mmengine.registry import init_default_scope
-
-from mmseg_textkd.analysis.new_words import (ALL_NEW, RANDOM, TRAINED,
-                                             measure_new_words)
-from mmseg_textkd.models.new_words import NEW_WORDS
-from mmseg_textkd.study import Ledger, LedgerError
-from mmseg_textkd.study.analysis import Group
-from mmseg_textkd.utils.io import write_files
-from mmseg_textkd.utils.report import table
-
 PAGE = '''<!-- Made by tools/analysis_tools/new_words.py of {ledger}; not \
 to be edited. -->
 # New words
@@ -36,10 +24,11 @@ beside the trained names of the others.
 '''
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest='command', required=True)
+    commands = parser.add_subparsers(
+        dest='command', required=True, help='what to do')
     measure = commands.add_parser('measure', help='score checkpoints')
     measure.add_argument('ledger', type=Path, help='file to add to, *.jsonl')
     measure.add_argument('config', help='config of the network')
@@ -57,15 +46,48 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
         help='embeddings file with the vectors of these words')
     measure.add_argument(
         '--data', help='config whose val_dataloader is used (default: CONFIG)')
-    measure.add_argument('--study', default='new_words')
-    measure.add_argument('--network', default='')
-    measure.add_argument('--stride', type=int, default=2)
-    measure.add_argument('--cfg-options', nargs='+', action=DictAction)
+    measure.add_argument(
+        '--study',
+        default='new_words',
+        help='name in the ledger (default: %(default)s)')
+    measure.add_argument(
+        '--network',
+        default='',
+        help='name of the network in the ledger (default: %(default)s)')
+    measure.add_argument(
+        '--stride',
+        type=int,
+        default=2,
+        help='score every so many-th row and column (default: %(default)s)')
+    measure.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        help='settings of the configs to override')
     made = commands.add_parser('table', help='make the tables')
-    made.add_argument('ledger', type=Path)
+    made.add_argument('ledger', type=Path, help='file to read, *.jsonl')
     made.add_argument(
         '--out', type=Path, help='page to write (default: print it)')
     return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    # Before the imports below, which take seconds.
+    parse_args()
+
+# isort: split
+import numpy as np
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from mmseg_textkd.analysis.new_words import (ALL_NEW, RANDOM, TRAINED,
+                                             measure_new_words)
+from mmseg_textkd.models.new_words import NEW_WORDS
+from mmseg_textkd.study import Ledger, LedgerError
+from mmseg_textkd.study.analysis import Group
+from mmseg_textkd.utils.arguments import read_options
+from mmseg_textkd.utils.io import write_files
+from mmseg_textkd.utils.report import table
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -73,7 +95,7 @@ def measure(args: argparse.Namespace) -> None:
     cfg = Config.fromfile(args.config)
     data = Config.fromfile(args.data or args.config)
     for config in {id(c): c for c in (cfg, data)}.values():
-        config.merge_from_dict(args.cfg_options or {})
+        config.merge_from_dict(read_options(args.cfg_options))
     init_default_scope('mmseg')
     ledger = Ledger(args.ledger)
     words = json.loads(args.words.read_text(encoding='utf-8'))

@@ -41,7 +41,8 @@ def parse_args() -> argparse.Namespace:
         help='replace a ToyScenes folder that is there already')
     parser.add_argument(
         '--video', action='store_true', help='videos of a moving camera')
-    parser.add_argument('--num-videos', type=int, default=8, help='default: 8')
+    parser.add_argument(
+        '--num-videos', type=int, default=8, help='clips (default: 8)')
     parser.add_argument(
         '--num-frames', type=int, default=48, help='of each (default: 48)')
     args = parser.parse_intermixed_args()
