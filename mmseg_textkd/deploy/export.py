@@ -6,6 +6,7 @@ import json
 import traceback
 import warnings
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Callable, Dict, Iterator, NamedTuple
 
 import torch
@@ -73,7 +74,7 @@ def to_onnx(network: ExportableSegmentor,
         ValueError: If an operator does not export, and where it is.
     """
     import onnx
-    import onnxscript  # noqa: F401  (torch needs it)
+    import_module('onnxscript')  # torch needs it
     traced = copy.deepcopy(network)
     replace_adaptive_pools(traced)
     image = network.example(size)
