@@ -4,6 +4,7 @@
 :func:`apply` runs on ``import mmseg_textkd``. Every patch tests for the fault
 itself (not for a version number) and is skipped where there is none.
 """
+import codecs
 import difflib
 import errno
 import functools
@@ -288,15 +289,11 @@ def allow_runner_checkpoints() -> bool:
     loader takes back what it allows, so once is not enough.
 
     Returns:
-        bool: Whether anything had to be allowed; False also before torch 2.4,
-        which can allow nothing.
+        bool: True: no version of torch allows them by itself.
     """
     import torch
-    if not hasattr(torch.serialization, 'add_safe_globals'):
-        return False
     torch.serialization.add_safe_globals(_safe_globals())
-    from packaging.version import parse
-    return parse(torch.__version__).release >= (2, 6)
+    return True
 
 
 def _safe_globals() -> List[Any]:
@@ -318,14 +315,16 @@ def _runner_globals() -> List[Any]:
     """Globals of a runner's checkpoint besides tensors."""
     import numpy as np
     from mmengine.logging import HistoryBuffer
-    core = np._core if hasattr(np, '_core') else np.core
     dtypes = {type(np.dtype(code)) for code in '?bBhHiIlLqQefdg'}
-    functions = [core.multiarray._reconstruct, core.multiarray.scalar]
+    # As numpy itself pickles an array and a scalar: their module's name
+    # differs, and numpy 1.26 has an empty one of numpy 2's name.
+    functions = [x.__reduce__()[0] for x in (np.empty(0), np.float32())]
     return [
         HistoryBuffer,
         np.ndarray,
         np.dtype,
         bytes,  # of an empty array
+        codecs.encode,  # of a number; torch 2.5 allows it by itself
         *dtypes,
         _under_name(_history_method, 'builtins.getattr'),
         # numpy 2 renamed the module: a run may be resumed across that.

@@ -138,8 +138,15 @@ def test_wheel_needs_no_library_of_two_names(wheel):
     assert len(clip) == 1 and clip[0].startswith('open_clip_torch')
 
 
-def test_mim_and_config_names_work_from_a_wheel(wheel, tmp_path):
-    pip('install', '--no-deps', '--target', 'site', wheel, cwd=tmp_path)
+@pytest.fixture(scope='module')
+def site(wheel, tmp_path_factory):
+    """A folder with the wheel installed."""
+    folder = tmp_path_factory.mktemp('site')
+    pip('install', '--no-deps', '--target', str(folder), wheel, cwd=folder)
+    return str(folder)
+
+
+def test_mim_and_config_names_work_from_a_wheel(site, tmp_path):
     (tmp_path /
      'a.py').write_text("_base_ = 'mmseg_textkd::_base_/default_runtime.py'")
     out = run(
@@ -149,8 +156,8 @@ def test_mim_and_config_names_work_from_a_wheel(wheel, tmp_path):
         "cfg = Config.fromfile('a.py')\n"
         'print(mmseg_textkd.__file__, cfg.default_scope)',
         cwd=tmp_path,
-        PYTHONPATH='site')
-    assert str(tmp_path) in out and out.split()[-1] == 'mmseg'
+        PYTHONPATH=site)
+    assert site in out and out.split()[-1] == 'mmseg'
 
 
 def has_mim():
@@ -161,16 +168,8 @@ def has_mim():
         return False
 
 
-@pytest.mark.parametrize('mim', [
-    False,
-    pytest.param(
-        True,
-        marks=pytest.mark.skipif(
-            not has_mim(), reason='openmim is not installed'))
-])
-def test_wheel_trains_and_tests(wheel, tmp_path, mim):
-    """With `mim`, and by the command that `mim` puts together."""
-    pip('install', '--no-deps', '--target', 'site', wheel, cwd=tmp_path)
+def test_wheel_trains_and_tests(site, tmp_path):
+    """With `mim`, or by the command that `mim` puts together."""
     generate_toy_scenes(
         tmp_path / 'data/toy_scenes',
         num_train=2,
@@ -178,12 +177,12 @@ def test_wheel_trains_and_tests(wheel, tmp_path, mim):
         height=64,
         width=128)
     name = 'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py'
-    inside = str(tmp_path / 'site/mmseg_textkd/.mim')
+    inside = f'{site}/mmseg_textkd/.mim'
 
     def call(command, *args, **checkpoint):
         words = [sys.executable, '-m', 'mim', command, 'mmseg_textkd', name]
         words += [f'--{k}={v}' for k, v in checkpoint.items()] + ['--gpus=0']
-        if not mim:
+        if not has_mim():
             tool = f'{inside}/tools/{command}.py'
             config = f'{inside}/configs/text_classifier/{name}'
             words = [sys.executable, tool, config, *checkpoint.values()]
@@ -198,7 +197,7 @@ def test_wheel_trains_and_tests(wheel, tmp_path, mim):
             '--cfg-options',
             *args,
             cwd=tmp_path,
-            PYTHONPATH='site',
+            PYTHONPATH=site,
             CUDA_VISIBLE_DEVICES='')
 
     call('train', 'train_cfg.max_iters=2', 'train_cfg.val_interval=2',

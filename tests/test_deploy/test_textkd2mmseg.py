@@ -150,8 +150,7 @@ def test_result_needs_no_plugin(trained, convert, write_camvid, tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(
         WITHOUT_PLUGIN.replace('{lite}', str('mmcv.ops' in compat.apply())))
-    done = start(
-        'python', script, *expected, cwd=str(tmp_path), fork=False)
+    done = start('python', script, *expected, cwd=str(tmp_path), fork=False)
     assert done.status == 0, done.output[-3000:]
     for name, logits in expected.items():
         got = load(tmp_path / f'{name}.logits')

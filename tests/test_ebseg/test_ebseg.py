@@ -65,15 +65,16 @@ def test_it_learns(trained):
     _, runner = trained
     assert len(logged(runner)) == 20
     # Colors say the classes: masks and both classifiers learn it.
-    for name, factor in (('loss', .75), ('decode.loss_mask', .8),
-                         ('decode.loss_cls', .7), ('decode.loss_cls_attention',
-                                                   .9)):
+    # A little more than the worst of seeds 0 to 3.
+    for name, factor in (('loss', .7), ('decode.loss_mask', .66),
+                         ('decode.loss_cls', .5), ('decode.loss_cls_attention',
+                                                   .88)):
         values = logged(runner, name)
         assert sum(values[-3:]) < factor * sum(values[:3]), name
     # By embedding A alone; one class everywhere would have 1/8 of 12.5 %.
     runner.model.decode_head.balance = dict(alpha=0., beta=0., gamma=0.)
     miou = runner.val_loop.run()['mIoU']
-    assert miou > 5
+    assert miou > 8
 
 
 def test_the_towers_are_untouched(trained, model):

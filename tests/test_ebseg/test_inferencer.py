@@ -195,7 +195,7 @@ def test_one_class(files, inferencer, by_hand):
     threshold = between(score[score < 1])
     mine.set_classes(['tree'], threshold=threshold)
     want = (score < threshold).long().numpy()
-    assert .005 < want.mean() < .98
+    assert 0 < want.sum() < want.size
     assert np.array_equal(mine(files.images[0])['predictions'], want)
 
 

@@ -444,7 +444,8 @@ def best_config(tmp_path, text, scores, **hook):
         tmp_path, text, dict(switch_at=4, load_best=True, **hook), max_iters=8)
     cfg.train_cfg.val_interval = 2
     cfg.val_evaluator = dict(type='ScoreOfIteration', scores=scores)
-    cfg.default_hooks.checkpoint.update(save_best='score', rule='greater')
+    cfg.default_hooks.checkpoint.update(
+        interval=2, save_best='score', rule='greater')
     cfg.custom_hooks.append(
         dict(
             type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.3))

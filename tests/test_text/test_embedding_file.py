@@ -159,6 +159,7 @@ def test_bad_numbers(tmp_path, value, words):
 
 @each_case('change, words', [
     (dict(vectors=unit(4, 6).double()), 'float64'),
+    (dict(vectors=unit(4, 6) * 1.002), r'row \d has length 1.002'),
     (dict(vectors=unit(24)), r'shape \(24,\)'),
     (dict(vectors=unit(3, 6)), '3 vectors for 4 names'),
     (dict(names=('a', 'b', ' ', 'd')), r'rows \[2\]'),

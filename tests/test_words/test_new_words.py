@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from analysis_tools import ROOT, load_tool
 from mmengine.config import Config
 from mmseg.registry import DATASETS
 from text_runs import RUNS, make
@@ -93,3 +94,11 @@ def test_the_table_says_what_the_inferencer_predicts(tmp_path, monkeypatch):
         next(
             measure_new_words(cfg.copy(), tmp_path / 'weights.pth', cfg,
                               dict(bus='taxi'), bank))
+
+
+def test_the_published_page_is_what_the_ledger_says(capsys):
+    tool = load_tool('new_words')
+    results = ROOT / 'docs' / 'results'
+    tool.main(['table', str(results / 'new_words.jsonl')])
+    page = (results / 'new_words.md').read_text(encoding='utf-8')
+    assert capsys.readouterr().out == page

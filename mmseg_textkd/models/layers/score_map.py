@@ -16,7 +16,7 @@ KEPT_AS_IT_IS = (
     "a score map with norm='l2' divides each pixel by its own length and does "
     'not fold into a convolution. Deploy it as it is: the text is a constant, '
     'CLIP is not needed (with the plugin, or as a graph without it: '
-    "tools/deployment/export_onnx.py); or train with score_map=dict(norm='rms'"
+    "tools/deployment/deploy.py); or train with score_map=dict(norm='rms'"
     '), which folds where convolutions read the feature itself.')
 
 
