@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import os
 import os.path as osp
+import re
 import shutil
 import warnings
 from setuptools import find_packages, setup
@@ -11,6 +12,14 @@ ROOT = osp.dirname(osp.abspath(__file__))
 PACKAGE = 'mmseg_textkd'
 # What `mim train/test/run mmseg_textkd` looks for in `mmseg_textkd/.mim`.
 MIM_FILES = ('configs', 'tools', 'model-index.yml')
+# Of these only what works without a checkout of the repository.
+CHECKOUT_ONLY = ('lint.sh', 'model_index.py', 'networks.md.in', 'networks.py',
+                 'quickstart.py', 'quickstart.sh', 'run_tests.sh',
+                 'scheduled_newest.sh', 'setup_env.sh', 'study_slice.sh',
+                 'test_page.sh', 'toy_clip')
+# A link or an image of Markdown that is no address.
+RELATIVE = re.compile(r'(!?)\[((?:!\[[^\]]*\]\([^)]*\)|[^][])*)\]'
+                      r'\((?!\w+:|#)([^)]+)\)')
 
 
 def read(path: str) -> str:
@@ -27,6 +36,34 @@ def read(path: str) -> str:
         return ''
     with open(path, encoding='utf-8') as file:
         return file.read()
+
+
+def repository() -> str:
+    """Read the address of the repository; '' while there is none."""
+    found = re.search(r'^repository-code: *[\'"]?([^\s\'"]+)',
+                      read('CITATION.cff'), re.MULTILINE)
+    return found[1].rstrip('/') if found else ''
+
+
+def long_description() -> str:
+    """Take the README to where there are no files beside it.
+
+    Links to files become addresses; while the repository has none, their text
+    stays and images go.
+    """
+    address = repository()
+
+    def replace(match: re.Match) -> str:
+        mark, text, path = match.groups()
+        if not address:
+            return '' if mark else text
+        kind = 'raw' if mark else 'blob'
+        return f'{mark}[{text}]({address}/{kind}/v{get_version()}/{path})'
+
+    text, last = read('README.md'), ''
+    while text != last:  # an image may be the text of a link
+        last, text = text, RELATIVE.sub(replace, text)
+    return text
 
 
 def get_version() -> str:
@@ -94,12 +131,13 @@ def remove(path: str) -> None:
 
 
 def copy(source: str, target: str) -> None:
-    """Copy a file or a folder without what Python left in it."""
+    """Copy a file or a folder without what is of no use elsewhere."""
     if osp.isdir(source):
         shutil.copytree(
             source,
             target,
-            ignore=shutil.ignore_patterns('__pycache__', '*.pyc'))
+            ignore=shutil.ignore_patterns('__pycache__', '*.pyc',
+                                          *CHECKOUT_ONLY))
     else:
         shutil.copyfile(source, target)
 
@@ -110,22 +148,32 @@ if __name__ == '__main__':
         version=get_version(),
         description='CLIP text knowledge for real-time segmentation networks '
         'of MMSegmentation, at no cost at inference',
-        long_description=read('README.md'),
+        long_description=long_description(),
         long_description_content_type='text/markdown',
         author='mmseg_textkd contributors',
         keywords='computer vision, semantic segmentation, CLIP, '
         'knowledge distillation, real-time',
-        license='Apache-2.0',
+        license_expression='Apache-2.0',
+        license_files=['LICENSE'],
+        project_urls=dict(Source=repository()) if repository() else {},
         classifiers=[
             'Development Status :: 4 - Beta',
-            'Operating System :: OS Independent',
+            'Intended Audience :: Science/Research',
+            'Operating System :: MacOS',
+            'Operating System :: POSIX :: Linux',
+            'Programming Language :: Python :: 3 :: Only',
             'Programming Language :: Python :: 3.10',
             'Programming Language :: Python :: 3.11',
             'Programming Language :: Python :: 3.12',
+            'Programming Language :: Python :: 3.13',
+            'Topic :: Scientific/Engineering :: Artificial Intelligence',
+            'Topic :: Scientific/Engineering :: Image Recognition',
+            'Typing :: Typed',
         ],
         python_requires='>=3.10',
         packages=find_packages(include=[PACKAGE, f'{PACKAGE}.*']),
         package_data={
+            PACKAGE: ['py.typed'],
             f'{PACKAGE}.clip': ['toy_clip/*'],
             f'{PACKAGE}.text': ['vocabularies/*', 'vocabularies/synonyms/*'],
         },

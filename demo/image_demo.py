@@ -152,7 +152,7 @@ from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.apis.video import segment_video
 from mmseg_textkd.text import Vocabulary
 from mmseg_textkd.utils.arguments import warn_renamed
-from mmseg_textkd.utils.io import check_image, list_images
+from mmseg_textkd.utils.io import list_images
 
 
 def split(words: str) -> Any:
@@ -187,7 +187,11 @@ def run_video(inferencer: TextSegInferencer, args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> None:
     """Do what the command line says."""
     inferencer = TextSegInferencer(
-        args.config, args.checkpoint, device=args.device, font=args.font)
+        args.config,
+        args.checkpoint,
+        device=args.device,
+        font=args.font,
+        max_pixels=args.max_pixels)
     inferencer.show_progress = False
     if (args.classes or args.embeddings or args.other
             or args.threshold is not None):
@@ -209,7 +213,6 @@ def run(args: argparse.Namespace) -> None:
     if os.path.isdir(args.input):
         inputs = [str(path) for path in list_images(args.input)]
     for path in inputs:  # one by one: results are not kept in memory
-        check_image(path, args.max_pixels)
         inferencer(
             path,
             out_dir=args.out or '',

@@ -292,8 +292,22 @@ def allow_runner_checkpoints() -> bool:
         bool: True: no version of torch allows them by itself.
     """
     import torch
-    torch.serialization.add_safe_globals(_runner_globals())
+    torch.serialization.add_safe_globals(_safe_globals())
     return True
+
+
+def _safe_globals() -> List[Any]:
+    """What a checkpoint may name, statistics of the user's own included.
+
+    A ``HistoryBuffer`` saves all that are registered; those that this process
+    has not registered itself are refused.
+    """
+    from mmengine.logging import HistoryBuffer
+    own = [
+        method for method in HistoryBuffer._statistics_methods.values()
+        if not method.__qualname__.startswith('HistoryBuffer.')
+    ]
+    return [*_runner_globals(), *own]
 
 
 @functools.lru_cache(maxsize=None)
@@ -412,7 +426,7 @@ def _load_without_code() -> bool:
     stock = loader.load_checkpoint.__func__
     if hasattr(module, 'get_torch_safe_globals'):
         # OneDL's list has `getattr`.
-        module.get_torch_safe_globals = _runner_globals
+        module.get_torch_safe_globals = _safe_globals
 
     @functools.wraps(stock)
     def load_checkpoint(cls, filename, *args, **kwargs):

@@ -25,6 +25,20 @@ ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
 TOOLS = osp.join(ROOT, 'tools')
 # MMSegmentation's own, as installed.
 STOCK_TRAIN = load_stock_tool('train.py').__file__
+# For `python -c`: a script, where neither PyTorch nor this package is there.
+ALONE = """
+import runpy, sys
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('torch', 'mmseg', 'mmengine', 'mmcv', 'onnx',
+                                  'mmseg_textkd'):
+            raise ImportError(name + ' is not installed here')
+
+sys.meta_path.insert(0, Nothing())
+sys.argv[0] = '{script}'
+runpy.run_path('{script}', run_name='__main__')
+"""
 # Importing takes 8 seconds: a server does it once, and tools run in its forks.
 _FORKS = multiprocessing.get_context('forkserver')
 _FORKS.set_forkserver_preload(['processes', 'mmseg.apis', 'matplotlib.pyplot'])

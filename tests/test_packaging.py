@@ -21,6 +21,11 @@ from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
 
 ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
 DATA = ('text/vocabularies', 'clip/toy_clip')
+CHECKOUT_ONLY = {
+    'lint.sh', 'model_index.py', 'networks.md.in', 'networks.py',
+    'quickstart.py', 'quickstart.sh', 'run_tests.sh', 'scheduled_newest.sh',
+    'setup_env.sh', 'study_slice.sh', 'test_page.sh', 'toy_clip'
+}
 
 
 def run(*command, cwd, **env):
@@ -77,6 +82,8 @@ def wheel(source, tmp_path_factory):
     archive, = folder.glob('*.tar.gz')
     # tarfile has no filters before Python 3.11.4 and 3.10.12.
     run('tar', '-xf', str(archive), cwd=folder)
+    # Half of the tests, without what they import, would be of no use.
+    assert not list(folder.glob('*/tests'))
     unpacked, = [path for path in folder.iterdir() if path.is_dir()]
     pip('wheel', '--no-deps', '--no-build-isolation', '-w', str(folder),
         str(unpacked), cwd=folder)  # yapf: disable
@@ -90,7 +97,12 @@ def test_wheel_holds_mim_files_and_data(wheel):
         sizes = {info.filename: info.file_size for info in file.infolist()}
     for folder in ('configs', 'tools'):
         for path in below(osp.join(ROOT, folder)):
-            assert f'mmseg_textkd/.mim/{folder}/{path}' in names
+            here = f'mmseg_textkd/.mim/{folder}/{path}' in names
+            assert here != any(
+                part in CHECKOUT_ONLY for part in path.split('/')), path
+    # What says that it needs a checkout, as tests and networks do, is none.
+    assert not [n for n in names if re.search('tests?/|setup_env', n)]
+    assert 'mmseg_textkd/py.typed' in names
     assert 'mmseg_textkd/.mim/model-index.yml' in names
     for folder in DATA:
         for path in below(osp.join(ROOT, 'mmseg_textkd', folder)):
@@ -107,6 +119,14 @@ def test_wheel_needs_no_library_of_two_names(wheel):
     with zipfile.ZipFile(wheel) as file:
         name, = [n for n in file.namelist() if n.endswith('/METADATA')]
         meta = message_from_string(file.read(name).decode())
+    assert meta['License-Expression'] == 'Apache-2.0'
+    assert 'Operating System :: OS Independent' not in meta.get_all(
+        'Classifier')
+    # Beside a page of the index there are no files.
+    links = re.findall(r'\]\(([^)]*)\)', meta.get_payload())
+    assert links and not [
+        link for link in links if not link.startswith(('http', '#'))
+    ]
     needs = meta.get_all('Requires-Dist')
     plain = {
         re.match(r'[\w.-]+', need)[0]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Check style, imports, format, spelling and docstrings; changes nothing.
+# Check style, imports, format, spelling, docstrings and types; changes
+# nothing.
 set -u
 cd "$(dirname "$0")/.."
 
@@ -15,6 +16,7 @@ step isort --check-only --diff --skip .mim "${FILES[@]}"
 step yapf --diff --recursive --exclude '*/.mim/*' "${FILES[@]}"
 step codespell_lib --skip .mim mmseg_textkd configs tools tests README.md
 step interrogate --quiet --config setup.cfg mmseg_textkd
+step mypy --config-file setup.cfg
 if [ ${#FAULTS[@]} -gt 0 ]; then
     echo "lint: faults found by ${FAULTS[*]}" >&2
     exit 1

@@ -4,11 +4,12 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -85,15 +86,27 @@ def run(args: List[str], log: Path, echo: str = '') -> None:
             stderr=subprocess.STDOUT,
             text=True,
             env=env,
-            cwd=ROOT) as process:
-        for line in process.stdout:
-            file.write(line)
-            last = line.strip() or last
-            if echo and re.search(echo, line):
-                print('   ', line.split(' - ')[-1].strip()[:110], flush=True)
+            cwd=ROOT,
+            # A group of its own, so that it ends with its data loaders.
+            start_new_session=True) as process:
+        try:
+            for line in process.stdout:
+                file.write(line)
+                last = line.strip() or last
+                if echo and re.search(echo, line):
+                    print(
+                        '   ', line.split(' - ')[-1].strip()[:110], flush=True)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     if process.returncode:
         sys.exit(f'quickstart: {args[0]} failed: {last}\n'
                  f'quickstart: its whole output is in {log}')
+
+
+def stop(number: int, frame: Any) -> None:
+    """Leave by way of an exception, so that :func:`run` cleans up."""
+    sys.exit(f'quickstart: stopped by {signal.Signals(number).name}')
 
 
 def train_and_test(name: str, config: str, args: argparse.Namespace) -> None:
@@ -244,6 +257,8 @@ def main() -> None:
     """Run the quickstart."""
     start = time.time()
     args = parse_args()
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     work_dir = Path(args.work_dir)
     try:
         for name in ARMS:  # before anything takes time

@@ -84,9 +84,9 @@ setup_env_install() {
         setup_env_die "$python does not run"
     case $version in
         2.* | 3.[0-9]) setup_env_die \
-            "$python is Python $version, but 3.10 to 3.12 is needed (set" \
+            "$python is Python $version, but 3.10 to 3.13 is needed (set" \
             "PYTHON=...)" ;;
-        3.10 | 3.11 | 3.12) ;;
+        3.10 | 3.11 | 3.12 | 3.13) ;;
         *) setup_env_say "Python $version has not been tested, going on" ;;
     esac
     "$python" -c 'import venv, ensurepip' 2> /dev/null || setup_env_die \

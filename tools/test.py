@@ -1,7 +1,10 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Test a segmentor: MMSegmentation's ``tools/test.py`` and its arguments.
 
-Without a GPU ``--launcher pytorch`` works too.
+The checkpoint must be that of the network of the config: no weight may be
+missing, unexpected, of another shape or NaN, and the classes must be those of
+the data set. With ``--no-strict`` a warning says where it is not. Without a
+GPU ``--launcher pytorch`` works too.
 """
 import argparse
 import os
@@ -41,6 +44,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         default='none',
         help='what starts the processes (default: none, there is one)')
     parser.add_argument(
+        '--no-strict',
+        action='store_true',
+        help='warn where weights or classes are others than those of the '
+        'config, instead of refusing them')
+    parser.add_argument(
         '--tta', action='store_true', help='with augmentation of the images')
     parser.add_argument(
         '--local-rank',
@@ -61,7 +69,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from mmseg_textkd.compat import load_stock_tool, shorten_console
-from mmseg_textkd.engine import join_cpu_ranks
+from mmseg_textkd.engine import check_loaded, join_cpu_ranks
 from mmseg_textkd.utils.arguments import read_options
 
 
@@ -77,6 +85,7 @@ def main() -> None:
     args = parse_args()
     shorten_console()
     stock = load_stock_tool('test.py')
+    check_loaded(stock, strict=not args.no_strict)
     try:
         args.cfg_options = read_options(args.cfg_options)
     except ValueError as error:

@@ -7,11 +7,12 @@ the path of a checkpoint, and without a GPU ``--launcher pytorch`` and
 ``--amp`` work too.
 """
 import argparse
+import inspect
 import os
 import os.path as osp
 import sys
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 
 def split_resume(words: List[str]) -> Tuple[Optional[str], List[str]]:
@@ -90,14 +91,16 @@ if __name__ == '__main__':
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
+from mmengine.registry import OPTIMIZERS
 
 from mmseg_textkd.clip.weights import TextTowerError
 from mmseg_textkd.compat import load_stock_tool, shorten_console
 from mmseg_textkd.datasets.encode_regions import ensure_regions
-from mmseg_textkd.engine import join_cpu_ranks
+from mmseg_textkd.engine import check_loaded, join_cpu_ranks
 from mmseg_textkd.text.encode_classes import ensure_embeddings
 from mmseg_textkd.utils.arguments import read_config, read_options
 from mmseg_textkd.utils.checkpoint import find_checkpoint
+from mmseg_textkd.utils.config import type_name
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -119,6 +122,29 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def complete_optimizer(cfg: Config) -> Dict[str, float]:
+    """Name the weight decay that an optimizer has by itself.
+
+    MMEngine needs it written out where a config sets it for some parameters.
+
+    Args:
+        cfg (Config): The config.
+
+    Returns:
+        dict[str, float]: For ``--cfg-options``; empty if it is named.
+    """
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer')
+    if not optimizer or 'weight_decay' in optimizer:
+        return {}
+    kind = optimizer['type']
+    kind = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
+    known = {} if kind is None else inspect.signature(kind).parameters
+    if 'weight_decay' not in known:
+        return {}
+    default = known['weight_decay'].default
+    return {'optim_wrapper.optimizer.weight_decay': default}
+
+
 def main() -> None:
     """Make what embeddings are missing, then train."""
     args = parse_args()
@@ -135,6 +161,7 @@ def main() -> None:
         cfg = load_config(args)
     except (OSError, ValueError) as error:
         sys.exit(f'Error: {error}')
+    options.update(complete_optimizer(cfg))
     if resume == 'auto':
         # MMEngine takes what `last_checkpoint` names, or else `load_from`.
         found = find_checkpoint(Path(cfg.work_dir))
@@ -152,11 +179,12 @@ def main() -> None:
     if get_device() == 'cpu':
         if args.launcher == 'pytorch':
             options.update(join_cpu_ranks(cfg))
-        if args.amp and cfg.optim_wrapper.type == 'OptimWrapper':
+        if args.amp and type_name(cfg.optim_wrapper) in ('', 'OptimWrapper'):
             args.amp = False
             options['optim_wrapper.type'] = 'CPUAmpOptimWrapper'
             if is_main_process():
                 print('--amp without a GPU: autocast to bfloat16 on the CPU')
+    check_loaded(stock)
     stock.parse_args = lambda: args
     stock.main()
 

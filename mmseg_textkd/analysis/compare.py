@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 import numpy as np
-from mmengine.config import Config
 from mmengine.runner import Runner
 
 from ..evaluation import DatasetIoUMetric
 from ..evaluation.confusion_iou_metric import SUMMARY, ConfusionIoUMetric
 from ..utils.checkpoint import load_strictly, read_checkpoint
-from ..utils.config import as_list
+from ..utils.config import as_list, load_config
 
 PAIRS = 10  # how many confusable pairs are listed
 
@@ -41,8 +40,7 @@ def evaluate(config: str,
         ValueError: If the checkpoint does not fit, or no IoUMetric is in the
             config.
     """
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict(options or {})
+    cfg = load_config(config, options)
     cfg.work_dir, cfg.load_from, cfg.resume = str(work_dir), None, False
     # MMEngine keeps the log of a name for the whole process.
     cfg.experiment_name = f'compare_{time.time_ns()}'

@@ -63,6 +63,8 @@ class NetworkAdapter(metaclass=ABCMeta):
             probabilities, or scores in [0, 1].
         vectors (Tensor, optional): Vectors of the present classes, shape
             (K, D); None where there is no text.
+        binary (bool): Whether the network has, of its present classes, one
+            logit, whose sigmoid is compared with the head's threshold.
     """
 
     layer = 'conv_seg'
@@ -72,6 +74,7 @@ class NetworkAdapter(metaclass=ABCMeta):
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.model, self.names = model, tuple(names)
         self.vectors: Optional[Tensor] = None
+        self.binary = self._has_one_logit = model.out_channels == 1
 
     def encode(self, classes: Any, **options: Any) -> EncodedClasses:
         """Encode classes without changing the network.
@@ -99,6 +102,18 @@ class NetworkAdapter(metaclass=ABCMeta):
             ValueError: If there is no such bias or way; nothing has changed
                 then.
         """
+
+    def stays_binary(self, found: EncodedClasses) -> bool:
+        """Whether these classes are those of one logit, in their order.
+
+        Args:
+            found (EncodedClasses): What :meth:`encode` has returned.
+
+        Returns:
+            bool: True if a threshold decides between them.
+        """
+        own = list(range(len(self.names)))
+        return self._has_one_logit and list(found.trained) == own
 
     def select(self, rows: Tensor) -> nn.Module:
         """Build the layer of n classes, whose indices may repeat."""
@@ -175,6 +190,7 @@ class TextHeadAdapter(NetworkAdapter):
         self.vectors = branch.text.class_embeddings.detach().clone()
         self.bias = self.vectors.new_zeros(len(names))
         self.regularization = None
+        self.trained_layer = head.conv_seg
         if head.role == 'auxiliary':
             self.uses_cosine = True
             scales = [m.scale for m in head.text_losses if hasattr(m, 'scale')]
@@ -186,7 +202,11 @@ class TextHeadAdapter(NetworkAdapter):
         self.scale, self.regularization = branch.scale(), branch.regularization
         if branch.logit_bias is not None:
             self.bias = branch.logit_bias.detach().clone()
-        head.conv_seg = self.fold(self.vectors, range(len(names)))
+        if self.binary:
+            self.trained_layer = branch.as_conv()
+            head.conv_seg = self.trained_layer
+        else:
+            head.conv_seg = self.fold(self.vectors, range(len(names)))
 
     def set_classes(self,
                     found: EncodedClasses,
@@ -198,6 +218,10 @@ class TextHeadAdapter(NetworkAdapter):
         are linear in the pixel embeddings. Cosines take them raw, as LSeg
         does, and so does a :class:`BalancedTextClassifier`.
         """
+        if self.stays_binary(found):
+            self._install(self.trained_layer, 1)
+            self.vectors, self.binary = found.vectors, True
+            return
         if new_words is None:
             linear = not (self.uses_cosine
                           or isinstance(self.branch, BalancedTextClassifier))
@@ -209,7 +233,7 @@ class TextHeadAdapter(NetworkAdapter):
             new_words)
         layer = self.fold(vectors, found.trained, new_bias)
         self._install(layer, len(found.names))
-        self.vectors = found.vectors
+        self.vectors, self.binary = found.vectors, False
 
     def cosine(self, rows: Sequence[int]) -> nn.Module:
         """Build a layer of the cosines of projected pixels and vectors."""
@@ -369,6 +393,12 @@ class FoldedAdapter(NetworkAdapter):
         """Select the rows of the classifier."""
         device = next(self.conv_seg.parameters()).device
         rows = torch.tensor(found.trained, device=device)
+        if self.binary:
+            if not self.stays_binary(found):
+                raise ValueError(
+                    'this network has one logit for its classes '
+                    f'{list(self.names)}: none of them can be left out.')
+            return
         self._install(select_classes(self.conv_seg, rows), len(rows))
 
     def cosine(self, rows: Sequence[int]) -> nn.Module:

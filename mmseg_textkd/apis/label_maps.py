@@ -130,8 +130,9 @@ def predict_labels(adapter: 'NetworkAdapter',
         data_samples (list[SegDataSample]): Their N samples.
         threshold (float, optional): Pixels whose most probable class has a
             lower probability, in the softmax over all classes or, where
-            there are no logits, by its score, get the label ``other``.
-            Defaults to None.
+            there are no logits, by its score, get the label ``other``. Of a
+            binary network the probability from which on a pixel is of the
+            class. Defaults to None: the head's own.
         other (int, optional): That label. Defaults to None.
         budget (int): Number of logits at a time. Some three times as much is
             allocated for them. Defaults to 2 ** 25.
@@ -142,6 +143,8 @@ def predict_labels(adapter: 'NetworkAdapter',
     """
     model = adapter.model
     metas = [s.metainfo for s in data_samples]
+    if adapter.binary:
+        return _predict_binary(model, inputs, data_samples, threshold)
     # What a threshold on a softmax needs besides the largest logit.
     sum_up = threshold is not None and adapter.logits
     pixels = max(
@@ -181,6 +184,24 @@ def predict_labels(adapter: 'NetworkAdapter',
             label = label.masked_fill(sure < threshold, other)
         sample.pred_sem_seg = PixelData(data=label[None])
     return data_samples
+
+
+def _predict_binary(model: nn.Module, inputs: Tensor,
+                    data_samples: List[SegDataSample],
+                    threshold: Optional[float]) -> List[SegDataSample]:
+    """Predict labels 0 and 1 as the model does, by a threshold."""
+    head = model.decode_head
+    own = head.threshold
+    try:
+        head.threshold = own if threshold is None else threshold
+        logits = model.inference(inputs, [s.metainfo for s in data_samples])
+        done = model.postprocess_result(logits, data_samples)
+    finally:
+        head.threshold = own
+    for sample in done:
+        sample.pred_sem_seg = PixelData(data=sample.pred_sem_seg.data.long())
+        del sample.seg_logits
+    return done
 
 
 def _first_logits(model: nn.Module, layer: nn.Module, inputs: Tensor,

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from mmseg_textkd.clip.weights import PathLike
 from mmseg_textkd.deploy import to_stock_cfg
 from mmseg_textkd.models import EBSeg, TextHeadMixin
+from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.text import TextEmbeddings, Vocabulary
-from mmseg_textkd.utils.checkpoint import (build_segmentor, non_finite,
-                                           read_checkpoint)
+from mmseg_textkd.utils.checkpoint import build_segmentor, read_checkpoint
+from mmseg_textkd.utils.config import load_config
+from mmseg_textkd.utils.io import MAX_PIXELS, UnknownImageError, check_image
 from .adapters import build_adapter
 from .drawing import (GRAY, draw_labels, draw_similarity, palette_for,
                       write_image)
@@ -55,6 +57,8 @@ class TextSegInferencer(MMSegInferencer):
         device (str, optional): Defaults to None: a GPU if there is one.
         cache_dir (str or PathLike, optional): Folder of the cache of vectors.
             Defaults to None, see :func:`.class_encoder.default_cache_dir`.
+        max_pixels (int): Image files with more pixels are refused before they
+            are decoded. Defaults to 89478485, Pillow's own limit.
         font (str, optional): A TrueType font for legends. Defaults to None:
             DejaVu Sans.
         cfg_options (dict, optional): Settings of the config to override.
@@ -81,12 +85,12 @@ class TextSegInferencer(MMSegInferencer):
                  device: Optional[str] = None,
                  cache_dir: Optional[PathLike] = None,
                  font: Optional[str] = None,
+                 max_pixels: int = MAX_PIXELS,
                  cfg_options: Optional[Dict] = None) -> None:
-        if not isinstance(config, Config):
-            config = Config.fromfile(config)
-        config.merge_from_dict(cfg_options or {})
+        config = load_config(config, cfg_options)
         config.setdefault('visualizer', dict(type='SegLocalVisualizer'))
         self.cache_dir, self.font = cache_dir, font
+        self.max_pixels = max_pixels
         self.threshold: Optional[float] = None
         self.source = 'as trained'
         super().__init__(config, str(checkpoint), device=device)
@@ -99,8 +103,12 @@ class TextSegInferencer(MMSegInferencer):
         model, self.own_meta = load_network(cfg, Path(weights))
         model.dataset_meta = dict(self.own_meta)
         model.to(device).eval()
+        self.channels = input_channels(model)
         self.adapter = build_adapter(model, self.own_meta['classes'],
                                      self.cache_dir)
+        if self.adapter.binary:
+            names, palette = with_background(**self.own_meta)
+            model.dataset_meta = dict(classes=names, palette=palette)
         return model
 
     @property
@@ -179,7 +187,9 @@ class TextSegInferencer(MMSegInferencer):
         if other is not None:
             colors[-1] = GRAY
         palette = palette_for(colors)
-        if threshold is not None and other is None:
+        if self.adapter.stays_binary(found):
+            names, palette = with_background(names, palette)
+        elif threshold is not None and other is None:
             if 'other' in names:
                 raise ValueError("a class is called 'other' already; give it "
                                  'as `other`.')
@@ -212,8 +222,8 @@ class TextSegInferencer(MMSegInferencer):
             dict: See :meth:`postprocess`.
 
         Raises:
-            ValueError: If an array is no image, or results would be written
-                into the folder of an input.
+            ValueError: If an array is no image, a file is none or too large,
+                or results would be written into the folder of an input.
         """
         inputs = self._inputs_to_list(inputs)
         written = [] if out_dir == '' else [
@@ -223,6 +233,13 @@ class TextSegInferencer(MMSegInferencer):
         for item in inputs:
             if isinstance(item, np.ndarray):
                 continue
+            if osp.isfile(item):
+                try:
+                    check_image(item, self.max_pixels)
+                except UnknownImageError:
+                    # Other bands may be in other formats.
+                    if self.channels == 3:
+                        raise
             folder = osp.dirname(osp.realpath(item))
             if folder in written:
                 raise ValueError(
@@ -242,7 +259,8 @@ class TextSegInferencer(MMSegInferencer):
         if isinstance(inputs, Path):
             inputs = str(inputs)
         return [
-            _checked_image(item) if isinstance(item, np.ndarray) else
+            _checked_image(item, self.channels) if isinstance(
+                item, np.ndarray) else
             str(item) if isinstance(item, Path) else item
             for item in super()._inputs_to_list(inputs)
         ]
@@ -280,6 +298,8 @@ class TextSegInferencer(MMSegInferencer):
         """Get names and indices of classes that have vectors."""
         # A label that is no class, as of a threshold, has no vector.
         known = list(self.classes[:self.model.out_channels])
+        if self.adapter.binary and self.vectors is not None:
+            known = list(self.classes[-len(self.vectors):])
         if isinstance(names, str):
             names = [names
                      ] if names in known else Vocabulary.from_spec(names).names
@@ -312,6 +332,7 @@ class TextSegInferencer(MMSegInferencer):
                 name = osp.basename(image)
                 image = mmcv.imfrombytes(mmengine.fileio.get(image))
             labels = pred.pred_sem_seg.data[0].cpu().numpy()
+            image = _as_picture(image, labels.shape)
             drawn = draw_labels(image[..., ::-1], labels, meta['classes'],
                                 meta['palette'], opacity, legend, self.font)
             if show:
@@ -391,9 +412,6 @@ def load_network(cfg: Config, checkpoint: Path) -> Tuple[nn.Module, Dict]:
         for k, v in saved['state_dict'].items()
         if not k.startswith('auxiliary_head.')
     }
-    odd = non_finite(state)
-    if odd:
-        raise ValueError(f'{checkpoint}: {odd}.')
     faults = [
         k for k, v in state.items()
         if k.endswith('.class_embeddings') and not v.any(dim=-1).all()
@@ -419,6 +437,10 @@ def load_network(cfg: Config, checkpoint: Path) -> Tuple[nn.Module, Dict]:
     model.cfg = cfg
     number = model.decode_head.num_classes
     classes = meta.get('classes') or [f'class {i}' for i in range(number)]
+    if number == 1 and len(classes) == 2:
+        # Those of the labels, of which the first is what has no logit.
+        classes = classes[1:]
+        meta['palette'] = (meta.get('palette') or [None, None])[1:]
     if len(classes) != number:
         raise ValueError(f'the network has {number} classes, but its '
                          f'checkpoint names {len(classes)}: {classes}')
@@ -426,8 +448,34 @@ def load_network(cfg: Config, checkpoint: Path) -> Tuple[nn.Module, Dict]:
     return model, dict(classes=tuple(classes), palette=palette)
 
 
-def _checked_image(image: np.ndarray) -> np.ndarray:
-    """Require uint8 of shape (H, W, 3); repeat a single channel."""
+def with_background(
+        classes: Sequence[str],
+        palette: Sequence) -> Tuple[Tuple[str, ...], List[Sequence[int]]]:
+    """Name both labels of a binary network, also where it has one class.
+
+    Args:
+        classes (Sequence[str]): Its one or two classes.
+        palette (Sequence): Their colors.
+
+    Returns:
+        tuple: Names and colors of the labels 0 and 1.
+    """
+    if len(classes) > 1:
+        return tuple(classes), list(palette)
+    return ('background', *classes), [GRAY, *palette]
+
+
+def _checked_image(image: np.ndarray, channels: int = 3) -> np.ndarray:
+    """Require uint8 of shape (H, W, 3); repeat a single channel.
+
+    Of networks for other channels than three, of any type.
+    """
+    if channels != 3:
+        image = image[..., None] if image.ndim == 2 else image
+        if image.ndim != 3 or image.shape[2] != channels or not image.size:
+            raise ValueError(f'the network takes images of shape (H, W, '
+                             f'{channels}), but got {image.shape}.')
+        return image
     if image.ndim == 2:
         image = image[..., None]
     if image.dtype != np.uint8 or image.ndim != 3 or image.size == 0:
@@ -437,6 +485,22 @@ def _checked_image(image: np.ndarray) -> np.ndarray:
             'instance by `(255 * image).round().astype(np.uint8)` from [0, '
             '1], or `(image // 257).astype(np.uint8)` from 16 bits.')
     return image.repeat(3, axis=2) if image.shape[2] == 1 else image
+
+
+def _as_picture(image: Optional[np.ndarray],
+                shape: Sequence[int]) -> np.ndarray:
+    """Bring an image of any channels to uint8, BGR, for drawing on it."""
+    if image is None:  # of a format that OpenCV does not know
+        return np.zeros((*shape, 3), np.uint8)
+    if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8:
+        return image
+    image = image.reshape(*image.shape[:2], -1)
+    # The first three bands, or one of them as gray.
+    image = image[..., :3] if image.shape[2] > 2 else image[..., :1]
+    low, high = np.nanmin(image), np.nanmax(image)
+    scaled = 255. * (image - low) / max(high - low, 1e-12)
+    return np.nan_to_num(scaled).astype(np.uint8).repeat(
+        3 // image.shape[2], axis=2)
 
 
 def _similarity(pred: SegDataSample) -> Tuple[Sequence[str], np.ndarray]:

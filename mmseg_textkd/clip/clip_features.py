@@ -1,6 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Intermediate features of a CLIP image encoder."""
-from typing import Tuple
+from typing import Any, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ class CLIPFeatures:
         logit_scale (float): CLIP's own factor on cosines.
     """
 
-    def __init__(self, network: nn.Module, states: Tuple[Tensor, ...],
+    def __init__(self, network: Any, states: Tuple[Tensor, ...],
                  size: Tuple[int, int], logit_scale: float) -> None:
         self.network = network
         self.states = states
@@ -123,7 +123,7 @@ def resize_position(embedding: Tensor, grid: Tuple[int, int],
     return torch.cat([token, patches.flatten(2)[0].T])
 
 
-def encode_image(network: nn.Module, images: Tensor, position: Tensor,
+def encode_image(network: Any, images: Tensor, position: Tensor,
                  logit_scale: float) -> CLIPFeatures:
     """Run a CLIP image encoder on images of any size.
 

@@ -6,7 +6,8 @@ from typing import Any, Optional, Tuple
 from torch import nn
 
 from .weights import (BPE_NAME, LOCAL, PathLike, TextTowerError,
-                      WeightsLocation, find_weights, import_open_clip)
+                      WeightsLocation, find_weights, import_open_clip,
+                      warn_of_activation)
 
 
 def load_clip(
@@ -31,6 +32,7 @@ def load_clip(
     open_clip = import_open_clip()
     location = find_weights(model, pretrained, cache_dir)
     clip = _load_model(open_clip, model, location)
+    warn_of_activation(model, pretrained, location)
     for name in ('visual', 'text_decoder'):
         if hasattr(clip, name):
             delattr(clip, name)

@@ -10,11 +10,12 @@ when a download fails.
 import difflib
 import hashlib
 import json
+import logging
 import os
 import socket
 from pathlib import Path
 from types import ModuleType
-from typing import Dict, List, NamedTuple, Optional, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Union
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -98,7 +99,8 @@ def missing_weights(model: str, pretrained: Optional[str], looked: str,
         "cache_dir='DIR'.\n"
         "  2. Use a local copy: model='local-dir:/path' (a folder with "
         f'{CONFIG_NAME} and weights), or an architecture name with '
-        "pretrained='/path/to/weights.safetensors'.\n"
+        "pretrained='/path/to/weights.safetensors'; of OpenAI's weights its "
+        "-quickgelu form, such as 'ViT-B-16-quickgelu'.\n"
         '  3. Do without a tower: encode the class names elsewhere and import '
         'the vectors with `python tools/encode_text.py --import VECTORS.npy '
         '--names-file NAMES.json --out FILE.safetensors`.')
@@ -180,9 +182,7 @@ def hash_weights(model: str,
     if location.pretrained:
         total.update(f'{location.name} {location.quick_gelu};'.encode())
     for path in files:
-        with open(path, 'rb') as file:
-            for block in iter(lambda: file.read(1 << 22), b''):
-                total.update(block)
+        _hash_file(total, path)
     return total.hexdigest()
 
 
@@ -266,12 +266,60 @@ def _locate_architecture(model: str, pretrained: Optional[str],
     if not cfg:
         path = Path(pretrained).expanduser()
         if path.is_file():
-            return WeightsLocation(name, str(path))
+            return WeightsLocation(name, str(path), _needs_quick_gelu(path))
         raise missing_weights(
             model, pretrained, str(path.absolute()),
             f'{pretrained!r} is neither a file nor one of the tags {tags}.')
     return WeightsLocation(name, _tag_file(cfg, cache_dir),
                            bool(cfg.get('quick_gelu')))
+
+
+def _needs_quick_gelu(path: Path) -> bool:
+    """Whether a weights file is one of OpenAI's, which have QuickGELU.
+
+    Nothing in a file tells it, and either activation gives vectors.
+    """
+    from open_clip import pretrained
+    urls = [
+        cfg.get('url') or '' for tags in pretrained._PRETRAINED.values()
+        for cfg in tags.values() if cfg.get('quick_gelu')
+    ]
+    # OpenAI's addresses name the SHA-256.
+    known = {part for url in urls for part in url.split('/') if len(part) > 63}
+    return _hash_file(hashlib.sha256(), path).hexdigest() in known
+
+
+def warn_of_activation(model: str, pretrained: Optional[str],
+                       location: WeightsLocation) -> None:
+    """Say that a weights file may need another form of its architecture.
+
+    Args:
+        model (str): See :func:`find_weights`.
+        pretrained (str, optional): What was asked for.
+        location (WeightsLocation): What was found.
+    """
+    form = f'{location.name}-quickgelu'
+    if (location.pretrained and location.pretrained == _expanded(pretrained)
+            and not location.quick_gelu
+            and form in import_open_clip().list_models()):
+        print_log(
+            f'{pretrained} is loaded as {model}, with GELU. If these are '
+            "OpenAI's weights, or others that were trained with QuickGELU "
+            f'(DFN, MetaCLIP), the vectors are wrong: then give {form}.',
+            'current', logging.WARNING)
+
+
+def _expanded(pretrained: Optional[str]) -> str:
+    """A path as it is looked up."""
+    return str(Path(pretrained or '').expanduser())
+
+
+def _hash_file(total: Any, path: Path) -> Any:
+    """Add the content of a file to a hash."""
+    with open(path, 'rb') as file:
+        for block in iter(lambda: file.read(1 << 22), b''):
+            total.update(block)
+    return total
 
 
 def _tag_file(cfg: Dict, cache_dir: Optional[PathLike]) -> str:

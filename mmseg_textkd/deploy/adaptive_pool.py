@@ -1,4 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,8 +48,8 @@ def replace_adaptive_pools(model: nn.Module) -> None:
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.AdaptiveAvgPool2d):
-            bins = module.output_size
-            bins = (bins, bins) if isinstance(bins, int) else tuple(bins)
+            size: Any = module.output_size
+            bins = (size, size) if isinstance(size, int) else tuple(size)
             if bins != (1, 1) and None not in bins:
                 parent, _, child = name.rpartition('.')
                 setattr(

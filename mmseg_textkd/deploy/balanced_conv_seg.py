@@ -29,6 +29,8 @@ class BalancedConvSeg(nn.Module):
         beta (float): Exponent of CLIP, unseen classes.
     """
 
+    seen: Tensor
+
     def __init__(self, supervised: nn.Module, image: nn.Conv2d,
                  seen: Sequence[bool], alpha: float, beta: float) -> None:
         super().__init__()
@@ -50,11 +52,11 @@ class BalancedConvSeg(nn.Module):
             Tensor: Scores, float32 or wider, with shape (N, K, H, W).
         """
         dtype = torch.promote_types(feat.dtype, torch.float32)
-        log_probs = (
+        supervised, image = (
             conv(feat).to(dtype).log_softmax(dim=1)
             for conv in (self.supervised, self.image))
-        return balance_log_probabilities(*log_probs, self.seen, self.alpha,
-                                         self.beta)
+        return balance_log_probabilities(supervised, image, self.seen,
+                                         self.alpha, self.beta)
 
 
 def fold_balanced(classifier: BalancedTextClassifier,

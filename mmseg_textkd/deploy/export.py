@@ -6,7 +6,8 @@ import json
 import traceback
 import warnings
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple
+from importlib import import_module
+from typing import Any, Callable, Dict, Iterator, NamedTuple
 
 import torch
 from mmseg.models.utils import resize
@@ -25,11 +26,10 @@ class Exported(NamedTuple):
 
     Attributes:
         data (bytes): What the file will hold.
-        run (Callable): Runs it: from the input to the output and, if the
-            output is labels and the format can tell, to the logits.
+        run (Callable): Runs it: from the input to the output.
     """
     data: bytes
-    run: Callable[[Tensor], Tuple[Tensor, Optional[Tensor]]]
+    run: Callable[[Tensor], Tensor]
 
 
 def metadata(network: ExportableSegmentor, classes: Dict) -> str:
@@ -74,7 +74,7 @@ def to_onnx(network: ExportableSegmentor,
         ValueError: If an operator does not export, and where it is.
     """
     import onnx
-    import onnxscript  # noqa: F401  (torch needs it)
+    import_module('onnxscript')  # torch needs it
     traced = copy.deepcopy(network)
     replace_adaptive_pools(traced)
     image = network.example(size)
@@ -88,7 +88,7 @@ def to_onnx(network: ExportableSegmentor,
             warnings.simplefilter('ignore')
             program = torch.export.export(
                 traced, (image, ), dynamic_shapes=shapes, strict=False)
-            graph = torch.onnx.export(
+            exported: Any = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
@@ -99,9 +99,10 @@ def to_onnx(network: ExportableSegmentor,
                 ],
                 # The program has symbols already; these name them.
                 dynamic_shapes=names,
-                verbose=False).model_proto
+                verbose=False)
+            graph = exported.model_proto
     except Exception as error:  # torch raises anything
-        raise ValueError(_describe_failure(error, dynamic)) from error
+        raise ValueError(describe_failure(error, dynamic)) from error
     if graph.opset_import[0].version != opset:
         raise ValueError(f'torch {torch.__version__} cannot export opset '
                          f'{opset}, only {graph.opset_import[0].version}.')
@@ -136,26 +137,15 @@ def _strip_metadata(graph) -> None:
 
 
 def _onnx_runner(model) -> Callable:
-    """Make a function that runs an ONNX model, with logits as output."""
-    import onnx
+    """Run an ONNX model with ONNX Runtime."""
     import onnxruntime
-    model, extra = copy.deepcopy(model), []
-    if model.graph.output[0].name == 'labels':
-        # The last ArgMax is that of the exporter; its input are the logits.
-        logits = [
-            n.input[0] for n in model.graph.node if n.op_type == 'ArgMax'
-        ][-1]
-        extra = [onnx.helper.make_empty_tensor_value_info(logits)]
-        model.graph.output.extend(extra)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised anyway
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=['CPUExecutionProvider'])
 
-    def run(image: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-        outputs = session.run(None, {'image': image.numpy()})
-        found = [torch.from_numpy(output) for output in outputs]
-        return found[0], found[1] if extra else None
+    def run(image: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
 
     return run
 
@@ -189,25 +179,34 @@ def to_torchscript(network: ExportableSegmentor, size: Size, dynamic: bool,
             buffer.seek(0)
             loaded = torch.jit.load(buffer)
     except Exception as error:  # torch raises anything
-        raise ValueError(_describe_failure(error, dynamic)) from error
+        raise ValueError(describe_failure(error, dynamic)) from error
 
-    def run(image: Tensor) -> Tuple[Tensor, None]:
+    def run(image: Tensor) -> Tensor:
         with torch.no_grad():
-            return loaded(image), None
+            return loaded(image)
 
     return Exported(buffer.getvalue(), run)
 
 
-def _describe_failure(error: Exception, dynamic: bool) -> str:
-    """Describe the operation that cannot be exported, with its location."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+def describe_failure(error: Exception, dynamic: bool) -> str:
+    """Say what does not export and where it stands.
+
+    Args:
+        error (Exception): What an exporter has raised.
+        dynamic (bool): Whether a fixed size could help.
+
+    Returns:
+        str: One line.
+    """
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
     frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__)
+        frame for frame in traceback.extract_tb(cause.__traceback__)
         if '/torch/' not in frame.filename and frame.filename != __file__
     ]
     where = (f' at `{frames[-1].line}` ({frames[-1].filename}:'
              f'{frames[-1].lineno})' if frames else '')
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
     hint = '. Export a fixed size: --size H W without --dynamic.'
     return f'it does not export{where}: {first}{hint if dynamic else ""}'

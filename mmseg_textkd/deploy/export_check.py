@@ -1,36 +1,77 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Iterable, Tuple
+from typing import Iterable, NamedTuple, Optional
 
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import DATASETS, METRICS
 from torch import Tensor
 
 from .export import Exported
 from .exportable import ExportableSegmentor
+from .run import Network
 
 TOLERANCE = 1e-4
 
 
-def check(name: str, network: ExportableSegmentor, exported: Exported,
-          images: Iterable[Tensor]) -> str:
-    """Compare an export with PyTorch.
+class Comparison(NamedTuple):
+    """How near an export comes to PyTorch.
 
-    Scores may differ by 1e-4 (of the largest, if that is above 1), classes
-    only where the two best scores are nearer to each other than that.
+    Attributes:
+        inputs (str): What the images are.
+        difference (float, optional): Largest difference of scores; None if
+            it gives labels alone.
+        largest (float): Largest absolute score.
+        differing (int): Pixels with another class.
+        pixels (int): All pixels.
+        clear (int): Those of the differing whose two best scores differ by
+            more than the tolerance.
+    """
+    inputs: str
+    difference: Optional[float]
+    largest: float
+    differing: int
+    pixels: int
+    clear: int
+
+    def __str__(self) -> str:
+        line = f'{self.inputs}: '
+        if self.difference is not None:
+            line += (f'scores differ by at most {self.difference:.2g}, with '
+                     f'scores of up to {self.largest:.3g}; ')
+        line += f'another class at {self.differing} of {self.pixels} pixels'
+        if self.differing and not self.clear:
+            line += ', all of them ties within what is allowed'
+        return line
+
+
+def check(name: str,
+          network: ExportableSegmentor,
+          exported: Exported,
+          images: Iterable[Tensor],
+          exact: bool = True) -> Comparison:
+    """Hold an export against PyTorch.
 
     Args:
         name (str): What the images are.
         network (ExportableSegmentor): The network.
         exported (Exported): The same in another format.
         images (Iterable[Tensor]): Inputs.
+        exact (bool): Whether scores may differ by no more than 1e-4 (of the
+            largest, if that is above 1) and classes only where the two best
+            scores are nearer to each other than that; else it is only said
+            how far they are apart. Defaults to True.
 
     Returns:
-        str: One line with the largest difference.
+        Comparison: How near they come.
 
     Raises:
         ValueError: If they differ by more, something is not finite, or it
             does not run.
     """
-    worst = largest = allowed_there = 0.
-    differing = pixels = 0
+    difference: Optional[float] = None
+    largest, differing, pixels, unclear = 0., 0, 0, 0
     for image in images:
         expected = network.reference(image)
         if network.output == 'probabilities':
@@ -38,51 +79,39 @@ def check(name: str, network: ExportableSegmentor, exported: Exported,
         if not expected.isfinite().all():
             raise ValueError(f'{name}: PyTorch itself predicts NaN or '
                              'infinite logits.')
-        scores, labels = _run(name, network, exported, image)
+        try:
+            output = exported.run(image)
+        except Exception as error:  # each runtime has its own
+            raise ValueError(f'{name}: what was exported does not run: '
+                             f'{error}') from error
         top = expected.abs().max().item()
         allowed = TOLERANCE * max(1., top)
-        if scores is not None:
-            _same_shape(name, scores, expected)
-            difference = (scores - expected).abs().max().item()
+        largest = max(largest, top)
+        labels = output.long()
+        if network.output != 'argmax':
+            _same_shape(name, output, expected)
+            labels = output.argmax(1)
+            apart = (output - expected).abs().max().item()
             # Written so that NaN is not near.
-            if not difference <= allowed:
+            if not apart <= (allowed if exact else float('inf')):
                 raise ValueError(
                     f'{name}: the export is not the network: it differs by '
-                    f'{difference:.2g} from scores of up to {top:.3g} '
+                    f'{apart:.2g} from scores of up to {top:.3g} '
                     f'(allowed: {allowed:.2g}).')
-            if difference >= worst:
-                worst, largest, allowed_there = difference, top, allowed
+            difference = max(difference or 0., apart)
         _same_shape(name, labels, expected[:, 0])
         best = expected.topk(2, dim=1).values
         other = labels != expected.argmax(1)
         clear = int((other & (best[:, 0] - best[:, 1] >= allowed)).sum())
-        if clear:
+        if clear and exact:
             raise ValueError(
                 f'{name}: the export is not the network: another class at '
                 f'{clear} pixels whose two best scores differ by more than '
                 f'{allowed:.2g}.')
+        unclear += clear
         differing += int(other.sum())
         pixels += other.numel()
-    line = f'{name}: '
-    if scores is not None:
-        line += (f'scores differ by at most {worst:.2g}, with scores of up to '
-                 f'{largest:.3g} (allowed: {allowed_there:.2g}); ')
-    return line + (
-        f'another class at {differing} of {pixels} pixels' +
-        (', all of them ties within what is allowed' * bool(differing)))
-
-
-def _run(name: str, network: ExportableSegmentor, exported: Exported,
-         image: Tensor) -> Tuple['Tensor | None', Tensor]:
-    """Get scores, if they are an output, and labels of the export."""
-    try:
-        output, scores = exported.run(image)
-    except Exception as error:  # each runtime has its own
-        raise ValueError(f'{name}: what was exported does not run: '
-                         f'{error}') from error
-    if network.output == 'argmax':
-        return scores, output
-    return output, output.argmax(1)
+    return Comparison(name, difference, largest, differing, pixels, unclear)
 
 
 def _same_shape(name: str, got: Tensor, expected: Tensor) -> None:
@@ -91,3 +120,40 @@ def _same_shape(name: str, got: Tensor, expected: Tensor) -> None:
         raise ValueError(f'{name}: the export has an output of shape '
                          f'{tuple(got.shape)} instead of '
                          f'{tuple(expected.shape)}.')
+
+
+def mean_iou(network: Network, config: str) -> float:
+    """Measure the mIoU in per cent on the validation set of a config.
+
+    Labels are resized to the ground truth, where the sizes differ.
+
+    Args:
+        network (Network): A deployed network.
+        config (str): Path of the config.
+
+    Returns:
+        float: The mIoU.
+
+    Raises:
+        ValueError: If the classes of the two are not the same.
+    """
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    dataset = DATASETS.build(cfg.val_dataloader.dataset)
+    if list(dataset.metainfo['classes']) != network.classes:
+        raise ValueError(f'{config} has other classes than the network: '
+                         f'{dataset.metainfo["classes"]} and '
+                         f'{network.classes}')
+    metric = METRICS.build(dict(cfg.val_evaluator, prefix=None))
+    metric.dataset_meta = dataset.metainfo
+    for i in range(len(dataset)):
+        data = dataset[i]
+        truth = data['data_samples'].gt_sem_seg.data
+        labels = network(data['inputs'].permute(1, 2, 0).numpy())
+        labels = torch.from_numpy(labels.astype(np.int64))[None, None]
+        labels = torch.nn.functional.interpolate(
+            labels.double(), truth.shape[1:], mode='nearest').long()[0]
+        metric.process({}, [
+            dict(pred_sem_seg=dict(data=labels), gt_sem_seg=dict(data=truth))
+        ])
+    return float(metric.evaluate(len(dataset))['mIoU'])

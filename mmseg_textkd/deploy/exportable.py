@@ -4,10 +4,12 @@ from typing import Dict, Tuple
 
 import torch
 import torch.nn.functional as F
+from mmseg.models import BaseSegmentor, SegDataPreProcessor
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from mmseg_textkd.compat import swaps_channels
+from mmseg_textkd.models.input_channels import input_channels
 
 Size = Tuple[int, int]
 
@@ -33,8 +35,11 @@ class ExportableSegmentor(nn.Module):
             classes than uint8 holds labels.
     """
 
+    model: BaseSegmentor
+    preprocessor: SegDataPreProcessor
+
     def __init__(self,
-                 model: nn.Module,
+                 model: BaseSegmentor,
                  output: str = 'logits',
                  preprocess: bool = False) -> None:
         super().__init__()
@@ -47,6 +52,7 @@ class ExportableSegmentor(nn.Module):
             raise ValueError(f'labels are uint8, but there are {classes} '
                              "classes: export 'logits'.")
         self.model = model
+        self.channels = input_channels(model)
         self.output = output
         self.preprocess = preprocess
         # Without the padding, which does not export.
@@ -80,7 +86,7 @@ class ExportableSegmentor(nn.Module):
         height, width = inputs.shape[2:]
         size, divisor = padding.get('size'), padding.get('size_divisor')
         if size is None:
-            more = -height % divisor, -width % divisor
+            more = [-height % divisor, -width % divisor]
         else:
             more = [
                 torch.sym_max(full - now, 0)
@@ -107,15 +113,18 @@ class ExportableSegmentor(nn.Module):
         generator = torch.Generator().manual_seed(0)
         if self.preprocess:
             return torch.randint(
-                0, 256, (1, *size, 3), dtype=torch.uint8, generator=generator)
-        return torch.randn(1, 3, *size, generator=generator)
+                0,
+                256, (1, *size, self.channels),
+                dtype=torch.uint8,
+                generator=generator)
+        return torch.randn(1, self.channels, *size, generator=generator)
 
     def spec(self) -> Dict:
         """Describe the normalization that the input of the graph needs.
 
         Returns:
-            dict: ``mean`` and ``std`` (lists of 3, or None), and
-            ``swap_channels``: whether the network sees RGB.
+            dict: ``mean`` and ``std`` (lists, one value a channel, or
+            None), and ``swap_channels``: whether the network sees RGB.
         """
         lists = {
             key: value.flatten().tolist()

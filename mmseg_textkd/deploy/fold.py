@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Dict, Mapping, Optional
+from typing import Dict, Mapping, Optional, Tuple
 
 import torch
 from mmengine.config import Config
@@ -54,7 +54,7 @@ def fold_state_dict(
     if model.training:
         raise RuntimeError('only a model in evaluation mode can be folded; '
                            'call `.eval()` first.')
-    left_out = ('distill_losses.', )
+    left_out: Tuple[str, ...] = ('distill_losses.', )
     if strip_auxiliary:
         left_out += ('auxiliary_head.', )
     state = {
@@ -66,7 +66,8 @@ def fold_state_dict(
         prefix = f'{name}.' if name else ''
         if not isinstance(head, TextHeadMixin) or prefix.startswith(left_out):
             continue
-        text = (f'{prefix}text_branch.', f'{prefix}text_losses.')
+        text: Tuple[str,
+                    ...] = (f'{prefix}text_branch.', f'{prefix}text_losses.')
         if head.role == 'classifier':
             text += (f'{prefix}conv_seg.', )
         state = {k: v for k, v in state.items() if not k.startswith(text)}
@@ -130,7 +131,8 @@ def _fold(classifier: TextClassifier, name: str, keep_l2: bool,
             f'Here norm={norm!r} and keep_l2={keep_l2}.')
     if norm != 'l2':
         return classifier.as_conv().state_dict()
-    if name in (lengths or {}):
+    lengths = lengths or {}
+    if name in lengths:
         conv = fold_with_length(classifier, lengths[name])
         return conv.to(classifier.projection.conv.weight).state_dict()
     raise ValueError(

@@ -4,6 +4,7 @@ import copy
 from typing import Dict, Iterable, List, Optional
 
 import torch
+from mmseg.models import BaseSegmentor
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ class L2ConvSeg(nn.Module):
         self.length = nn.Conv2d(in_channels, min(dim, in_channels + 1), 1)
         self.product = nn.Conv2d(in_channels, num_classes, 1)
         self.logit_bias = nn.Parameter(torch.zeros(num_classes, 1, 1))
-        self.regularization = nn.Identity()
+        self.regularization: nn.Module = nn.Identity()
         if regularization is not None:
             self.regularization = SpatialRegularization(**regularization)
 
@@ -134,7 +135,7 @@ def fuse_l2(classifier: TextClassifier) -> Dict[str, Tensor]:
 
 
 @torch.no_grad()
-def mean_lengths(model: nn.Module,
+def mean_lengths(model: BaseSegmentor,
                  batches: Iterable[dict]) -> Dict[str, float]:
     """Measure the mean length of the pixel embeddings before their L2 norm.
 
@@ -148,11 +149,11 @@ def mean_lengths(model: nn.Module,
     lengths: Dict[str, List[Tensor]] = {}
     handles = []
     for name, module in model.named_modules():
-        projection = getattr(module, 'projection', None)
-        if isinstance(module, TextClassifier) and projection.norm == 'l2':
+        if (isinstance(module, TextClassifier)
+                and module.projection.norm == 'l2'):
             values = lengths[name] = []
             handles.append(
-                projection.conv.register_forward_hook(
+                module.projection.conv.register_forward_hook(
                     lambda module, args, output, values=values: values.append(
                         output.float().norm(dim=1).mean())))
     try:

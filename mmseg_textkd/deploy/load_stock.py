@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import inspect
 from pathlib import Path
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import numpy as np
 import torch
@@ -11,20 +11,24 @@ from mmseg.registry import DATASETS, MODELS
 from torch import nn
 
 from ..models import TextHeadMixin
-from ..utils.checkpoint import build_segmentor, non_finite, read_checkpoint
-from ..utils.config import first_dataset
-
-FOLD = 'fold it first: tools/model_converters/textkd2mmseg.py'
+from ..models.input_channels import input_channels
+from ..utils.checkpoint import (build_segmentor, class_differences,
+                                load_strictly, non_finite, read_checkpoint)
+from ..utils.config import first_dataset, load_config
+from .fold import fold_state_dict
+from .stock_cfg import to_stock_cfg
+from .verify import verify
 
 
 def load_stock(
         config: str,
         checkpoint: Path,
         cfg_options: Optional[Dict] = None) -> Tuple[Config, nn.Module, Dict]:
-    """Load a stock network for inference on the CPU.
+    """Load a network for inference on the CPU, as a stock one.
 
-    Or a text network that does not fold into one, for it keeps a fusion
-    (``use='inference'``) or a score map: that is deployed as it is.
+    A text network is folded and compared with itself. One that does not fold,
+    for it keeps a fusion (``use='inference'``) or a score map, is deployed as
+    it is.
 
     Args:
         config (str): Path of its config.
@@ -39,11 +43,10 @@ def load_stock(
 
     Raises:
         FileNotFoundError: If there is no such config or checkpoint.
-        ValueError: If config or checkpoint is one of a text network that
-            folds, or the checkpoint is not of the network of the config.
+        ValueError: If the checkpoint is not of the network of the config, or
+            the network does not fold, with what to do.
     """
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict(cfg_options or {})
+    cfg = load_config(config, cfg_options)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     head = cfg.model.decode_head
     if isinstance(head, list):
@@ -53,27 +56,48 @@ def load_stock(
     kind = MODELS.get(head.type)
     # Not a class: `L2ConvSegHead`, which has no text any more.
     has_text = inspect.isclass(kind) and issubclass(kind, TextHeadMixin)
-    if has_text and not kept:
-        raise ValueError(f'{config} is the config of a text network; {FOLD}.')
     saved = read_checkpoint(checkpoint)
     state = saved['state_dict']
-    if not kept and any(k.endswith('.class_embeddings') for k in state):
-        raise ValueError(
-            f'{checkpoint} is the checkpoint of a text network; {FOLD}.')
-    model = build_segmentor(cfg.model, state, checkpoint)
+    text_state = any(k.endswith('.class_embeddings') for k in state)
+    if text_state and not has_text and not kept:
+        raise ValueError(f'{checkpoint} is the checkpoint of a text network, '
+                         f'but {config} has no text: give its own config.')
+    if has_text and not kept:
+        cfg, state = _fold(cfg, state, checkpoint, text_state)
+    model: Any = build_segmentor(cfg.model, state, checkpoint)
     odd = non_finite(model.state_dict())
     if odd:
         raise ValueError(f'{checkpoint}: {odd}.')
     # Windows would be another computation than that of the graph.
     model.test_cfg = ConfigDict(mode='whole')
-    meta = _complete_meta(
+    meta = complete_meta(
         dataset_meta(cfg, saved['meta'].get('dataset_meta')),
         model.decode_head.num_classes)
-    return cfg, _fix_bases(model), meta
+    return cfg, fix_bases(model), meta
 
 
-def _fix_bases(model: nn.Module) -> nn.Module:
-    """Make the random bases of SegNeXt's head constant."""
+def _fold(cfg: Config, state: Dict, checkpoint: Path,
+          text_state: bool) -> Tuple[Config, Dict]:
+    """Give the stock config and weights, for a checkpoint with text or not."""
+    stock = to_stock_cfg(cfg, strip_auxiliary=True)
+    if not text_state:  # folded before
+        return stock, state
+    model = MODELS.build(cfg.model)
+    load_strictly(model, state, checkpoint)
+    state = fold_state_dict(model.eval(), strip_auxiliary=True)
+    print(f'folded:\n{verify(model, stock, state)}')
+    return stock, state
+
+
+def fix_bases(model: nn.Module) -> nn.Module:
+    """Draw the random bases of SegNeXt's head once instead of every time.
+
+    Args:
+        model (nn.Module): A network in evaluation mode; changed in place.
+
+    Returns:
+        nn.Module: The same.
+    """
     heads = [m for m in model.modules() if getattr(m, 'rand_init', False)]
     for head in heads:
         head.rand_init = False
@@ -81,7 +105,7 @@ def _fix_bases(model: nn.Module) -> nn.Module:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             # It draws them when it first runs.
-            model(torch.zeros(1, 3, 64, 64))
+            model(torch.zeros(1, input_channels(model), 64, 64))
         print('The head draws random bases for every image; in the graph they '
               'are drawn once.')
     return model
@@ -98,21 +122,40 @@ def dataset_meta(cfg: Config, saved: Optional[Dict]) -> Dict:
         dict: ``classes`` and, if it is known, ``palette``.
 
     Raises:
-        ValueError: If neither names the classes.
+        ValueError: If neither names the classes, or they name others.
     """
-    if not saved:
-        dataset = first_dataset(cfg)
-        if not dataset:
-            raise ValueError('neither the checkpoint nor a test_dataloader of '
-                             'the config names the classes.')
-        kind = DATASETS.get(dataset['type'])
+    own, dataset = None, first_dataset(cfg)
+    kind = DATASETS.get(dataset['type']) if dataset else None
+    if kind is not None:
         # As the dataset does itself, but its files need not be there.
-        saved = kind._load_metainfo(dataset.get('metainfo'))
+        own = kind._load_metainfo(dataset.get('metainfo'))
+    if not (saved or own):
+        raise ValueError('neither the checkpoint nor a test_dataloader of '
+                         'the config names the classes.')
+    faults = class_differences((saved or {}).get('classes'),
+                               (own or {}).get('classes'))
+    if faults:
+        raise ValueError('\n  '.join([
+            'the checkpoint is for other classes than the test_dataloader of '
+            'the config, or in another order:', *faults
+        ]))
+    saved = saved or own or {}
     return {k: saved[k] for k in ('classes', 'palette') if k in saved}
 
 
-def _complete_meta(meta: Dict, num_classes: int) -> Dict:
-    """Check the number of classes, and make a palette if there is none."""
+def complete_meta(meta: Dict, num_classes: int) -> Dict:
+    """Check the number of classes, and draw colors if there are none.
+
+    Args:
+        meta (dict): As of :func:`dataset_meta`.
+        num_classes (int): What the network has.
+
+    Returns:
+        dict: ``classes`` and ``palette`` (RGB), lists.
+
+    Raises:
+        ValueError: If the numbers differ.
+    """
     classes = list(meta.get('classes') or [])
     if len(classes) != num_classes:
         raise ValueError(f'the network has {num_classes} classes, but the '

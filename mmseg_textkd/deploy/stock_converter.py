@@ -15,7 +15,8 @@ from mmseg.registry import MODELS
 from mmseg_textkd.datasets import (CheckLabels, HideClasses,
                                    LoadRegionEmbeddings, PackRegionInputs)
 from mmseg_textkd.engine import (CPUAmpOptimWrapper,
-                                 CPUDistributedDataParallel, PromptLearnerHook,
+                                 CPUDistributedDataParallel,
+                                 LoadedCheckpointHook, PromptLearnerHook,
                                  TeacherHook)
 from mmseg_textkd.evaluation import ZeroShotIoUMetric
 from mmseg_textkd.models import (DistilledEncoderDecoder,
@@ -29,7 +30,8 @@ PLUGIN = 'mmseg_textkd'
 DROPPED = object()
 # What only training needs.
 NOT_DEPLOYED = (CheckLabels, CPUDistributedDataParallel, HideClasses,
-                LoadRegionEmbeddings, PromptLearnerHook, TeacherHook)
+                LoadedCheckpointHook, LoadRegionEmbeddings, PromptLearnerHook,
+                TeacherHook)
 # What is a stock thing with additions: its name, and their arguments.
 STOCK_FORMS = {
     CPUAmpOptimWrapper: ('OptimWrapper', ()),
@@ -113,11 +115,11 @@ class StockConverter:
             }
             return {k: v for k, v in items.items() if v is not DROPPED}
         if isinstance(value, (list, tuple)) and value:
-            items = [
+            parts = [
                 self.replace(v, f'{where}[{i}]') for i, v in enumerate(value)
             ]
-            items = [item for item in items if item is not DROPPED]
-            return type(value)(items) if items else DROPPED
+            parts = [part for part in parts if part is not DROPPED]
+            return type(value)(parts) if parts else DROPPED
         return value
 
     def _convert_module(self, kind: Any, value: Dict, where: str) -> Any:
@@ -193,7 +195,7 @@ def _uses_plugin(name: str) -> bool:
     return any(f'{home}.'.startswith(f'{PLUGIN}.') for home in homes)
 
 
-def _stock_dataset(kind: type, value: Dict, where: str) -> Dict:
+def _stock_dataset(kind: Any, value: Dict, where: str) -> Dict:
     """Convert a dataset of the plugin to a ``BaseSegDataset``."""
     metainfo = dict(kind.METAINFO, **(value.get('metainfo') or {}))
     known = inspect.signature(BaseSegDataset).parameters

@@ -1,12 +1,15 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import copy
+from functools import partial
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.config import Config
+from mmseg.models import BaseSegmentor
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
 from ..utils.report import Cost, count_cost
 
@@ -106,7 +109,7 @@ def verify(model: nn.Module,
     stock.load_state_dict(state_dict, strict=True)
     models = model, stock
     costs = {
-        name: count_cost(m, lambda m=m: _logits(m, SIZES[0]))
+        name: count_cost(m, partial(_logits, m, SIZES[0]))
         for name, m in zip(('as trained', 'folded'), models)
     }
     with without_balance(model):
@@ -127,7 +130,7 @@ def verify(model: nn.Module,
     return report
 
 
-def _logits(model: nn.Module, source: Union[Size, dict]) -> List[Tensor]:
+def _logits(model: BaseSegmentor, source: Union[Size, dict]) -> List[Tensor]:
     """Logits (K, H, W) of a random input of that size, or of a batch."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
@@ -135,9 +138,17 @@ def _logits(model: nn.Module, source: Union[Size, dict]) -> List[Tensor]:
             # A copy: the results are written into the samples.
             samples = model.test_step(copy.deepcopy(source))
             return [sample.seg_logits.data for sample in samples]
-        inputs = torch.randn(1, 3, *source).to(next(model.parameters()))
+        inputs = torch.randn(1, input_channels(model), *source)
+        inputs = inputs.to(next(model.parameters()))
         metas = [dict(img_shape=source, ori_shape=source, pad_shape=source)]
         return list(model.encode_decode(inputs, metas))
+
+
+def _labels(model: BaseSegmentor, logits: Tensor) -> Tensor:
+    """Labels (H, W) of logits (K, H, W), as MMSegmentation decides."""
+    if len(logits) > 1:
+        return logits.argmax(0)
+    return logits[0].sigmoid() > model.decode_head.threshold
 
 
 def _compare(inputs: str, models: Tuple[nn.Module, nn.Module],
@@ -149,7 +160,7 @@ def _compare(inputs: str, models: Tuple[nn.Module, nn.Module],
             # Python's max() would lose a NaN.
             difference = gap if not gap <= difference else difference
             largest = max(largest, expected.abs().max().item())
-            wrong = got.argmax(0) != expected.argmax(0)
+            wrong = _labels(models[1], got) != _labels(models[1], expected)
             differing += int(wrong.sum())
             pixels += wrong.numel()
     return Agreement(inputs, difference, largest, differing, pixels)

@@ -94,7 +94,10 @@ def own_label_spaces(model: nn.Module,
         ValueError: If a head has another number of classes.
     """
     spaces = label_spaces_of(samples)
-    heads = {} if spaces is None else {
+    if spaces is None:
+        yield
+        return
+    heads = {
         name: head
         for name, head in model.named_modules()
         # Those with two classes or fewer predict boundaries.

@@ -1,6 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Initialization of a text classifier from a trained stock classifier."""
-from typing import Iterable, Iterator, NamedTuple, Tuple
+from typing import Any, Iterable, Iterator, NamedTuple, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +106,7 @@ def init_from_stock(classifier: TextClassifier,
     if classifier.logit_bias is not None:
         classifier.logit_bias.copy_(bias)
     if bn is None:
+        assert conv.bias is not None
         conv.bias.copy_(shift)
     else:
         bn.running_mean.copy_(mean)
@@ -183,7 +184,9 @@ def _moments(batches: Iterable[Tensor]) -> Tuple[Tensor, Tensor]:
     Chan, Golub and LeVeque, "Algorithms for computing the sample variance",
     1983: batches are merged exactly, none counts more for coming last.
     """
-    count, mean, var = 0, 0., 0.
+    count = 0
+    mean: Any = 0.
+    var: Any = 0.
     for batch in batches:
         values = batch.double().transpose(0, 1).flatten(1)
         own_var, own_mean = torch.var_mean(values, dim=1, correction=0)

@@ -1,6 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Queries on the text providers and the text parameters of a model."""
-from typing import Dict
+from typing import Any, Dict
 
 from mmengine.model import is_model_wrapper
 from torch import nn
@@ -20,7 +20,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     Returns:
         nn.Module: The model itself.
     """
-    return model.module if is_model_wrapper(model) else model
+    wrapper: Any = model
+    return wrapper.module if is_model_wrapper(model) else model
 
 
 def text_providers(model: nn.Module) -> Dict[str, TextProvider]:
@@ -117,6 +118,29 @@ def tower_checksums(model: nn.Module) -> Dict[str, str]:
         for name, provider in text_providers(model).items()
         if getattr(provider, 'tower', None) is not None
     }
+
+
+def check_text_losses(model: nn.Module) -> None:
+    """Require that heads with text losses have computed them.
+
+    They are computed in ``head.loss``. A segmentor that calls the head's
+    ``forward`` and ``loss_by_feat`` itself leaves them out, and in the role
+    'auxiliary' no text would be learned.
+
+    Args:
+        model (nn.Module): The model after an iteration, not wrapped.
+
+    Raises:
+        RuntimeError: If a head has not computed them.
+    """
+    for name, head in model.named_modules():
+        if getattr(head, 'text_losses_computed', None) is False:
+            raise RuntimeError(
+                f'{name} has text losses that {type(model).__name__} does not '
+                f'compute: it does not call `{name}.loss`, but its '
+                'parts. Let its own `loss` call `self.decode_head.loss(inputs,'
+                ' data_samples, self.train_cfg)`, as EncoderDecoder does, or '
+                "use role='classifier' without `text_losses`.")
 
 
 def check_classes(model: nn.Module, dataset: Dataset) -> None:

@@ -225,12 +225,13 @@ class Group:
             baseline (str): The baseline.
 
         Returns:
-            Speed, optional: None without a common seed.
+            Speed, optional: None without a common seed, of which both have a
+            curve.
         """
         steps, ratios, reached = [], [], 0
         for seed, entry in self.arms.get(arm, {}).items():
             other = self.arms.get(baseline, {}).get(seed)
-            if other is None:
+            if other is None or not (entry['curve'] and other['curve']):
                 continue
             target = other['curve'][-1][1]
             own = iterations_to(entry['curve'], target)

@@ -15,6 +15,8 @@ NEEDED = {
     'study', 'network', 'arm', 'seed', 'train_fraction', 'config_hash',
     'iterations', 'classes', 'val', 'curve'
 }
+# What must be the same where a run is there twice: not when and where.
+RESULT = ('config_hash', 'iterations', 'classes', 'val', 'test', 'curve')
 REGISTRATION = {'study', 'registered', 'baseline', 'arms', 'planned'}
 
 
@@ -25,28 +27,53 @@ class LedgerError(ValueError):
 class Ledger:
     """What has been measured, by run.
 
+    Several processes may read and write it at once.
+
     Args:
         path (str or Path): The file. It need not exist.
 
     Raises:
-        LedgerError: If a line is damaged or repeated, with its number.
+        LedgerError: If a line is damaged, or there are two results of a run,
+            with the numbers of the lines. A run that is there twice with the
+            same result counts once.
     """
 
     def __init__(self, path: Union[str, Path]) -> None:
         self.path = Path(path)
         self._entries: Dict[Tuple[str, Run], Dict[str, Any]] = {}
         self._registered: Dict[str, List[Dict[str, Any]]] = {}
+        self._lines: Dict[Tuple[str, Run], int] = {}
+        self.reload()
+
+    def reload(self) -> None:
+        """Read what is in the file now.
+
+        Raises:
+            LedgerError: As of the class.
+        """
         if self.path.exists():
             try:
-                lines = self.path.read_text(encoding='utf-8').split('\n')
+                with open(self.path, 'rb') as file:
+                    # Else the last line may be one that is being written.
+                    fcntl.flock(file, fcntl.LOCK_SH)
+                    self._read(file.read())
             except (OSError, UnicodeDecodeError) as error:
                 raise LedgerError(
                     f'{self.path} cannot be read as a ledger: {error}. It is '
                     'a file of JSON lines in UTF-8 (*.jsonl): give another '
                     'one, or restore it.') from error
-            for number, line in enumerate(lines, 1):
-                if line.strip():
+
+    def _read(self, data: bytes, strict: bool = True) -> None:
+        """Take all lines; without ``strict`` those that are whole."""
+        for kept in (self._entries, self._registered, self._lines):
+            kept.clear()
+        for number, line in enumerate(data.decode('utf-8').split('\n'), 1):
+            if line.strip():
+                try:
                     self._take(self._parse(line, number), number)
+                except LedgerError:
+                    if strict:
+                        raise
 
     @property
     def entries(self) -> List[Dict[str, Any]]:
@@ -92,6 +119,7 @@ class Ledger:
         Returns:
             bool: Whether a line was added.
         """
+        self.reload()
         known = self.registrations(entry['study'])
         if known and {
                 **known[-1], 'registered': None
@@ -102,25 +130,33 @@ class Ledger:
         self.append(dict(entry, registered=registered))
         return True
 
-    def append(self, entry: Dict[str, Any]) -> None:
+    def append(self, entry: Dict[str, Any]) -> bool:
         """Add a line: it is there or it is not.
 
         Args:
             entry (dict): What JSON can hold.
 
+        Returns:
+            bool: Whether a line was added; not if the ledger has this result
+            of the run, as of another process.
+
         Raises:
-            LedgerError: If the ledger has an entry of this run.
+            LedgerError: If the ledger has another result of the run.
         """
-        self._take(entry, 'the new line')
         data = (json.dumps(entry) + '\n').encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, 'ab', buffering=0) as file:
-            # Other processes append, too. What they write at the end in one
-            # call does not mix.
+        with open(self.path, 'a+b', buffering=0) as file:
+            # Until the file is closed nobody else appends or reads.
             fcntl.flock(file, fcntl.LOCK_EX)
-            if file.tell() and not _ends_with_newline(self.path):
+            file.seek(0)
+            before = file.read()
+            # Others have added to it. What is damaged stops who begins.
+            self._read(before, strict=False)
+            if not self._is_new(entry, 'the new line'):
+                return False
+            if before and not before.endswith(b'\n'):
                 data = b'\n' + data
-            size = file.tell()
+            size = file.seek(0, os.SEEK_END)
             try:
                 if file.write(data) != len(data):
                     raise OSError(errno.ENOSPC, 'no space for the whole line',
@@ -129,6 +165,8 @@ class Ledger:
             except OSError:
                 file.truncate(size)
                 raise
+        self._take(entry, (before + data).count(b'\n'))
+        return True
 
     def _parse(self, line: str, number: int) -> Dict[str, Any]:
         where = f'{self.path}, line {number}'
@@ -148,21 +186,31 @@ class Ledger:
                               f'it has no {sorted(missing)}.')
         return entry
 
-    def _take(self, entry: Dict[str, Any], where: Union[int, str]) -> None:
+    def _take(self, entry: Dict[str, Any], number: int) -> None:
         if 'registered' in entry:
             self._registered.setdefault(entry['study'], []).append(entry)
-            return
-        run = Run(entry['network'], entry['arm'], entry['seed'],
-                  entry['train_fraction'])
-        key = (entry['study'], run)
-        if key in self._entries:
-            raise LedgerError(f'{self.path}, line {where}: {run.name} of '
-                              f'{entry["study"]} is there already. Remove one '
-                              'of the two lines.')
-        self._entries[key] = entry
+        elif self._is_new(entry, f'line {number}'):
+            key = _key(entry)
+            self._entries[key], self._lines[key] = entry, number
+
+    def _is_new(self, entry: Dict[str, Any], where: str) -> bool:
+        """Whether there is no result of the run yet."""
+        if 'registered' in entry:
+            return True
+        key = _key(entry)
+        known = self._entries.get(key)
+        if known is None:
+            return True
+        other = [k for k in RESULT if entry.get(k) != known.get(k)]
+        if other:
+            raise LedgerError(
+                f'{self.path}, {where}: {key[1].name} of {key[0]} is there '
+                f'already, in line {self._lines[key]}, with other {other}. '
+                'Remove one of the two lines.')
+        return False
 
 
-def _ends_with_newline(path: Path) -> bool:
-    with open(path, 'rb') as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b'\n'
+def _key(entry: Dict[str, Any]) -> Tuple[str, Run]:
+    """Study and run of an entry."""
+    return entry['study'], Run(entry['network'], entry['arm'], entry['seed'],
+                               entry['train_fraction'])

@@ -15,7 +15,7 @@ from mmseg.registry import DATASETS
 
 from mmseg_textkd.utils.io import write_files
 from .job import Job
-from .ledger import Ledger
+from .ledger import Ledger, LedgerError
 from .measure import RESULT, describe_machine, git_commit, read_logs
 from .plan import Study
 from .run import Run, subset
@@ -143,6 +143,11 @@ class Scheduler:
                              'its driver, waiting for it')
                 continue
             waiting.remove(run)
+            self.ledger.reload()
+            if self.ledger.find(self.study.name, run) is not None:
+                self.say(f'{run.name} is in the ledger by now')
+                lock.close()
+                continue
             job = self._begin(run, lock)
             if job is not None:
                 jobs.append(job)
@@ -221,6 +226,12 @@ class Scheduler:
         logs = read_logs(job.folder)
         del logs['last_step']
         memory = logs.pop('cuda_memory_mib')
+        end = self.study.iterations(run)
+        if not logs['curve'] or logs['curve'][-1][0] < end:
+            # Killed in the last validation; it is what was measured again.
+            logs['curve'].append((end, round(result['val']['mIoU'], 2)))
+            iteration, best = max(logs['curve'], key=lambda pair: pair[1])
+            logs['best_val'] = dict(iteration=iteration, mIoU=best)
         entry = dict(
             study=self.study.name,
             network=run.network,
@@ -243,8 +254,15 @@ class Scheduler:
             commit=self.commit,
             finished=_now(),
             **describe_machine())
-        self.ledger.append(entry)
+        try:
+            added = self.ledger.append(entry)
+        except LedgerError as error:
+            self._fail(job, str(error))
+            return
         job.lock.close()
+        if not added:
+            self.say(f'{run.name} is in the ledger by now')
+            return
         if self.drop_checkpoints:
             for path in job.folder.glob('iter_*.pth'):
                 path.unlink()

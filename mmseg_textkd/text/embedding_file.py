@@ -107,6 +107,7 @@ class TextEmbeddings:
     def _check_bank(self) -> None:
         """Require a phrase bank of the shapes of the vectors and its mask."""
         bank, mask = self.bank, self.bank_mask
+        assert bank is not None and mask is not None
         if (bank.dtype != torch.float32 or bank.dim() != 3
                 or bank.shape[::2] != self.vectors.shape
                 or mask.dtype != torch.bool or mask.shape != bank.shape[:2]):
@@ -181,7 +182,7 @@ class TextEmbeddings:
         try:
             tensors, texts = _read_file(path)
             fields: Dict[str, Any] = {n: json.loads(texts[n]) for n in TEXTS}
-            return cls(**fields, **tensors)
+            return cls(**dict(fields, **tensors))
         except EmbeddingFileError as error:
             raise EmbeddingFileError(
                 f'Embeddings file {path}: {error}') from error.__cause__
@@ -245,7 +246,7 @@ class TextEmbeddings:
             self.check_names(names, 'the wanted names')
         rows = [mine.index(name) for name in bare]
         bank = None if self.bank is None else self.bank[rows]
-        mask = None if self.bank is None else self.bank_mask[rows]
+        mask = None if self.bank_mask is None else self.bank_mask[rows]
         return replace(
             self,
             vectors=self.vectors[rows],

@@ -134,7 +134,7 @@ def _assemble(names: Sequence[str], phrases: Sequence[Sequence[str]],
     """Average the vectors of each class, with or without a phrase bank."""
     bank = mask = None
     if keep_bank:
-        bank = pad_sequence(groups, batch_first=True)
+        bank = pad_sequence(list(groups), batch_first=True)
         mask = torch.arange(bank.shape[1]) < torch.tensor(
             [len(group) for group in groups])[:, None]
     return TextEmbeddings(
@@ -171,7 +171,7 @@ def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
             for other classes.
     """
     made: List[Path] = []
-    nodes: Dict[str, Mapping] = {}
+    nodes: Dict[str, Dict[str, Any]] = {}
     # Variables of a config are copied to where they are used, if they are.
     model = cfg.get('model') or cfg
     # Config and ConfigDict resolve their lazy objects here.

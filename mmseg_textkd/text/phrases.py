@@ -27,7 +27,7 @@ def phrase_vectors(record: TextEmbeddings) -> Tuple[Tensor, Tensor]:
         ValueError: If there is no bank, or not a vector for each phrase in
             each template.
     """
-    if record.bank is None:
+    if record.bank is None or record.bank_mask is None:
         raise ValueError(
             'the embeddings file has no bank of phrases; make it with `python '
             'tools/encode_text.py ... --keep-bank` (in `build`: '

@@ -93,12 +93,11 @@ def _unite_banks(
     chosen: Sequence[Tuple[TextEmbeddings, int]]
 ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
     """Pad the phrases of the classes to one bank, if all files have one."""
-    if any(record.bank is None for record, _ in chosen):
+    found = [(record.bank[k], record.bank_mask[k]) for record, k in chosen
+             if record.bank is not None and record.bank_mask is not None]
+    if len(found) < len(chosen):
         return None, None
-    length = max(record.bank.shape[1] for record, _ in chosen)
-    banks, masks = [], []
-    for record, k in chosen:
-        more = length - record.bank.shape[1]
-        banks.append(F.pad(record.bank[k], (0, 0, 0, more)))
-        masks.append(F.pad(record.bank_mask[k], (0, more)))
+    length = max(len(bank) for bank, _ in found)
+    banks = [F.pad(b, (0, 0, 0, length - len(b))) for b, _ in found]
+    masks = [F.pad(m, (0, length - len(m))) for _, m in found]
     return torch.stack(banks), torch.stack(masks)

@@ -6,7 +6,7 @@ import os
 import pickle
 import unicodedata
 from pathlib import Path
-from typing import Any, Dict, Mapping, Sequence, Union
+from typing import Any, Dict, Mapping, Sequence, Union, cast
 
 import numpy as np
 import torch
@@ -204,7 +204,7 @@ def read_names(names: Union[PathLike, Sequence[str], Mapping]) -> Dict:
             raise EmbeddingFileError(f'{where}: {error}') from error
     known: Dict[str, Any] = {}
     if isinstance(names, Mapping):
-        content, names = names, names.get('names')
+        content, names = names, cast(Any, names.get('names'))
         for key in ('phrases', 'templates', 'model', 'pretrained', 'library'):
             if content.get(key):
                 known[key] = content[key]

@@ -11,6 +11,8 @@ from typing import Any, Dict, Optional, Sequence, Union
 
 from mmengine.config import Config, DictAction
 
+from .config import load_config
+
 
 def read_options(words: Optional[Sequence[str]]) -> Dict[str, Any]:
     """Read settings as ``--cfg-options`` of MMEngine's tools has them.
@@ -77,7 +79,7 @@ def read_config(path: Union[str, os.PathLike],
         ValueError: If it is no config of a network, and why.
     """
     try:
-        cfg = Config.fromfile(path)
+        cfg = load_config(path)
     except OSError:
         raise
     except Exception as error:  # a config is code and raises anything

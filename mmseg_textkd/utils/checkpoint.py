@@ -5,8 +5,10 @@ import io
 import logging
 import os
 import re
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import (Any, Dict, List, Mapping, Optional, Sequence, Tuple,
+                    Union)
 
 import torch
 from mmengine.logging import print_log
@@ -115,24 +117,29 @@ def find_checkpoint(folder: Path) -> Optional[Path]:
     return None
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor],
-                  path: Union[str, os.PathLike]) -> None:
-    """Load a state dict whose keys and shapes must match the model.
+def load_faults(model: nn.Module, state: Mapping[str, Tensor]) -> List[str]:
+    """Load weights, and tell where they are not those of the model.
 
     Args:
-        model (nn.Module): The model.
+        model (nn.Module): The model. What fits is loaded.
         state (Mapping[str, Tensor]): Weights by name.
-        path (str or PathLike): Where they come from, for messages.
 
-    Raises:
-        ValueError: If names or shapes differ, with the first of them.
+    Returns:
+        list[str]: What is missing, unexpected or of another shape, with the
+        first names of each; empty if the weights are those of the model.
     """
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError:
+        pass  # shapes, which are compared below
+    # Only now: a mixture of phrases takes the number of them from the state.
     own = model.state_dict()
     # Old batch norms have none, and torch does not mind.
     missing = [
         k for k in own
         if k not in state and not k.endswith('num_batches_tracked')
     ]
+    surplus = [k for k in state if k not in own]
     shapes = [
         f'{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}'
         for k, v in own.items() if k in state and state[k].shape != v.shape
@@ -140,14 +147,76 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor],
     faults = [
         f'{len(names)} {what}: {", ".join(names[:SHOWN])}' +
         (', ...' if len(names) > SHOWN else '')
-        for what, names in (('missing', missing),
-                            ('unexpected', [k for k in state if k not in own]),
+        for what, names in (('missing', missing), ('unexpected', surplus),
                             ('of another shape', shapes)) if names
     ]
+    if any(k.endswith('.class_embeddings') for k in missing):
+        faults.append('the config is that of a text network, the weights are '
+                      'of a folded or stock one: use the config that '
+                      'textkd2mmseg.py wrote beside them')
+    if any(k.endswith('.class_embeddings') for k in surplus):
+        faults.append('the weights are of a text network: use its config, or '
+                      'fold them by tools/model_converters/textkd2mmseg.py')
+    return faults
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor],
+                  path: Union[str, os.PathLike]) -> None:
+    """Load weights that must be those of the model, all of them and finite.
+
+    Args:
+        model (nn.Module): The model.
+        state (Mapping[str, Tensor]): Weights by name.
+        path (str or PathLike): Where they come from, for messages.
+
+    Raises:
+        ValueError: If names or shapes differ, or a weight is not finite, with
+            the first of them.
+    """
+    odd = non_finite(state)
+    if odd:
+        raise ValueError(f'{path}: {odd}. Take an earlier checkpoint.')
+    faults = load_faults(model, state)
     if faults:
         raise ValueError(f'{path} is not of the network of the config:\n  ' +
                          '\n  '.join(faults))
-    model.load_state_dict(state, strict=True)
+
+
+def class_names(meta: Mapping[str, Any]) -> Optional[Tuple[str, ...]]:
+    """Get the names of the classes that a checkpoint is for.
+
+    Args:
+        meta (Mapping): Its ``meta``, also of MMSegmentation 0.x.
+
+    Returns:
+        tuple[str], optional: The names; None if it does not tell them.
+    """
+    names = (meta.get('dataset_meta')
+             or {}).get('classes') or meta.get('CLASSES')
+    return None if names is None else tuple(names)
+
+
+def class_differences(theirs: Optional[Sequence[str]],
+                      ours: Optional[Sequence[str]]) -> List[str]:
+    """Compare the classes of a checkpoint with those of a data set.
+
+    Args:
+        theirs (Sequence[str], optional): Names in the checkpoint.
+        ours (Sequence[str], optional): Names in the data set.
+
+    Returns:
+        list[str]: A line for each difference; empty if there is none, or if
+        either side does not tell its names.
+    """
+    if theirs is None or ours is None:
+        return []
+    # Stock data sets have names such as 'bed '.
+    pairs = zip_longest(*([name.strip() for name in names]
+                          for names in (theirs, ours)))
+    return [
+        f'{k}: {their!r} in the checkpoint, {our!r} in the data set'
+        for k, (their, our) in enumerate(pairs) if their != our
+    ]
 
 
 def build_segmentor(model: Dict, state: Mapping[str, Tensor],

@@ -1,10 +1,69 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Traversal of nested configs."""
-from typing import Any, Dict, Iterator, List, Mapping, Union
+"""Configs: loaded in either style, and walks through them."""
+import os
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Union
 
+import mmengine.registry
+import mmseg.registry
 from mmengine.config import Config
+from mmengine.registry import Registry
+from mmengine.utils import get_object_from_string
 
 Container = Union[Dict, List, tuple]
+# Whatever a config can name by its `type`.
+REGISTRIES = [
+    registry for module in (mmengine.registry, mmseg.registry)
+    for registry in vars(module).values() if isinstance(registry, Registry)
+]
+
+
+def load_config(config: Union[str, os.PathLike, Config],
+                options: Optional[Mapping[str, Any]] = None) -> Config:
+    """Load a config in which every ``type`` is a name.
+
+    Pure-Python configs of MMEngine (``read_base``) have classes there, which
+    tools cannot look up, write or compare.
+
+    Args:
+        config (str or PathLike or Config): The config, of either style.
+        options (Mapping, optional): Settings to override. Defaults to None.
+
+    Returns:
+        Config: The config; a new one if something had to be replaced.
+    """
+    if not isinstance(config, Config):
+        config = Config.fromfile(config)
+    config.merge_from_dict(dict(options or {}))
+    content, changed = config.to_dict(), False
+    for part in dicts(content):
+        kind = part.get('type')
+        if isinstance(kind, str) and '.' not in kind or kind is None:
+            continue
+        name = registered_name(kind)
+        if name != kind:
+            part['type'], changed = name, True
+    return Config(content, filename=config.filename) if changed else config
+
+
+def registered_name(kind: Any) -> Any:
+    """Find the name under which a class is registered.
+
+    Args:
+        kind (type or str): The class, or where it is, as 'package.Class'.
+
+    Returns:
+        str: The name; what was given if it is not registered.
+    """
+    found = get_object_from_string(kind) if isinstance(kind, str) else kind
+    if found is None:
+        return kind
+    names = [
+        name for registry in REGISTRIES
+        for name, thing in registry.module_dict.items() if thing is found
+    ]
+    # Some have others than that of the class, as `BN` for `BatchNorm2d`.
+    own = getattr(found, '__name__', '')
+    return own if own in names else names[0] if names else kind
 
 
 def walk(node: Any) -> Iterator[Container]:

@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, List, Mapping, Tuple, Union
+from typing import Dict, Iterator, List, Mapping, Tuple, Union
 
 import cv2
 import numpy as np
@@ -22,6 +23,10 @@ MARK_TEXT = 'Made by mmseg_textkd, which may remove this folder.\n'
 
 class DamagedFileError(ValueError):
     """Raised for a file that is truncated, changed, or of another kind."""
+
+
+class UnknownImageError(ValueError):
+    """A file is no image of a format that is known."""
 
 
 def write_files(files: Mapping[PathLike, bytes]) -> None:
@@ -137,6 +142,34 @@ def read_hashed(path: PathLike,
 
 
 # ----------------------------------------------------------------- folders
+@contextmanager
+def new_folder(path: PathLike) -> Iterator[Path]:
+    """Write a folder that is there when it is whole, or not at all.
+
+    Args:
+        path (str or PathLike): The folder, which must not exist.
+
+    Yields:
+        Path: A folder beside it that gets its name in the end, or is removed.
+
+    Raises:
+        FileExistsError: If something of that name exists.
+        FileNotFoundError: If there is no folder that it could be in.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise FileExistsError(f'{path} exists; remove it or write elsewhere')
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'there is no folder {path.parent}')
+    part = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:12]}.tmp')
+    part.mkdir()
+    try:
+        yield part
+        os.rename(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def make_folder(path: PathLike) -> Path:
     """Make or empty a folder that :func:`remove_folder` may remove.
 
@@ -186,7 +219,8 @@ def check_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> None:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no image, or has more pixels.
+        UnknownImageError: If it is no image.
+        ValueError: If it has more pixels.
     """
     from PIL import Image
     limit = Image.MAX_IMAGE_PIXELS
@@ -198,7 +232,7 @@ def check_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> None:
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
+        raise UnknownImageError(
             f'{path} cannot be read as an image: {error}') from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit

@@ -7,8 +7,14 @@ from analysis_tools import ROOT, fails, load_tool, run
 from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from tiny import CLASSES, tiny_config
 
 from mmseg_textkd.analysis.benchmark_backends import BACKENDS
+from mmseg_textkd.analysis.benchmark_folders import time_folders
+from mmseg_textkd.deploy.exportable import ExportableSegmentor
+from mmseg_textkd.deploy.folder import deploy
+from mmseg_textkd.deploy.runtimes import Form
+from mmseg_textkd.utils.report import count_cost
 
 TOY = ROOT.joinpath(
     'configs/text_classifier/'
@@ -117,6 +123,33 @@ def test_tool(tool, tmp_path, capsys):
         assert '- `cuda` was skipped: no CUDA device' in page
 
 
+def test_deployed_folders(tool, tmp_path):
+    """Ratios are to the first; the peak was reached in the same rounds."""
+    model = MODELS.build(tiny_config(tmp_path).model).eval()
+    network = ExportableSegmentor(model)
+    classes = dict(classes=CLASSES, palette=[[0, 0, 0]] * len(CLASSES))
+    paths = [tmp_path / 'a', tmp_path / 'b stock']
+    for path in paths:
+        deploy(path, 'torchscript', network, Form((32, 64)), classes, {})
+    results, page = run(tool, tmp_path, *paths, '--runs', 3, '--warmup', 1)
+    assert list(results['arms']) == [str(path) for path in paths]
+    flops = count_cost(model, lambda: model(torch.zeros(1, 3, 32, 64))).flops
+    for name, row in results['arms'].items():
+        speed = flops / row['median_ms'] / 1e6
+        assert row['gflops'] == pytest.approx(speed, rel=1e-3)
+        share = speed / results['gflops_peak']
+        assert row['share_of_peak'] == pytest.approx(share, rel=1e-3)
+        assert f'| {name} | {row["median_ms"]:.2f} [' in page
+    assert results['arms'][str(paths[0])]['ratio_ci95'] == [1, 1]
+    found = time_folders({
+        'x': paths[0],
+        'x stock': paths[1]
+    }, 3, 0, 1, model, (32, 64))['arms']
+    assert found['eager']['ratio'] == 1 and found['x']['to_stock'] > 0
+    low, high = found['x']['to_stock_ci95']
+    assert low <= found['x']['to_stock'] <= high
+
+
 @pytest.mark.skipif(not HAS_CUDA, reason='needs a CUDA device')
 def test_tool_on_cuda(tool, tmp_path):
     results, _ = run(tool, tmp_path, TOY, '--size', 64, 128, '--runs', 3,
@@ -132,5 +165,6 @@ def test_bad_arguments(tool, capsys, tmp_path):
         argv = [] if name == 'benchmark_text' else [TOY]
         said = fails(load_tool(name), capsys, *argv, '--runs', 1)
         assert '--runs must be at least 2' in said
+    assert 'one config at a time' in fails(tool, capsys, TOY, TOY)
     said = fails(tool, capsys, TOY, '--out', tmp_path / 'no' / 'a.json')
     assert f'there is no folder {tmp_path / "no"}' in said

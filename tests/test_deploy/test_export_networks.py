@@ -22,7 +22,7 @@ from mmseg_textkd.deploy.load_stock import load_stock
 
 sys.path.insert(0, str(CONFIGS.parent / 'tools' / 'deployment'))
 
-import export_onnx  # noqa: E402
+import deploy  # noqa: E402
 
 
 def logits(model, image):
@@ -33,9 +33,9 @@ def logits(model, image):
 # What is particular: pooling to bins that do not divide; padding in testing
 # and random numbers; one size.
 NETWORKS = {
-    'fast_scnn': (['--dynamic'], (70, 102)),
-    'segnext_mscan-t': (['--preprocess', '--softmax', '--dynamic'], (50, 75)),
-    'bisenetv1_r18': ([], (64, 96)),
+    'fast_scnn': (['--dynamic', '--no-preprocess'], (70, 102)),
+    'segnext_mscan-t': (['--output', 'probabilities', '--dynamic'], (50, 75)),
+    'bisenetv1_r18': (['--no-preprocess'], (64, 96)),
 }
 
 
@@ -56,10 +56,11 @@ def test_networks(name, tmp_path):
     dataset = dict(type='BaseSegDataset', metainfo=dict(classes=['x'] * 11))
     cfg = Config(dict(model=cfg, test_dataloader=dict(dataset=dataset)))
     cfg.dump(tmp_path / 'cfg.py')
-    paths = [
-        str(tmp_path / file) for file in ('cfg.py', 'model.pth', 'o.onnx')
-    ]
-    export_onnx.main([*paths, '--size', '64', '96', *options])
+    paths = [str(tmp_path / file) for file in ('cfg.py', 'model.pth', 'out')]
+    deploy.main([
+        *paths[:2], '--out', paths[2], '--to', 'onnx', '--size', '64', '96',
+        *options
+    ])
     if 'segnext' in name:
         # By hand: normalized, RGB, padded to multiples of 32, cropped.
         model = load_stock(*paths[:2])[1]
@@ -75,11 +76,11 @@ def test_networks(name, tmp_path):
         expected = logits(model.eval(), image)
     assert expected.std() > 1e-3
     session = onnxruntime.InferenceSession(
-        paths[2], providers=['CPUExecutionProvider'])
+        f'{paths[2]}/model.onnx', providers=['CPUExecutionProvider'])
     found, = session.run(None, {'image': image.numpy()})
     torch.testing.assert_close(
         torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
-    if '--softmax' in options:
+    if 'probabilities' in options:
         np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
 
 
@@ -94,19 +95,20 @@ def test_check_finds_another_network(model):
 
     @torch.no_grad()
     def run(image):
-        return same(image), None
+        return same(image)
 
     @torch.no_grad()
     def run_labels(image):
-        return same(image).argmax(1).byte(), None
+        return same(image).argmax(1).byte()
 
     scores = ExportableSegmentor(model), Exported(b'', run)
     labels = ExportableSegmentor(model, 'argmax'), Exported(b'', run_labels)
     images = [same.example((32, 64))]
-    assert check('x', *scores,
-                 images).endswith('; another class at 0 of 2048 pixels')
-    assert check('x', *labels,
-                 images) == ('x: another class at 0 of 2048 pixels')
+    found = check('x', *scores, images)
+    assert str(found).endswith('; another class at 0 of 2048 pixels')
+    assert found.difference == 0 and found.largest > 0
+    found = check('x', *labels, images)
+    assert str(found) == 'x: another class at 0 of 2048 pixels'
     with pytest.raises(ValueError, match='does not run: .*Double'):
         check('x', scores[0], Exported(b'', lambda x: run(x.double())), images)
     with pytest.raises(ValueError, match=r'shape .* instead of \(1, 8, 32'):
@@ -115,6 +117,8 @@ def test_check_finds_another_network(model):
     bias[0] += 0.25
     with pytest.raises(ValueError, match=r'differs by 0\.25 from scores'):
         check('x', *scores, images)
+    found = check('x', *scores, images, exact=False)
+    assert found.difference == pytest.approx(.25) and found.clear > 0
     bias[0] += 100
     with pytest.raises(ValueError, match=r'another class at \d+ pixels whose'):
         check('x', *labels, images)
@@ -129,10 +133,11 @@ def test_ties_may_break_either_way(model):
     conv.bias.data[:] = torch.tensor([0., 1e-5] + [-1.] * 6)
     labels = ExportableSegmentor(model, 'argmax')
     zeros = torch.zeros(1, 32, 64, dtype=torch.uint8)
-    said = check('x', labels, Exported(b'', lambda image: (zeros, None)),
+    said = check('x', labels, Exported(b'', lambda image: zeros),
                  [labels.example((32, 64))])
-    assert said == ('x: another class at 2048 of 2048 pixels, all of them '
-                    'ties within what is allowed')
+    assert str(said) == (
+        'x: another class at 2048 of 2048 pixels, all of them '
+        'ties within what is allowed')
 
 
 def test_operator_that_does_not_export_is_named(model):

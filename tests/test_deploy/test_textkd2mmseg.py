@@ -19,6 +19,7 @@ from tiny import CLASSES, SIZE
 
 from mmseg_textkd import compat
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
+from mmseg_textkd.deploy.load_stock import dataset_meta
 
 CAMVID = (
     CONFIGS / 'text_classifier' /
@@ -109,6 +110,16 @@ def predictions(model, cfg):
         ]
 
 
+def test_classes_of_config_and_checkpoint_are_compared():
+    dataset = dict(type='BaseSegDataset', metainfo=dict(classes=['a', 'b']))
+    cfg = Config(dict(test_dataloader=dict(dataset=dataset)))
+    assert dataset_meta(cfg, dict(classes=('a', 'b')))['classes'] == ('a', 'b')
+    with pytest.raises(ValueError, match="1: 'c' in the checkpoint, 'b' in"):
+        dataset_meta(cfg, dict(classes=('a', 'c')))
+    with pytest.raises(ValueError, match="1: None in the checkpoint, 'b' in"):
+        dataset_meta(cfg, dict(classes=('a', )))
+
+
 @pytest.mark.stacks
 @pytest.mark.filterwarnings('ignore:CamVid test has 2 images')
 def test_result_needs_no_plugin(trained, convert, write_camvid, tmp_path):
@@ -139,8 +150,7 @@ def test_result_needs_no_plugin(trained, convert, write_camvid, tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(
         WITHOUT_PLUGIN.replace('{lite}', str('mmcv.ops' in compat.apply())))
-    done = start(
-        'python', script, *expected, cwd=str(tmp_path), fork=False)
+    done = start('python', script, *expected, cwd=str(tmp_path), fork=False)
     assert done.status == 0, done.output[-3000:]
     for name, logits in expected.items():
         got = load(tmp_path / f'{name}.logits')
@@ -299,7 +309,7 @@ def damaged(run, how, path):
 
 
 @each_case('how, message', [
-    ('NaN', 'decode_head.conv_seg.weight'),
+    ('NaN', r'bad.pth: 1 weights have NaN.*conv_seg.projection.conv.weight'),
     ('other network', r'not of the network of the config:\n  \d+ missing: '
      r'backbone[^\n]*, \.\.\.\n  \d+ unexpected: neck\.backbone'),
     ('other width', r'1 of another shape: decode_head.conv_seg.projection.'

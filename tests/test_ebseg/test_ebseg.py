@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from mmseg.registry import MODELS
 from network_tester import samples
@@ -507,3 +508,14 @@ def test_a_copy_is_independent_but_for_the_towers(model):
     assert model.out_channels == 8
     for own, other in zip(towers(model).values(), towers(twin).values()):
         assert own.network is other.network
+
+
+@pytest.mark.parametrize('rgb', [True, False])
+def test_images_that_stay_bgr_are_told(model_cfg, monkeypatch, rgb):
+    lines = []
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'handle',
+                        lambda record: lines.append(record.getMessage()))
+    cfg = model_cfg()
+    cfg.data_preprocessor.bgr_to_rgb = rgb
+    MODELS.build(cfg)
+    assert any('`bgr_to_rgb`' in line for line in lines) == (not rgb)

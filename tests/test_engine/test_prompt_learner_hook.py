@@ -14,6 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
+from mmseg.models import EncoderDecoder
 from mmseg.registry import HOOKS, METRICS, MODELS
 from processes import load
 from tiny import CLASSES, assert_equal, run, tiny_config
@@ -670,6 +671,48 @@ def test_load_from_takes_the_text_of_the_config(tmp_path, residual,
     torch.testing.assert_close(provider.class_embeddings, provider.base)
 
 
+def test_load_from_of_other_classes(tmp_path, residual, make_embeddings):
+    """Prompts, biases and classifiers follow the names of their classes."""
+    cfg = with_auxiliary_heads(
+        tiny_config(tmp_path, residual, dict(switch_at=2), max_iters=4))
+    run(cfg)
+    saved = load(tmp_path / 'work' / 'iter_4.pth')['state_dict']
+    names = [*CLASSES[3:], 'river', CLASSES[0], 'tram', 'bus']
+    cfg.train_dataloader.dataset.metainfo = dict(classes=names)
+    cfg.val_dataloader.dataset.metainfo = dict(classes=names)
+    for head in (cfg.model.decode_head, *cfg.model.auxiliary_head):
+        head.num_classes = len(names)
+        if 'text' in head:
+            head.text.embeddings.file = make_embeddings(
+                len(names), names=names, seed=1, file='other')
+    cfg.load_from = str(tmp_path / 'work' / 'iter_4.pth')
+    cfg.work_dir, cfg.log_level = str(tmp_path / 'second'), 'WARNING'
+    cfg.experiment_name = tmp_path.name
+    runner = Runner.from_cfg(cfg)
+    runner.register_hook(Recorder())
+    runner.train()
+    recorder = next(h for h in runner.hooks if isinstance(h, Recorder))
+    start = recorder.rows[0]['before']
+    own = [CLASSES.index(n) if n in CLASSES else None for n in names]
+    for key in (OFFSET, BIAS, f'{AUXILIARY}text.offset',
+                'auxiliary_head.1.conv_seg.weight'):
+        assert saved[key].abs().max() > 0 and len(start[key]) == len(names)
+        for row, k in zip(start[key], own):
+            if k is not None:
+                assert torch.equal(row, saved[key][k]), key
+            elif 'weight' not in key:  # its start is random
+                assert not row.any(), key
+    # The vectors are those of the config, for all classes.
+    provider = runner.model.decode_head.conv_seg.text
+    torch.testing.assert_close(
+        start[OFFSET.replace('offset', 'class_embeddings')],
+        torch.nn.functional.normalize(
+            provider.base + .5 * start[OFFSET], dim=1))
+    logs = ''.join(p.read_text() for p in (tmp_path / 'second').rglob('*.log'))
+    assert '6 classes were found by name' in logs
+    assert "begin anew: ['river', 'tram', 'bus']" in logs
+
+
 def test_accumulation_rounds_the_switch(tmp_path, residual):
     cfg = tiny_config(tmp_path, residual, dict(switch_at=3),
                       **{'optim_wrapper.accumulative_counts': 2})
@@ -697,6 +740,29 @@ def test_auxiliary_role(tmp_path, residual, learn):
     log, = tmp_path.glob('work/*/*.log')
     assert ('nothing that is deployed learns' in log.read_text()) == (
         learn is None)
+
+
+@MODELS.register_module()
+class PiecewiseSegmentor(EncoderDecoder):
+    """It calls the parts of a head, as some projects do."""
+
+    def loss(self, inputs, data_samples):
+        logits = self.decode_head(self.extract_feat(inputs))
+        return self.decode_head.loss_by_feat(logits, data_samples)
+
+
+@pytest.mark.parametrize('role', ['auxiliary', 'classifier'])
+def test_text_losses_that_nobody_computes(tmp_path, residual, role):
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=3),
+                      **{'model.decode_head.role': role})
+    cfg.model.type = 'PiecewiseSegmentor'
+    if role == 'classifier':  # which learns by the head's own losses
+        assert run(cfg).iter == 6
+        return
+    with pytest.raises(
+            RuntimeError, match='PiecewiseSegmentor.*call `decode_head.loss`'):
+        run(cfg)
+    assert not list(tmp_path.glob('work/iter_2.pth'))
 
 
 AUXILIARY = 'auxiliary_head.0.conv_seg.'

@@ -123,6 +123,9 @@ def test_fold_refuses_training_mode_and_l2():
         build().as_conv()
     with pytest.raises(ValueError, match="norm='l2'.*train with norm='bn'"):
         build('l2').eval().as_conv()
+    norm_cfg = dict(type='BN', track_running_stats=False)
+    with pytest.raises(ValueError, match='leave `track_running_stats` out'):
+        build(norm_cfg=norm_cfg).eval().as_conv()
 
 
 def test_norms_that_do_not_fold_are_refused():

@@ -1,9 +1,13 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """What text adds to a stock head; whole networks are in test_networks."""
+import mmengine.registry
 import pytest
 import torch
 from each_case import each_case
+from mmengine.model import BaseModule
+from mmengine.registry import DefaultScope, Registry
 from mmseg.models.decode_heads import ASPPHead, FCNHead
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from network_tester import samples
 
 from mmseg_textkd.models import (TextBranch, TextClassifier, TextFCNHead,
@@ -86,6 +90,78 @@ def test_a_head_without_conv_seg_is_refused():
         Bad(text=CONTROL, **ARGS)
 
 
+def test_a_copy_of_the_base_head_is_as_good():
+    """Projects have their own; what it inherits from does not count."""
+    own = {
+        name: value
+        for kind in (BaseDecodeHead, FCNHead)
+        for name, value in vars(kind).items()
+        if name not in ('__dict__', '__weakref__', '__init__')
+    }
+
+    class OwnHead(BaseModule):
+
+        def __init__(self, **kwargs):
+            super().__init__()
+            vars(self).update(vars(FCNHead(**kwargs)))
+
+    OwnHead = type('OwnHead', (OwnHead, ), own)
+    assert not issubclass(OwnHead, BaseDecodeHead)
+    TextOwnHead = type('TextOwnHead', (TextHeadMixin, OwnHead), {})
+    head = TextOwnHead(text=CONTROL, **ARGS)
+    assert isinstance(head.conv_seg, TextClassifier)
+    losses = head.loss([torch.randn(2, 8, 4, 8)], samples((32, 64), 4), {})
+    assert losses['loss_ce'].item() > 0
+
+
+@each_case('role', ['classifier', 'auxiliary'])
+def test_losses_of_ignored_pixels_have_a_graph(role):
+    """As PIDNet's in stage 2, where nothing but the text learns."""
+
+    class Plain(TextFCNHead):
+
+        def loss_by_feat(self, logits, samples):
+            return dict(loss_ce=torch.zeros(()), acc_seg=torch.zeros(1))
+
+    learner = dict(type='ResidualPromptLearner', embeddings=CONTROL)
+    head = Plain(text=learner, role=role, text_losses=None, **ARGS)
+    head.requires_grad_(False)
+    head.text_branch.text.start_learning()
+    head.text_branch.text.offset.requires_grad_()
+    if role == 'auxiliary':
+        head.conv_seg.requires_grad_()
+        head.text_losses = torch.nn.ModuleList()
+    losses = head.loss([torch.randn(2, 8, 4, 8)], samples((32, 64), 4), {})
+    assert losses['loss_ce'].item() == 0
+    losses['loss_ce'].backward()
+    learned = [p for p in head.parameters() if p.grad is not None]
+    assert learned and all(p.grad.abs().max() == 0 for p in learned)
+
+
+def test_a_project_with_a_scope_of_its_own():
+    """What its config names has `mmseg.` in front; the rest is found."""
+    for parent in (mmengine.registry.MODELS, mmengine.registry.HOOKS):
+        Registry(parent.name, parent=parent, scope='project')
+    try:
+        with DefaultScope.overwrite_default_scope('project'):
+            with pytest.raises(KeyError, match='PromptLearnerHook is not in'):
+                mmengine.registry.HOOKS.build(dict(type='PromptLearnerHook'))
+            mmengine.registry.HOOKS.build(
+                dict(type='mmseg.PromptLearnerHook', switch_at=3))
+            head = mmengine.registry.MODELS.build(
+                dict(
+                    ARGS,
+                    type='mmseg.TextFCNHead',
+                    role='auxiliary',
+                    loss_decode=dict(type='mmseg.CrossEntropyLoss'),
+                    text=dict(CONTROL, type='mmseg.ControlEmbeddings')))
+    finally:
+        for parent in (mmengine.registry.MODELS, mmengine.registry.HOOKS):
+            del parent.children['project']
+    losses = head.loss([torch.randn(2, 8, 4, 8)], samples((32, 64), 4), {})
+    assert losses['loss_text_align'].item() > 0
+
+
 def test_other_stock_heads_need_no_code():
 
     class TextASPPHead(TextHeadMixin, ASPPHead):
@@ -99,7 +175,6 @@ def test_other_stock_heads_need_no_code():
 @each_case('kwargs, message', [
     (dict(role='teacher'), "role.*must be one of.*'teacher'"),
     (dict(role='auxiliary', text_losses=[]), 'at least one loss'),
-    (dict(num_classes=2, out_channels=1), 'one logit a class'),
 ])
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -16,8 +16,9 @@ from mmseg_textkd.models.text_parameters import text_parameters
 
 sys.path.insert(0, f'{ROOT}/tools/deployment')
 sys.path.insert(0, f'{ROOT}/tools/model_converters')
-import export_onnx  # noqa: E402
 import textkd2mmseg  # noqa: E402
+
+import deploy  # noqa: E402
 
 pytestmark = pytest.mark.stacks
 
@@ -160,7 +161,7 @@ def test_a_kept_bridge_does_not_fold_and_is_told_so(trained, tmp_path):
             refuse()
         message = str(error.value)
         assert 'TwoWayBridge' in message and "use='inference'" in message
-        assert 'export_onnx.py' in message and "use='training'" in message
+        assert 'deploy.py' in message and "use='training'" in message
     out = tmp_path / 'out.pth'
     with pytest.raises(SystemExit, match='does not fold'):
         textkd2mmseg.main([
@@ -180,11 +181,15 @@ def test_a_kept_bridge_runs_in_onnx_runtime(trained, tmp_path, capsys):
         str(done.folder / 'work' / 'iter_6.pth')
     ]
     # The tool compares the graph with PyTorch, or writes nothing.
-    export_onnx.main([*files, str(tmp_path / 'kept.onnx'), '--dynamic'])
+    deploy.main([
+        *files, '--out',
+        str(tmp_path / 'kept'), '--to', 'onnx', '--dynamic', '--no-preprocess'
+    ])
     said = capsys.readouterr().out
     assert said.count('another class at 0 of') == 2
     import onnxruntime
-    session = onnxruntime.InferenceSession(str(tmp_path / 'kept.onnx'))
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / 'kept' / 'model.onnx'))
     for size in (SIZE, (48, 80)):
         inputs = torch.randn(1, 3, *size)
         with torch.no_grad():

@@ -292,6 +292,15 @@ def test_text_on_an_auxiliary_head(convert, trained, tmp_path, capsys):
     assert 'auxiliary_head.0: 8 classes' in printed
 
 
+def test_one_image_at_a_time(convert, trained, capsys):
+    """Pooled features have no batch statistics of a single image."""
+    cfg = copy.deepcopy(trained.textual)
+    cfg.train_dataloader.batch_size = 1
+    assert load(convert(cfg))['state_dict']
+    printed = capsys.readouterr().out
+    assert 'two at a time' in printed and '8 classes' in printed
+
+
 def test_without_validation_images(convert, trained, capsys):
     cfg = copy.deepcopy(trained.textual)
     cfg.val_dataloader.dataset.data_prefix.img_path = 'nowhere'

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
 from mmseg.datasets import CityscapesDataset
 from mmseg.registry import MODELS
 from processes import (ROOT, STOCK_TRAIN, TOOLS, load, options, side_by_side,
                        start)
 
+from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
 from mmseg_textkd.models.text_parameters import text_providers
 from mmseg_textkd.text.encode_classes import encode_classes
 
@@ -145,6 +147,34 @@ def test_text_on_the_auxiliary_heads_of_a_list(tmp_path):
         'decode_head.conv_seg.text', 'auxiliary_head.0.conv_seg.text',
         'auxiliary_head.1.conv_seg.text'
     ]
+
+
+def test_decode_heads_in_a_list(tmp_path, monkeypatch, make_embeddings):
+    """OCRNet of MMSegmentation, by the recipe of the guide."""
+    monkeypatch.chdir(tmp_path)
+    names = CityscapesDataset.METAINFO['classes']
+    make_embeddings(19, names=names, file='cityscapes')
+    heads = snippet(GUIDE, 'Heads')
+    (tmp_path / 'my_heads.py').write_text(heads.replace('ASPP', 'OCR'))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / 'config.py'
+     ).write_text("_base_ = __import__('mmseg_textkd').stock_config("
+                  "'ocrnet/ocrnet_hr18s_4xb2-40k_cityscapes-512x1024.py')\n" +
+                  snippet(GUIDE, 'Decode heads in a list'))
+    cfg = Config.fromfile(tmp_path / 'config.py')
+    try:
+        model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+        assert list(text_providers(model)) == ['decode_head.1.conv_seg.text']
+        state = fold_state_dict(model)
+        stock = revert_sync_batchnorm(MODELS.build(
+            to_stock_cfg(cfg).model)).eval()
+    finally:
+        MODELS.module_dict.pop('TextOCRHead')
+    stock.load_state_dict(state, strict=True)
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            stock._forward(image), model._forward(image), rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture

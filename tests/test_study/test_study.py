@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """A tiny study through tools/train.py: killed, resumed, never repeated."""
+import fcntl
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -493,8 +495,9 @@ def test_a_damaged_ledger_names_the_line(tmp_path):
     ledger = Ledger(path)
     for seed in range(3):
         ledger.append(entry(seed=seed))
-    with pytest.raises(LedgerError, match='n/a/seed1 .*there already'):
-        ledger.append(entry(seed=1))
+    with pytest.raises(
+            LedgerError, match=r"n/a/seed1 .*in line 2, with other \['curve'"):
+        ledger.append(entry(seed=1, curve=[[1, 2.]]))
     assert len(Ledger(path).entries) == 3
     lines = path.read_text().splitlines()
     path.write_text('\n'.join([lines[0], lines[1][:40], lines[2]]))
@@ -503,13 +506,48 @@ def test_a_damaged_ledger_names_the_line(tmp_path):
     path.write_text(f'{lines[0]}\n{{"seed": 1}}\n')
     with pytest.raises(LedgerError, match="line 2 .*'config_hash'"):
         Ledger(path)
-    path.write_text('\n'.join([*lines, lines[1]]))
-    with pytest.raises(LedgerError, match='line 4: n/a/seed1'):
+    other = json.dumps(entry(seed=1, val=dict(mIoU=2., IoU=[2.])))
+    path.write_text('\n'.join([*lines, other]))
+    with pytest.raises(LedgerError, match='line 4: n/a/seed1.*in line 2'):
         Ledger(path)
     # A last line without its end, as an editor may leave it.
     path.write_text('\n'.join(lines[:2]))
     Ledger(path).append(entry(seed=2))
     assert Ledger(path).entries == [json.loads(x) for x in lines]
+
+
+def test_two_drivers_append_a_run_once(tmp_path):
+    path = tmp_path / 'l.jsonl'
+    first, second = Ledger(path), Ledger(path)
+    assert first.append(entry(finished='1'))
+    # Measured again elsewhere, at another time.
+    assert not second.append(entry(finished='2'))
+    assert second.append(entry(seed=1)) and first.append(entry(seed=2))
+    assert [e['seed'] for e in Ledger(path).entries] == [0, 1, 2]
+    first.reload()
+    assert first.find('s', Run('n', 'a', 1)) == entry(seed=1)
+    # As drivers did that did not look.
+    with open(path, 'a') as file:
+        file.write(json.dumps(entry(seed=1, finished='3')) + '\n')
+    assert Ledger(path).entries == [
+        entry(finished='1'), entry(seed=1),
+        entry(seed=2)
+    ]
+
+
+def test_readers_wait_for_a_line_that_is_being_written(tmp_path):
+    path = tmp_path / 'l.jsonl'
+    line, found = json.dumps(entry()) + '\n', []
+    reader = Thread(target=lambda: found.extend(Ledger(path).entries))
+    with open(path, 'ab', buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(line[:40].encode())
+        reader.start()
+        reader.join(.3)
+        assert reader.is_alive() and not found
+        file.write(line[40:].encode())
+    reader.join()
+    assert found == [entry()]
 
 
 def test_a_study_is_registered_once_and_amended_openly(tmp_path):

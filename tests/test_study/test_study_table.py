@@ -416,6 +416,25 @@ def test_ledgers_that_do_not_belong_together(tmp_path, capsys):
     assert 'was not registered' in said and not out.exists()
 
 
+@pytest.mark.parametrize('arms', [('text', ), ('stock', 'text', 'random')])
+def test_runs_without_a_curve(tmp_path, arms):
+    """As of a kill in the only validation, before that was made up for."""
+    ledger = Ledger(tmp_path / 's.jsonl')
+    ledger.register(dict(PLAN, hypotheses=[['text', 'stock']]), '2000-01-01')
+    for arm, scores in SCORES.items():
+        for seed, score in scores.items():
+            lost = dict(curve=[], best_val=None) if arm in arms else {}
+            ledger.append(entry(arm, seed, score, **lost))
+    out = tmp_path / 'page.md'
+    TOOL.main([str(ledger.path), '--out', str(out)])
+    row = re.search(r'last quarter \|.*?(\| `text` \|[^\n]*)', out.read_text(),
+                    re.DOTALL)[1]
+    # Best val and last quarter.
+    assert row.split(' | ')[-4:-2] == ['-', '-']
+    assert '43.17 ± 0.76' in row
+    assert (tmp_path / 's_curves.png').is_file()
+
+
 def test_a_damaged_line_is_named(tmp_path, capsys):
     ledger = write_ledger(tmp_path / 's.jsonl')
     lines = ledger.read_text().splitlines()

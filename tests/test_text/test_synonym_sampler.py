@@ -9,6 +9,7 @@ from each_case import each_case
 from mmseg.registry import MODELS
 from torch.nn.utils.rnn import pad_sequence
 
+from mmseg_textkd.models.text_providers import phrase_bank
 from mmseg_textkd.text import TextEmbeddings
 from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.text.phrases import phrase_confidence, phrase_vectors
@@ -155,6 +156,21 @@ def test_draws_follow_the_seed_and_nothing_else(file):
     state = torch.get_rng_state()
     provider.eval()(6)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_ranks_draw_the_parts_of_one_batch(file, monkeypatch):
+    """MMEngine gives all ranks one seed."""
+    provider = build(file)
+    torch.manual_seed(5)
+    whole = provider(6)
+    monkeypatch.setattr(phrase_bank, 'get_world_size', lambda: 2)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(phrase_bank, 'get_rank', lambda: rank)
+        torch.manual_seed(5)
+        parts.append(provider(3))
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(*parts)
 
 
 def test_weighted_draws(tmp_path):

@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,8 @@ from processes import start
 from tiny_clip import EOS, TEXT_CFG, VARIANTS, save_model
 
 from mmseg_textkd.clip.text_tower import TextTower, TextTowerError, load_tower
-from mmseg_textkd.clip.weights import _tag_file, find_weights
+from mmseg_textkd.clip.weights import (_tag_file, find_weights,
+                                       warn_of_activation)
 
 SENTENCES = ('road', 'a photo of a car.', 'the sky over a wide street at dusk',
              'sky', 'a very long sentence about a road with one car')
@@ -283,6 +285,30 @@ def test_architecture_with_a_weights_file(tmp_path, monkeypatch, clip_dirs):
         TextTower('tiny-test-arch')
     with pytest.raises(TextTowerError, match='neither a file nor one of the'):
         TextTower('tiny-test-arch', str(tmp_path / 'missing.pt'))
+
+
+def test_activation_of_a_weights_file(tmp_path, monkeypatch, log):
+    """Nothing in a file tells it, and both forms load."""
+    from open_clip import pretrained
+    file = tmp_path / 'weights.pt'
+    file.write_bytes(b'as OpenAI published them')
+    plain = find_weights('ViT-B-32', str(file))
+    assert plain == ('ViT-B-32', str(file), False)
+    warn_of_activation('ViT-B-32', str(file), plain)
+    assert 'trained with QuickGELU' in log.getvalue()
+    assert 'then give ViT-B-32-quickgelu' in log.getvalue()
+    # The files that are known decide by themselves, whatever they are called.
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    url = pretrained._PRETRAINED['ViT-B-32']['openai']['url'].split('/')
+    assert len(url[-2]) == len(sha256)
+    monkeypatch.setitem(pretrained._PRETRAINED['ViT-B-32'], 'openai',
+                        dict(url=f'https://x/{sha256}/a.pt', quick_gelu=True))
+    log.truncate(0)
+    for name in ('ViT-B-32', 'ViT-B-32-quickgelu'):
+        known = find_weights(name, str(file))
+        assert known == (name, str(file), True)
+        warn_of_activation(name, str(file), known)
+    assert not log.getvalue()
 
 
 def test_unknown_architecture_names_its_neighbors():

@@ -8,16 +8,18 @@ from collections import OrderedDict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from mmengine.logging import MMLogger
+from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.runner.checkpoint import CheckpointLoader
 from processes import TOOLS
 from tiny import run, tiny_config
 
-from mmseg_textkd.utils.checkpoint import find_checkpoint, read_checkpoint
+from mmseg_textkd.utils.checkpoint import (find_checkpoint, load_file,
+                                           read_checkpoint)
 
 pytestmark = pytest.mark.stacks
 WEIGHTS = dict(weight=torch.arange(4000.))
@@ -106,6 +108,30 @@ def test_getattr_is_not_allowed_anywhere(tmp_path):
     torch.save(dict(state_dict=WEIGHTS, meta=Sly()), tmp_path / 'sly.pth')
     with pytest.raises(ValueError, match='clear|not safe to read'):
         CheckpointLoader.load_checkpoint(str(tmp_path / 'sly.pth'))
+
+
+def weighted_mean(self, weight):
+    """A statistic of a user's own."""
+    return (self._log_history * weight).mean()
+
+
+def test_statistics_of_a_user_are_resumed_where_they_are_registered(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(HistoryBuffer, '_statistics_methods',
+                        dict(HistoryBuffer._statistics_methods))
+    monkeypatch.setitem(sys.modules, weighted_mean.__module__,
+                        SimpleNamespace(weighted_mean=weighted_mean))
+    registered = HistoryBuffer.register_statistics(weighted_mean)
+    torch.save(
+        dict(state_dict=WEIGHTS, log=HistoryBuffer([2.], [1])),
+        tmp_path / 'own.pth')
+    found = load_file(tmp_path / 'own.pth')['log']
+    assert found.statistics('weighted_mean', 3.) == 6
+    assert found._statistics_methods['weighted_mean'] is registered
+    torch.serialization.clear_safe_globals()
+    del HistoryBuffer._statistics_methods['weighted_mean']
+    with pytest.raises(ValueError, match='names .*weighted_mean'):
+        load_file(tmp_path / 'own.pth')
 
 
 @pytest.mark.parametrize('damage', ['cut', 'flipped', 'empty', 'pickle'])

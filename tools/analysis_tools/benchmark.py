@@ -5,9 +5,15 @@ All are built in one process and run in turn, one image at a time, from the
 image's tensor to the logits at the resolution of the head. `stock again` is
 a second stock network: what it differs by is noise. Weights and class vectors
 are random; no checkpoint, vectors or data are needed.
+
+Or time folders of tools/deployment/deploy.py, of any runtimes, such as stock
+and folded: benchmark.py FOLDER FOLDER ... The first is what the others are
+compared with. The peak of the machine, in the same rounds, is the product of
+two large float32 matrices.
 """
 import argparse
 import sys
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from benchmark_options import add_options, parse_options
@@ -21,7 +27,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config of a text network')
+    parser.add_argument(
+        'config',
+        nargs='+',
+        help='config of a text network, or deployed folders')
     parser.add_argument(
         '--size',
         type=int,
@@ -37,7 +46,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='what runs the network (default: all; what is not there is '
         'skipped)')
     add_options(parser, runs=50, warmup=10)
-    return parse_options(parser, argv)
+    args = parse_options(parser, argv)
+    args.folders = Path(args.config[0]).is_dir()
+    if len(args.config) > 1 and not args.folders:
+        parser.error('one config at a time, or folders')
+    return args
 
 
 if __name__ == '__main__':
@@ -55,9 +68,11 @@ from mmseg_textkd.analysis.benchmark import (interleave, num_bytes,
                                              stopwatch, summarize)
 from mmseg_textkd.analysis.benchmark_backends import (BACKENDS, Backend,
                                                       Skipped, onnxruntime)
+from mmseg_textkd.analysis.benchmark_folders import time_folders
 from mmseg_textkd.analysis.benchmark_report import (TIME_HEADER, time_cells,
                                                     write_results)
 from mmseg_textkd.deploy import fold, to_stock_cfg
+from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.models.text_parameters import text_providers
 from mmseg_textkd.utils.arguments import read_config, warn_renamed
 from mmseg_textkd.utils.report import count_cost, describe, environment, table
@@ -164,6 +179,32 @@ def page(results: Mapping[str, Any]) -> str:
     return '\n\n'.join(parts + ['\n'.join(skipped)] * bool(skipped)) + '\n'
 
 
+def folders_page(results: Mapping[str, Any]) -> str:
+    """Write the times of deployed folders as Markdown."""
+    rows = [(name, *time_cells(row), f'{row["gflops"]:.1f}',
+             f'{100 * row["share_of_peak"]:.0f} %')
+            for name, row in results['arms'].items()]
+    return '\n\n'.join(
+        (f'One picture; {results["runs"]} rounds after {results["warmup"]}; '
+         f'{describe(results["environment"])} Peak: '
+         f'{results["gflops_peak"]:.1f} GFLOP/s.',
+         table(('folder', *TIME_HEADER, 'GFLOP/s', 'of peak'), rows))) + '\n'
+
+
+def run_folders(args: argparse.Namespace) -> None:
+    """Time deployed folders."""
+    where = environment()
+    try:
+        found = time_folders({p: Path(p)
+                              for p in args.config}, args.runs, args.warmup,
+                             torch.get_num_threads(), None, args.size)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f'Error: {error}')
+    results = dict(
+        runs=args.runs, warmup=args.warmup, environment=where, **found)
+    write_results(results, folders_page(results), args.out)
+
+
 @torch.no_grad()
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
@@ -171,13 +212,18 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     warn_renamed(args, json='--out', markdown='--out')
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.folders:
+        run_folders(args)
+        return
+    args.config, = args.config
     where = environment(*[onnxruntime] * (onnxruntime is not None))
     init_default_scope('mmseg')
     try:
         networks = build_networks(read_config(args.config))
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         sys.exit(f'Error: {error}')
-    inputs = torch.randn(1, 3, *args.size)
+    channels = input_channels(next(iter(networks.values())))
+    inputs = torch.randn(1, channels, *args.size)
     results = dict(
         config=args.config,
         size=list(args.size),

@@ -148,11 +148,12 @@ def random_batch(cfg: Config, size: Tuple[int, int], number: int,
     """Make random images with labels of all classes and edge maps."""
     unseen = torch.tensor(_unseen(cfg), dtype=int)
     generator = torch.Generator().manual_seed(0)
+    channels = len(cfg.model.data_preprocessor.get('mean') or [0] * 3)
     inputs, samples = [], []
     for _ in range(number):
         inputs.append(
             torch.randint(
-                256, (3, *size), dtype=torch.uint8,
+                256, (channels, *size), dtype=torch.uint8,
                 generator=generator).to(device))
         labels = torch.randint(
             cfg.model.decode_head.num_classes, (1, *size), generator=generator)

@@ -72,6 +72,7 @@ from mmseg_textkd.analysis.benchmark import (interleave, randomize_clip,
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
 from mmseg_textkd.models import EBSeg
 from mmseg_textkd.models.ebseg.frozen_tower import FrozenTower
+from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.models.text_parameters import text_providers
 from mmseg_textkd.utils.arguments import read_config, warn_renamed
 from mmseg_textkd.utils.report import (count_params, describe, environment,
@@ -136,7 +137,8 @@ def count(model: Optional[nn.Module], shape: Sequence[int]) -> List[str]:
     """
     if model is None:
         return ['-', '-']
-    flops = flops_by_module(lambda: model(torch.zeros(1, 3, *shape)))
+    channels = input_channels(model)
+    flops = flops_by_module(lambda: model(torch.zeros(1, channels, *shape)))
     towers = [m.network for m in model.modules() if isinstance(m, FrozenTower)]
     number = count_params(model, *towers)
     return [f'{number / 1e6:.3f}', f'{flops["Global"] / 2e9:.3f}']
@@ -154,10 +156,13 @@ def measure(models: Dict[str, nn.Module], shape: Sequence[int],
     Returns:
         dict[str, str]: Seconds.
     """
-    picture = torch.rand(1, 3, *shape)
-    arms = {
-        name: stopwatch(lambda model=model: model(picture), 'cpu')
+    pictures = {
+        name: torch.rand(1, input_channels(model), *shape)
         for name, model in models.items()
+    }
+    arms = {
+        name: stopwatch(lambda name=name: models[name](pictures[name]), 'cpu')
+        for name in models
     }
     with torch.no_grad():
         seconds = interleave(arms, runs, warmup=1)

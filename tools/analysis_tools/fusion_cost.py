@@ -48,6 +48,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmseg_textkd.analysis.benchmark import randomize_text
 from mmseg_textkd.deploy import to_stock_cfg
+from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.utils.arguments import read_config, read_options
 from mmseg_textkd.utils.report import count_cost, table
 
@@ -63,7 +64,8 @@ def cost(model: Dict, size: Sequence[int]) -> Tuple[float, float]:
         tuple[float, float]: Both in units of 1e6 and 1e9.
     """
     built = revert_sync_batchnorm(MODELS.build(copy.deepcopy(model))).eval()
-    params, flops = count_cost(built, lambda: built(torch.zeros(1, 3, *size)))
+    params, flops = count_cost(
+        built, lambda: built(torch.zeros(1, input_channels(built), *size)))
     return params / 1e6, flops / 2e9
 
 

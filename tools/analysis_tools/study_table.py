@@ -216,14 +216,15 @@ class Study:
         for arm in self.ordered(part):
             runs = list(part.arms[arm].values())
             last = part.last_gain(arm)
-            best = np.mean([e['best_val']['mIoU'] for e in runs])
+            best = [e['best_val']['mIoU'] for e in runs if e['best_val']]
             rows.append([
                 f'`{arm}`',
                 str(len(runs)), *(spread(part.spread(arm, split))
                                   for split in splits),
                 *('' if arm == other else difference(
                     part.difference(arm, other)) for other in references),
-                f'{best:.2f}', '-' if last is None else f'{last:+.2f}',
+                f'{np.mean(best):.2f}' if best else '-',
+                '-' if last is None else f'{last:+.2f}',
                 f'{np.mean([e["train_seconds"] for e in runs]):.0f}',
                 f'{max(e["peak_memory_mib"] for e in runs)}'
             ])
@@ -388,7 +389,13 @@ class Study:
         figure, axes = self._panels(width=4.5)
         for axis, part in zip(axes, self.groups.values()):
             for arm in self.ordered(part):
-                curves = [dict(e['curve']) for e in part.arms[arm].values()]
+                # A run that was killed in its only validation has none.
+                curves = [
+                    dict(e['curve']) for e in part.arms[arm].values()
+                    if e['curve']
+                ]
+                if not curves:
+                    continue
                 steps = sorted(set.intersection(*map(set, curves)))
                 values = np.array([[c[s] for s in steps] for c in curves])
                 style = self.style(arm)

@@ -224,7 +224,13 @@ def convert(args: argparse.Namespace) -> None:
         name: stock_classifier(path, state, names, name, head)
         for name, head in heads.items()
     }
-    train = Runner.build_dataloader(cfg.train_dataloader, seed=SEED)
+    loader = cfg.train_dataloader
+    if loader.get('batch_size', 1) < 2:
+        # Networks with pooled features have no batch statistics of one image.
+        loader = dict(loader, batch_size=2)
+        print('Images are taken two at a time: batch norms in training mode '
+              'need more than one, also in the training itself.')
+    train = Runner.build_dataloader(loader, seed=SEED)
     # As at the start of a run, and of the checkpoint in addition.
     check_classes(model, train.dataset)
     check_names(path, names, train.dataset)

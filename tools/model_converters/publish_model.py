@@ -69,6 +69,7 @@ from mmseg_textkd.deploy.publish import check_weights, read_log, serialize
 from mmseg_textkd.models import DistilledEncoderDecoder
 from mmseg_textkd.utils.arguments import warn_renamed
 from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
+from mmseg_textkd.utils.config import load_config
 from mmseg_textkd.utils.io import write_files
 
 CARD = Path(__file__).with_name('model_card.md.in')
@@ -132,7 +133,7 @@ def publish(args: argparse.Namespace) -> Path:
         meta.pop(key, None)
     cfg, params = None, UNKNOWN
     if args.config:
-        cfg = Config.fromfile(args.config)
+        cfg = load_config(args.config)
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         model = MODELS.build(cfg.model)
         if isinstance(model, DistilledEncoderDecoder):

@@ -10,18 +10,21 @@ from mmengine.fileio import exists
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseAveragedModel, is_model_wrapper
-from mmengine.optim import OptimWrapperDict
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.runner import BaseLoop, IterBasedTrainLoop
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmseg.registry import HOOKS, PARAM_SCHEDULERS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...models.text_parameters import (check_classes, prompt_parameters,
-                                       text_parameters, text_providers,
-                                       text_statistics, tower_checksums,
-                                       unwrap)
+from ...models.text_parameters import (check_classes, check_text_losses,
+                                       prompt_parameters, text_parameters,
+                                       text_providers, text_statistics,
+                                       tower_checksums, unwrap)
 from ...text.encode_classes import ensure_embeddings
+from .class_rows import match_classes
+from .loaded_checkpoint_hook import LoadedCheckpointHook
+from .text_groups import group_faults
 
 # Schedulers of the deprecated argument `schedule`, by its `type`.
 SCHEDULES: Dict[str, List[dict]] = dict(
@@ -128,7 +131,7 @@ class PromptLearnerHook(Hook):
         self.log_interval = log_interval
         self.stage = 0  # until the first iteration
         self.switch_iter: Optional[int] = None
-        self._loaded = False
+        self._loaded = self._losses_checked = False
         self._run_lrs: Optional[List[float]] = None
 
     # ----------------------------------------------- hook points of training
@@ -152,9 +155,14 @@ class PromptLearnerHook(Hook):
                 f'`custom_hooks` has {number} PromptLearnerHooks, which would '
                 "undo each other's work. Leave one; it serves all text of the "
                 'model.')
+        if not any(isinstance(h, LoadedCheckpointHook) for h in runner.hooks):
+            runner.register_hook(LoadedCheckpointHook())
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Check that the text of a resumed run has the same shape.
+
+        Rows of other classes are matched by name for a run that is not
+        resumed, see :func:`.match_classes`.
 
         Args:
             runner (Runner): The runner.
@@ -165,6 +173,13 @@ class PromptLearnerHook(Hook):
         """
         self._loaded = True
         if not runner._resume:
+            if isinstance(runner._train_loop, BaseLoop):
+                dataset = runner.train_dataloader.dataset
+                done = match_classes(
+                    unwrap(runner.model), checkpoint,
+                    (getattr(dataset, 'metainfo', None) or {}).get('classes'))
+                if done:
+                    print_log(done, 'current', logging.WARNING)
             return
         for name, provider in text_providers(unwrap(runner.model)).items():
             saved = checkpoint['state_dict'].get(f'{name}.class_embeddings')
@@ -208,6 +223,10 @@ class PromptLearnerHook(Hook):
         }
         if self.switch_at is not None:
             self._prepare_stage2(runner, model)
+        if isinstance(runner.optim_wrapper, OptimWrapper):
+            for fault in group_faults(model, runner.optim_wrapper,
+                                      runner.cfg.get('optim_wrapper') or {}):
+                print_log(fault, 'current', logging.WARNING)
         if runner.cfg.get('compile'):
             # MMEngine compiles the whole step. The optimizer would be traced
             # again for each learning rate, and in stage 2, where it first
@@ -258,7 +277,14 @@ class PromptLearnerHook(Hook):
             batch_idx (int): Index of the batch.
             data_batch (dict, optional): The batch. Defaults to None.
             outputs (dict, optional): Losses. Defaults to None.
+
+        Raises:
+            RuntimeError: After the first iteration, if text losses were not
+                computed.
         """
+        if not self._losses_checked:
+            self._losses_checked = True
+            check_text_losses(unwrap(runner.model))
         if self._run_lrs is not None:
             for group, lr in zip(runner.optim_wrapper.param_groups,
                                  self._run_lrs):
@@ -559,13 +585,7 @@ class PromptLearnerHook(Hook):
 
     def _load_best(self, runner, model: nn.Module) -> None:
         """Load the best checkpoint of stage 1 and reset the optimizer."""
-        hook, loop = _checkpoint_hook(runner), runner.train_loop
-        if self.stage == 0 and runner.iter >= loop.val_begin and (
-                runner.iter % loop.val_interval == 0):
-            # Resumed at the switch: the run may have been killed after this
-            # checkpoint and before the validation that follows it.
-            runner.val_loop.run()
-            runner.model.train()
+        hook = _checkpoint_hook(runner)
         barrier()  # the main process writes
         path = hook.best_ckpt_path
         if path is None or not exists(path):

@@ -1,6 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
 import torch
 from mmseg.registry import MODELS
@@ -38,22 +38,21 @@ class LSegEpisodeHead(LSegDPTHead):
         branch = dict(text_branch or {}, type='LSegTextClassifier')
         super().__init__(text_branch=branch, num_classes=2, **kwargs)
 
-    def loss(self, inputs: Sequence[Tensor], batch_data_samples: list,
+    def loss(self, inputs: Union[Tensor, Sequence[Tensor]],
              *args) -> Dict[str, Tensor]:
         """Compute the losses of a batch of episodes.
 
         Args:
-            inputs (Sequence[Tensor]): Features of the backbone.
-            batch_data_samples (list[:obj:`SegDataSample`]): Data samples with
-                ``class_id`` and labels 0 and 1.
-            *args: The training config.
+            inputs (Tensor | Sequence[Tensor]): Features of the backbone.
+            *args: The data samples, a list of :obj:`SegDataSample` with
+                ``class_id`` and labels 0 and 1; the training config.
 
         Returns:
             dict[str, Tensor]: Losses by name.
         """
-        metas = [sample.metainfo for sample in batch_data_samples]
+        metas = [sample.metainfo for sample in args[0]]
         with self._episode(metas):
-            return super().loss(inputs, batch_data_samples, *args)
+            return super().loss(inputs, *args)
 
     def predict(self, inputs: Sequence[Tensor], batch_img_metas: List[dict],
                 test_cfg: dict) -> Tensor:

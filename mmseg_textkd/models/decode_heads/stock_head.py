@@ -16,7 +16,8 @@ def check_stock_head(head: BaseDecodeHead) -> None:
 
     Raises:
         TypeError: If it has no 1x1 convolution as classifier.
-        ValueError: If that has not one logit for each class.
+        ValueError: If that has neither one logit for each class nor one for
+            two.
     """
     name = type(head).__name__
     conv = getattr(head, 'conv_seg', None)
@@ -24,11 +25,24 @@ def check_stock_head(head: BaseDecodeHead) -> None:
         raise TypeError(
             f'{name} cannot take text: its stock head has no 1x1 '
             f'convolution `conv_seg` as classifier (found {conv}).')
-    if head.out_channels != head.num_classes:
+    channels = getattr(head, 'out_channels', head.num_classes)
+    if channels != head.num_classes and not is_binary(head):
         raise ValueError(
-            f'{name} cannot take text with out_channels='
-            f'{head.out_channels} for num_classes={head.num_classes}: '
-            'text needs one logit a class. Leave `out_channels` unset.')
+            f'{name} cannot take text with out_channels={channels} for '
+            f'num_classes={head.num_classes}: text needs one logit a class, '
+            'or one for two classes. Leave `out_channels` unset.')
+
+
+def is_binary(head: BaseDecodeHead) -> bool:
+    """Whether a head has one logit for two classes.
+
+    Args:
+        head (BaseDecodeHead): The head.
+
+    Returns:
+        bool: True if its sigmoid is the probability of the second class.
+    """
+    return head.num_classes == 2 and getattr(head, 'out_channels', 2) == 1
 
 
 def foldable_norm_cfg(norm_cfg: Optional[dict]) -> Optional[dict]:

@@ -1,25 +1,31 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import warnings
 from contextlib import ExitStack
-from typing import Dict, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
-from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ..layers import BalancedTextClassifier, TextBranch
+from ..layers import BalancedTextClassifier, TextBranch, TextClassifier
 from ..record_calls import record_calls
 from .branch_type import branch_type
 from .stock_head import (check_stock_head, foldable_norm_cfg,
-                         init_without_conv_seg)
+                         init_without_conv_seg, is_binary)
 from .unseen_classes import check_unseen_labels, check_unseen_teacher
 
+if TYPE_CHECKING:
+    from mmseg.models.decode_heads.decode_head import BaseDecodeHead as Base
+else:
+    Base = object
+
 ROLES = ('classifier', 'auxiliary')
+# What is needed of `BaseDecodeHead`; projects have copies of their own.
+INTERFACE = ('forward', 'loss', 'predict_by_feat', '_stack_batch_gt')
 
 
-class TextHeadMixin:
+class TextHeadMixin(Base):
     """Mix-in that adds a text branch to a stock decode head.
 
     Put before the stock head among the bases::
@@ -34,6 +40,10 @@ class TextHeadMixin:
     classifier stays, a :class:`TextBranch` on the same features learns by
     ``text_losses``, and is dropped for release. Every name outside the text
     branch stays that of the stock head.
+
+    Binary heads have one logit: with ``num_classes=2, out_channels=1`` that
+    of the second class minus that of the first, with ``num_classes=1`` that
+    of the class alone, against its bias.
 
     Args:
         text (dict): Config of the text provider, such as
@@ -61,10 +71,13 @@ class TextHeadMixin:
             good, in the role 'classifier'. Defaults to None.
 
     Raises:
-        TypeError: If the stock head is no ``BaseDecodeHead`` or has no 1x1
-            ``conv_seg``.
+        TypeError: If the stock head has not the methods of
+            ``BaseDecodeHead``, be it a copy of that, or no 1x1 ``conv_seg``.
         ValueError: If the arguments do not fit each other or the head.
     """
+
+    conv_seg: Any
+    init_cfg: Any
 
     def __init__(self,
                  *args,
@@ -74,10 +87,12 @@ class TextHeadMixin:
                  text_losses: Optional[Sequence[dict]] = None,
                  fusion: Optional[dict] = None,
                  **kwargs) -> None:
-        if not isinstance(self, BaseDecodeHead):
+        lacks = [name for name in INTERFACE if not hasattr(self, name)]
+        if lacks:
             raise TypeError(
                 f'{type(self).__name__} cannot take text: it is no '
-                'BaseDecodeHead, which classifies pixels by `conv_seg`.')
+                'BaseDecodeHead, which classifies pixels by `conv_seg`, and '
+                f'has not its {", ".join(lacks)}.')
         super().__init__(*args, **kwargs)
         if role not in ROLES:
             raise ValueError(
@@ -87,6 +102,16 @@ class TextHeadMixin:
         options = dict(text_branch or {})
         options.setdefault('norm_cfg', foldable_norm_cfg(self.norm_cfg))
         kind = branch_type(options.pop('type', None), role, fusion)
+        if role == 'classifier' and is_binary(self):
+            if kind is not TextClassifier:
+                raise ValueError(
+                    f'a {kind.__name__} has no form with one logit for two '
+                    'classes; leave `out_channels` of the head unset.')
+            options['binary'] = True
+        if self.num_classes == 1 and (text_losses or role == 'auxiliary'):
+            raise ValueError(
+                'the text losses need the text of both classes: give the '
+                'background a name too and set num_classes=2, out_channels=1.')
         branch = kind(
             self.conv_seg.in_channels,
             self.num_classes,
@@ -101,9 +126,11 @@ class TextHeadMixin:
                 raise ValueError(
                     "a fusion with use='inference' needs role='classifier': "
                     "in the role 'auxiliary' no text is deployed.")
-            self.text_branch = branch
+            setattr(self, 'text_branch', branch)  # no property to nn.Module
             if text_losses is None:
-                text_losses = [dict(type='TextAlignmentLoss', loss_weight=0.4)]
+                text_losses = [
+                    dict(type='mmseg.TextAlignmentLoss', loss_weight=0.4)
+                ]
             if not text_losses and fusion is None:
                 raise ValueError(
                     "role='auxiliary' with no `text_losses` would leave the "
@@ -111,7 +138,7 @@ class TextHeadMixin:
                     '`fusion`.')
         balanced = isinstance(branch, BalancedTextClassifier)
         if balanced and text_losses is None:
-            text_losses = [dict(type='ImageEmbeddingDistillationLoss')]
+            text_losses = [dict(type='mmseg.ImageEmbeddingDistillationLoss')]
         self.text_losses = nn.ModuleList(
             MODELS.build(loss) for loss in text_losses or [])
         if balanced != any(map(_of_image_projection, self.text_losses)):
@@ -159,7 +186,12 @@ class TextHeadMixin:
         if unseen:
             check_unseen_labels(self._labels(args[-2]), unseen)
             check_unseen_teacher(args[-2])
-        extra = bool(self.text_losses) or self.text_branch.fusion is not None
+        return self._with_graph(self._loss(inputs, *args))
+
+    def _loss(self, inputs: Union[Tensor, Sequence[Tensor]],
+              *args) -> Dict[str, Tensor]:
+        """Compute the losses; see :meth:`loss`."""
+        extra = self._has_extra
         if self._classifier_called and not extra:
             return super().loss(inputs, *args)
         # Forward hooks, removed after this call, record the tensors of the
@@ -181,6 +213,33 @@ class TextHeadMixin:
             text = self.text_branch.text(feat.shape[0])
         losses.update(
             self._text_losses(feat, logits, embeddings, text, args[-2]))
+        return losses
+
+    @property
+    def _has_extra(self) -> bool:
+        """Whether there are losses besides those of the stock head."""
+        return bool(self.text_losses) or self.text_branch.fusion is not None
+
+    @property
+    def text_losses_computed(self) -> bool:
+        """bool: Whether :meth:`loss` has been called, if it has a part of
+        its own.
+        """
+        return self._classifier_called or not self._has_extra
+
+    def _with_graph(self, losses: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Attach losses to what learns, where they are not.
+
+        Of a batch without any labeled pixel some stock losses return a plain
+        zero, and in stage 2, where nothing else learns, there would be
+        nothing to go back from.
+        """
+        learns = [p for p in self.conv_seg.parameters() if p.requires_grad]
+        found = [k for k in losses if 'loss' in k]
+        if learns and found and torch.is_grad_enabled() and not any(
+                losses[k].requires_grad for k in found):
+            losses[found[0]] = losses[found[0]] + sum(0. * p.sum()
+                                                      for p in learns)
         return losses
 
     def _labels(self, batch_data_samples: list) -> Tensor:
@@ -219,7 +278,7 @@ class TextHeadMixin:
                     labels if full else small,
                     ignore_index=self.ignore_index,
                     batch_data_samples=batch_data_samples)
-            name = module.loss_name
+            name = str(module.loss_name)
             losses[name] = losses[name] + value if name in losses else value
         if self.text_branch.fusion is not None:
             self.text_branch.fusion.check_text(text)

@@ -4,7 +4,7 @@
 MMSegmentation has them only through MMDetection and its compiled operators.
 """
 import math
-from typing import Optional, Sequence, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,7 @@ class AttentionLayer(nn.Module):
         """
         if context is None:
             context, context_position = x, x_position
+        assert context_position is not None
         out = self.attention(
             x + x_position,
             context + context_position,
@@ -122,7 +123,7 @@ class DeformableAttention(nn.Module):
                                                                           None]
         centers = torch.cat([_centers(size, x) for size in sizes])
         values = self.value(x).split([h * w for h, w in sizes], dim=1)
-        total = 0.
+        total: Any = 0.
         for size, value, offset, weight in zip(sizes, values, offsets,
                                                weights):
             value = value.unflatten(2,
@@ -161,7 +162,8 @@ class FeedForward(nn.Module):
         return self.norm(x + self.layers(x))
 
 
-def mlp(in_dims: int, hidden: int, out_dims: int, layers: int) -> nn.Module:
+def mlp(in_dims: int, hidden: int, out_dims: int,
+        layers: int) -> nn.Sequential:
     """Build a multi-layer perceptron with ReLU.
 
     Args:

@@ -128,11 +128,11 @@ class CLIPSAMNeck(BaseModule):
             levels = self._encode(maps[:0:-1])
             pixels = self.smooth(maps[0] + _resized(levels[-1], maps[0]))
             return FusedFeatures(
-                self.pixel_conv(pixels), levels, clip, tuple(image))
+                self.pixel_conv(pixels), levels, clip, (image[0], image[1]))
 
     def _encode(self, maps: Sequence[Tensor]) -> List[Tensor]:
         """Encode all levels, coarse first, by deformable attention."""
-        sizes = [tuple(x.shape[2:]) for x in maps]
+        sizes = [(x.shape[2], x.shape[3]) for x in maps]
         tokens = torch.cat([to_tokens(x) for x in maps], dim=1)
         position = torch.cat([
             sine_position(size, x.shape[1], x) + shift

@@ -1,13 +1,16 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import logging
 from typing import Any, Mapping, Optional, Union
 
 import torch
 import torch.nn.functional as F
+from mmengine.logging import print_log
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.utils import ConfigType
 from torch import Tensor
 
+from mmseg_textkd.compat import swaps_channels
 from mmseg_textkd.text import TextEmbeddings
 from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.text.vocabulary import VocabularySpec
@@ -49,6 +52,11 @@ class EBSeg(EncoderDecoder):
                 f'The text has width {self.decode_head.text.dim}, but the '
                 f'image tower {self.image_encoder.out_dims}; both must be of '
                 'one CLIP model.')
+        if not swaps_channels(self.data_preprocessor):
+            print_log(
+                'EBSeg needs images as RGB, but `bgr_to_rgb` of its data '
+                'preprocessor is off. That is right only if the pipeline '
+                'loads them as RGB.', 'current', logging.WARNING)
 
     def extract_feat(self, inputs: Tensor) -> FusedFeatures:
         """Run both frozen encoders and fuse their features.
@@ -131,7 +139,7 @@ class EBSeg(EncoderDecoder):
 
 def _padded(pixels: Tensor, tower: FrozenTower) -> Tensor:
     """Pad images with the mean of an encoder, which normalizes to 0."""
-    size = pixels.shape[2:]
+    size = pixels.shape[2], pixels.shape[3]
     height, width = (p - s for p, s in zip(padded_size(size), size))
     if not height and not width:
         return pixels

@@ -70,13 +70,13 @@ class EBSegHead(BaseModule):
     def __init__(self,
                  num_classes: int,
                  text: dict,
-                 decoder: ConfigType = dict(type='MaskDecoder'),
+                 decoder: ConfigType = dict(type='mmseg.MaskDecoder'),
                  channels: int = 256,
                  attention_from: int = 9,
                  attention_heads: int = 12,
                  surgery_blocks: int = 10,
                  balance: Optional[Dict[str, float]] = None,
-                 loss: ConfigType = dict(type='EBSegLoss'),
+                 loss: ConfigType = dict(type='mmseg.EBSegLoss'),
                  train_classes: Optional[VocabularySpec] = None,
                  test_text: Optional[dict] = None,
                  ignore_index: int = 255,
@@ -163,9 +163,10 @@ class EBSegHead(BaseModule):
         ]
         no_object = logits[0].softmax(dim=2)[..., -1:]
         # "No object" is not learned for the frozen embedding.
-        probs = balance_probabilities(
-            *(x[..., :-1].softmax(dim=2)
-              for x in logits), seen, **self.balance) + 1e-8
+        supervised, attention, frozen = (
+            x[..., :-1].softmax(dim=2) for x in logits)
+        probs = 1e-8 + balance_probabilities(supervised, attention, frozen,
+                                             seen, **self.balance)
         return (1 - no_object) * probs / probs.sum(dim=2, keepdim=True)
 
     def forward(self,
@@ -267,7 +268,7 @@ def _output_size(metas: List[dict]) -> Tuple[int, int]:
     """Height and width of scores, see :meth:`EBSegHead.predict`."""
     size = metas[0]['img_shape']
     if isinstance(size, torch.Size):  # set by sliding windows
-        return tuple(size)
+        return size[0], size[1]
     padding = metas[0].get('img_padding_size', metas[0].get('padding_size'))
     files = {tuple(meta['ori_shape'][:2]) for meta in metas}
     if any(padding or ()) or len(files) > 1:

@@ -91,7 +91,7 @@ class EBSegLoss(nn.Module):
         Raises:
             ValueError: If there is a label outside [0, K).
         """
-        size = tuple(layers[0].masks.shape[2:])
+        size = layers[0].masks.shape[2], layers[0].masks.shape[3]
         targets = [
             mask_targets(label, size, len(text), ignore_index)
             for label in labels

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 import torch.nn.functional as F
 from mmseg.registry import MODELS
@@ -75,12 +75,12 @@ class FrozenCLIPViT(FrozenTower):
             nn.Module: The tower, with CLIP's factor as ``clip_scale``.
         """
         tower = ImageTower(self.model, self.pretrained, self.cache_dir)
-        network = tower.visual
+        network: Any = tower.visual
         self._check(network)
         network.clip_scale = tower.logit_scale
         return network
 
-    def _check(self, network: nn.Module) -> None:
+    def _check(self, network: Any) -> None:
         """Require a plain ViT of the configured sizes."""
         blocks = getattr(
             getattr(network, 'transformer', None), 'resblocks', ())
@@ -118,8 +118,8 @@ class FrozenCLIPViT(FrozenTower):
             CLIPFeatures: Tokens of all depths, with gradient to the
             positional embedding.
         """
-        network = self.network_for(pixels)
-        how = dict(scale_factor=self.scale)
+        network: Any = self.network_for(pixels)
+        how: Dict[str, Any] = dict(scale_factor=self.scale)
         if cover:
             how = dict(
                 size=[

@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from functools import partial
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,7 @@ class FrozenSAMViT(FrozenTower):
         Returns:
             nn.Module: The encoder.
         """
+        network: Any
         if isinstance(self.model, str):
             network = self._load_by_name()
         else:
@@ -89,7 +90,8 @@ class FrozenSAMViT(FrozenTower):
             # Not in the checkpoint, so each process must draw the same.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
-                network = VisionTransformerSAM(**self.model, norm_layer=NORM)
+                network = VisionTransformerSAM(
+                    **dict(self.model, norm_layer=NORM))
         network.neck = nn.Identity()
         found = dict(
             patch_size=network.patch_embed.patch_size[0],
@@ -148,7 +150,7 @@ class FrozenSAMViT(FrozenTower):
             in patches, shape (N, C, ...), of the first to the last block of
             global attention, with gradient to the positional embedding.
         """
-        network = self.network_for(pixels)
+        network: Any = self.network_for(pixels)
         x = network.patch_embed(self.normalize(pixels))
         position = F.interpolate(
             self.positional_embedding.permute(0, 3, 1, 2),
@@ -156,7 +158,7 @@ class FrozenSAMViT(FrozenTower):
             mode='bicubic',
             align_corners=False)
         x = x + position.permute(0, 2, 3, 1)
-        maps = []
+        maps: List[Tensor] = []
         for block in network.blocks:
             x = block(x)
             if not block.window_size:

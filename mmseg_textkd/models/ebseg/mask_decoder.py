@@ -78,7 +78,8 @@ class MaskDecoder(BaseModule):
         for level, shift in zip(levels, self.level_embed.weight):
             tokens.append(to_tokens(level) + shift)
             positions.append(
-                sine_position(tuple(level.shape[2:]), level.shape[1], level))
+                sine_position((level.shape[2], level.shape[3]), level.shape[1],
+                              level))
         num = len(pixels)
         query = self.query.weight.expand(num, -1, -1)
         place = self.query_position.weight.expand(num, -1, -1)

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import Any, List, NamedTuple, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +102,8 @@ class MaskEmbedder(BaseModule):
         Its last layer is multiplied by the kernels first: the features of all
         heads, (N, heads, C, pixels), need not be there then.
         """
-        heads, last = self.attention_heads, self.bias[-1]
+        heads = self.attention_heads
+        last: Any = self.bias[-1]
         kernels = (kernels * self.bias_scale.weight)[:, None]
         weight = last.weight.unflatten(0, (heads, -1))
         shift = kernels @ last.bias.view(heads, -1, 1) + self.bias_scale.bias

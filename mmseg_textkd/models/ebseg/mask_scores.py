@@ -70,10 +70,10 @@ def pixel_embeddings(found: MaskEmbeddings) -> Tensor:
     """
     masks, padded = found.masks.float(), padded_size(found.image)
     if padded != found.image:
-        masks = fit_masks(found, [
-            math.ceil(m * i / p)
-            for m, i, p in zip(masks.shape[2:], found.image, padded)
-        ])
+        height, width = (math.ceil(
+            m * i /
+            p) for m, i, p in zip(masks.shape[2:], found.image, padded))
+        masks = fit_masks(found, (height, width))
     weights = masks.sigmoid()
     return F.normalize(
         torch.einsum('nqd,nqhw->ndhw', found.attention, weights), dim=1)
@@ -88,7 +88,8 @@ def padded_size(image: Tuple[int, int]) -> Tuple[int, int]:
     Returns:
         tuple[int, int]: Height and width.
     """
-    return tuple(32 * math.ceil(int(side) / 32) for side in image)
+    height, width = (32 * math.ceil(int(side) / 32) for side in image)
+    return height, width
 
 
 def _resized(masks: Tensor, size: Tuple[int, int]) -> Tensor:

@@ -50,6 +50,11 @@ class SwitchableText(BaseModule):
         """Int: Number of classes K' at inference."""
         return (self.__dict__['other'] or self.trained).num_classes
 
+    @property
+    def switched(self) -> bool:
+        """Bool: Whether inference has other text than the training."""
+        return self.__dict__['other'] is not None
+
     def switch(self, other: Optional[TextProvider]) -> None:
         """Set the text provider of inference.
 

@@ -166,6 +166,7 @@ class ContextAwareText(TextFusion):
         """
         embeddings = classifier.projection(feat)
         score = self.score(embeddings, feat, text)
+        assert self.score_weight is not None
         with torch.autocast(feat.device.type, enabled=False):
             added = pixel_text_similarity(score,
                                           self.score_weight.to(score.dtype))

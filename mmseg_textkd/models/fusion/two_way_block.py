@@ -80,8 +80,8 @@ class TwoWayBlock(BaseModule):
         heads, flat = self.num_heads, pixels.flatten(2).transpose(1, 2)
         query = self.query(self.norm_query(tokens))
         tokens = tokens + self.gathered(attend(query, flat, flat, heads))
-        qkv = self.qkv(self.norm_self(tokens)).chunk(3, dim=2)
-        tokens = tokens + self.mixed(attend(*qkv, heads))
+        query, key, value = self.qkv(self.norm_self(tokens)).chunk(3, dim=2)
+        tokens = tokens + self.mixed(attend(query, key, value, heads))
         tokens = tokens + self.ffn(tokens)
 
         pixels = self.conv(pixels)

@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """EBSeg's balancing of class probabilities from several embeddings."""
 import re
-from typing import List, Set
+from typing import List, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ def seen_classes(classes: Vocabulary, trained: Vocabulary) -> List[bool]:
     ]
 
 
-def _words(name: str, phrases: List[str]) -> Set[str]:
+def _words(name: str, phrases: Sequence[str]) -> Set[str]:
     """Normalized spellings of the name and the phrases of a class."""
     found = set()
     for text in (*re.split(r'[,;/]', name), *phrases):

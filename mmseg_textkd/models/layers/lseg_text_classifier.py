@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Any, Optional
+from typing import Any, Dict, Optional
 
 import torch
 from mmseg.registry import MODELS
@@ -32,8 +32,10 @@ class LSegTextClassifier(TextClassifier):
                  *args: Any,
                  half_precision: bool = True,
                  **kwargs: Any) -> None:
-        scale = dict(init=1 / 0.07, learnable=False)
-        super().__init__(*args, norm='l2', bias=False, scale=scale, **kwargs)
+        fixed: Dict[str, Any] = dict(
+            norm='l2', bias=False, scale=dict(init=1 / 0.07, learnable=False))
+        # Not merged before: what is given twice is an error.
+        super().__init__(*args, **dict(**fixed, **kwargs))
         self.half_precision = half_precision
         # Numbers of the classes of a batch, while an episode lasts.
         self.episode: Optional[Tensor] = None

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class PixelProjection(BaseModule):
             if self.conv.bias is not None:
                 nn.init.zeros_(self.conv.bias)
             self.conv.requires_grad_(False)
-        self.bn = None
+        self.bn: Any = None
         if norm == 'bn':
             self.bn = build_norm_layer(norm_cfg or dict(type='BN'), dim)[1]
             if not isinstance(self.bn, _BatchNorm):
@@ -92,6 +92,9 @@ class PixelProjection(BaseModule):
 
         Returns:
             tuple[Tensor, Tensor]: Weight (D, C) and shift (D, ).
+
+        Raises:
+            ValueError: If the norm has no running statistics.
         """
         weight = self.conv.weight.to(dtype).flatten(1)
         shift = weight.new_zeros(len(weight))
@@ -99,6 +102,11 @@ class PixelProjection(BaseModule):
             shift = self.conv.bias.to(dtype)
         if self.bn is None:
             return weight, shift
+        if self.bn.running_var is None:
+            raise ValueError(
+                'a batch norm without running statistics takes those of each '
+                'image, which does not fold: leave `track_running_stats` out '
+                "of the text branch's `norm_cfg`.")
         gain = (self.bn.running_var.to(dtype) + self.bn.eps).rsqrt()
         offset = torch.zeros_like(gain)
         if self.bn.affine:
@@ -135,5 +143,6 @@ class PixelProjection(BaseModule):
             device=self.conv.weight.device,
             dtype=self.conv.weight.dtype)
         folded.weight.copy_((rows @ weight)[:, :, None, None])
+        assert folded.bias is not None
         folded.bias.copy_(shift)
         return folded

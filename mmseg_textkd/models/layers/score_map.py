@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Dict
+from typing import Any, Dict
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ KEPT_AS_IT_IS = (
     "a score map with norm='l2' divides each pixel by its own length and does "
     'not fold into a convolution. Deploy it as it is: the text is a constant, '
     'CLIP is not needed (with the plugin, or as a graph without it: '
-    "tools/deployment/export_onnx.py); or train with score_map=dict(norm='rms'"
+    "tools/deployment/deploy.py); or train with score_map=dict(norm='rms'"
     '), which folds where convolutions read the feature itself.')
 
 
@@ -107,14 +107,13 @@ class ScoreMap(BaseModule):
                 f'{name} cannot read the score map: it has {conv.groups} '
                 f'groups and padding_mode={conv.padding_mode!r}. Name an '
                 'ordinary convolution.')
+        shape: Dict[str, Any] = dict(
+            kernel_size=conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation)
         own = nn.Conv2d(
-            self.text.num_classes,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            bias=False)
+            self.text.num_classes, conv.out_channels, **shape, bias=False)
         if init == 'zero':
             nn.init.zeros_(own.weight)
         else:

@@ -1,10 +1,12 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+from typing import Callable, Dict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 KINDS = ('depthwise', 'bottleneck')
-ACTIVATIONS = {
+ACTIVATIONS: Dict[str, Callable[[Tensor], Tensor]] = {
     'lrelu': F.leaky_relu,
     'relu': F.relu,
     'tanh': torch.tanh,

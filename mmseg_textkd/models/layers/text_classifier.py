@@ -59,11 +59,14 @@ class TextClassifier(TextBranch):
         project (bool): Whether features are projected before the norm; if
             not, they must have the width of the class embeddings. Defaults
             to True.
+        binary (bool): Whether two classes have one logit, that of the second
+            minus that of the first, whose sigmoid is the softmax of both.
+            Defaults to False.
 
     Raises:
-        ValueError: If ``unseen`` does not fit, or comes with a bias, which
-            nothing would learn for these classes, or with a fusion, whose
-            tokens include their names.
+        ValueError: If ``binary`` does not fit the rest, or ``unseen`` does
+            not fit, or comes with a bias, which nothing would learn for these
+            classes, or with a fusion, whose tokens include their names.
     """
 
     def __init__(self,
@@ -77,7 +80,8 @@ class TextClassifier(TextBranch):
                  fusion: Optional[dict] = None,
                  regularization: Optional[dict] = None,
                  unseen: Optional[Sequence[int]] = None,
-                 project: bool = True) -> None:
+                 project: bool = True,
+                 binary: bool = False) -> None:
         super().__init__(in_channels, num_classes, text, norm, norm_cfg,
                          fusion, project)
         if scale is None:
@@ -92,6 +96,14 @@ class TextClassifier(TextBranch):
         if regularization is not None:
             self.regularization = SpatialRegularization(**regularization)
         self.num_classes = num_classes
+        self.binary = binary
+        if binary and (num_classes != 2 or norm == 'l2' or fusion is not None
+                       or regularization is not None or unseen):
+            raise ValueError(
+                'one logit for two classes (out_channels=1) goes neither with '
+                "another number of classes nor with norm='l2', `fusion`, "
+                '`regularization` or `unseen`; leave `out_channels` of the '
+                'head unset to have a logit for each.')
         self.unseen = tuple(unseen or ())
         if self.unseen:
             self._set_unseen(bias)
@@ -121,10 +133,11 @@ class TextClassifier(TextBranch):
             feat (Tensor): Features with shape (N, C, H, W).
 
         Returns:
-            Tensor: Logits, float32 or wider, with shape (N, K, H, W).
+            Tensor: Logits, float32 or wider, with shape (N, K, H, W), or
+            (N, 1, H, W) if binary.
         """
         text = self.text(feat.shape[0])
-        if self.fuses_at_inference:
+        if self.fusion is not None and self.fuses_at_inference:
             self.fusion.check_text(text)
             return self.fusion.classify(self, feat, text)
         return self.classify(self.projection(feat), text)
@@ -166,6 +179,8 @@ class TextClassifier(TextBranch):
                 logits = logits + self.logit_bias.to(dtype)[:, None, None]
             if self.regularization is not None:
                 logits = self.regularization(logits)
+        if self.binary:
+            logits = logits[:, 1:] - logits[:, :1]
         if seen_only:
             shape = (len(logits), self.num_classes, *logits.shape[2:])
             logits = logits.new_full(shape, UNSEEN_LOGIT).index_copy(
@@ -200,7 +215,8 @@ class TextClassifier(TextBranch):
                 Defaults to None: none.
 
         Returns:
-            nn.Conv2d: C -> K or K', with the dtype of the projection.
+            nn.Conv2d: C -> K (1 if binary) or K', with the dtype of the
+            projection.
 
         Raises:
             RuntimeError: In training mode, in which the batch norm is not
@@ -227,5 +243,8 @@ class TextClassifier(TextBranch):
                 'unfolded.')
         if text is None:
             text, bias = self.text(), self.logit_bias
+            if self.binary:
+                text = (text[1:].double() - text[:1])
+                bias = None if bias is None else bias[1:] - bias[:1]
         return self.projection.fold(self.scale().double() * text.double(),
                                     bias)

@@ -15,7 +15,7 @@ USES = ('training', 'inference')
 CANNOT_FOLD = (
     "with use='inference' depends on the image and does not fold into a "
     'convolution. Choose: deploy it unfolded, with the plugin or as a graph '
-    'that needs none (tools/deployment/export_onnx.py), or train with '
+    'that needs none (tools/deployment/deploy.py), or train with '
     "use='training', which leaves it out and folds.")
 
 

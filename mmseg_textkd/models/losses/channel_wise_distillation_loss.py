@@ -102,7 +102,8 @@ class ChannelWiseDistillationLoss(nn.Module):
                     dim=2) for value in (student, teacher.detach())
             ]
             divergence = F.kl_div(
-                *maps, reduction='none', log_target=True).where(valid, 0)
+                maps[0], maps[1], reduction='none',
+                log_target=True).where(valid, 0)
             mean = divergence.sum(dim=2).mean()
             return self.loss_weight * self.temperature**2 * mean
 

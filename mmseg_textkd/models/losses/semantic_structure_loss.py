@@ -62,6 +62,8 @@ class SemanticStructureLoss(nn.Module):
         ValueError: If an argument is out of range or does not fit another.
     """
 
+    memory: Optional[Tensor]
+
     def __init__(self,
                  target: str = 'centered',
                  off_diagonal: bool = True,
@@ -175,7 +177,7 @@ class SemanticStructureLoss(nn.Module):
     def _remember(self, prototypes: Tensor,
                   present: Tensor) -> Tuple[Tensor, Tensor]:
         """Fill absent classes from the memory, and update it."""
-        if self.memory is None:
+        if self.memory is None or self.momentum is None:
             return present, prototypes
         if self.memory.shape != prototypes.shape:
             raise ValueError(

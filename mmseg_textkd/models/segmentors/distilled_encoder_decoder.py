@@ -42,7 +42,7 @@ class DistilledEncoderDecoder(EncoderDecoder):
                  **kwargs) -> None:
         super().__init__(**kwargs)
         self.teacher = MODELS.build(
-            dict(dict(type='FrozenTeacher'), **teacher))
+            dict(dict(type='mmseg.FrozenTeacher'), **teacher))
         # With the same seed the network is initialized as without them.
         with torch.random.fork_rng(devices=[]):
             self.distill_losses = nn.ModuleList(
@@ -113,6 +113,6 @@ class DistilledEncoderDecoder(EncoderDecoder):
                     align_corners=False),
                 labels.squeeze(1).long(),
                 ignore_index=self.decode_head.ignore_index)
-            name = module.loss_name
+            name = str(module.loss_name)
             losses[name] = losses[name] + value if name in losses else value
         return losses

@@ -1,16 +1,16 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import os.path as osp
 from pathlib import Path
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
-from mmengine.config import Config
 from mmseg.models.data_preprocessor import SegDataPreProcessor
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_textkd.utils.checkpoint import (build_segmentor, checksum,
                                            read_checkpoint)
+from mmseg_textkd.utils.config import load_config
 from ..record_calls import record_calls
 from .normalization import renormalize
 
@@ -42,7 +42,7 @@ class FrozenTeacher:
         self.embeddings = embeddings
         self.config, self.checkpoint = osp.normpath(config), checkpoint
         self.cfg_options = cfg_options
-        self._model: Optional[nn.Module] = None
+        self._model: Any = None
         self._classes: Optional[Tuple[str, ...]] = None
 
     def __deepcopy__(self, memo: Dict) -> 'FrozenTeacher':
@@ -76,9 +76,11 @@ class FrozenTeacher:
         """int, optional: Number of classes of its logits, if it has any."""
         if self.embeddings:
             return None
-        head = self.model.decode_head
+        model: Any = self.model
+        head = model.decode_head
         head = head[-1] if isinstance(head, nn.ModuleList) else head
-        return head.out_channels
+        channels: Any = head.out_channels
+        return channels
 
     def checksum(self) -> str:
         """Hash all weights, to prove that training has not changed them.
@@ -96,8 +98,7 @@ class FrozenTeacher:
                 f'{self.config}. Train it (`python tools/train.py '
                 f'{self.config}`), or name another: --cfg-options '
                 'model.teacher.checkpoint=PATH')
-        cfg = Config.fromfile(self.config)
-        cfg.merge_from_dict(self.cfg_options or {})
+        cfg = load_config(self.config, self.cfg_options)
         saved = read_checkpoint(path)
         # The random numbers of the student must not depend on its teacher.
         with torch.random.fork_rng(devices=[]):
@@ -124,7 +125,7 @@ class FrozenTeacher:
         Raises:
             ValueError: If the network gives no such logits or embeddings.
         """
-        model = self.model.to(inputs.device)
+        model: Any = self.model.to(inputs.device)
         inputs = renormalize(inputs, preprocessor, model.data_preprocessor)
         if self.embeddings:
             if not hasattr(model, 'pixel_embeddings'):

@@ -163,11 +163,11 @@ class TextKD(EncoderDecoder):
     def _alignment_cfg(self, decode_head: dict,
                        changes: Optional[dict]) -> Dict[str, Any]:
         cfg = dict(
-            type='ScoreMapHead',
+            type='mmseg.ScoreMapHead',
             num_classes=self.num_classes,
             ignore_index=self.decode_head.ignore_index,
             sampler=copy.deepcopy(decode_head.get('sampler')),
-            loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0))
+            loss_decode=dict(type='mmseg.CrossEntropyLoss', loss_weight=1.0))
         losses = decode_head.get('loss_decode', [])
         for loss in [losses] if isinstance(losses, dict) else losses:
             if loss['type'] == 'OhemCrossEntropy':
@@ -189,7 +189,7 @@ class TextKD(EncoderDecoder):
         scores, size = self._scores, args[0].shape[2:]
         if size[0] < scores.shape[2] or size[1] < scores.shape[3]:
             # The average of a concatenation is that of its parts.
-            scores = F.adaptive_avg_pool2d(scores, size)
+            scores = F.adaptive_avg_pool2d(scores, (size[0], size[1]))
         elif size != scores.shape[2:]:
             scores = F.interpolate(scores, size=size, mode='nearest')
             self._largest = scores
@@ -282,5 +282,6 @@ class TextKD(EncoderDecoder):
             handle.remove()
         feature, read = seen[0], calls[0][0]
         if feature.shape != read.shape:
-            feature = F.adaptive_avg_pool2d(feature, read.shape[2:])
+            feature = F.adaptive_avg_pool2d(feature,
+                                            (read.shape[2], read.shape[3]))
         return torch.allclose(feature, read, rtol=1e-3, atol=1e-6)

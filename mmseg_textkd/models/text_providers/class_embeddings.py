@@ -91,10 +91,11 @@ class ClassEmbeddings(TextProvider):
         elif dim is None:
             raise FileNotFoundError(
                 f'The class embeddings cannot be loaded: {hint}')
+        if record is not None:
+            dim = record.dim
+        assert dim is not None
         super().__init__(
-            num_classes,
-            dim if record is None else record.dim,
-            names=None if record is None else record.names)
+            num_classes, dim, names=None if record is None else record.names)
         self.file = file
         self.record = record
         self._missing_hint = hint
@@ -124,4 +125,5 @@ class ClassEmbeddings(TextProvider):
         Returns:
             Tensor: Unit rows with shape (K, D).
         """
+        assert self._source is not None
         return self._source.to(self.class_embeddings)

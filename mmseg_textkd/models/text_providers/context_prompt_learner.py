@@ -97,6 +97,17 @@ class ContextPromptLearner(PromptLearner):
         """bool: Whether the tower is loaded."""
         return self.__dict__['tower'] is not None
 
+    def class_rows(self) -> List[str]:
+        """Name the weights with a row for each class.
+
+        Returns:
+            list[str]: Their names; a context that all classes share is none.
+        """
+        shared = self.context.dim() == 2
+        return [
+            k for k in super().class_rows() if not shared or k != 'context'
+        ]
+
     def phrases(self) -> List[str]:
         """Get the phrase of each class in its prompt.
 
@@ -158,6 +169,7 @@ class ContextPromptLearner(PromptLearner):
 
     @torch.no_grad()
     def _init_from_words(self, tower: TextTower) -> None:
+        assert self.init is not None
         ids, start, (num, ) = tower.find_word_tokens([self.init])
         if num != self.n_ctx:
             raise ValueError(

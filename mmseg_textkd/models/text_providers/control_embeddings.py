@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ class ControlEmbeddings(TextProvider):
         if phrases < 1 or (phrases > 1 and kind == 'shuffled'):
             raise ValueError('`phrases` must be at least 1, and 1 for '
                              f"kind='shuffled', but got {phrases}.")
-        source = None
+        source: Any = None
         if kind == 'shuffled':
             source = MODELS.build(
                 embeddings, default_args=dict(num_classes=num_classes))
@@ -104,6 +104,7 @@ class ControlEmbeddings(TextProvider):
         Returns:
             Tensor: Unit rows with shape (K, D).
         """
+        assert self._source is not None
         return self._source.to(self.class_embeddings)
 
 

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from mmengine.dist import get_rank, get_world_size
 from torch import Tensor
 
 
@@ -29,7 +30,8 @@ class PhraseBank:
         """Sample the text of one training iteration.
 
         Draws are made on the CPU by torch's global generator: of a given
-        seed they are the same on any device.
+        seed they are the same on any device. The ranks of a distributed run
+        draw what one process would draw for all of their images.
 
         Args:
             num_images (int): Number of images N.
@@ -44,8 +46,12 @@ class PhraseBank:
             self.vectors = self.vectors.to(device)
         vectors = self.vectors
         if self.mode == 'draw':
+            # Ranks have one seed: each draws for all and takes its own part.
             drawn = torch.multinomial(
-                self.probability, num_images, replacement=True).T
+                self.probability,
+                num_images * get_world_size(),
+                replacement=True).T
+            drawn = drawn[num_images * get_rank():][:num_images]
             rows = torch.arange(len(vectors))
             return vectors[rows.to(device), drawn.to(device)]
         used = (self.probability > 0).to(device)

@@ -90,12 +90,14 @@ class SynonymSampler(ClassEmbeddings):
 
     def _make_bank(self, scores: Tensor) -> PhraseBank:
         """Build the bank of phrases to sample with their probabilities."""
-        vectors, mask = phrase_vectors(self.record)
+        record = self.record
+        assert record is not None
+        vectors, mask = phrase_vectors(record)
         if self.shift is not None:
             vectors = F.normalize(vectors - self.shift, dim=2)
-        ambiguous = ambiguous_phrases(self.record)
+        ambiguous = ambiguous_phrases(record)
         clear = torch.zeros_like(mask)
-        for k, phrases in enumerate(self.record.phrases):
+        for k, phrases in enumerate(record.phrases):
             for r, phrase in enumerate(phrases):
                 clear[k, r] = phrase not in ambiguous.get(k, ())
         used = clear & (scores >= self.threshold)
@@ -112,7 +114,9 @@ class SynonymSampler(ClassEmbeddings):
     def _log(self, ambiguous: Dict[int, Set[str]], used: Tensor,
              clear: Tensor) -> None:
         """Log which phrases are used and which are not."""
-        record, number = self.record, sum(map(len, self.record.phrases))
+        record = self.record
+        assert record is not None
+        number = sum(map(len, record.phrases))
         doubtful: List[str] = [
             f'{phrase!r} ({name})' for k, name in enumerate(record.names)
             for r, phrase in enumerate(record.phrases[k])

@@ -1,6 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 from abc import ABCMeta, abstractmethod
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +133,14 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
             empty for fixed text.
         """
         return {}
+
+    def class_rows(self) -> List[str]:
+        """Name the weights with a row for each class.
+
+        Returns:
+            list[str]: Their names in this module.
+        """
+        return ['class_embeddings', *self._parameters]
 
     def start_learning(self) -> None:
         """Enter stage 2; a fixed provider stays as it is."""

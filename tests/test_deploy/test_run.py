@@ -1,48 +1,30 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""The demo, where nothing but numpy, OpenCV and ONNX Runtime is there."""
+"""What runs a deployed folder, with numpy, OpenCV and its runtime alone."""
+import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
-import onnx
 import pytest
 from onnx import TensorProto, helper
-from processes import ROOT, start
+from processes import ALONE, start
 
-sys.path.insert(0, str(Path(ROOT, 'demo')))
+from mmseg_textkd.deploy import run as tool
 
-import onnx_runtime_demo  # noqa: E402
-
-DEMO = onnx_runtime_demo.__file__
 CLASSES = ('blue', 'green', 'red')
 PALETTE = np.array([[200, 10, 30], [20, 60, 220], [90, 160, 0]])  # RGB
 SIZE = (48, 96)
-ALONE = f"""
-import runpy, sys
-
-class Nothing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('torch', 'mmseg', 'mmengine', 'mmcv', 'onnx',
-                                  'mmseg_textkd'):
-            raise ImportError(f'{{name}} is not installed here')
-
-sys.meta_path.insert(0, Nothing())
-runpy.run_path({DEMO!r}, run_name='__main__')
-"""
+ALONE = ALONE.format(script='net/run.py')
 
 
-def save_graph(path, preprocess=None, size=('height', 'width')):
-    """Save a network by hand: the class is the largest channel."""
-    meta = dict(
-        classes=CLASSES,
-        palette=PALETTE.tolist(),
-        preprocess=preprocess,
-        output='argmax',
-        version='test')
+def save_graph(folder, preprocess=None, size=('height', 'width')):
+    """Deploy a network by hand: the class is the largest channel."""
+    folder.mkdir()
     if preprocess is None:
         nodes = [
             helper.make_node('Cast', ['image'], ['x'], to=TensorProto.FLOAT),
@@ -60,14 +42,26 @@ def save_graph(path, preprocess=None, size=('height', 'width')):
                               [helper.make_tensor_value_info(*out)])
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid('', 20)], ir_version=10)
-    helper.set_model_props(model, dict(mmseg_textkd=json.dumps(meta)))
-    onnx.save(model, path)
-    return str(path)
+    data = model.SerializeToString()
+    (folder / 'model.onnx').write_bytes(data)
+    meta = dict(
+        runtime='onnx',
+        needs='onnxruntime',
+        precision='fp32',
+        size=None if isinstance(size[0], str) else size,
+        preprocess=preprocess,
+        sha256={'model.onnx': hashlib.sha256(data).hexdigest()})
+    (folder / 'network.json').write_text(json.dumps(meta))
+    rows = (' '.join(map(str, [*color, name]))
+            for color, name in zip(PALETTE, CLASSES))
+    (folder / 'classes.txt').write_text('\n'.join(rows))
+    shutil.copy(tool.__file__, folder)
+    return folder
 
 
 @pytest.fixture
 def model(tmp_path):
-    return save_graph(tmp_path / 'model.onnx')
+    return save_graph(tmp_path / 'net')
 
 
 def picture(seed=0):
@@ -80,8 +74,8 @@ def picture(seed=0):
 
 def blend(image, opacity):
     """What the image and its classes give together."""
-    colors = PALETTE[image.argmax(2)][..., ::-1]
-    return ((1 - opacity) * image + opacity * colors).astype(np.uint8)
+    colours = PALETTE[image.argmax(2)][..., ::-1]
+    return ((1 - opacity) * image + opacity * colours).astype(np.uint8)
 
 
 def test_picture_in_a_process_without_torch(model, tmp_path):
@@ -91,7 +85,6 @@ def test_picture_in_a_process_without_torch(model, tmp_path):
         'python',
         '-c',
         ALONE,
-        model,
         'in.png',
         '--out',
         'out.png',
@@ -110,7 +103,7 @@ def test_picture_in_a_process_without_torch(model, tmp_path):
     assert counts[order].all()
     patches = shown[[11, 33], 96 + 18]
     assert np.array_equal(patches[:, ::-1], PALETTE[order])
-    # Beside each color stands something.
+    # Beside each colour stands something.
     assert all((shown[row:row + 22, 96 + 36:] < 128).any() for row in (0, 22))
 
 
@@ -123,7 +116,7 @@ def test_without_torch_means_that(tmp_path):
 
 def test_large_picture_is_refused(model, tmp_path):
     cv2.imwrite(str(tmp_path / 'in.png'), picture())
-    words = 'python', '-c', ALONE, model, 'in.png', '--out', 'out.png'
+    words = 'python', '-c', ALONE, 'in.png', '--out', 'out.png'
     done = start(
         *words, cwd=str(tmp_path), OPENCV_IO_MAX_IMAGE_PIXELS=str(48 * 96 - 1))
     assert done.status == 1 and not (tmp_path / 'out.png').exists()
@@ -132,11 +125,15 @@ def test_large_picture_is_refused(model, tmp_path):
 
 def test_folder(model, tmp_path):
     (tmp_path / 'in').mkdir()
-    (tmp_path / 'in' / 'notes.txt').write_text('no image')
+    (tmp_path / 'in' / 'notes.txt').write_text('no picture')
     for seed, name in enumerate(('b.png', 'a.png', 'c.bmp')):
         cv2.imwrite(str(tmp_path / 'in' / name), picture(seed))
     out = tmp_path / 'new' / 'folder'
-    onnx_runtime_demo.main([model, str(tmp_path / 'in'), '--out', str(out)])
+    tool.main(
+        ['--folder',
+         str(model),
+         str(tmp_path / 'in'), '--out',
+         str(out)])
     assert sorted(p.name for p in out.iterdir()) == ['a.png', 'b.png', 'c.bmp']
     for seed, name in enumerate(('b.png', 'a.png', 'c.bmp')):
         shown = cv2.imread(str(out / name))[:, :96]
@@ -150,7 +147,7 @@ def test_video_round_trip(model, tmp_path, capsys):
     for seed in range(3):
         writer.write(picture(seed))
     writer.release()
-    onnx_runtime_demo.main([model, paths[0], '--out', paths[1]])
+    tool.main(['--folder', str(model), paths[0], '--out', paths[1]])
     assert capsys.readouterr().out.startswith('3 images: ')
     before, after = (cv2.VideoCapture(path) for path in paths)
     assert after.get(cv2.CAP_PROP_FPS) == 10
@@ -165,53 +162,57 @@ def test_video_round_trip(model, tmp_path, capsys):
 
 def test_graph_that_takes_normalized_input(tmp_path):
     spec = dict(mean=[100., 0., 0.], std=[1., 2., 1.], swap_channels=True)
-    network = onnx_runtime_demo.Network(
-        save_graph(tmp_path / 'a.onnx', preprocess=spec))
+    network = tool.Network(save_graph(tmp_path / 'a', preprocess=spec))
     image = picture()
     scores = (image[..., ::-1] - [100, 0, 0]) / [1, 2, 1]
     assert len(np.unique(scores.argmax(2))) == 3
     assert np.array_equal(network(image), scores.argmax(2))
 
 
-def test_graph_of_one_size_sees_resized_pictures(tmp_path):
-    network = onnx_runtime_demo.Network(
-        save_graph(tmp_path / 'a.onnx', size=(24, 48)))
+def test_graph_of_one_size_sees_resized_images(tmp_path):
+    network = tool.Network(save_graph(tmp_path / 'a', size=(24, 48)))
     image = np.kron(picture()[::24, ::24], np.ones((24, 24, 1), np.uint8))
     assert np.array_equal(network(image), image.argmax(2))
 
 
-def test_errors(model, tmp_path, capsys):
+def test_errors(model, tmp_path, capsys, monkeypatch):
     image = str(tmp_path / 'in.png')
     cv2.imwrite(image, picture())
     out = str(tmp_path / 'out.png')
-    other = str(tmp_path / 'other.onnx')
-    graph = onnx.load(model)
-    graph.ClearField('metadata_props')
-    onnx.save(graph, other)
-    fixed = save_graph(tmp_path / 'fixed.onnx', size=('height', 8))
+    net = '--folder', str(model)
+    fixed = save_graph(tmp_path / 'fixed', size=('height', 8))
+    damaged, other = save_graph(tmp_path / 'a'), save_graph(tmp_path / 'b')
+    (damaged / 'model.onnx').write_bytes(b'x')
+    meta = json.loads((other / 'network.json').read_text())
+    meta.update(runtime='ncnn', needs='ncnn')
+    (other / 'network.json').write_text(json.dumps(meta))
+    monkeypatch.setitem(sys.modules, 'ncnn', None)  # not installed
     empty, bad = str(tmp_path / 'empty'), str(tmp_path / 'bad.png')
     os.mkdir(empty)
     Path(bad).write_text('x')
     for message, *args in [
-        ('cannot load', image, image, '--out', out),
-        ('names no classes', other, image, '--out', out),
-        ('no images in', model, empty, '--out', out),
-        ('cannot be read as an image', model, bad, '--out', out),
-        ('does not take 48x96.*--size H W', fixed, image, '--out', out),
-        ('cannot open .*gone.mp4', model, 'gone.mp4', '--out', 'out.mp4'),
-        ('cannot open 99', model, '--webcam', '99', '--out', 'out.mp4'),
-        ('cannot write', model, image, '--out', f'{empty}/no/a.png'),
+        ('is no folder of', '--folder', empty, image, '--out', out),
+        ('is damaged', '--folder', str(damaged), image, '--out', out),
+        ('for ncnn.*pip install ncnn', '--folder', str(other), image, '--out',
+         out),
+        ('no images in', *net, empty, '--out', out),
+        ('cannot be read as an image', *net, bad, '--out', out),
+        ('does not take 48x96.*--size H W', '--folder', str(fixed), image,
+         '--out', out),
+        ('cannot open .*gone.mp4', *net, 'gone.mp4', '--out', 'out.mp4'),
+        ('cannot open 99', *net, '--webcam', '99', '--out', 'out.mp4'),
+        ('cannot write', *net, image, '--out', f'{empty}/no/a.png'),
     ]:
         with pytest.raises(SystemExit, match=f'Error: .*{message}'):
-            onnx_runtime_demo.main(args)
+            tool.main(args)
     for message, *args in [
-        ('one of them', model, '--out', out),
-        ('one of them', model, image, '--webcam', '--out', out),
-        ('--out, --show or both', model, image),
-        ('--opacity', model, image, '--out', out, '--opacity', '2'),
+        ('one of them', '--out', out),
+        ('one of them', image, '--webcam', '--out', out),
+        ('--out, --show or both', image),
+        ('--opacity', image, '--out', out, '--opacity', '2'),
     ]:
         with pytest.raises(SystemExit):
-            onnx_runtime_demo.main(args)
+            tool.main(args)
         assert message in capsys.readouterr().err
     assert not Path(out).exists() and not os.listdir(empty)
 
@@ -225,8 +226,10 @@ def test_input_is_never_written_over(model, tmp_path, capsys):
     for args in ((image, image), (tmp_path / 'link.png', image),
                  (tmp_path, tmp_path / '.'), (video, video)):
         with pytest.raises(SystemExit):
-            onnx_runtime_demo.main(
-                [model, str(args[0]), '--out',
+            tool.main(
+                ['--folder',
+                 str(model),
+                 str(args[0]), '--out',
                  str(args[1])])
         assert 'would write over the input' in capsys.readouterr().err
     assert image.read_bytes() == before and video.read_bytes() == b'video'

@@ -1,0 +1,52 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""docs/en/runtimes.md and the tool that makes it."""
+import json
+
+import pytest
+from analysis_tools import ROOT, load_tool
+
+from mmseg_textkd.deploy.runtimes import RUNTIMES
+
+
+@pytest.fixture(scope='module')
+def tool():
+    return load_tool('runtimes')
+
+
+def test_cells_say_what_the_folders_say(tool, tmp_path):
+    found = dict(difference=2e-5, largest=10., differing=0, pixels=1000)
+    for runtime, differing in ('ncnn', 0), ('onnx', 25):
+        path = tmp_path / f'fast_scnn_{runtime}_fp32'
+        path.mkdir()
+        checks = [dict(found, differing=differing)]
+        (path / 'network.json').write_text(json.dumps(dict(checks=checks)))
+    argv = ['--work-dir', str(tmp_path), '--out', str(tmp_path / 'page.md')]
+    args = tool.complete(tool.parse_args(argv))
+    assert args.cells == tool.CELLS and len(args.networks) == 15
+    text = tool.page(args, None)
+    header, _, *rows = [r for r in text.splitlines() if r.startswith('|')]
+    assert header == '| network | onnx fp32 | ncnn fp32 |'
+    assert '| fast_scnn | 2.0e-06, 97.50 % | 2.0e-06 |' in rows
+    assert '| pidnet-s |  |  |' in rows and len(rows) == 15
+    times = dict(
+        ratio=.5, to_stock=1.001, to_stock_ci95=[.99, 1.01], share_of_peak=.42)
+    arms = {'eager': {}, 'ncnn fp32': times, 'ncnn fp32 stock': {}}
+    results = dict(rows=[dict(network='fast_scnn', arms=arms)])
+    assert tool.time_rows(results) == [('fast_scnn', 'ncnn fp32', '0.500',
+                                        '1.001 [0.990, 1.010]', '42 %')]
+
+
+def test_what_ran_in_float32_is_near():
+    """The page that is shipped; an empty cell has not been run."""
+    page = (ROOT / 'docs' / 'en' / 'runtimes.md').read_text(encoding='utf-8')
+    header, _, *rows = [r for r in page.splitlines() if r.startswith('|')]
+    names = [c.strip() for c in header.split('|')[1:-1]]
+    assert len(rows) == 15
+    assert {name.split()[0] for name in names[1:]} <= set(RUNTIMES)
+    cells = [
+        cell.split(',')[0] for row in rows
+        for name, cell in zip(names,
+                              row.split('|')[1:-1])
+        if name.endswith('fp32') and cell.strip()
+    ]
+    assert len(cells) > 30 and max(map(float, cells)) < 1e-4

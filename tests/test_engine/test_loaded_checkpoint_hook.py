@@ -1,0 +1,223 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Wrong weights are no result, and a kill costs no validation."""
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from each_case import each_case
+from mmengine.hooks import Hook
+from processes import TOOLS
+from tiny import CLASSES, run, tiny_config
+
+from mmseg_textkd.utils.checkpoint import load_file
+
+TEXT = dict(
+    type='ResidualPromptLearner',
+    embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
+AUXILIARY = dict(
+    type='FCNHead',
+    in_channels=4,
+    in_index=1,
+    channels=8,
+    num_convs=1,
+    concat_input=False,
+    dropout_ratio=0.,
+    num_classes=len(CLASSES),
+    norm_cfg=dict(type='BN'),
+    loss_decode=dict(type='CrossEntropyLoss'))
+
+
+def config(folder, text=TEXT, **options):
+    """Four iterations, of which every second is validated."""
+    cfg = tiny_config(
+        folder,
+        text,
+        None if text is None else dict(switch_at=3),
+        4,
+        log_level='WARNING',
+        **options)
+    cfg.model.auxiliary_head = [AUXILIARY]
+    cfg.train_cfg.val_interval = 2
+    cfg.default_hooks.checkpoint.update(interval=2, save_best='mIoU')
+    cfg.default_hooks.logger.log_metric_by_epoch = False
+    return cfg
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A text network and its stock twin, trained: folders by name."""
+    root, folders = tmp_path_factory.mktemp('runs'), {}
+    for name, text in (('text', TEXT), ('stock', None)):
+        cfg = config(root, text, work_dir=str(root / name))
+        run(cfg)
+        cfg.dump(root / name / 'config.py')
+        folders[name] = root / name
+    return folders
+
+
+def tool(name, monkeypatch, *words):
+    """Run a tool in this process."""
+    spec = importlib.util.spec_from_file_location(f'textkd_{name}',
+                                                  f'{TOOLS}/{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, words)])
+    module.main()
+
+
+def without(part):
+    return lambda c: c.update(state_dict={
+        k: v
+        for k, v in c['state_dict'].items() if not k.startswith(part)
+    })
+
+
+def with_weight(key, value):
+    return lambda c: c['state_dict'].update({key: torch.as_tensor(value)})
+
+
+def renamed(checkpoint):
+    names = checkpoint['meta']['dataset_meta']['classes']
+    checkpoint['meta']['dataset_meta']['classes'] = (*names[:2], 'river',
+                                                     *names[3:])
+
+
+def first_class_last(checkpoint):
+    names = checkpoint['meta'].pop('dataset_meta')['classes']
+    # As MMSegmentation 0.x wrote them.
+    checkpoint['meta']['CLASSES'] = (*names[1:], names[0])
+
+
+WEIGHT = 'decode_head.convs.0.conv.weight'
+# What was done to a checkpoint, and what a test and a resumed run say.
+DAMAGES = [
+    (without('backbone.detail'), 'missing: backbone.detail',
+     'changed.pth.*cannot be resumed[^§]*missing: backbone.detail'),
+    (without(''), 'missing: backbone', 'to resume from has none'),
+    (with_weight('decode_head.extra', 1.), 'unexpected: decode_head.extra',
+     'unexpected: decode_head.extra'),
+    (with_weight(WEIGHT, torch.ones(2, 3)),
+     r'convs.0.conv.weight \(2, 3\) instead of', r'weight \(2, 3\) instead'),
+    (with_weight(WEIGHT, float('nan')), r'NaN or infinite.*convs.0',
+     r'NaN or infinite.*convs.0'),
+    (renamed, "2: 'river' in the checkpoint, 'road' in the data set", None),
+    (first_class_last, "0: 'building' in the checkpoint, 'sky' in", None),
+]  # yapf: disable
+
+
+@each_case('damage, said, resumed', DAMAGES)
+def test_wrong_weights_are_an_error(trained, tmp_path, monkeypatch, capfd,
+                                    damage, said, resumed):
+    checkpoint = load_file(trained['text'] / 'iter_2.pth')
+    damage(checkpoint)
+    path = tmp_path / 'changed.pth'
+    torch.save(checkpoint, path)
+    words = (trained['text'] / 'config.py', path, '--work-dir', tmp_path)
+    with pytest.raises(ValueError, match=f'changed.pth[^§]*{said}'):
+        tool('test', monkeypatch, *words)
+    if resumed:
+        with pytest.raises(ValueError, match=resumed):
+            tool('train', monkeypatch, words[0], *words[2:], '--resume', path)
+    capfd.readouterr()
+    if 'NaN' in said:
+        with pytest.raises(ValueError, match='NaN'):
+            tool('test', monkeypatch, *words, '--no-strict')
+        with pytest.raises(ValueError, match='NaN'):
+            run(config(tmp_path, TEXT, load_from=str(path)))
+    elif 'instead' not in said:  # MMEngine's own error
+        tool('test', monkeypatch, *words, '--no-strict')
+        said = said.split(':')[-1].strip(' \\')
+        assert said in ''.join(p.read_text() for p in tmp_path.rglob('*.log'))
+
+
+def test_text_and_folded_weights_are_not_mixed_up(trained, tmp_path,
+                                                  monkeypatch):
+    for ours, theirs, said in [
+        ('text', 'stock', 'weights are of a folded or stock one'),
+        ('stock', 'text', 'weights are of a text network.*textkd2mmseg')
+    ]:
+        with pytest.raises(ValueError, match=said):
+            tool('test', monkeypatch, trained[ours] / 'config.py',
+                 trained[theirs] / 'iter_4.pth', '--work-dir', tmp_path)
+
+
+def test_a_test_needs_no_auxiliary_head(trained, tmp_path, monkeypatch):
+    scores = []
+    for name, change in (('whole', lambda c: None),
+                         ('stripped', without('auxiliary_head'))):
+        checkpoint = load_file(trained['text'] / 'iter_4.pth')
+        change(checkpoint)
+        torch.save(checkpoint, tmp_path / f'{name}.pth')
+        tool('test', monkeypatch, trained['text'] / 'config.py',
+             tmp_path / f'{name}.pth', '--work-dir', tmp_path / name)
+        file, = (tmp_path / name).glob('*/*.json')
+        scores.append(json.loads(file.read_text())['mIoU'])
+    assert scores[0] == scores[1] > 0
+
+
+def test_only_whole_checkpoints_are_resumed(trained, tmp_path, monkeypatch):
+    best, = trained['text'].glob('best_*.pth')
+    with pytest.raises(
+            ValueError, match='best_.*state of its optimizer and that of'):
+        tool('train', monkeypatch, trained['text'] / 'config.py', '--work-dir',
+             tmp_path, '--resume', best)
+
+
+class KillInValidation(Hook):
+    """Stop a run in a validation, as a kill does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def before_val_epoch(self, runner):
+        if runner.iter == self.step:
+            raise KeyboardInterrupt
+
+
+def curve(folder):
+    """Validations by iteration, of all attempts."""
+    found = {}
+    for path in folder.glob('*/vis_data/scalars.json'):
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            if 'mIoU' in entry:
+                found.setdefault(entry['step'], []).append(entry['mIoU'])
+    return found
+
+
+@pytest.mark.parametrize('name, step', [('text', 2), ('text', 4),
+                                        ('stock', 4)])
+def test_a_validation_that_was_killed_is_made_up_for(trained, tmp_path,
+                                                     monkeypatch, name, step):
+    cfg = config(
+        tmp_path,
+        TEXT if name == 'text' else None,
+        custom_imports=dict(imports=['mmseg_textkd']))
+    cfg.default_hooks.logger.interval = 1
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        from mmengine.runner import Runner
+        own = Runner.register_hooks
+
+        def register_hooks(self, *args):
+            own(self, *args)
+            self.register_hook(KillInValidation(step), 'HIGHEST')
+
+        patch.setattr(Runner, 'register_hooks', register_hooks)
+        run(cfg)
+    assert step not in curve(tmp_path / 'work')
+    cfg.dump(tmp_path / 'config.py')
+    tool('train', monkeypatch, tmp_path / 'config.py', '--resume')
+    whole = curve(trained[name])
+    assert curve(tmp_path / 'work') == whole and set(whole) == {2, 4}
+    bests = [
+        sorted(p.name for p in folder.glob('best_*.pth'))
+        for folder in (tmp_path / 'work', trained[name])
+    ]
+    assert bests[0] == bests[1] and len(bests[0]) == 1
+    ends = [
+        load_file(folder / 'iter_4.pth')['state_dict']
+        for folder in (tmp_path / 'work', trained[name])
+    ]
+    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
