@@ -59,7 +59,6 @@ BROKEN = {
     'drawing': int(cv2.__version__.split('.')[0]) >= 5,
 }
 
-
 # Forks what runs the code from a process that has imported torch and MMEngine,
 # which no cure depends on, and neither MMCV nor MMSegmentation.
 SERVER = '''
@@ -90,9 +89,7 @@ def _server():
     """Serve :func:`python`."""
     command = [sys.executable, '-c', SERVER]
     with subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True) as python.server:
         yield
         python.server.stdin.close()
@@ -312,7 +309,8 @@ def test_numpy_1_has_an_empty_module_of_numpy_2s_name(monkeypatch):
     }
     assert {
         f'numpy.{core}.multiarray.{name}'
-        for core in ('core', '_core') for name in ('_reconstruct', 'scalar')
+        for core in ('core', '_core')
+        for name in ('_reconstruct', 'scalar')
     } <= names
 
 

@@ -149,10 +149,11 @@ def mean_iou(network: Network, config: str) -> float:
     for i in range(len(dataset)):
         data = dataset[i]
         truth = data['data_samples'].gt_sem_seg.data
-        labels = network(data['inputs'].permute(1, 2, 0).numpy())
-        labels = torch.from_numpy(labels.astype(np.int64))[None, None]
+        found = network(data['inputs'].permute(1, 2, 0).numpy())
         labels = torch.nn.functional.interpolate(
-            labels.double(), truth.shape[1:], mode='nearest').long()[0]
+            torch.from_numpy(found.astype(np.float64))[None, None],
+            truth.shape[1:],
+            mode='nearest').long()[0]
         metric.process({}, [
             dict(pred_sem_seg=dict(data=labels), gt_sem_seg=dict(data=truth))
         ])

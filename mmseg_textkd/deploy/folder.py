@@ -142,7 +142,7 @@ def deploy(out: Path,
     runtime = require(name, form.precision, form.dynamic)
     example = network.example(form.size)
     cost = count_cost(network, lambda: network(example))
-    meta = dict(
+    meta: Dict[str, Any] = dict(
         name=out.name,
         runtime=name,
         needs=runtime.needs,
@@ -287,6 +287,7 @@ def _to_int8(name: str, files: Files, meta: Dict[str, Any],
                          for image, labels in zip(inputs, reference)]))
 
         def loss(files: Files) -> float:
+            assert miou is not None and evaluate is not None
             return miou - mean_iou(reader(files), evaluate)
 
         found = quantize(QUANTIZERS[name], files, inputs,

@@ -160,7 +160,7 @@ def quantize(quantizer: Quantizer,
     *layers, classifier = quantizer.layers(files)
     kept = [classifier]
     found = quantizer.quantize(files, inputs, kept)
-    if loss is None or loss(found) <= allowed:
+    if loss is None or disagreement is None or loss(found) <= allowed:
         return Quantized(found, kept)
     groups = [list(g) for g in np.array_split(layers, GROUPS) if len(g)]
     apart = [

@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import inspect
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -98,7 +98,9 @@ def fix_bases(model: nn.Module) -> nn.Module:
     Returns:
         nn.Module: The same.
     """
-    heads = [m for m in model.modules() if getattr(m, 'rand_init', False)]
+    heads: List[Any] = [
+        m for m in model.modules() if getattr(m, 'rand_init', False)
+    ]
     for head in heads:
         head.rand_init = False
     if heads:

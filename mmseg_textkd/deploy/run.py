@@ -14,7 +14,8 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Dict, Iterator, Optional, Sequence, Tuple
+from typing import (Any, Callable, Dict, Iterator, List, Optional, Sequence,
+                    Tuple)
 
 if __name__ == '__main__':
     # OpenCV looks at it when it is imported.
@@ -59,7 +60,7 @@ def load_openvino(folder: Path, meta: Dict, threads: int) -> Predict:
     import openvino
 
     # Otherwise some CPUs would compute in bfloat16.
-    config = {'INFERENCE_PRECISION_HINT': 'f32'}
+    config: Dict[str, Any] = {'INFERENCE_PRECISION_HINT': 'f32'}
     if threads:
         config['INFERENCE_NUM_THREADS'] = threads
     model = openvino.Core().compile_model(
@@ -162,7 +163,7 @@ class Network:
         folder = Path(folder)
         try:
             self.meta = json.loads((folder / NETWORK).read_text())
-            rows = (folder / CLASSES).read_text(encoding='utf-8').splitlines()
+            lines = (folder / CLASSES).read_text(encoding='utf-8').splitlines()
         except (OSError, ValueError) as error:
             raise ValueError(f'{folder} is no folder of tools/deployment/'
                              f'deploy.py: {error}') from error
@@ -171,7 +172,7 @@ class Network:
             if hashlib.sha256(data).hexdigest() != expected:
                 raise ValueError(f'{folder / name} is damaged: its SHA-256 is '
                                  f'not that of {NETWORK}. Copy it anew.')
-        rows = [row.split(maxsplit=3) for row in rows]
+        rows = [line.split(maxsplit=3) for line in lines]
         self.classes = [row[3] for row in rows]
         # OpenCV's order is BGR.
         self.colors = np.array([row[2::-1] for row in rows], np.uint8)
@@ -186,7 +187,7 @@ class Network:
         except Exception as error:  # each has its own
             raise ValueError(
                 f'{runtime} cannot load {folder}: {error}') from error
-        self.seconds = []
+        self.seconds: List[float] = []
 
     def inputs(self, picture: np.ndarray) -> np.ndarray:
         """Make the array that the network takes, resized if it must be.
@@ -328,7 +329,7 @@ class Writer:
 
     def __init__(self, out: str, folder: bool, fps: Optional[float]) -> None:
         self.out, self.folder, self.fps = out, folder, fps
-        self.video = None
+        self.video: Any = None
         if fps and os.path.splitext(out)[1] not in CODECS:
             raise ValueError(f'a video is written as {" or ".join(CODECS)}, '
                              f'but --out is {out}')
@@ -344,7 +345,7 @@ class Writer:
                 raise OSError(f'cannot write {path}')
             return
         if self.video is None:
-            codec = cv2.VideoWriter_fourcc(
+            codec = cv2.VideoWriter.fourcc(
                 *CODECS[os.path.splitext(self.out)[1]])
             self.video = cv2.VideoWriter(self.out, codec, self.fps,
                                          shown.shape[1::-1])

@@ -102,9 +102,8 @@ def ncnn(network: ExportableSegmentor, form: Form) -> Files:
         lacking = sorted(k for k in kinds if '.' in k or '::' in k)
         if lacking:
             raise ValueError(f'ncnn has no layer for {", ".join(lacking)}.')
-        param, weights = _read(folder, 'model.ncnn.param',
-                               'model.ncnn.bin').values()
-    return {'model.param': param, 'model.bin': weights}
+        found = _read(folder, 'model.ncnn.param', 'model.ncnn.bin')
+    return dict(zip(('model.param', 'model.bin'), found.values()))
 
 
 def litert(network: ExportableSegmentor, form: Form) -> Files:

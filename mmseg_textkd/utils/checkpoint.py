@@ -7,8 +7,7 @@ import os
 import re
 from itertools import zip_longest
 from pathlib import Path
-from typing import (Any, Dict, List, Mapping, Optional, Sequence, Tuple,
-                    Union)
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.logging import print_log

@@ -16,9 +16,8 @@ from mmseg_textkd.models.text_parameters import text_parameters
 
 sys.path.insert(0, f'{ROOT}/tools/deployment')
 sys.path.insert(0, f'{ROOT}/tools/model_converters')
-import textkd2mmseg  # noqa: E402
-
 import deploy  # noqa: E402
+import textkd2mmseg  # noqa: E402
 
 pytestmark = pytest.mark.stacks
 

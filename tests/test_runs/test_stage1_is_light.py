@@ -66,8 +66,7 @@ def runs(tmp_path_factory):
                 switch=part, folder=str(root / name), file=file)
             for part in parts
         ]
-        return start(
-            'python', '-c', ''.join(code), cwd=root / name, **options)
+        return start('python', '-c', ''.join(code), cwd=root / name, **options)
 
     # What is blocked must not have been imported before.
     return root, dict(

@@ -67,8 +67,8 @@ def test_dataset_as_a_command(tmp_path, clip_name):
 def test_names_and_bank(tool, tmp_path, clip_name, capsys):
     out = tmp_path / 'own.safetensors'
     argv = [
-        'road, sky,car', '--model', clip_name, '--templates',
-        'none', '--keep-bank', '--out',
+        'road, sky,car', '--model', clip_name, '--templates', 'none',
+        '--keep-bank', '--out',
         str(out)
     ]
     tool.main(argv)

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -189,7 +189,7 @@ def mask_structure_loss(embeddings: Sequence[Tensor],
     Returns:
         Tensor: Scalar; 0 with a graph if no image has a mask.
     """
-    total = 0.
+    total: Any = 0.
     for own, text in zip(embeddings, texts):
         dtype = torch.promote_types(own.dtype, torch.float32)
         with torch.autocast(own.device.type, enabled=False):

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Sequence, Tuple
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -103,14 +103,14 @@ class LogitDistillationLoss(nn.Module):
         return self._loss_name
 
 
-def teacher_logits(batch_data_samples: Sequence, size: Tuple[int, int],
+def teacher_logits(batch_data_samples: Sequence, size: Sequence[int],
                    num_classes: int) -> Tensor:
     """Get the logits of a segmentation teacher from the data samples.
 
     Args:
         batch_data_samples (Sequence[:obj:`SegDataSample`]): N samples, with
             ``teacher.logits``, as ``DistilledEncoderDecoder`` sets them.
-        size (tuple[int, int]): Height h and width w to resize them to.
+        size (Sequence[int]): Height h and width w to resize them to.
         num_classes (int): Number of classes K.
 
     Returns:
