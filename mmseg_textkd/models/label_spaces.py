@@ -73,6 +73,26 @@ def _wide(spaces: Tensor, itself: Tensor) -> Tensor:
     return spaces[((spaces >= 0) & ~itself).any(dim=1)]
 
 
+def refuse_label_spaces(model: nn.Module,
+                        samples: Sequence[SegDataSample]) -> None:
+    """Refuse images of a :class:`MultiDataset` where each would be compared
+    with the words of all data sets.
+
+    Args:
+        model (nn.Module): The segmentor.
+        samples (Sequence[:obj:`SegDataSample`]): The samples of the batch.
+
+    Raises:
+        ValueError: If the samples have label spaces.
+    """
+    if label_spaces_of(samples) is not None:
+        raise ValueError(
+            f'{type(model).__name__} would train each image of a MultiDataset '
+            'against the words of all data sets. Use '
+            "type='MultiDatasetEncoderDecoder' with a text head, or one data "
+            'set.')
+
+
 @contextmanager
 def own_label_spaces(model: nn.Module,
                      samples: Sequence[SegDataSample]) -> Iterator[None]:

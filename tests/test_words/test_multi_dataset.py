@@ -12,6 +12,7 @@ from mmseg.registry import DATA_SAMPLERS, DATASETS, MODELS
 from words_data import OWN, SPACES, WORDS, dataset_cfg, multi_cfg
 
 from mmseg_textkd.datasets.label_spaces import label_space, narrower_words
+from mmseg_textkd.models import DistilledEncoderDecoder, TextKD
 from mmseg_textkd.models.label_spaces import own_logits
 from mmseg_textkd.text import TextEmbeddings, united_embeddings
 from mmseg_textkd.text.united_embeddings import load_united
@@ -255,3 +256,13 @@ def test_heads_of_another_number_of_classes_are_told(network_cfg):
             ValueError,
             match='auxiliary_head.0 has num_classes=4, .* 7 words'):
         model(**batch, mode='loss')
+
+
+@pytest.mark.parametrize('kind', [TextKD, DistilledEncoderDecoder])
+def test_other_segmentors_refuse_label_spaces(data, kind):
+    """Before anything else is computed."""
+    dataset = DATASETS.build(multi_cfg(data.root))
+    samples = [dataset[i]['data_samples'] for i in (0, 6)]
+    model = kind.__new__(kind)
+    with pytest.raises(ValueError, match=f'{kind.__name__} .* MultiDataset'):
+        model.loss(None, samples)

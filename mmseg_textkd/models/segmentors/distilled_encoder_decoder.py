@@ -10,6 +10,7 @@ from mmseg.registry import MODELS
 from mmseg.utils import SampleList, add_prefix
 from torch import Tensor, nn
 
+from ..label_spaces import refuse_label_spaces
 from ..record_calls import record_calls
 
 
@@ -62,9 +63,11 @@ class DistilledEncoderDecoder(EncoderDecoder):
             under 'distill.'.
 
         Raises:
-            ValueError: If the teacher has another number of classes.
+            ValueError: If the teacher has another number of classes, or the
+                images are of a :class:`MultiDataset`.
             RuntimeError: If the decode head does not call ``conv_seg`` once.
         """
+        refuse_label_spaces(self, data_samples)
         number = self.teacher.num_classes
         if number not in (None, self.decode_head.out_channels):
             raise ValueError(

@@ -11,6 +11,7 @@ from mmseg.registry import MODELS
 from mmseg.utils import SampleList, add_prefix
 from torch import Tensor, nn
 
+from ..label_spaces import refuse_label_spaces
 from ..layers.score_map import ScoreMap
 from ..record_calls import record_calls
 
@@ -217,7 +218,11 @@ class TextKD(EncoderDecoder):
         Returns:
             dict[str, Tensor]: Losses by name, the alignment loss under
             'align.'.
+
+        Raises:
+            ValueError: If the images are of a :class:`MultiDataset`.
         """
+        refuse_label_spaces(self, data_samples)
         text = self.score_map.text
         with record_calls(text) as calls:
             losses = super().loss(inputs, data_samples)
