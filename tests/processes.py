@@ -69,6 +69,8 @@ def leave_configs_unformatted(setattr: Callable = setattr) -> None:
 
 def _python(words, env, cwd, output):
     """Be ``python WORDS``, in a fork."""
+    # As in a new interpreter, which has chosen none yet.
+    multiprocessing.set_start_method(None, force=True)
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -106,14 +106,11 @@ def test_bad_files(tmp_path, name, write, read, said):
     assert 'weights_only' not in str(error.value)
 
 
-@pytest.mark.parametrize('demo, words', [
-    ('image_demo', ['c.py', 'w.pth']),
-    ('onnx_runtime_demo', ['m.onnx']),
-])
-def test_a_camera_has_no_negative_number(demo, words, capsys):
-    tool = runpy.run_path(f'{ROOT}/demo/{demo}.py')
+def test_a_camera_has_no_negative_number(capsys):
+    tool = runpy.run_path(f'{ROOT}/demo/image_demo.py')
     with pytest.raises(SystemExit):
-        tool['parse_args']([*words, '--webcam', '-5', '--out', 'x.mp4'])
+        tool['parse_args'](
+            ['c.py', 'w.pth', '--webcam', '-5', '--out', 'x.mp4'])
     assert '--webcam must be' in capsys.readouterr().err
 
 

@@ -37,7 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
     try:
-        cfg = read_config(args.config, args.cfg_options)
+        cfg = read_config(args.config, args.cfg_options, network=False)
         if 'LoadRegionEmbeddings' not in str(cfg.get('train_dataloader')):
             sys.exit(f'Error: no pipeline of the train_dataloader of '
                      f'{args.config} has a LoadRegionEmbeddings.')

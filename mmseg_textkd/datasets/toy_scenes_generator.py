@@ -158,7 +158,8 @@ def generate_toy_scenes(root: Union[str, Path],
                         height: int = 128,
                         width: int = 256,
                         workers: int = 1,
-                        force: bool = False) -> bool:
+                        force: bool = False,
+                        progress: bool = False) -> bool:
     """Generate ToyScenes atomically.
 
     The images are written into a temporary folder beside ``root``, which is
@@ -174,6 +175,7 @@ def generate_toy_scenes(root: Union[str, Path],
         width (int): Image width in pixels. Defaults to 256.
         workers (int): Processes; 1 stays in this one. Defaults to 1.
         force (bool): Replace an existing ToyScenes folder. Defaults to False.
+        progress (bool): Show a progress bar. Defaults to False.
 
     Returns:
         bool: Whether anything was written; False if it was there already.
@@ -215,15 +217,18 @@ def generate_toy_scenes(root: Union[str, Path],
         items = [(s, i) for s, count in splits.items() for i in range(count)]
         write = partial(
             _write_scene, root=new, seed=seed, height=height, width=width)
+        from tqdm import tqdm
+        bar = partial(
+            tqdm, total=len(items), desc='Images', disable=not progress)
         if workers == 1:
-            for item in items:
+            for item in bar(items):
                 write(item)
         else:
             # OpenMP or pthreads pools of OpenCV do not survive a fork.
             with ProcessPoolExecutor(
                     workers, initializer=cv2.setNumThreads,
                     initargs=(0, )) as pool:
-                list(pool.map(write, items, chunksize=8))
+                list(bar(pool.map(write, items, chunksize=8)))
         (new / MANIFEST).write_text(
             json.dumps(wanted, indent=2) + '\n', encoding='utf-8')
         # Somebody else may have been faster: look again before the swap.

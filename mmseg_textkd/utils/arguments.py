@@ -64,12 +64,14 @@ def merge_options(cfg: Config, words: Optional[Sequence[str]]) -> Dict:
 
 
 def read_config(path: Union[str, os.PathLike],
-                words: Optional[Sequence[str]] = None) -> Config:
+                words: Optional[Sequence[str]] = None,
+                network: bool = True) -> Config:
     """Read the config of a network that the command line names.
 
     Args:
         path (str or PathLike): The config.
         words (Sequence[str], optional): As of :func:`read_options`.
+        network (bool): Whether it must have a network. Defaults to True.
 
     Returns:
         Config: The config.
@@ -87,7 +89,7 @@ def read_config(path: Union[str, os.PathLike],
             f'{path} cannot be read as a config: {type(error).__name__}: '
             f'{error}. Look at it with `python tools/stock_tool.py '
             f'print_config {path}`.') from error
-    if not isinstance(cfg.get('model'), dict) or 'type' not in cfg.model:
+    if network and 'type' not in (cfg.get('model') or {}):
         raise ValueError(
             f'{path} has no network (`model=dict(type=...)`), as the parts '
             'below configs/_base_ have not. Give a config that inherits from '

@@ -302,7 +302,7 @@ def test_vectors_of_a_file(worded, inferencer, tmp_path):
             embeddings=tmp_path / 'new.safetensors', other='other')
     with pytest.raises(ValueError, match=r"no vectors for \['lake'\]"):
         mine.set_classes(['lake'], embeddings=tmp_path / 'new.safetensors')
-    for change, message in ((dict(model='ViT-B-16'), 'not lie in the same'),
+    for change, message in ((dict(model='ViT-B-16'), 'not in the same'),
                             (dict(vectors=torch.eye(5, 512)), 'width 512')):
         fields = dict(vectors=record.vectors, names=NEW, model='toyclip')
         TextEmbeddings(**dict(fields, **change)).save(tmp_path / 'bad.st')

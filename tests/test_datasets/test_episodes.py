@@ -74,7 +74,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize('content, fault', [
-    (Harmful(), 'asks for builtins.print'),
+    (Harmful(), 'imports builtins.print'),
     ([1, 2], 'no list of file names by class'),
     ({
         k: ['a.jpg', 'b.jpg']

@@ -48,5 +48,5 @@ def test_config_helper():
     assert evaluator['unseen'] == ['truck', 'sidewalk']
     assert len(loader['dataset']['pipeline']) == 2
     Config(dict(a=train, b=branch)).pretty_text  # can be dumped
-    with pytest.raises(ValueError, match=r"no classes \['truck'\].*'sky'"):
-        zero_shot(loader, 'toy_scenes', ['truck', 'car'], 'RandomFlip')
+    with pytest.raises(ValueError, match=r"no classes \['lorry'\].*'sky'"):
+        zero_shot(loader, 'toy_scenes', ['lorry', 'car'], 'RandomFlip')

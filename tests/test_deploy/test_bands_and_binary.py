@@ -75,7 +75,7 @@ def test_bands_are_those_of_the_network(tmp_path, bands, seen):
     assert image.shape == (1, *SIZE, bands)
     export = to_torchscript(network, SIZE, False, '')
     torch.testing.assert_close(
-        export.run(image)[0], network.reference(image), rtol=1e-4, atol=1e-4)
+        export.run(image), network.reference(image), rtol=1e-4, atol=1e-4)
     assert len(network.spec()['mean']) == bands
     del cfg.model.data_preprocessor.mean, cfg.model.data_preprocessor.std
     assert input_channels(MODELS.build(cfg.model)) == bands

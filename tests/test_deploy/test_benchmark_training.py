@@ -187,5 +187,5 @@ def test_text_tool(tmp_path, capsys):
     assert f'| {ratio:.3f} [' in page and '3 classes x 14 templates' in page
     said = fails(tool, capsys, '--model', 'coca_ViT-B-32')
     assert "'coca_ViT-B-32' has no text side" in said
-    assert '--classes must be at least 2' in fails(tool, capsys, '--classes',
-                                                   1)
+    assert '--num-classes must be at least 2' in fails(tool, capsys,
+                                                       '--classes', 1)

@@ -67,6 +67,6 @@ def test_fold_inference_and_export(tmp_path, rgb):
     # With the preprocessing in the graph, and as it is described beside it.
     network = ExportableSegmentor(stock, preprocess=True)
     graph = to_torchscript(network, image.shape[:2], False, '{}')
-    assert_near(graph.run(torch.from_numpy(image)[None])[0][0])
+    assert_near(graph.run(torch.from_numpy(image)[None])[0])
     assert ExportableSegmentor(stock).spec() == dict(
         mean=MEAN, std=STD, swap_channels=rgb)

@@ -158,8 +158,8 @@ def test_images_may_come_in_any_order_and_from_any_rank():
 
 
 @pytest.mark.parametrize('unseen, match', [
-    (['truck', 'truck', 'bus'
-      ], r"no classes \['truck', 'bus'\].*It has \['road', 'car'"),
+    (['truck', 'lorry', 'bus'
+      ], r"no classes \['lorry', 'bus'\].*It has \['road', 'car'"),
     (CLASSES, 'all classes of the dataset are unseen'),
 ])
 def test_classes_that_do_not_fit(unseen, match):

@@ -188,8 +188,10 @@ def test_weights_run_with_the_config_of_their_entry(load_tool):
                 assert root / entry['Config'] == path
                 continue
             # What the folded weights load into.
-            assert entry['Config'].startswith('configs/stock/')
+            assert not Path(entry['Config']).name.startswith('textkd_')
             twin = load_config(root / entry['Config'])
+            if path.parent.name == 'multi_dataset':
+                continue  # its words are chosen when it is folded
             assert to_stock_cfg(cfg).model == to_stock_cfg(twin).model
     assert found['stock'] > 14 and found['own'] > 4
 

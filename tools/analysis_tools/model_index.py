@@ -155,10 +155,14 @@ def model_entry(row: Row, root: Path) -> Dict[str, Any]:
         # Published weights are folded: they load into the stock network, and
         # `mim download` puts this config beside them.
         stock = f'{twin["text"] or twin["peer"]}{twin["rest"]}.py'
-        path = path.parents[1] / 'stock' / stock
-        if not path.is_file():
-            raise row.fault('folded weights run with configs/stock/'
-                            f'{path.name}, which is missing')
+        folder = path.parents[1] / 'stock'
+        # Those of several data sets stand beside it.
+        found = [p for p in (folder / stock, path.with_name(stock))
+                 if p.is_file()]  # yapf: disable
+        if not found:
+            raise row.fault(f'folded weights run with configs/stock/{stock}, '
+                            'which is missing')
+        path = found[0]
     values = {column: read_value(row, column) for column in VALUES}
     cells = row.cells
     # A set that keeps the order: BiSeNetV2 is a backbone and a method.

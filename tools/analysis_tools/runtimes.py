@@ -88,7 +88,7 @@ from mmengine.registry import MODELS, init_default_scope
 from networks import text_configs
 from torch import nn
 
-from mmseg_textkd.analysis.benchmark import random_text
+from mmseg_textkd.analysis.benchmark import randomize_text
 from mmseg_textkd.analysis.benchmark_folders import EAGER, time_folders
 from mmseg_textkd.datasets.toy_scenes_renderer import render_scene
 from mmseg_textkd.deploy import fold, to_stock_cfg
@@ -156,7 +156,7 @@ def build(cfg: Config, text: bool, images: torch.Tensor) -> nn.Module:
     Returns:
         nn.Module: In evaluation mode, for whole images.
     """
-    cfg = random_text(cfg)
+    cfg = randomize_text(cfg)
     torch.manual_seed(0)
     own = cfg.model if text else to_stock_cfg(cfg, True).model
     model = revert_sync_batchnorm(MODELS.build(own)).train()

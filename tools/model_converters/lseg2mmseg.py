@@ -298,7 +298,7 @@ def convert(args: argparse.Namespace) -> None:
     text = 'decode_head.conv_seg.text.class_embeddings'
     scale = 'decode_head.conv_seg.scale.log_scale'
     # Not theirs: the first is made below, the second they do not learn.
-    own = {key: model.state_dict()[key] for key in (text, scale)}
+    own = {key: model.state_dict()[key].nan_to_num() for key in (text, scale)}
     load_strictly(model, dict(ours, **own), args.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         vectors, names, clip = encode_words(theirs, cfg.model.decode_head.text,

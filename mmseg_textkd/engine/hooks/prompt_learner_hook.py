@@ -13,7 +13,7 @@ from mmengine.model import BaseAveragedModel, is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import BaseLoop, IterBasedTrainLoop
 from mmengine.runner.checkpoint import CheckpointLoader
-from mmseg.registry import HOOKS, PARAM_SCHEDULERS
+from mmseg.registry import HOOKS, MODELS, PARAM_SCHEDULERS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -205,9 +205,7 @@ class PromptLearnerHook(Hook):
         model = unwrap(runner.model)
         if not all(p.filled for p in text_providers(model).values()):
             # `tools/train.py` has done it; MMSegmentation's has not.
-            if is_main_process():
-                ensure_embeddings(runner.cfg)
-            barrier()
+            self._make_embeddings(runner, model)
         check_classes(model, getattr(runner.train_dataloader, 'dataset', None))
         for name, provider in text_providers(model).items():
             message = provider.check_loaded(resumed=runner._resume)
@@ -358,6 +356,19 @@ class PromptLearnerHook(Hook):
                 provider.class_embeddings.detach().cpu().clone())
 
     # ------------------------------------------------------ switch of stages
+    @staticmethod
+    def _make_embeddings(runner, model) -> None:
+        """Make the files that are missing and read them."""
+        if is_main_process():
+            ensure_embeddings(runner.cfg)
+        barrier()
+        with torch.random.fork_rng(devices=[]):
+            fresh = text_providers(MODELS.build(runner.cfg.model))
+        for part in (model, *(ema.module for ema in _ema_models(runner))):
+            for name, provider in text_providers(part).items():
+                if not provider.filled:
+                    provider.adopt(fresh[name])
+
     def _prepare_stage2(self, runner, model: nn.Module) -> None:
         """Check and set when stage 2 starts, what it trains, and its rates."""
         self.switch_iter = self._get_switch_iter(runner)

@@ -52,6 +52,20 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         """bool: Whether the embeddings have been set."""
         return self._filled
 
+    def adopt(self, other: 'TextProvider') -> None:
+        """Take over what another provider of the same config has read.
+
+        Args:
+            other (TextProvider): One that was built when its files were
+                there.
+        """
+        for name, value in other.named_buffers(recurse=False):
+            setattr(self, name, value.to(self.class_embeddings.device))
+        for name in ('names', 'record', 'has_base', 'phrase_bank', '_filled',
+                     '_missing_hint', '_bank_hint'):
+            if hasattr(other, name):
+                setattr(self, name, getattr(other, name))
+
     def fill(self, vectors: Tensor) -> None:
         """Set the current embeddings.
 
