@@ -65,8 +65,8 @@ def test_it_learns(trained):
     _, runner = trained
     assert len(logged(runner)) == 20
     # Colors say the classes: masks and both classifiers learn it.
-    # A little more than the worst of seeds 0 to 3.
-    for name, factor in (('loss', .7), ('decode.loss_mask', .66),
+    # More than the worst of seeds 0 to 3 on either stack.
+    for name, factor in (('loss', .75), ('decode.loss_mask', .66),
                          ('decode.loss_cls', .5), ('decode.loss_cls_attention',
                                                    .88)):
         values = logged(runner, name)
