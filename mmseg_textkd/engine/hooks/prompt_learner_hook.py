@@ -359,10 +359,11 @@ class PromptLearnerHook(Hook):
     @staticmethod
     def _make_embeddings(runner, model) -> None:
         """Make the files that are missing and read them."""
-        if is_main_process():
-            ensure_embeddings(runner.cfg)
-        barrier()
+        # With the same seed the run goes on as if the files had been there.
         with torch.random.fork_rng(devices=[]):
+            if is_main_process():
+                ensure_embeddings(runner.cfg)
+            barrier()
             fresh = text_providers(MODELS.build(runner.cfg.model))
         for part in (model, *(ema.module for ema in _ema_models(runner))):
             for name, provider in text_providers(part).items():

@@ -53,18 +53,29 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         return self._filled
 
     def adopt(self, other: 'TextProvider') -> None:
-        """Take over what another provider of the same config has read.
+        """Become another provider of the same config, but for what learns.
 
         Args:
             other (TextProvider): One that was built when its files were
                 there.
+
+        Raises:
+            ValueError: If what learns depends on what is in the files: an
+                optimizer may hold it by now.
         """
-        for name, value in other.named_buffers(recurse=False):
-            setattr(self, name, value.to(self.class_embeddings.device))
-        for name in ('names', 'record', 'has_base', 'phrase_bank', '_filled',
-                     '_missing_hint', '_bank_hint'):
-            if hasattr(other, name):
-                setattr(self, name, getattr(other, name))
+        own = dict(self.named_parameters())
+        if {k: p.shape
+                for k, p in own.items()
+            } != {k: p.shape
+                  for k, p in other.named_parameters()}:
+            raise ValueError(
+                f'the embeddings file of the {type(self).__name__} was '
+                'missing when the network was built, and what it holds sizes '
+                'weights of it. The file is there now: start the run again.')
+        other.train(self.training).to(self.class_embeddings.device)
+        self.__dict__.update(other.__dict__)
+        # Of the provider itself: none has parts with parameters.
+        self._parameters = {**self._parameters, **own}
 
     def fill(self, vectors: Tensor) -> None:
         """Set the current embeddings.

@@ -1,0 +1,66 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""Embeddings files that are missing when MMSegmentation's tool trains."""
+import copy
+
+import pytest
+from tiny import CLASSES, assert_equal, run, tiny_config
+
+from mmseg_textkd.text.encode_classes import ensure_embeddings
+
+HOOK = dict(switch_at=3)
+
+
+def text(kind, file):
+    """Each kind of text that is read from a file."""
+    build = dict(
+        model='toyclip',
+        vocabulary=list(CLASSES),
+        templates='photo',
+        keep_bank=True)
+    embeddings = dict(
+        type='SynonymSampler' if kind == 'synonyms' else 'ClassEmbeddings',
+        file=str(file),
+        dim=64,
+        build=build)
+    if kind in ('synonyms', 'mixture'):
+        build['vocabulary'] = {n: [n, f'big {n}'] for n in CLASSES}
+    if kind == 'centered':
+        embeddings['center'] = True
+    learner = dict(
+        context=dict(
+            type='ContextPromptLearner',
+            model='toyclip',
+            token_dim=64,
+            n_ctx=4,
+            vocabulary=list(CLASSES)),
+        residual=dict(type='ResidualPromptLearner'),
+        centered=dict(type='ResidualPromptLearner'),
+        mixture=dict(type='MixturePromptLearner')).get(kind)
+    return embeddings if learner is None else dict(
+        learner, embeddings=embeddings)
+
+
+@pytest.mark.parametrize(
+    'kind', ['fixed', 'context', 'residual', 'centered', 'synonyms'])
+def test_a_missing_file_is_made_and_nothing_else_changes(tmp_path, kind):
+    """Both stages end as with the file there from the start."""
+    states = []
+    for place in ('made', 'there'):
+        cfg = tiny_config(tmp_path, text(kind, tmp_path / f'{place}.st'),
+                          dict() if kind in ('fixed', 'synonyms') else HOOK)
+        cfg.work_dir = str(tmp_path / place)
+        if place == 'there':
+            ensure_embeddings(copy.deepcopy(cfg))
+        states.append(run(cfg).model.state_dict())
+        assert (tmp_path / f'{place}.st').is_file()
+    assert_equal(*map(dict, states))
+
+
+def test_a_file_that_sizes_weights_wants_a_new_run(tmp_path):
+    """It is made, but how many phrases it has came too late."""
+    file = tmp_path / 'made.st'
+    cfg = tiny_config(tmp_path, text('mixture', file), HOOK)
+    with pytest.raises(ValueError, match='MixturePromptLearner.*start .*again'):
+        run(cfg)
+    assert file.is_file()
+    run(cfg)
