@@ -12,6 +12,19 @@ from mmengine.runner import Runner
 CLASSES = ('sky', 'building', 'road', 'sidewalk', 'pole', 'car', 'truck',
            'person')
 SIZE = (32, 64)
+# A stock auxiliary head of the tiny network.
+AUXILIARY = dict(
+    type='FCNHead',
+    in_channels=4,
+    in_index=1,
+    channels=8,
+    num_convs=1,
+    concat_input=False,
+    dropout_ratio=0.,
+    num_classes=len(CLASSES),
+    norm_cfg=dict(type='BN'),
+    align_corners=False,
+    loss_decode=dict(type='CrossEntropyLoss', loss_weight=0.4))
 _RUNS = itertools.count()
 
 

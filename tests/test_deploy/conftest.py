@@ -10,22 +10,10 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.registry import DefaultScope
-from tiny import CLASSES, run, tiny_config
+from tiny import AUXILIARY, CLASSES, run, tiny_config
 
 from mmseg_textkd.text import TextEmbeddings
 
-AUXILIARY = dict(
-    type='FCNHead',
-    in_channels=4,
-    in_index=1,
-    channels=8,
-    num_convs=1,
-    concat_input=False,
-    dropout_ratio=0.,
-    num_classes=len(CLASSES),
-    norm_cfg=dict(type='BN'),
-    align_corners=False,
-    loss_decode=dict(type='CrossEntropyLoss', loss_weight=0.4))
 # Stage 2 begins after iteration 3.
 RUNS = dict(
     plain=dict(),

@@ -9,24 +9,13 @@ import torch
 from each_case import each_case
 from mmengine.hooks import Hook
 from processes import TOOLS
-from tiny import CLASSES, run, tiny_config
+from tiny import AUXILIARY, run, tiny_config
 
 from mmseg_textkd.utils.checkpoint import load_file
 
 TEXT = dict(
     type='ResidualPromptLearner',
     embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
-AUXILIARY = dict(
-    type='FCNHead',
-    in_channels=4,
-    in_index=1,
-    channels=8,
-    num_convs=1,
-    concat_input=False,
-    dropout_ratio=0.,
-    num_classes=len(CLASSES),
-    norm_cfg=dict(type='BN'),
-    loss_decode=dict(type='CrossEntropyLoss'))
 
 
 def config(folder, text=TEXT, **options):

@@ -14,24 +14,12 @@ from each_case import each_case
 from mmengine.registry import MODELS
 from mmengine.runner import Runner, load_checkpoint
 from processes import TOOLS, load, start
-from tiny import CLASSES, run, tiny_config
+from tiny import AUXILIARY, CLASSES, run, tiny_config
 
 from mmseg_textkd.text import TextEmbeddings
 
 TOOL = osp.join(TOOLS, 'model_converters', 'mmseg2textkd.py')
 KEY = 'decode_head.conv_seg'
-AUXILIARY = dict(
-    type='FCNHead',
-    in_channels=4,
-    in_index=1,
-    channels=8,
-    num_convs=1,
-    concat_input=False,
-    dropout_ratio=0.,
-    num_classes=len(CLASSES),
-    norm_cfg=dict(type='BN'),
-    align_corners=False,
-    loss_decode=dict(type='CrossEntropyLoss', loss_weight=0.4))
 
 
 def residual(file):

@@ -297,7 +297,8 @@ def convert(args: argparse.Namespace) -> None:
     ours, dropped = convert_weights(theirs, model)
     text = 'decode_head.conv_seg.text.class_embeddings'
     scale = 'decode_head.conv_seg.scale.log_scale'
-    # Not theirs: the first is made below, the second they do not learn.
+    # Not theirs: the first, NaN until then, is made below; the second they
+    # do not learn.
     own = {key: model.state_dict()[key].nan_to_num() for key in (text, scale)}
     load_strictly(model, dict(ours, **own), args.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
