@@ -1,5 +1,5 @@
 _base_ = [
-    '../stock/cgnet_fcn_camvid-pre_1xb8-400i_camvid-360x480.py',
+    '../stock/cgnet_fcn_camvid-pre_1xb8-100i_camvid-360x480.py',
     '../_base_/text/vit-b16_camvid.py'
 ]
 # Made by tools/model_converters/mmseg2textkd.py of the stock config's.

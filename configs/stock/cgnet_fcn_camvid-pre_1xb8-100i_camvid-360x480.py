@@ -6,8 +6,8 @@ model = dict(
     data_preprocessor=dict(mean=[105.658, 103.33, 99.625], std=[1., 1., 1.]))
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
 param_scheduler = [
-    dict(type='PolyLR', eta_min=0., power=0.9, end=400, by_epoch=False)
+    dict(type='PolyLR', eta_min=0., power=0.9, end=100, by_epoch=False)
 ]
-train_cfg = dict(max_iters=400, val_interval=400)
+train_cfg = dict(max_iters=100, val_interval=100)
 default_hooks = dict(
-    checkpoint=dict(interval=100, max_keep_ckpts=1, save_best=None))
+    checkpoint=dict(interval=20, max_keep_ckpts=1, save_best=None))
