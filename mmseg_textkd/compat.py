@@ -204,7 +204,8 @@ _WARNINGS = (
     'The draw is False, it means that the hook for visualization',
 )
 _LOGGED = ('The prefix is not set in metric class',
-           '"FileClient" will be deprecated', '"HardDiskBackend" is the alias')
+           '"FileClient" will be deprecated', '"HardDiskBackend" is the alias',
+           'Failed to search registry with scope "mmseg" in the "function"')
 # Hundreds of lines of each run, which its log file has too.
 _LONG = ('Config:\n', 'Hooks will be executed in the following order:',
          f'\n{"-" * 60}\nSystem environment:')
