@@ -87,13 +87,18 @@ def openvino_layers(files: Files) -> List[str]:
 
 def openvino_int8(files: Files, inputs: Sequence[np.ndarray],
                   kept: Sequence[str]) -> Files:
-    """Quantize for OpenVINO, by NNCF; as of :func:`onnx_int8`."""
+    """Quantize for OpenVINO, by NNCF; as of :func:`onnx_int8`.
+
+    Against saturation, weights have half the range of int8.
+    """
     import nncf
     import openvino
     model = nncf.quantize(
         _openvino(files),
         nncf.Dataset(list(inputs)),
         subset_size=len(inputs),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(
+            overflow_fix=nncf.OverflowFix.ENABLE),
         ignored_scope=nncf.IgnoredScope(names=list(kept)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'model.xml')
