@@ -83,14 +83,15 @@ def test_one_thing_has_one_spelling(helps):
     """The old ones are hidden."""
     old = {
         '--shape', '--height', '--width', '--tower', '--vocabulary', '--names',
-        '--json', '--markdown', 'out'
+        '--json', '--markdown', '--batch', '--text', 'out'
     }
     shown = {(tool, name)
              for tool, options in helps.items()
              for name in options}
     assert not [(tool, name) for tool, name in shown if name in old]
     for name in ('--size', '--cfg-options', '--device', '--num-images',
-                 '--max-pixels', '--model'):
+                 '--max-pixels', '--model', '--batch-size', '--embeddings',
+                 '--templates', '--pretrained'):
         kinds = {
             json.dumps(options[name][1])
             for options in helps.values() if name in options

@@ -112,7 +112,7 @@ def convert(args: argparse.Namespace) -> Tuple[Config, nn.Module]:
     tool = runpy.run_path(str(ROOT / 'tools/model_converters/ebseg2mmseg.py'))
     tool['main']([
         str(folder / 'theirs.pth'), '--out',
-        str(folder / 'ours.pth'), '--model', args.model, '--text',
+        str(folder / 'ours.pth'), '--model', args.model, '--embeddings',
         str(folder / 'ours_text.safetensors'), '--towers'
     ])
     cfg = Config.fromfile(ROOT / 'configs/ebseg' / CONFIG.format(args.model))
