@@ -188,7 +188,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     print('|' + ' --- |' * 7)
     for i in range(len(images)):
         print(
-            compare(cfg, model, torch.load(args.work_dir / f'theirs_{i}.pt')))
+            compare(
+                cfg, model,
+                torch.load(
+                    args.work_dir / f'theirs_{i}.pt', weights_only=True)))
 
 
 if __name__ == '__main__':
