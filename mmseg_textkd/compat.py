@@ -202,6 +202,7 @@ _WARNINGS = (
     '``build_loss`` would be deprecated soon',
     'Default ``avg_non_ignore`` is False',
     'The draw is False, it means that the hook for visualization',
+    "Failed to add <class 'mmengine.visualization.vis_backend",  # inferencers
 )
 _LOGGED = ('The prefix is not set in metric class',
            '"FileClient" will be deprecated', '"HardDiskBackend" is the alias',
