@@ -286,7 +286,8 @@ def test_all_combinations_are_there():
     # No other network without text is there but for the published score map
     # and released models.
     scored, released = ({twin_of(p)
-                         for tag in tags for p in BY_METHOD[tag]}
+                         for tag in tags
+                         for p in BY_METHOD[tag]}
                         for tags in (('score-map', 'rn50-score-map'),
                                      ('fixed', 'camvid-pre_vit-b16')))
     longer = {p for p in STOCK if p not in stock | scored | released}

@@ -276,7 +276,8 @@ def test_int8_ranges_are_those_after_the_activation(activation):
     """Extremes that it cuts off do not widen the steps; none saturate."""
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 16, 3), getattr(nn, activation)(), nn.Conv2d(16, 4, 1))
+        nn.Conv2d(3, 16, 3),
+        getattr(nn, activation)(), nn.Conv2d(16, 4, 1))
     # Channels that it cuts off, at either end.
     nn.init.constant_(net[0].bias[:4], -200)
     if activation == 'ReLU6':

@@ -68,7 +68,8 @@ def test_files_are_in_the_index_and_small():
 
 def test_other_words():
     inferencer = TextSegInferencer(FOLDED[0], device='cpu')
-    words = TextEmbeddings.load(ZOO / 'street-words_vit-b16-openai.safetensors')
+    words = TextEmbeddings.load(ZOO /
+                                'street-words_vit-b16-openai.safetensors')
     assert {'house', 'street', 'SUV', 'clouds'} <= set(words.names)
     trained = inferencer(PICTURE)['predictions']
     inferencer.set_classes(['house', 'street', 'SUV', 'vegetation', 'clouds'],
@@ -99,8 +100,8 @@ def test_wrong_names_and_files(tmp_path, monkeypatch):
     _, weights = find_model(name)
     monkeypatch.setattr(model_zoo, 'PACKAGE', tmp_path / 'mmseg_textkd')
     shutil.copy(Path(ROOT, 'model-index.yml'), tmp_path)
-    for path in yaml.safe_load(
-            Path(ROOT, 'model-index.yml').read_text())['Import']:
+    for path in yaml.safe_load(Path(ROOT,
+                                    'model-index.yml').read_text())['Import']:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(Path(ROOT, path), tmp_path / path)
     with pytest.raises(FileNotFoundError, match='clone it'):

@@ -178,8 +178,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope='module')
 def inferencer(trained):
     with DefaultScope.overwrite_default_scope('mmseg'):
-        mine = TextSegInferencer(
-            trained.config, trained.weights, device='cpu')
+        mine = TextSegInferencer(trained.config, trained.weights, device='cpu')
     mine.show_progress = False
     return mine
 

@@ -145,7 +145,11 @@ def read_download(row: Row, name: str) -> Dict[str, str]:
             f'download is {text!r}; write - or [model](.../{name}_DATE-SHA8'
             '.pth) \\| [log](....json), between them, where the weights with '
             'text are released too, [text](....pth)')
-    keys = {'Weights': 'weights', 'Text Weights': 'text', 'Training log': 'log'}
+    keys = {
+        'Weights': 'weights',
+        'Text Weights': 'text',
+        'Training log': 'log'
+    }
     # Paths are those below the root.
     return {
         key: re.sub(r'^(\.\./)+', '', match[part])
@@ -206,8 +210,9 @@ def broken_links(readme: str, text: str, root: Path) -> List[str]:
     for number, line in enumerate(text.splitlines(), 1):
         for link in LINK.findall(line):
             # A wheel has configs, but neither documentation nor weights.
-            known = not any(f'{folder}/' in link and not (
-                root / folder).is_dir() for folder in ('docs', 'model_zoo'))
+            known = not any(
+                f'{folder}/' in link and not (root / folder).is_dir()
+                for folder in ('docs', 'model_zoo'))
             if known and not (root / readme).parent.joinpath(link).exists():
                 faults.append(f'{readme}:{number}: there is no {link}')
     return faults

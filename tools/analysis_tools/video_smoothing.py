@@ -66,8 +66,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     loader = Runner.build_dataloader(cfg.val_dataloader)
     arms = {}
     for weight in args.smoothing:
-        metric = VideoConsistencyMetric(
-            iou_metrics=['mIoU'], video=args.video)
+        metric = VideoConsistencyMetric(iou_metrics=['mIoU'], video=args.video)
         metric.dataset_meta = loader.dataset.metainfo
         arms[weight] = LogitSmoother(weight) if weight else None, metric
     for batch in loader:

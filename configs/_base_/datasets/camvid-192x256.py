@@ -24,7 +24,6 @@ test_pipeline = [
     dict(type='CheckLabels', num_classes=11),
     dict(type='PackSegInputs')
 ]
-train_dataloader = dict(
-    num_workers=1, dataset=dict(pipeline=train_pipeline))
+train_dataloader = dict(num_workers=1, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(num_workers=1, dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(num_workers=1, dataset=dict(pipeline=test_pipeline))
