@@ -59,7 +59,7 @@ PAGES['released_models'] = ROOT / 'model_zoo/README.md'
 ZOO = """# Model zoo
 
 All configs for which a method is described. Those with weights are the
-[released models](released_models.md), which load by name. For the others: train
+[released models](released_models.md), which load by name. The others: train
 with `python tools/train.py CONFIG`, fold and
 [publish](user_guides/release.md). What has been measured is under
 [results](results/index.md), what each network costs under

@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Quantization to 8 bits after training, with images to calibrate on.
 
-Weights are of 8 bits by channel. The classifier (the last convolution) stays in
+Weights have 8 bits by channel. The classifier, the last convolution, stays in
 float32, and so do layers without which the network would lose too much.
 """
 import tempfile

@@ -38,7 +38,7 @@ if __name__ == '__main__':
     # Before the imports below, which take seconds.
     parse_args()
 
-import mmseg_textkd  # noqa: F401, before mmseg, which it makes importable
+from mmseg_textkd.apis.video import LogitSmoother  # before mmseg
 
 # isort: split
 import cv2
@@ -47,7 +47,6 @@ from mmengine.device import get_device
 from mmengine.runner import Runner
 from mmseg.apis import init_model
 
-from mmseg_textkd.apis.video import LogitSmoother
 from mmseg_textkd.evaluation import VideoConsistencyMetric
 from mmseg_textkd.utils.arguments import read_options
 from mmseg_textkd.utils.config import load_config
