@@ -44,7 +44,7 @@ class Segmented(NamedTuple):
 
 
 class _Stage:
-    """A thread that takes items of one queue, and gives to another.
+    """Thread that consumes an iterable and fills a bounded queue.
 
     The queues are short, so that a fast stage waits for a slow one and memory
     is constant. What fails in a thread is raised where its items are read.

@@ -189,7 +189,7 @@ def to_torchscript(network: ExportableSegmentor, size: Size, dynamic: bool,
 
 
 def describe_failure(error: Exception, dynamic: bool) -> str:
-    """Say what does not export and where it stands.
+    """Name the operator that does not export, and its place.
 
     Args:
         error (Exception): What an exporter has raised.

@@ -17,7 +17,7 @@ TOLERANCE = 1e-4
 
 
 class Comparison(NamedTuple):
-    """How near an export comes to PyTorch.
+    """Difference between an export and PyTorch.
 
     Attributes:
         inputs (str): What the images are.
@@ -52,7 +52,7 @@ def check(name: str,
           exported: Exported,
           images: Iterable[Tensor],
           exact: bool = True) -> Comparison:
-    """Hold an export against PyTorch.
+    """Compare an export with PyTorch.
 
     Args:
         name (str): What the images are.

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""A deployed network: a folder that says how to use it, checked by use."""
+"""Folder of a deployed network: files, metadata, and its check."""
 import hashlib
 import json
 import shutil

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""What the ledger says: means, spreads, differences within seeds, tests."""
+"""Statistics of a ledger: means, spreads, paired differences and tests."""
 import math
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -108,9 +108,9 @@ def iterations_to(curve: Sequence[Sequence[float]],
 
 
 class Speed(NamedTuple):
-    """How soon an arm is where the baseline ends."""
+    """Training time of an arm to the final score of the baseline."""
     iterations: float  # mean over the seeds
-    reached: int  # seeds in which it gets there at all
+    reached: int  # seeds in which it reaches that score
     gain: Interval  # geometric mean of the ratios to the baseline's own
 
 
@@ -215,10 +215,10 @@ class Group:
         return interval(self.differences(arm, other, label, dataset))
 
     def speed(self, arm: str, baseline: str) -> Optional[Speed]:
-        """Compare how soon both reach the last val mIoU of the baseline.
+        """Compare the iterations to the final val mIoU of the baseline.
 
-        Within a seed. An arm that does not reach it counts as if it had at
-        its end; where the baseline is there before its own end, that counts.
+        Paired by seed. An arm that does not reach it counts with its whole
+        length; the baseline with the first iteration that reaches it.
 
         Args:
             arm (str): The arm.
@@ -247,7 +247,7 @@ class Group:
             Interval(float(mean), float(low), float(high), gain.number))
 
     def last_gain(self, arm: str) -> Optional[float]:
-        """Tell how much the val mIoU still rose in the end.
+        """Get the rise of the val mIoU in the last quarter of the training.
 
         Args:
             arm (str): The arm.
@@ -269,7 +269,7 @@ class Group:
 def check_hypotheses(
         parts: Sequence[Group],
         hypotheses: Sequence[Sequence[str]]) -> List[List[Tested]]:
-    """Test what was registered, corrected over all that was registered.
+    """Test the registered hypotheses, with Holm's correction over all.
 
     In each group, on the seeds that have all arms of the hypotheses that it
     has runs for. One that cannot be tested yet counts in the correction, with

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""A run of a study at work."""
+"""A running process of a study."""
 import os
 import signal
 import subprocess
@@ -12,7 +12,7 @@ from .run import Run
 
 
 class Job:
-    """A run at work.
+    """A run that is being made.
 
     Args:
         run (Run): The run.
@@ -49,6 +49,6 @@ class Job:
     def stop(self) -> None:
         """End the process; the last checkpoint is kept."""
         self.process.terminate()
-        # One that somebody has suspended would never get to it.
+        # A suspended process handles signals only when it continues.
         self.process.send_signal(signal.SIGCONT)
         self.process.wait()

@@ -98,7 +98,7 @@ class Ledger:
         return self._entries.get((study, run))
 
     def registrations(self, study: str) -> List[Dict[str, Any]]:
-        """Get what was written down of a study before its runs.
+        """Get the registrations of a study.
 
         Args:
             study (str): Name of the study.
@@ -110,7 +110,7 @@ class Ledger:
         return self._registered.get(study, [])
 
     def register(self, entry: Dict[str, Any], registered: str) -> bool:
-        """Write down a study, unless it is there as it is.
+        """Register a study, unless it is registered unchanged.
 
         Args:
             entry (dict): Its name, plan, question and analysis.
@@ -131,7 +131,7 @@ class Ledger:
         return True
 
     def append(self, entry: Dict[str, Any]) -> bool:
-        """Add a line: it is there or it is not.
+        """Append a line atomically.
 
         Args:
             entry (dict): What JSON can hold.

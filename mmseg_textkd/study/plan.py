@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""A study as written down: which runs, each with which config."""
+"""Plan of a study: its runs and their configs."""
 import copy
 import hashlib
 import json
@@ -95,7 +95,7 @@ class Study:
         return list(runs)
 
     def registration(self) -> Dict[str, Any]:
-        """Get what is to be written down before the first run.
+        """Get the registration of the study.
 
         Returns:
             dict: For :meth:`Ledger.register`.

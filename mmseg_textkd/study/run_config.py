@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""The config of one run: an ordinary one, cut to length and size."""
+"""Config of a run: a shipped one with its own length and size."""
 import copy
 from functools import lru_cache
 from pathlib import Path
@@ -107,7 +107,7 @@ def set_length(cfg: Config, iterations: int, val_interval: int) -> None:
 
 
 def set_size(cfg: Config, size: Sequence[int]) -> None:
-    """Set what images are resized and cropped to, in place.
+    """Set the size of images and crops, in place.
 
     Args:
         cfg (Config): A config.

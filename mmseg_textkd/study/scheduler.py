@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Make the runs of a study in processes of their own."""
+"""Scheduler that makes the runs of a study in processes."""
 import fcntl
 import json
 import os
@@ -127,7 +127,7 @@ class Scheduler:
         return [*self.todo(), *self.failed]
 
     def _start(self, waiting: List[Run], jobs: List[Job]) -> None:
-        """Start what there is room for."""
+        """Start runs while there are free places."""
         elsewhere = 0
         for run in [*waiting]:
             if len(jobs) + elsewhere >= self.jobs:
@@ -173,7 +173,7 @@ class Scheduler:
         return job
 
     def _write_config(self, job: Job) -> None:
-        """Write the config of a run, or see that the old one is the same."""
+        """Write the config of a run, or check that it has not changed."""
         stamp = job.folder / 'study.json'
         identity = self.identity[job.run]
         if stamp.exists() and json.loads(stamp.read_text()) != identity:
@@ -193,13 +193,13 @@ class Scheduler:
         write_files({stamp: json.dumps(identity).encode()})
 
     def _result(self, job: Job) -> Optional[Dict[str, Any]]:
-        """Read what the process of a run has measured, if it came so far."""
+        """Read the result of a run, if its process has finished."""
         path = job.folder / RESULT
         result = json.loads(path.read_text()) if path.exists() else {}
         return result if {*self.study.evaluate} <= {*result} else None
 
     def _look_after(self, job: Job) -> bool:
-        """See how a job is doing; whether it goes on."""
+        """Check a job, and return whether it is still running."""
         status = job.process.poll()
         if status is None:
             return True
@@ -272,7 +272,7 @@ class Scheduler:
         self.say(f'finished {run.name}: mIoU {scores}')
 
     def progress(self, jobs: List[Job], waiting: List[Run]) -> str:
-        """Describe how far the study is.
+        """Describe the progress of the study.
 
         Args:
             jobs (list[Job]): The runs at work.

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""The YAML file of a study: what it may say."""
+"""Schema of the YAML file of a study."""
 import re
 from itertools import product
 from pathlib import Path
@@ -26,7 +26,7 @@ PLURALS: Dict[Any, str] = {
 
 
 class StudyError(ValueError):
-    """A study that cannot be run as it is written."""
+    """Invalid file of a study."""
 
 
 def read_study(path: Path) -> Dict[str, Any]:
