@@ -267,8 +267,9 @@ def test_names_are_text_on_every_page():
     pages.append(
         card(
             None, dict(dataset_meta=dict(classes=[name]), published_with={}),
-            **dict.fromkeys(('name', 'file', 'size', 'sha256', 'params',
-                             'config', 'where_config', 'text', 'checks'), '')))
+            **dict.fromkeys(
+                ('name', 'file', 'size', 'sha256', 'params', 'dtypes',
+                 'config', 'where_config', 'text', 'checks'), '')))
     for page in pages:
         assert '<script>' not in page and '&lt;script&gt;' in page
 
