@@ -203,19 +203,20 @@ def test_fold_without_a_test_set(trained, tmp_path, capsys):
     assert 'Only random inputs' in capsys.readouterr().out
 
 
-def test_a_tower_that_is_not_there(tmp_path, monkeypatch):
+@each_case('build, said', [
+    (dict(build=dict(vocabulary='toy_scenes', model='local-dir:/none'),
+          dim=16), '/none'),
+    (dict(), 'no embeddings file .*none.safetensors.*encode_text.py'),
+])  # yapf: disable
+def test_text_that_is_not_there(tmp_path, monkeypatch, build, said):
     """It is told before data are loaded and a log is begun."""
+    file = str(tmp_path / 'none.safetensors')
     text = dict(
-        TEXT,
-        embeddings=dict(
-            type='ClassEmbeddings',
-            file=str(tmp_path / 'none.safetensors'),
-            dim=16,
-            build=dict(vocabulary='toy_scenes', model='local-dir:/none')))
+        TEXT, embeddings=dict(type='ClassEmbeddings', file=file, **build))
     cfg = tiny_config(tmp_path, text, dict(switch_at=1), 2)
     cfg.dump(tmp_path / 'config.py')
     monkeypatch.setattr(sys, 'argv', ['train.py', str(tmp_path / 'config.py')])
-    with pytest.raises(SystemExit, match='/none'):
+    with pytest.raises(SystemExit, match=said):
         load_tool('train', '.').main()
     assert not (tmp_path / 'work').exists()
 
