@@ -15,8 +15,8 @@ SIZE = (32, 64)
 # A stock auxiliary head of the tiny network.
 AUXILIARY = dict(
     type='FCNHead',
-    in_channels=4,
-    in_index=1,
+    in_channels=8,
+    in_index=0,
     channels=8,
     num_convs=1,
     concat_input=False,
@@ -46,7 +46,7 @@ def write_dataset(root, num_images=6):
 
 
 def tiny_config(tmp_path, text=None, hook=None, max_iters=6, **options):
-    """Config of a tiny BiSeNetV2; with ``text``, of its text twin."""
+    """Config of a tiny FCN; with ``text``, of its text twin."""
     root = tmp_path / 'data'
     if not root.exists():
         write_dataset(root)
@@ -98,11 +98,16 @@ def tiny_config(tmp_path, text=None, hook=None, max_iters=6, **options):
                 size=SIZE,
                 seg_pad_val=255),
             backbone=dict(
-                type='BiSeNetV2',
-                detail_channels=(4, 4, 8),
-                semantic_channels=(4, 4, 8, 8),
-                semantic_expansion_ratio=1,
-                bga_channels=8,
+                type='ResNet',
+                depth=18,
+                num_stages=1,
+                stem_channels=8,
+                base_channels=8,
+                strides=(1, ),
+                dilations=(1, ),
+                out_indices=(0, ),
+                # Else convolutions get no gradient at first.
+                zero_init_residual=False,
                 norm_cfg=norm_cfg),
             decode_head=head,
             train_cfg=dict(),

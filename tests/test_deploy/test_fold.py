@@ -33,9 +33,7 @@ def config(folder, classes=8, dim=16, text=None, **head):
     cfg.model.auxiliary_head = [
         dict(
             cfg.model.decode_head,
-            in_channels=4,
             channels=8,
-            in_index=1,
             role='classifier',
             text_losses=None)
     ]
@@ -155,13 +153,12 @@ def test_what_is_refused(tmp_path, make_embeddings):
     model.eval().decode_head.conv_seg.train()
     with pytest.raises(RuntimeError, match='needs evaluation mode'):
         fold_state_dict(model)
-    model.eval().backbone.detail.detail_branch[0][0].bn.bias.data[0] = (
-        float('nan'))
+    model.eval().backbone.bn1.bias.data[0] = float('nan')
     model.decode_head.conv_seg.logit_bias.data[0] = float('inf')
     with pytest.raises(ValueError) as error:
         fold_state_dict(model)
     assert "2 weights have NaN or infinite values" in str(error.value)
-    assert 'detail.detail_branch.0.0.bn.bias' in str(error.value)
+    assert 'backbone.bn1.bias' in str(error.value)
     assert 'decode_head.conv_seg.bias' in str(error.value)
     # Text that is not there is missed only where it is deployed.
     for role in ('classifier', 'auxiliary'):

@@ -247,7 +247,7 @@ def test_half_precision_and_bare_weights(trained, convert, tmp_path):
     dtypes = {v.dtype for v in out['state_dict'].values()}
     assert dtypes == {torch.float32, torch.int64}
     assert out['meta']['dataset_meta']['classes'] == CLASSES
-    key = 'backbone.detail.detail_branch.0.0.conv.weight'
+    key = 'backbone.conv1.weight'
     assert torch.equal(out['state_dict'][key], state[key].half().float())
 
 

@@ -17,7 +17,7 @@ def test_the_same_training_in_another_layout(tmp_path):
         if value.dim() == 4:
             assert value.is_contiguous(memory_format=torch.channels_last)
             strided += not value.is_contiguous()
-    assert strided > 10
+    assert strided >= 5
     features = runner.model.backbone(torch.randn(2, 3, 32, 64))
     assert features[0].is_contiguous(memory_format=torch.channels_last)
     assert not features[0].is_contiguous()

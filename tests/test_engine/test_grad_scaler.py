@@ -44,7 +44,7 @@ class ScaleHook(Hook):
         self.scales, self.changed, self.dtypes = [], [], set()
 
     def before_train(self, runner):
-        conv = runner.model.backbone.detail.detail_branch[0][0].conv
+        conv = runner.model.backbone.conv1
 
         def note(conv, args, output):
             if conv.training:

@@ -104,7 +104,7 @@ def test_what_learns_in_each_stage(tmp_path, residual, switch_at):
     network = {
         SCALE, BIAS, 'decode_head.conv_seg.projection.conv.weight',
         'decode_head.convs.0.conv.weight',
-        'backbone.detail.detail_branch.0.0.conv.weight'
+        'backbone.conv1.weight'
     }
     for i in (0, 3):
         assert network <= recorder.changed(i)
@@ -271,7 +271,7 @@ def test_rates_of_stage_2(tmp_path, residual):
         param_scheduler=[warmup, decay])
     cfg = tiny_config(tmp_path, residual, hook)
     _, recorder = record(cfg)
-    backbone = 'backbone.detail.detail_branch.0.0.conv.weight'
+    backbone = 'backbone.conv1.weight'
     for name, rate in ((OFFSET, 0.1), (backbone, 0.005), (SCALE, 0.05)):
         lrs = [row['lr'][name] for row in recorder.rows[2:]]
         # Half, full, (1 - 1 / 2)^2 of what is above eta_min, eta_min; the
@@ -568,7 +568,7 @@ def test_a_frozen_parameter_stays_frozen(tmp_path, residual):
     cfg = tiny_config(tmp_path, residual, dict(switch_at=3))
     cfg.custom_hooks.append(dict(type='Recorder'))
     runner = Runner.from_cfg(cfg)
-    frozen = 'backbone.detail.detail_branch.0.0.conv.weight'
+    frozen = 'backbone.conv1.weight'
     runner.model.get_parameter(frozen).requires_grad_(False)
     runner.train()
     recorder = next(h for h in runner.hooks if isinstance(h, Recorder))

@@ -9,7 +9,7 @@ from processes import load
 from tiny import CLASSES, assert_equal, run, tiny_config
 
 OFFSET = 'decode_head.conv_seg.text.offset'
-WEIGHT = 'backbone.detail.detail_branch.0.0.conv.weight'
+WEIGHT = 'backbone.conv1.weight'
 
 
 @pytest.fixture
