@@ -176,8 +176,7 @@ def curve(folder):
     return found
 
 
-@pytest.mark.parametrize('name, step', [('text', 2), ('text', 4),
-                                        ('stock', 4)])
+@each_case('name, step', [('text', 2), ('stock', 4)])
 def test_a_validation_that_was_killed_is_made_up_for(trained, tmp_path,
                                                      monkeypatch, name, step):
     cfg = config(

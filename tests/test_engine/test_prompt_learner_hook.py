@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
@@ -90,9 +91,8 @@ SCALE = 'decode_head.conv_seg.scale.log_scale'
 BIAS = 'decode_head.conv_seg.logit_bias'
 
 
-@pytest.mark.parametrize('switch_at', [4, 4 / 6])
-def test_what_learns_in_each_stage(tmp_path, residual, switch_at):
-    cfg = tiny_config(tmp_path, residual, dict(switch_at=switch_at))
+def test_what_learns_in_each_stage(tmp_path, residual):
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=4 / 6))
     runner, recorder = record(cfg)
     everything = {n for n, _ in runner.model.named_parameters()}
     assert [row['iter'] for row in recorder.rows] == list(range(6))
@@ -345,39 +345,25 @@ def same_state(path_a, path_b):
         assert_equal(a.get(part), b.get(part), part)
 
 
-VARIANTS = dict(
-    plain={},
-    ema={
-        'extra_hook':
-        dict(
-            type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.3)
-    },
-    ema_buffers={
-        'extra_hook':
-        dict(
-            type='EMAHook',
-            ema_type='ExponentialMovingAverage',
-            momentum=0.3,
-            update_buffers=True)
-    },
-    amp={'optim_wrapper.type': 'CPUAmpOptimWrapper'},
-    accumulation={'optim_wrapper.accumulative_counts': 2})
-
-
-@pytest.mark.parametrize('variant, stops', [('plain', [2, 4, 6]),
-                                            ('ema', [4, 6]),
-                                            ('ema_buffers', [6]), ('amp', [6]),
-                                            ('accumulation', [2, 6])])
-def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, residual, variant,
-                                                   stops):
+@each_case('options, average, stops', [
+    ({}, False, [2, 4, 6]),
+    # Without updating buffers, and with accumulation: see training options.
+    ({}, True, [6]),
+    ({'optim_wrapper.type': 'CPUAmpOptimWrapper'}, False, [6]),
+])
+def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, residual, options,
+                                                   average, stops):
     """Stopped in stage 1, exactly at the switch, and in stage 2."""
-    changes = dict(VARIANTS[variant])
-    extra = changes.pop('extra_hook', None)
     cfg = tiny_config(
-        tmp_path, residual, dict(switch_at=4), max_iters=8, **changes)
+        tmp_path, residual, dict(switch_at=4), max_iters=8, **options)
     cfg.default_hooks.checkpoint.interval = 2
-    if extra:
-        cfg.custom_hooks.append(extra)
+    if average:
+        cfg.custom_hooks.append(
+            dict(
+                type='EMAHook',
+                ema_type='ExponentialMovingAverage',
+                momentum=0.3,
+                update_buffers=True))
     whole = run(cfg, work_dir=str(tmp_path / 'whole'))
     for stop in stops:
         killed = cfg.copy()
@@ -452,7 +438,7 @@ def best_config(tmp_path, text, scores, **hook):
     return cfg
 
 
-@pytest.mark.parametrize('scores, best, stops', [
+@each_case('scores, best, stops', [
     ([.9, .5, .1, .2], 2, [('StopAt', 3), ('StopAt', 4), ('StopAt', 6)]),
     ([.5, .9, .1, .2], 4, [('StopInValidation', 4)]),
 ])
@@ -487,20 +473,14 @@ def test_stage_2_from_the_best_checkpoint(tmp_path, residual, scores, best,
             f'{killed.work_dir}/iter_8.pth')
 
 
-@pytest.mark.parametrize('changes, message', [
-    ({
-        'default_hooks.checkpoint.save_best': None
-    }, 'one best checkpoint.*mIoU'),
-    ({
-        'train_cfg.val_interval': 5
-    }, 'first is at iteration 5.*switch at 4'),
-    ({
-        'val_evaluator.scores': [float('nan')] * 4
-    }, 'no best checkpoint'),
+@each_case('key, value, message', [
+    ('default_hooks.checkpoint.save_best', None, 'one best checkpoint.*mIoU'),
+    ('train_cfg.val_interval', 5, 'first is at iteration 5.*switch at 4'),
+    ('val_evaluator.scores', [float('nan')] * 4, 'no best checkpoint'),
 ])
-def test_no_best_checkpoint(tmp_path, residual, changes, message):
+def test_no_best_checkpoint(tmp_path, residual, key, value, message):
     cfg = best_config(tmp_path, residual, [.1] * 4)
-    cfg.merge_from_dict(changes)
+    cfg.merge_from_dict({key: value})
     with pytest.raises((ValueError, RuntimeError), match=message):
         run(cfg)
 
@@ -577,7 +557,7 @@ def test_a_frozen_parameter_stays_frozen(tmp_path, residual):
         assert recorder.changed(i) and frozen not in recorder.changed(i)
 
 
-@pytest.mark.parametrize('hook, message', [
+@each_case('hook, message', [
     (dict(switch_at=-1), 'iteration.*fraction.*got -1'),
     (dict(switch_at=1.5), 'iteration.*fraction.*got 1.5'),
     (dict(switch_at='half'), "iteration.*fraction.*got 'half'"),
@@ -721,7 +701,7 @@ def test_accumulation_rounds_the_switch(tmp_path, residual):
     assert stages == [False] * 4 + [True] * 2
 
 
-@pytest.mark.parametrize('learn', [None, {r'\.text\.': 1., '.': .1}])
+@each_case('learn', [None, {r'\.text\.': 1., '.': .1}])
 def test_auxiliary_role(tmp_path, residual, learn):
     """A frozen network makes its stage 2 idle, which is said."""
     cfg = tiny_config(
@@ -751,7 +731,7 @@ class PiecewiseSegmentor(EncoderDecoder):
         return self.decode_head.loss_by_feat(logits, data_samples)
 
 
-@pytest.mark.parametrize('role', ['auxiliary', 'classifier'])
+@each_case('role', ['auxiliary', 'classifier'])
 def test_text_losses_that_nobody_computes(tmp_path, residual, role):
     cfg = tiny_config(tmp_path, residual, dict(switch_at=3),
                       **{'model.decode_head.role': role})

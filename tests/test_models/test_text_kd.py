@@ -366,16 +366,19 @@ def test_the_published_schedule():
         next(g for g in wrapper.param_groups if g['lr'] == base)
         for base in bases
     ]
+    assert max(s.end for s in cfg.param_scheduler) == 10000
     schedulers = [
         PARAM_SCHEDULERS.build(
-            dict(scheduler), default_args=dict(optimizer=wrapper))
+            # A tenth of the steps says the same.
+            dict(scheduler, end=min(scheduler.end, 1000)),
+            default_args=dict(optimizer=wrapper))
         for scheduler in cfg.param_scheduler
     ]
-    for step in range(10000):
-        if step in (0, 1, 50, 199, 200, 201, 5000, 9000):
+    for step in range(1000):
+        if step in (0, 1, 50, 199, 200, 201, 500, 900):
             rates = sorted({g['lr'] for g in wrapper.param_groups})
             expected = [
-                poly_with_warmup(base, step, 10000, 200) for base in bases
+                poly_with_warmup(base, step, 1000, 200) for base in bases
             ]
             assert rates == pytest.approx(expected, rel=2e-3, abs=2e-6), step
         for scheduler in schedulers:
