@@ -45,7 +45,12 @@ def write_dataset(root, num_images=6):
     return str(root)
 
 
-def tiny_config(tmp_path, text=None, hook=None, max_iters=6, **options):
+def tiny_config(tmp_path,
+                text=None,
+                hook=None,
+                max_iters=6,
+                save_every=None,
+                **options):
     """Config of a tiny FCN; with ``text``, of its text twin."""
     root = tmp_path / 'data'
     if not root.exists():
@@ -71,6 +76,8 @@ def tiny_config(tmp_path, text=None, hook=None, max_iters=6, **options):
         data_root=str(root),
         img_suffix='.png',
         seg_map_suffix='.png',
+        # Serializing begins with a garbage collection.
+        serialize_data=False,
         metainfo=dict(classes=CLASSES, palette=[[i, i, i] for i in range(8)]),
         data_prefix=dict(img_path='img', seg_map_path='ann'),
         pipeline=[
@@ -140,8 +147,10 @@ def tiny_config(tmp_path, text=None, hook=None, max_iters=6, **options):
         ],
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
-            checkpoint=dict(type='CheckpointHook', by_epoch=False,
-                            interval=1)),
+            checkpoint=dict(
+                type='CheckpointHook',
+                by_epoch=False,
+                interval=save_every or max_iters)),
         log_processor=dict(by_epoch=False),
         env_cfg=dict(dist_cfg=dict(backend='gloo')),
         find_unused_parameters=True,

@@ -91,7 +91,7 @@ def network_cfg(data, tmp_path):
         text = dict(
             type='ResidualPromptLearner',
             embeddings=dict(type='ClassEmbeddings', file=data.files))
-        cfg = tiny_config(tmp_path, text, hook=dict(switch_at=3), max_iters=4)
+        cfg = tiny_config(tmp_path, text, dict(switch_at=3), 4, save_every=2)
         stock = dict(cfg.model.decode_head, type='FCNHead', channels=8)
         stock.pop('text')
         cfg.model.decode_head.role = role

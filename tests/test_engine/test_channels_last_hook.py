@@ -6,7 +6,7 @@ from tiny import run, tiny_config
 
 
 def test_the_same_training_in_another_layout(tmp_path):
-    cfg = tiny_config(tmp_path, max_iters=3)
+    cfg = tiny_config(tmp_path, max_iters=3, save_every=1)
     plain = run(cfg, work_dir=str(tmp_path / 'plain'))
     cfg.custom_hooks = [dict(type='ChannelsLastHook')]
     runner = run(cfg)

@@ -82,8 +82,8 @@ class ScaleHook(Hook):
 
 
 def train(folder, resume=False, **options):
-    cfg = tiny_config(folder, TEXT, dict(switch_at=SWITCH),
-                      **{'optim_wrapper.type': 'CPUFloat16OptimWrapper'})
+    cfg = tiny_config(folder, TEXT, dict(switch_at=SWITCH), save_every=1)
+    cfg.optim_wrapper.type = 'CPUFloat16OptimWrapper'
     cfg.work_dir = str(folder / 'work')
     cfg.custom_hooks.append(dict(type='ScaleHook', **options))
     runner = run(cfg, resume=resume)

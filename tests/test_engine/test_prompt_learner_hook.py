@@ -125,7 +125,8 @@ def test_no_stage_2_by_default(tmp_path, residual):
 def test_learned_embeddings_are_weights_of_the_network(tmp_path):
     """They learn in stage 1, without decay, and go through a resume."""
     vectors = 'decode_head.conv_seg.text.vectors'
-    cfg = tiny_config(tmp_path, dict(type='LearnedEmbeddings', dim=16), {})
+    text = dict(type='LearnedEmbeddings', dim=16)
+    cfg = tiny_config(tmp_path, text, {}, save_every=3)
     runner, recorder = record(cfg)
     for i, row in enumerate(recorder.rows):
         assert vectors in row['learns'] and vectors in recorder.changed(i)
@@ -574,7 +575,7 @@ def test_a_frozen_parameter_stays_frozen(tmp_path, residual):
 ])
 def test_bad_plans(tmp_path, residual, hook, message):
     with pytest.raises(ValueError, match=message):
-        run(tiny_config(tmp_path, residual, hook))
+        run(tiny_config(tmp_path, residual, hook, save_every=1))
     assert not list(tmp_path.glob('work/iter_*'))
 
 
@@ -630,7 +631,7 @@ def test_text_of_other_classes(tmp_path, make_embeddings):
 
 def test_resume_with_another_text_is_refused(tmp_path, residual,
                                              make_embeddings):
-    cfg = tiny_config(tmp_path, residual, dict(switch_at=3))
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=3), save_every=4)
     run(cfg, **{'train_cfg.max_iters': 4, 'train_cfg.val_interval': 4})
     make_embeddings(8, names=list(CLASSES), seed=1)  # the same file
     with pytest.raises(ValueError, match='must keep its text'):
@@ -733,7 +734,7 @@ class PiecewiseSegmentor(EncoderDecoder):
 
 @each_case('role', ['auxiliary', 'classifier'])
 def test_text_losses_that_nobody_computes(tmp_path, residual, role):
-    cfg = tiny_config(tmp_path, residual, dict(switch_at=3),
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=3), save_every=1,
                       **{'model.decode_head.role': role})
     cfg.model.type = 'PiecewiseSegmentor'
     if role == 'classifier':  # which learns by the head's own losses

@@ -112,7 +112,7 @@ READERS = ('backbone.conv_avg.conv', 'backbone.arms.0.conv_layer.conv',
            'decode_head.convs.0.conv', 'backbone.backbone.stages.0.conv')
 
 
-@pytest.mark.parametrize('kind', GOLDEN)
+@each_case('kind', GOLDEN)
 def test_the_authors_network(kind):
     options, logits, loss, alignment, gradients = GOLDEN[kind]
     model = MODELS.build(stdc(**options)).double().eval()
@@ -198,7 +198,7 @@ def test_reading_is_concatenation():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('network, channels', [
+@each_case('network, channels', [
     ('stdc1_in1k-pre', 1024),
     ('bisenetv1_r18-d32-in1k-pre', 512),
     ('bisenetv2_fcn', 128),

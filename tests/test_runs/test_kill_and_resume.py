@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from each_case import each_case
 from processes import STOCK_TRAIN, load, side_by_side, start
 from tiny import CLASSES, assert_equal, tiny_config
 
@@ -109,7 +110,7 @@ def report(folder):
     return json.loads((folder / 'report_0.json').read_text())
 
 
-@pytest.mark.parametrize('kind', CONTEXT)
+@each_case('kind', CONTEXT)
 def test_the_run_that_nobody_kills(runs, kind):
     """That there is something to lose: all parts move, in either stage."""
     root, outcomes = runs
@@ -166,7 +167,7 @@ def test_fates_are_as_planned(runs):
         assert facts['iters'] == list(range(first, ITERS))
 
 
-@pytest.mark.parametrize('kind', FATES)
+@each_case('kind', FATES)
 def test_it_ends_as_if_nothing_had_happened(runs, kind):
     root, _ = runs
     whole, resumed = (

@@ -41,6 +41,7 @@ def test_accumulation_and_average_together_are_resumed(tmp_path, text):
         text,
         dict(switch_at=4),
         max_iters=8,
+        save_every=1,
         **{'optim_wrapper.accumulative_counts': 2})
     cfg.custom_hooks.append(
         dict(type='EMAHook', ema_type='ExponentialMovingAverage', momentum=.3))
@@ -71,7 +72,7 @@ def test_accumulation_and_average_together_are_resumed(tmp_path, text):
 @pytest.mark.parametrize('what', ['backbone', 'step'])
 def test_compiled_training_learns_the_same(tmp_path, text, what):
     """The backbone in place, or the whole step by MMEngine's ``compile``."""
-    cfg = tiny_config(tmp_path, text, dict(switch_at=2), max_iters=4)
+    cfg = tiny_config(tmp_path, text, dict(switch_at=2), 4, save_every=2)
     # Another mode to compile for, and layers by the hundred, take a minute.
     cfg.train_cfg.val_interval = 5
     cfg.model.backbone = dict(
