@@ -59,7 +59,7 @@ def test_a_file_that_sizes_weights_wants_a_new_run(tmp_path):
     """It is made, but how many phrases it has came too late."""
     file = tmp_path / 'made.st'
     cfg = tiny_config(tmp_path, text('mixture', file), HOOK)
-    with pytest.raises(ValueError, match='MixturePromptLearner.*start .*again'):
+    with pytest.raises(ValueError, match='MixturePromptLearner.*start.*again'):
         run(cfg)
     assert file.is_file()
     run(cfg)

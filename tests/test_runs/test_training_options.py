@@ -72,7 +72,8 @@ def test_accumulation_and_average_together_are_resumed(tmp_path, text):
 @pytest.mark.parametrize('what', ['backbone', 'step'])
 def test_compiled_training_learns_the_same(tmp_path, text, what):
     """The backbone in place, or the whole step by MMEngine's ``compile``."""
-    cfg = tiny_config(tmp_path, text, dict(switch_at=2), 4, save_every=2)
+    cfg = tiny_config(tmp_path, text, dict(switch_at=1), 2, save_every=1)
+    cfg.param_scheduler = None
     # Another mode to compile for, and layers by the hundred, take a minute.
     cfg.train_cfg.val_interval = 5
     cfg.model.backbone = dict(
@@ -102,17 +103,17 @@ def test_compiled_training_learns_the_same(tmp_path, text, what):
     plain, compiled = (
         runner.message_hub.get_scalar('train/loss').data[0]
         for runner in runners)
-    assert len(plain) == 4 and compiled == pytest.approx(plain, rel=1e-4)
+    assert len(plain) == 2 and compiled == pytest.approx(plain, rel=1e-4)
     before, after = (
         load(tmp_path / 'compiled' / f'iter_{i}.pth')['state_dict']
-        for i in (2, 4))
+        for i in (1, 2))
     changed = {k for k in after if not torch.equal(after[k], before[k])}
     prefix = 'decode_head.conv_seg.'
     assert changed == {
         OFFSET, f'{prefix}text.class_embeddings', f'{prefix}text.started',
         f'{prefix}scale.log_scale', f'{prefix}logit_bias'
     }
-    expected = load(tmp_path / 'plain' / 'iter_4.pth')['state_dict']
+    expected = load(tmp_path / 'plain' / 'iter_2.pth')['state_dict']
     assert list(after) == list(expected)
     for key in changed:
         torch.testing.assert_close(
