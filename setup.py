@@ -13,10 +13,11 @@ PACKAGE = 'mmseg_textkd'
 # What `mim train/test/run mmseg_textkd` looks for in `mmseg_textkd/.mim`.
 MIM_FILES = ('configs', 'tools', 'model-index.yml')
 # Of these only what works without a checkout of the repository.
-CHECKOUT_ONLY = ('lint.sh', 'model_index.py', 'networks.md.in', 'networks.py',
-                 'quickstart.py', 'quickstart.sh', 'run_tests.sh',
+CHECKOUT_ONLY = ('build_docs.sh', 'lint.sh', 'model_index.py',
+                 'networks.md.in', 'networks.py', 'parity', 'quickstart.py',
+                 'quickstart.sh', 'run_tests.sh', 'runtimes.py',
                  'scheduled_newest.sh', 'setup_env.sh', 'study_slice.sh',
-                 'test_page.sh', 'toy_clip')
+                 'test_page.sh', 'test_runtimes.sh', 'toy_clip')
 # A link or an image of Markdown that is no address.
 RELATIVE = re.compile(r'(!?)\[((?:!\[[^\]]*\]\([^)]*\)|[^][])*)\]'
                       r'\((?!\w+:|#)([^)]+)\)')

@@ -140,16 +140,25 @@ def build_page(inferencer: TextSegInferencer, model: str = '') -> Any:
     """
     import gradio
 
+    def read(payload: Any) -> Any:
+        # Outside of `answer`, where an error would have no words.
+        try:
+            return gradio.Image.preprocess(picture, payload)
+        except (OSError, SyntaxError, ValueError,
+                Image.DecompressionBombError) as error:
+            raise told(f'The image cannot be read: {error}') from error
+
+    def told(text: str) -> gradio.Error:
+        # It is shown as HTML, and goes away.
+        return gradio.Error(
+            html.escape(text, quote=False), duration=10, print_exception=False)
+
     def answer(picture: Optional[np.ndarray], words: str, other: bool,
                opacity: float) -> Tuple[Any, ...]:
         try:
             found = segment(inferencer, picture, words, other)
         except (OSError, RuntimeError, ValueError, cv2.error) as error:
-            # It is shown as HTML, and goes away.
-            raise gradio.Error(
-                html.escape(str(error), quote=False),
-                duration=10,
-                print_exception=False) from error
+            raise told(str(error)) from error
         return draw(found, opacity), legend(found), inferencer.source, found
 
     with gradio.Blocks(title='mmseg_textkd', analytics_enabled=False) as page:
@@ -159,6 +168,8 @@ def build_page(inferencer: TextSegInferencer, model: str = '') -> Any:
             with gradio.Column():
                 picture = gradio.Image(
                     type='numpy', label='Image', buttons=['fullscreen'])
+                # No subclass: gradio would write a file beside this one.
+                picture.preprocess = read
                 words = gradio.Textbox(
                     label='Classes, with commas between them',
                     placeholder=', '.join(inferencer.own_meta['classes']))

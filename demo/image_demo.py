@@ -153,6 +153,7 @@ from mmseg_textkd.apis.video import segment_video
 from mmseg_textkd.text import Vocabulary
 from mmseg_textkd.utils.arguments import warn_renamed
 from mmseg_textkd.utils.io import list_images
+from mmseg_textkd.utils.progress import track
 
 
 def split(words: str) -> Any:
@@ -212,7 +213,9 @@ def run(args: argparse.Namespace) -> None:
     inputs = [args.input]
     if os.path.isdir(args.input):
         inputs = [str(path) for path in list_images(args.input)]
-    for path in inputs:  # one by one: results are not kept in memory
+    for path in track(
+            inputs,
+            'Segmenting'):  # one by one: results are not kept in memory
         inferencer(
             path,
             out_dir=args.out or '',

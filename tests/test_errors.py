@@ -1,17 +1,25 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Each error says where it is and what to do: a table of bad input."""
 import argparse
+import resource
 import runpy
+import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
+from analysis_tools import load_tool
 from each_case import each_case
+from mmengine.logging import MMLogger
 from mmseg.registry import TRANSFORMS
 from processes import ROOT
+from tiny import run, tiny_config
 
+from mmseg_textkd.analysis.compare import compare
+from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.study import Ledger, Study
 from mmseg_textkd.text import Vocabulary
 from mmseg_textkd.text.vector_import import read_names
@@ -121,3 +129,142 @@ def test_good_files_pass(tmp_path):
     cv2.imwrite(str(tmp_path / 'a.png'), np.zeros((2, 2), np.uint8))
     load_image(tmp_path / 'a.png')
     load_labels(tmp_path / 'a.png')
+
+
+# --------------------------------------------------- wrong without a word
+TEXT = dict(
+    type='ResidualPromptLearner',
+    embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A run of two iterations, whose fraction leaves stage 1 one of them."""
+    root, said = tmp_path_factory.mktemp('trained'), []
+    cfg = tiny_config(root, TEXT, dict(switch_at=.9), 2, log_level='WARNING')
+    for name in ('test_dataloader', 'test_evaluator', 'test_cfg'):
+        cfg[name] = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MMLogger, 'handle',
+                      lambda self, record: said.append(record.getMessage()))
+        runner = run(cfg)
+    cfg.dump(root / 'config.py')
+    return SimpleNamespace(
+        root=root,
+        said=''.join(said),
+        config=str(root / 'config.py'),
+        weights=str(root / 'work/iter_2.pth'),
+        started=bool(runner.model.decode_head.text_branch.text.started))
+
+
+def test_a_fraction_of_a_short_run(trained):
+    assert 'leaves one stage nothing: stage 2 starts at' in trained.said
+    assert trained.started
+
+
+def test_a_rate_that_is_no_number(tmp_path):
+    cfg = tiny_config(tmp_path, TEXT, dict(switch_at=1), 2)
+    cfg.optim_wrapper.optimizer.lr = float('nan')
+    with pytest.raises(ValueError, match="'lr': nan.*optim_wrapper.optimizer"):
+        run(cfg)
+    assert not list(tmp_path.glob('work/*.pth'))
+
+
+def test_config_of_a_checkpoint_is_not_run(trained, tmp_path):
+    saved = torch.load(trained.weights, weights_only=True)
+    saved['meta']['cfg'] = f'import os\nos.mkdir({str(tmp_path / "ran")!r})'
+    torch.save(saved, tmp_path / 'w.pth')
+    with pytest.raises(ValueError, match='give the config.*run as code'):
+        TextSegInferencer(None, tmp_path / 'w.pth', device='cpu')
+    TextSegInferencer(trained.config, tmp_path / 'w.pth', device='cpu')
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_images_of_16_bits(trained, tmp_path):
+    """They are those of 8 bits of which they were made."""
+    mine = TextSegInferencer(trained.config, trained.weights, device='cpu')
+    gray = np.random.default_rng(0).integers(0, 256, (32, 64), np.uint8)
+    found = []
+    for name, image in (('8', gray), ('16', gray.astype(np.uint16) * 257)):
+        cv2.imwrite(str(tmp_path / f'{name}.png'), image)
+        found.append(mine.pipeline(str(tmp_path / f'{name}.png'))['inputs'])
+    assert torch.equal(*found) and found[0].unique().numel() > 200
+
+
+def test_fold_without_a_test_set(trained, tmp_path, capsys):
+    tool = load_tool('textkd2mmseg', 'model_converters')
+    tool.main([
+        trained.config, trained.weights, '--out',
+        str(tmp_path / 'folded.pth'), '--device', 'cpu'
+    ])
+    assert (tmp_path / 'folded.pth').is_file()
+    assert 'Only random inputs' in capsys.readouterr().out
+
+
+def test_a_tower_that_is_not_there(tmp_path, monkeypatch):
+    """It is told before data are loaded and a log is begun."""
+    text = dict(
+        TEXT,
+        embeddings=dict(
+            type='ClassEmbeddings',
+            file=str(tmp_path / 'none.safetensors'),
+            dim=16,
+            build=dict(vocabulary='toy_scenes', model='local-dir:/none')))
+    cfg = tiny_config(tmp_path, text, dict(switch_at=1), 2)
+    cfg.dump(tmp_path / 'config.py')
+    monkeypatch.setattr(sys, 'argv', ['train.py', str(tmp_path / 'config.py')])
+    with pytest.raises(SystemExit, match='/none'):
+        load_tool('train', '.').main()
+    assert not (tmp_path / 'work').exists()
+
+
+ENTRY = dict(
+    study='s',
+    network='n',
+    arm='a',
+    seed=0,
+    train_fraction=1.,
+    config_hash='h',
+    iterations=1,
+    classes=['c'],
+    val=dict(mIoU=1., IoU=[1.]),
+    curve=[])
+
+
+def test_a_disk_that_is_full_costs_no_line(tmp_path):
+    path = tmp_path / 'l.jsonl'
+    ledger = Ledger(path)
+    ledger.append(ENTRY)
+    before, limits = path.read_bytes(), resource.getrlimit(
+        resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, limits[1]))
+    try:
+        with pytest.raises(OSError, match='no space|large'):
+            ledger.append(dict(ENTRY, seed=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert ledger.append(dict(ENTRY, seed=1)) and len(ledger.entries) == 2
+
+
+def test_names_are_text_on_every_page():
+    name = '<script>alert(1)</script>'
+    side = dict(
+        config='c.py',
+        checkpoint='c.pth',
+        images=1,
+        classes=[name, 'b'],
+        IoU=[50., 50.],
+        mIoU=50.,
+        mAcc=50.,
+        aAcc=50.,
+        confusion=[[2, 1], [1, 2]])
+    pages = [load_tool('compare').markdown(compare(side, side))]
+    card = load_tool('publish_model', 'model_converters').model_card
+    pages.append(
+        card(
+            None, dict(dataset_meta=dict(classes=[name]), published_with={}),
+            **dict.fromkeys(('name', 'file', 'size', 'sha256', 'params',
+                             'config', 'where_config', 'text', 'checks'), '')))
+    for page in pages:
+        assert '<script>' not in page and '&lt;script&gt;' in page

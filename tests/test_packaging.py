@@ -23,9 +23,10 @@ from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
 ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
 DATA = ('text/vocabularies', 'clip/toy_clip')
 CHECKOUT_ONLY = {
-    'lint.sh', 'model_index.py', 'networks.md.in', 'networks.py',
-    'quickstart.py', 'quickstart.sh', 'run_tests.sh', 'scheduled_newest.sh',
-    'setup_env.sh', 'study_slice.sh', 'test_page.sh', 'toy_clip'
+    'build_docs.sh', 'lint.sh', 'model_index.py', 'networks.md.in',
+    'networks.py', 'parity', 'quickstart.py', 'quickstart.sh', 'run_tests.sh',
+    'runtimes.py', 'scheduled_newest.sh', 'setup_env.sh', 'study_slice.sh',
+    'test_page.sh', 'test_runtimes.sh', 'toy_clip'
 }
 
 
@@ -96,6 +97,12 @@ def test_wheel_holds_mim_files_and_data(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if not name.endswith('/')}
         sizes = {info.filename: info.file_size for info in file.infolist()}
+        tools = {n: file.read(n) for n in names if '/.mim/tools/' in n}
+    # They write pages or environments of a checkout.
+    assert not [
+        name for name, text in tools.items()
+        if re.search(b"setup_env|/ 'docs'", text)
+    ]
     for folder in ('configs', 'tools'):
         for path in below(osp.join(ROOT, folder)):
             here = f'mmseg_textkd/.mim/{folder}/{path}' in names

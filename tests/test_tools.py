@@ -1,8 +1,10 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """What all tools and demos have in common: their command lines."""
 import argparse
+import io
 import json
 import os.path as osp
+import re
 import subprocess
 import sys
 from glob import glob
@@ -11,9 +13,13 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
+from mmengine.registry import VISBACKENDS
 from processes import ROOT
+from tiny import run, tiny_config
 
+from mmseg_textkd.analysis.benchmark import interleave
 from mmseg_textkd.compat import load_stock_tool, shorten_console
+from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
 from mmseg_textkd.utils.arguments import merge_options, read_options
 
 TOOLS = sorted(
@@ -77,14 +83,15 @@ def test_one_thing_has_one_spelling(helps):
     """The old ones are hidden."""
     old = {
         '--shape', '--height', '--width', '--tower', '--vocabulary', '--names',
-        '--json', '--markdown', 'out'
+        '--json', '--markdown', '--batch', '--text', 'out'
     }
     shown = {(tool, name)
              for tool, options in helps.items()
              for name in options}
     assert not [(tool, name) for tool, name in shown if name in old]
     for name in ('--size', '--cfg-options', '--device', '--num-images',
-                 '--max-pixels', '--model'):
+                 '--max-pixels', '--model', '--batch-size', '--embeddings',
+                 '--templates', '--pretrained'):
         kinds = {
             json.dumps(options[name][1])
             for options in helps.values() if name in options
@@ -143,3 +150,41 @@ def test_what_nobody_can_act_upon_is_not_said(tmp_path, capsys, monkeypatch):
     written = file.read_text()
     assert 'model = dict()' in written and 'is odd' in written
     assert 'FileClient' not in written and 'metric class' not in written
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+def test_progress_is_for_terminals(tmp_path, monkeypatch, terminal):
+    shown = io.StringIO()
+    shown.isatty = lambda: terminal
+    monkeypatch.setattr(sys, 'stderr', shown)
+    interleave(dict(a=lambda: 0.), runs=3, warmup=1)
+    generate_toy_scenes(
+        tmp_path / 'toys', 1, 1, height=64, width=128, progress=True)
+    for task in ('Measuring: 100%', 'Drawing: 100%'):
+        assert (task in shown.getvalue()) == terminal
+
+
+def test_logs_of_the_guide(tmp_path):
+    """What a run logs is in TensorBoard; W&B's lines name what there is."""
+    guide = Path(ROOT, 'docs/en/user_guides/training.md').read_text()
+    found = {}
+    for block in re.findall(r'```python\n(vis_backends.*?)```', guide, re.S):
+        values = {}
+        exec(block, values)
+        found[values['vis_backends'][-1]['type']] = values['visualizer']
+    assert sorted(found) == ['TensorboardVisBackend', 'WandbVisBackend']
+    assert all(VISBACKENDS.get(name) for name in found)
+    text = dict(
+        type='ResidualPromptLearner',
+        embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
+    cfg = tiny_config(
+        tmp_path, text, dict(switch_at=2, log_interval=1), max_iters=3)
+    run(cfg,
+        visualizer=dict(
+            found['TensorboardVisBackend'], type='SegLocalVisualizer'))
+    from tensorboard.backend.event_processing.event_accumulator import \
+        EventAccumulator
+    events, = tmp_path.glob('work/*/vis_data/events*')
+    log = EventAccumulator(str(events)).Reload()
+    assert [e.value for e in log.Scalars('text_stage')] == [1, 1, 2]
+    assert log.Scalars('mIoU')

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from ..models.ebseg.frozen_clip_vit import FrozenCLIPViT
 from ..text.encode_classes import FILE_PROVIDERS
 from ..utils.config import dicts, type_name
+from ..utils.progress import track
 
 Device = Union[str, torch.device]
 # For each class, where a bank of phrases is replaced: about as many as the
@@ -83,7 +84,7 @@ def interleave(arms: Mapping[str, Callable[[], float]],
     """
     values: Dict[str, List[float]] = {name: [] for name in arms}
     orders = random.Random(seed)
-    for number in range(-warmup, runs):
+    for number in track(range(-warmup, runs), 'Measuring', 'round'):
         for name in orders.sample(list(arms), len(arms)):
             value = arms[name]()
             if number >= 0:

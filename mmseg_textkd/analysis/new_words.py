@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.utils import track_iter_progress
 from mmseg.registry import DATASETS
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from ..apis.text_seg_inferencer import load_network
 from ..models import TextHeadMixin
 from ..models.new_words import NEW_WORDS, place_new_words
 from ..models.record_calls import record_calls
+from ..utils.progress import track
 
 TRAINED, ALL_NEW, RANDOM = 'trained names', 'all new', 'random vectors'
 
@@ -186,7 +186,7 @@ def _score(model: nn.Module, conv: nn.Module, dataset: Any,
     number = len(dataset.metainfo['classes'])
     confusions = [torch.zeros(number, number, dtype=torch.long) for _ in arms]
     head = model.decode_head
-    for index in track_iter_progress(list(range(len(dataset)))):
+    for index in track(range(len(dataset)), 'Scoring'):
         batch = model.data_preprocessor(
             pseudo_collate([dataset[index]]), False)
         sample, = batch['data_samples']

@@ -66,7 +66,8 @@ class TextSegInferencer(MMSegInferencer):
 
     Raises:
         FileNotFoundError: If there is no such config or checkpoint.
-        ValueError: If the checkpoint is damaged or of another network.
+        ValueError: If the checkpoint is damaged or of another network, or no
+            config is given.
 
     Examples:
         >>> inferencer = TextSegInferencer('CONFIG.py', 'CHECKPOINT.pth')
@@ -87,7 +88,17 @@ class TextSegInferencer(MMSegInferencer):
                  font: Optional[str] = None,
                  max_pixels: int = MAX_PIXELS,
                  cfg_options: Optional[Dict] = None) -> None:
+        if config is None:
+            # MMEngine would execute the one in the checkpoint.
+            raise ValueError('give the config of the network: one that came '
+                             'in a checkpoint would be run as code.')
         config = load_config(config, cfg_options)
+        if not config.get('test_dataloader'):
+            if not config.get('val_dataloader'):
+                raise ValueError('the config has neither test_dataloader nor '
+                                 'val_dataloader, whose pipeline tells how '
+                                 'images are read and resized.')
+            config.test_dataloader = config.val_dataloader
         config.setdefault('visualizer', dict(type='SegLocalVisualizer'))
         self.cache_dir, self.font = cache_dir, font
         self.max_pixels = max_pixels

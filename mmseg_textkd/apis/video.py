@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import torch
 from mmengine.logging import print_log
-from mmengine.utils import ProgressBar
 from torch import Tensor
 
+from ..utils.progress import track
 from .drawing import draw_labels
 
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ def segment_video(inferencer: 'TextSegInferencer',
     frames, fps, expected = read_frames(source)
     meta, stopped = inferencer.model.dataset_meta, threading.Event()
     segmented = _stream(inferencer, frames, batch_size, smoothing, stopped)
-    bar = ProgressBar(expected) if progress else None
+    bar = track(None, 'Segmenting', 'frame', expected or None, progress)
     ended = threading.Event()
 
     def drawn(items: Iterable[Segmented]) -> Iterator[np.ndarray]:
@@ -368,8 +368,7 @@ def segment_video(inferencer: 'TextSegInferencer',
     try:
         for image in encoding:
             count += 1
-            if bar is not None:
-                bar.update()
+            bar.update()
             if show is not None and show(image):
                 break
     except KeyboardInterrupt:
@@ -378,8 +377,7 @@ def segment_video(inferencer: 'TextSegInferencer',
         for stop in (stopped, *stops):
             stop.set()
         ended.wait(timeout=10)
-        if bar is not None:
-            print()
+        bar.close()
     if show is None and 0 < count < expected:
         print_log(
             f'{source} ended after {count} of the {expected} frames that its '

@@ -5,6 +5,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from ..utils.progress import track
 from .frozen_clip import FrozenCLIP
 from .loading import load_clip
 from .weights import BPE_NAME, PathLike, TextTowerError
@@ -175,10 +176,8 @@ class TextTower(FrozenCLIP):
         # Like lengths together, or one long prompt makes its batch long.
         order = self.end_positions(ids).argsort() if cut else torch.arange(
             len(ids))
-        batches = order.split(batch_size)
-        if progress:
-            from tqdm import tqdm
-            batches = tqdm(batches, desc='Encoding text', unit='batch')
+        batches = track(
+            order.split(batch_size), 'Encoding text', 'batch', show=progress)
         parts = [
             self._encode_ids(ids[b].to(self.device), cut) for b in batches
         ]

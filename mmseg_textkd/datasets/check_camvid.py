@@ -7,8 +7,8 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import mmcv
 import numpy as np
 from mmengine import fileio
-from rich.progress import track
 
+from ..utils.progress import track
 from .camvid import CamVidDataset
 
 NUM_CLASSES = len(CamVidDataset.METAINFO['classes'])
@@ -77,7 +77,7 @@ def check_camvid(data_root: str,
                 report.problems.append(f'{name} is in {owner[name]} and in '
                                        f'{split}: the splits overlap')
 
-    for split, info in track(samples, 'Reading', disable=not progress):
+    for split, info in track(samples, 'Reading', show=progress):
         problem = _check_sample(info, report.sizes[split],
                                 report.pixels[split])
         if problem:

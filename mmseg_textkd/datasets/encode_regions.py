@@ -14,6 +14,7 @@ from mmseg.registry import DATASETS, TRANSFORMS
 from mmseg_textkd.clip.region_embeddings import RegionEmbeddings
 from mmseg_textkd.clip.region_store import RegionStore
 from mmseg_textkd.utils.config import dicts, type_name
+from mmseg_textkd.utils.progress import track
 
 KIND = 'LoadRegionEmbeddings'
 
@@ -64,11 +65,8 @@ def ensure_regions(cfg: Mapping,
 def _fill(store: RegionStore, dataset: Any, progress: bool) -> int:
     """Compute the missing embeddings of a dataset; returns their number."""
     store.device = get_device()
-    rows, made = range(len(dataset)), 0
-    if progress:
-        from tqdm import tqdm
-        rows = tqdm(rows, desc='Encoding regions', unit='image')
-    for i in rows:
+    made = 0
+    for i in track(range(len(dataset)), 'Encoding regions', show=progress):
         results = dataset[i]
         image, labels = results['img'], results['gt_seg_map']
         key = store.key(image, labels)

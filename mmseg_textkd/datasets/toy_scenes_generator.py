@@ -11,6 +11,7 @@ from typing import Dict, Optional, Tuple, Union
 
 import cv2
 
+from ..utils.progress import track
 from .toy_scenes_painter import CLASSES, IGNORE_INDEX, PALETTE
 from .toy_scenes_renderer import Scene, render_scene, render_video
 
@@ -217,9 +218,7 @@ def generate_toy_scenes(root: Union[str, Path],
         items = [(s, i) for s, count in splits.items() for i in range(count)]
         write = partial(
             _write_scene, root=new, seed=seed, height=height, width=width)
-        from tqdm import tqdm
-        bar = partial(
-            tqdm, total=len(items), desc='Images', disable=not progress)
+        bar = partial(track, task='Drawing', total=len(items), show=progress)
         if workers == 1:
             for item in bar(items):
                 write(item)

@@ -8,6 +8,7 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, METRICS
 from torch import Tensor
 
+from ..utils.progress import track
 from .export import Exported
 from .exportable import ExportableSegmentor
 from .run import Network
@@ -146,7 +147,7 @@ def mean_iou(network: Network, config: str) -> float:
                          f'{network.classes}')
     metric = METRICS.build(dict(cfg.val_evaluator, prefix=None))
     metric.dataset_meta = dataset.metainfo
-    for i in range(len(dataset)):
+    for i in track(range(len(dataset)), 'Testing'):
         data = dataset[i]
         truth = data['data_samples'].gt_sem_seg.data
         found = network(data['inputs'].permute(1, 2, 0).numpy())

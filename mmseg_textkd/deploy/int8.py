@@ -10,6 +10,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
+from ..utils.progress import track
 from .runtimes import Files
 
 GROUPS = 8
@@ -165,7 +166,7 @@ def quantize(quantizer: Quantizer,
     groups = [list(g) for g in np.array_split(layers, GROUPS) if len(g)]
     apart = [
         disagreement(quantizer.quantize(files, inputs, [*g, classifier]))
-        for g in groups
+        for g in track(groups, 'Trying layers in float32', 'group')
     ]
     for i in np.argsort(apart, kind='stable'):
         kept = [*kept, *map(str, groups[i])]

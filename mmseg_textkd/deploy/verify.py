@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
+from ..utils.progress import track
 from ..utils.report import Cost, count_cost
 
 Size = Tuple[int, int]
@@ -154,7 +155,7 @@ def _labels(model: BaseSegmentor, logits: Tensor) -> Tensor:
 def _compare(inputs: str, models: Tuple[nn.Module, nn.Module],
              sources: Sequence[Union[Size, dict]]) -> Agreement:
     difference, largest, differing, pixels = 0., 0., 0, 0
-    for source in sources:
+    for source in track(sources, 'Comparing', 'batch', show=len(sources) > 1):
         for expected, got in zip(*(_logits(m, source) for m in models)):
             gap = (got - expected).abs().max().item()
             # Python's max() would lose a NaN.

@@ -268,6 +268,16 @@ def test_a_picture_is_needed(page):
     expect(page.get_by_text('Upload an image first.')).to_be_visible()
 
 
+def test_a_picture_that_cannot_be_read_is_told(page, tmp_path):
+    path = tmp_path / 'broken.png'
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + bytes(99))
+    page.locator('input[type=file]').first.set_input_files(str(path))
+    expect(page.get_by_label('Remove Image')).to_be_visible()
+    page.get_by_label('Classes, with commas').fill('road')
+    page.get_by_role('button', name='Segment').click()
+    expect(page.get_by_text('The image cannot be read')).to_be_visible()
+
+
 @pytest.mark.parametrize('width', [1280, 360])
 def test_many_and_long_names_fit(page, run, width):
     page.set_viewport_size(dict(width=width, height=800))

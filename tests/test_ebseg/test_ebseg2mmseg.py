@@ -59,7 +59,7 @@ def convert(tmp_path, monkeypatch):
     def run(saved, model='vit-b16', *more):
         torch.save(saved, 'theirs.pth')
         TOOL['main']([
-            'theirs.pth', 'ours.pth', '--model', model, '--text',
+            'theirs.pth', 'ours.pth', '--model', model, '--embeddings',
             f'{WIDTH[model]}.safetensors', *more
         ])
         return torch.load('ours.pth', weights_only=True)

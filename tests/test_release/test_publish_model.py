@@ -230,6 +230,12 @@ def nameless(path, target):
     torch.save(checkpoint, target)
 
 
+def two_names(path, target):
+    checkpoint = load(path)
+    checkpoint['meta']['dataset_meta']['classes'] = ('a', 'b')
+    torch.save(checkpoint, target)
+
+
 def truncated(path, target):
     target.write_bytes(path.read_bytes()[:-1000])
 
@@ -254,6 +260,7 @@ def other_network(path, target):
 @each_case('damage, match', [
     (nan, 'NaN or infinite.*conv_seg.bias.*earlier checkpoint'),
     (nameless, 'does not name its classes'),
+    (two_names, 'names 2 classes, but the network of .* has 8'),
     (truncated, 'no checkpoint, a damaged one'),
     (flipped, 'checksum'),
     (foreign, 'not safe to read'),

@@ -43,7 +43,7 @@ def fails(tool, capsys, argv):
 
 
 def test_dataset_as_a_command(tmp_path, clip_name):
-    """The one run in a process of its own, with its progress bar."""
+    """The one run in a process of its own."""
     out = tmp_path / 'toy.safetensors'
     done = start(
         'python',
@@ -55,7 +55,7 @@ def test_dataset_as_a_command(tmp_path, clip_name):
         *('--closest', '2'),
         cwd=tmp_path)
     assert done.status == 0, done.output
-    assert 'Encoding text: 100%' in done.output
+    assert 'Encoding text' not in done.output  # a bar is for terminals
     made = TextEmbeddings.load(out)
     direct = encode_classes('toy_scenes', clip_name, 'photo')
     assert made.sha256 == direct.sha256

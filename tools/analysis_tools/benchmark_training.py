@@ -33,7 +33,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         metavar=('HEIGHT', 'WIDTH'),
         help='size of the input (default: that of the data preprocessor)')
     parser.add_argument(
-        '--batch', type=int, help='images in a batch (default: of the config)')
+        '--batch-size',
+        type=int,
+        help='images in a batch (default: of the config)')
+    parser.add_argument(
+        '--batch', dest='old_batch', type=int, help=argparse.SUPPRESS)
     parser.add_argument(
         '--device', help='such as cpu or cuda:1 (default: a GPU, or the CPU)')
     add_options(parser, runs=20, warmup=3)
@@ -288,7 +292,8 @@ def page(results: Mapping[str, Any]) -> str:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
-    warn_renamed(args, json='--out', markdown='--out')
+    warn_renamed(args, batch='--batch-size', json='--out', markdown='--out')
+    args.batch_size = args.batch_size or args.old_batch
     if args.threads:
         torch.set_num_threads(args.threads)
     args.device = args.device or get_device()
@@ -305,7 +310,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         try:
             cfg = Config.fromfile(path)
             size = tuple(args.size or cfg.model.data_preprocessor.size)
-            number = args.batch or cfg.train_dataloader.batch_size
+            number = args.batch_size or cfg.train_dataloader.batch_size
             trainings = build_trainings(cfg, size, number, args.device)
         except (FileNotFoundError, ValueError) as error:
             sys.exit(f'Error: {path}: {error}')

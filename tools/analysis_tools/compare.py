@@ -7,6 +7,7 @@ compare.png, compare.json, and the result of each side, a.json and b.json,
 which can be compared again without evaluating.
 """
 import argparse
+import html
 import io
 import json
 import math
@@ -74,10 +75,12 @@ def markdown(result: Dict[str, Any]) -> str:
     summary = [(side, f'`{r["config"]}`', f'`{r["checkpoint"]}`',
                 *(number(r[key]) for key in SUMMARY))
                for side, r in (('A', a), ('B', b))]
-    classes = [(row['name'], number(row['a']), number(row['b']),
-                number(row['gain'], '+'), bar(row['gain']))
+    # A page, and the names may be anybody's.
+    classes = [(html.escape(row['name'], quote=False), number(row['a']),
+                number(row['b']), number(row['gain'], '+'), bar(row['gain']))
                for row in result['IoU']]
-    pairs = [(row['truth'], row['taken_for'], number(row['a']),
+    pairs = [(*(html.escape(row[key], quote=False)
+                for key in ('truth', 'taken_for')), number(row['a']),
               number(row['b']), number(row['b'] - row['a'], '+'))
              for row in result['pairs']]
     tables = [

@@ -32,9 +32,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--model', choices=VARIANTS, required=True, help='which CLIP it has')
     parser.add_argument(
-        '--text',
+        '--embeddings',
         help='embeddings file of the 171 classes to take in place of what its '
         'text tower makes of their names, which takes minutes')
+    parser.add_argument('--text', dest='old_text', help=argparse.SUPPRESS)
     parser.add_argument(
         '--towers', action='store_true', help='write CLIP and SAM too')
     args = parser.parse_intermixed_args(argv)
@@ -303,8 +304,8 @@ def convert(args: argparse.Namespace) -> None:
     parts, dropped = split(state, cfg.model.decode_head.attention_from)
     for part, keys in wanted.items():
         compare(part, parts[part], keys)
-    if args.text:
-        text = TextEmbeddings.load(args.text)
+    if args.embeddings:
+        text = TextEmbeddings.load(args.embeddings)
         text.check_names(meta['classes'], where='COCO-Stuff')
         text = text.vectors
     else:
@@ -348,7 +349,8 @@ def _some(names: Sequence[str]) -> str:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the tool."""
     args = parse_args(argv)
-    warn_renamed(args, out='--out')
+    warn_renamed(args, out='--out', text='--embeddings')
+    args.embeddings = args.embeddings or args.old_text
     try:
         convert(args)
     except (OSError, RuntimeError, ValueError) as error:

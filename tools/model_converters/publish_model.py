@@ -143,6 +143,14 @@ def publish(args: argparse.Namespace) -> Path:
                 'tools/model_converters/textkd2mmseg.py '
                 f'{args.config} {args.checkpoint} --out OUT`.')
         load_strictly(model, state, args.checkpoint)
+        names = meta['dataset_meta']['classes']
+        number = getattr(model, 'num_classes', len(names))
+        # With one logit the labels may have a name for what it is not.
+        if len(names) != number and (number, len(names)) != (1, 2):
+            raise ValueError(
+                f'{args.checkpoint} names {len(names)} classes, but the '
+                f'network of {args.config} has {number}: {list(names)[:10]}. '
+                'Put the names right in meta[\'dataset_meta\'].')
         params = f'{sum(p.numel() for p in model.parameters()):,}'
         meta['cfg'] = cfg.pretty_text
         ours = f'{mmseg_textkd.__name__}.'

@@ -112,7 +112,7 @@ def convert(args: argparse.Namespace) -> Tuple[Config, nn.Module]:
     tool = runpy.run_path(str(ROOT / 'tools/model_converters/ebseg2mmseg.py'))
     tool['main']([
         str(folder / 'theirs.pth'), '--out',
-        str(folder / 'ours.pth'), '--model', args.model, '--text',
+        str(folder / 'ours.pth'), '--model', args.model, '--embeddings',
         str(folder / 'ours_text.safetensors'), '--towers'
     ])
     cfg = Config.fromfile(ROOT / 'configs/ebseg' / CONFIG.format(args.model))
@@ -188,7 +188,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     print('|' + ' --- |' * 7)
     for i in range(len(images)):
         print(
-            compare(cfg, model, torch.load(args.work_dir / f'theirs_{i}.pt')))
+            compare(
+                cfg, model,
+                torch.load(
+                    args.work_dir / f'theirs_{i}.pt', weights_only=True)))
 
 
 if __name__ == '__main__':

@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--steps', type=int, default=1500, help='of the first part')
     parser.add_argument(
-        '--batch', type=int, default=180, help='crops in a step')
+        '--batch-size', type=int, default=180, help='crops in a step')
     parser.add_argument(
         '--vocab-size', type=int, default=1024, help='of the tokenizer')
     parser.add_argument(
@@ -193,13 +193,13 @@ def build(args: argparse.Namespace, folder: Path) -> None:
     tokenizer = open_clip.get_tokenizer(name, bpe_path=str(bpe_path))
     assert tokenizer.vocab_size == vocab_size
     if args.start is None:
-        train(model, tokenizer, crops, args.steps, args.batch, args.seed)
+        train(model, tokenizer, crops, args.steps, args.batch_size, args.seed)
     else:
         # Of the same captions, or its tokens would mean other words.
         assert (args.start / bpe_path.name).read_bytes() == merges
         open_clip.load_checkpoint(
             model, str(args.start / 'open_clip_model.safetensors'))
-    crop_loss = make_crop_loss(model, tokenizer, crops, args.batch)
+    crop_loss = make_crop_loss(model, tokenizer, crops, args.batch_size)
     windows = make_windows(args.seed, 'toy_clip_train', args.scenes)
     train_regions(model, tokenizer, windows, crop_loss, args.region_steps,
                   args.windows, args.seed)

@@ -24,7 +24,7 @@ from ...models.text_parameters import (check_classes, check_text_losses,
 from ...text.encode_classes import ensure_embeddings
 from .class_rows import match_classes
 from .loaded_checkpoint_hook import LoadedCheckpointHook
-from .text_groups import group_faults
+from .text_groups import check_groups, group_faults
 
 # Schedulers of the deprecated argument `schedule`, by its `type`.
 SCHEDULES: Dict[str, List[dict]] = dict(
@@ -222,6 +222,7 @@ class PromptLearnerHook(Hook):
         if self.switch_at is not None:
             self._prepare_stage2(runner, model)
         if isinstance(runner.optim_wrapper, OptimWrapper):
+            check_groups(runner.optim_wrapper)
             for fault in group_faults(model, runner.optim_wrapper,
                                       runner.cfg.get('optim_wrapper') or {}):
                 print_log(fault, 'current', logging.WARNING)

@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """What the groups of an optimizer do to the text."""
+import math
 from typing import Any, Dict, List, Mapping
 
 from mmengine.optim import OptimWrapper
@@ -10,6 +11,28 @@ from ...models.text_parameters import prompt_parameters, text_parameters
 from ...utils.config import type_name
 
 SHOWN = 3
+
+
+def check_groups(optim_wrapper: OptimWrapper) -> None:
+    """Require settings of an optimizer that leave weights numbers.
+
+    Args:
+        optim_wrapper (OptimWrapper): The optimizer.
+
+    Raises:
+        ValueError: If one is NaN or infinite.
+    """
+    odd = {
+        key: value
+        for group in optim_wrapper.param_groups
+        for key, value in group.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
+    if odd:
+        raise ValueError(
+            f'the optimizer has {odd}, of which all weights would become NaN. '
+            'Set `optim_wrapper.optimizer` (and `param_scheduler`) to finite '
+            'numbers.')
 
 
 def group_faults(model: nn.Module, optim_wrapper: OptimWrapper,

@@ -75,7 +75,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         other.train(self.training).to(self.class_embeddings.device)
         self.__dict__.update(other.__dict__)
         # Of the provider itself: none has parts with parameters.
-        self._parameters = {**self._parameters, **own}
+        self._parameters.update(own)
 
     def fill(self, vectors: Tensor) -> None:
         """Set the current embeddings.
