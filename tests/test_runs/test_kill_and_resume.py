@@ -60,7 +60,12 @@ def write_config(folder, kind):
     else:
         cfg = tiny_config(folder, None, hook, max_iters=ITERS)
         cfg.model.type = 'TextKD'
-        cfg.model.score_map = dict(in_channels=8, projection=True, text=text)
+        cfg.model.score_map = dict(
+            in_channels=8,
+            projection=True,
+            text=text,
+            feature='backbone',
+            convs=['decode_head.convs.0.conv'])
     cfg.custom_imports.imports.append('fate_hook')
     cfg.custom_hooks.insert(0, dict(type='FateHook'))
     cfg.default_hooks.checkpoint.interval = INTERVAL
