@@ -59,11 +59,15 @@ BROKEN = {
     'drawing': int(cv2.__version__.split('.')[0]) >= 5,
 }
 
-# Forks what runs the code from a process that has imported torch and MMEngine,
-# which no cure depends on, and neither MMCV nor MMSegmentation.
+# Forks what runs the code from a process that has imported torch, MMEngine and
+# timm, which no cure depends on, and neither MMCV nor MMSegmentation.
 SERVER = '''
 import json, os, sys, traceback
 import mmengine.runner
+try:
+    import timm
+except ImportError:
+    pass
 for line in sys.stdin:
     code, cwd, paths, output = json.loads(line)
     pid = os.fork()

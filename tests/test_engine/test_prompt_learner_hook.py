@@ -103,8 +103,7 @@ def test_what_learns_in_each_stage(tmp_path, residual):
     # What learns is what changes: statistics of batch norms are frozen too.
     network = {
         SCALE, BIAS, 'decode_head.conv_seg.projection.conv.weight',
-        'decode_head.convs.0.conv.weight',
-        'backbone.conv1.weight'
+        'decode_head.convs.0.conv.weight', 'backbone.conv1.weight'
     }
     for i in (0, 3):
         assert network <= recorder.changed(i)
@@ -346,12 +345,16 @@ def same_state(path_a, path_b):
         assert_equal(a.get(part), b.get(part), part)
 
 
-@each_case('options, average, stops', [
-    ({}, False, [2, 4, 6]),
-    # Without updating buffers, and with accumulation: see training options.
-    ({}, True, [6]),
-    ({'optim_wrapper.type': 'CPUAmpOptimWrapper'}, False, [6]),
-])
+@each_case(
+    'options, average, stops',
+    [
+        ({}, False, [2, 4, 6]),
+        # Other averages, and accumulation: test_training_options.py.
+        ({}, True, [6]),
+        ({
+            'optim_wrapper.type': 'CPUAmpOptimWrapper'
+        }, False, [6]),
+    ])
 def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, residual, options,
                                                    average, stops):
     """Stopped in stage 1, exactly at the switch, and in stage 2."""
@@ -734,8 +737,12 @@ class PiecewiseSegmentor(EncoderDecoder):
 
 @each_case('role', ['auxiliary', 'classifier'])
 def test_text_losses_that_nobody_computes(tmp_path, residual, role):
-    cfg = tiny_config(tmp_path, residual, dict(switch_at=3), save_every=1,
-                      **{'model.decode_head.role': role})
+    cfg = tiny_config(
+        tmp_path,
+        residual,
+        dict(switch_at=3),
+        save_every=1,
+        **{'model.decode_head.role': role})
     cfg.model.type = 'PiecewiseSegmentor'
     if role == 'classifier':  # which learns by the head's own losses
         assert run(cfg).iter == 6

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from each_case import each_case
 from mmseg.models.decode_heads import FCNHead
 from mmseg.registry import MODELS
 from processes import ROOT, load
@@ -18,7 +19,6 @@ sys.path.insert(0, f'{ROOT}/tools/deployment')
 sys.path.insert(0, f'{ROOT}/tools/model_converters')
 import deploy  # noqa: E402
 import textkd2mmseg  # noqa: E402
-from each_case import each_case
 
 pytestmark = pytest.mark.stacks
 
