@@ -22,8 +22,13 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('input', nargs='?', help='image, folder or video')
-    parser.add_argument('config', help='config of the network')
-    parser.add_argument('checkpoint', help='its weights')
+    parser.add_argument('config', nargs='?', help='config of the network')
+    parser.add_argument('checkpoint', nargs='?', help='its weights')
+    parser.add_argument(
+        '--model',
+        metavar='NAME',
+        help='a released model in place of config and checkpoint, see '
+        'model_zoo/README.md')
     parser.add_argument(
         '--classes',
         help='names with commas between them, "road, tree, bus stop"; or a '
@@ -49,7 +54,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='how vectors of new classes are used (default: what fits the '
         'network)')
     parser.add_argument(
-        '--model', help='text model (default: that of the training)')
+        '--text-model', help='text model (default: that of the training)')
     parser.add_argument('--tower', dest='old_tower', help=argparse.SUPPRESS)
     parser.add_argument('--pretrained', help='its tag or file of weights')
     parser.add_argument(
@@ -100,9 +105,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--device', help='such as cpu or cuda:1 (default: a GPU, or the CPU)')
     args = parser.parse_args(argv)
-    args.model = args.model or args.old_tower
-    if (args.input is None) == (args.webcam is None):
-        parser.error('give an input or --webcam, one of them')
+    args.text_model = args.text_model or args.old_tower
+    given = [p for p in (args.input, args.config, args.checkpoint) if p]
+    expected = (args.webcam is None) + 2 * (args.model is None)
+    if len(given) != expected:
+        parser.error('give an input or --webcam, and a config with a '
+                     'checkpoint or --model, one of each')
+    args.input = given.pop(0) if args.webcam is None else None
+    args.config, args.checkpoint = given or (args.model, None)
     if args.webcam is not None and args.webcam < 0:
         parser.error('--webcam must be the number of a camera, 0 or more, '
                      f'but got {args.webcam}')
@@ -119,7 +129,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if overwrites(args):
         parser.error(f'--out would write over the input {args.input}')
     if not (args.classes or args.embeddings or args.other):
-        for name in ('model', 'pretrained', 'templates', 'new_bias',
+        for name in ('text_model', 'pretrained', 'templates', 'new_bias',
                      'new_words'):
             if getattr(args, name):
                 parser.error(f'--{name.replace("_", "-")} is for new classes: '
@@ -202,7 +212,7 @@ def run(args: argparse.Namespace) -> None:
             threshold=args.threshold,
             new_bias=args.new_bias,
             new_words=args.new_words,
-            tower=args.model,
+            tower=args.text_model,
             pretrained=args.pretrained,
             templates=args.templates,
             embeddings=args.embeddings)
@@ -229,7 +239,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the demo."""
     args = parse_args(argv)
-    warn_renamed(args, tower='--model')
+    warn_renamed(args, tower='--text-model')
     try:
         run(args)
     except (AssertionError, OSError, ValueError, RuntimeError,

@@ -55,11 +55,13 @@ PAGES.update(
     (f'results/{"index" if path.stem == "README" else path.stem}', path)
     for path in sorted(ROOT.glob('docs/results/*.md')))
 PAGES['contributing'] = ROOT / 'CONTRIBUTING.md'
+PAGES['released_models'] = ROOT / 'model_zoo/README.md'
 ZOO = """# Model zoo
 
-All configs for which a method is described. **No weights
-have been published yet**: train with `python tools/train.py CONFIG`, fold and
-[publish](user_guides/release.md) them. What has been measured is under
+All configs for which a method is described. Those with weights are the
+[released models](released_models.md), which load by name. The others: train
+with `python tools/train.py CONFIG`, fold and
+[publish](user_guides/release.md). What has been measured is under
 [results](results/index.md), what each network costs under
 [networks](networks.md).
 """
@@ -83,7 +85,9 @@ def model_zoo() -> str:
             rows.append('| [{}]({}/blob/main/{}) | {} | {} | {} |'.format(
                 model['Name'], REPOSITORY, model['Config'],
                 model['Metadata'].get('Training Data', ''), results
-                or 'not measured', f'[model]({weights})' if weights else '—'))
+                or 'not measured',
+                f'[model]({REPOSITORY}/blob/main/{weights})'
+                if weights else '—'))
         parts.append(f'## {f"[{title}]({page})" if page else title}\n\n'
                      '| config | data | results | weights |\n'
                      '|---|---|---|---|\n' + '\n'.join(rows) + '\n')

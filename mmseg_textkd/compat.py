@@ -202,9 +202,11 @@ _WARNINGS = (
     '``build_loss`` would be deprecated soon',
     'Default ``avg_non_ignore`` is False',
     'The draw is False, it means that the hook for visualization',
+    "Failed to add <class 'mmengine.visualization.vis_backend",  # inferencers
 )
 _LOGGED = ('The prefix is not set in metric class',
-           '"FileClient" will be deprecated', '"HardDiskBackend" is the alias')
+           '"FileClient" will be deprecated', '"HardDiskBackend" is the alias',
+           'Failed to search registry with scope "mmseg" in the "function"')
 # Hundreds of lines of each run, which its log file has too.
 _LONG = ('Config:\n', 'Hooks will be executed in the following order:',
          f'\n{"-" * 60}\nSystem environment:')

@@ -81,6 +81,11 @@ TEXT_FOLDERS = ('text_classifier', 'textkd')
 METHODS = {
     'text':
     Method('text_classifier', 'stock', 53, TEXT),
+    # Of released models: trained on a CPU, or fine-tuned.
+    'fixed':
+    Method('text_classifier', 'stock', 1, TEXT),
+    'camvid-pre_vit-b16':
+    Method('text_classifier', 'stock', 1, {*TEXT, 'load_from'}),
     'score-map':
     Method('textkd', 'stock', 10, {'model/type', 'model/score_map', *TEXT} -
            {f'{HEAD}/type', HEAD_TEXT}),
@@ -279,13 +284,14 @@ def test_all_combinations_are_there():
                                           } | {(n, d)
                                                for n in FOUR
                                                for d in others}
-    # No other network without text is there but for the published score map.
-    scored = {
-        twin_of(p)
-        for tag in ('score-map', 'rn50-score-map')
-        for p in BY_METHOD[tag]
-    }
-    longer = {p for p in STOCK if p not in stock | scored}
+    # No other network without text is there but for the published score map
+    # and released models.
+    scored, released = ({twin_of(p)
+                         for tag in tags
+                         for p in BY_METHOD[tag]}
+                        for tags in (('score-map', 'rn50-score-map'),
+                                     ('fixed', 'camvid-pre_vit-b16')))
+    longer = {p for p in STOCK if p not in stock | scored | released}
     assert combinations(longer) <= combinations(scored)
     # A method is there on CamVid for two networks, and on the toy.
     for tag, method in METHODS.items():
@@ -417,7 +423,7 @@ def check_learned(cfg, twin, path):
     keys = cfg.optim_wrapper.paramwise_cfg.custom_keys
     # The optimizer of each network is tested on Cityscapes.
     if 'toy' not in path.name:
-        network = parts(twin_of(path))['network']
+        network = parts(twin_of(path))['network'].split('_camvid-pre')[0]
         assert (keys['.text.'],
                 keys['log_scale']) == rates_on_cityscapes(network), path
     hook, = (h for h in cfg.custom_hooks if h.type == 'PromptLearnerHook')
@@ -426,6 +432,13 @@ def check_learned(cfg, twin, path):
     assert cfg.find_unused_parameters is True
     kind = 'Control' if '_random_' in path.name else 'Class'
     assert text_of(cfg).type == f'{kind}Embeddings', path
+
+
+def check_text_fixed(cfg, twin, path):
+    hook, = cfg.custom_hooks
+    assert hook == dict(type='PromptLearnerHook', switch_at=None), path
+    assert text_of(cfg).type == 'ClassEmbeddings', path
+    assert cfg.model.decode_head.type == f'Text{twin.model.decode_head.type}'
 
 
 def check_score_map(cfg, twin, path):
@@ -606,6 +619,8 @@ def check_lseg(cfg, twin, path):
 
 CHECKS = {
     'text': check_text,
+    'fixed': check_text_fixed,
+    'camvid-pre_vit-b16': check_text,
     'score-map': check_score_map,
     'rn50-score-map': check_fixed,
     'rn50-score-map-decoder': check_fixed,

@@ -21,10 +21,12 @@ from tiny import run, tiny_config
 from mmseg_textkd.analysis.compare import compare
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.study import Ledger, Study
-from mmseg_textkd.text import Vocabulary
+from mmseg_textkd.text import TextEmbeddings, Vocabulary
+from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.text.vector_import import read_names
 from mmseg_textkd.utils.arguments import read_config
 from mmseg_textkd.utils.checkpoint import read_checkpoint
+from mmseg_textkd.utils.io import read_image
 
 STUDY = dict(
     name='s',
@@ -201,19 +203,20 @@ def test_fold_without_a_test_set(trained, tmp_path, capsys):
     assert 'Only random inputs' in capsys.readouterr().out
 
 
-def test_a_tower_that_is_not_there(tmp_path, monkeypatch):
+@each_case('build, said', [
+    (dict(build=dict(vocabulary='toy_scenes', model='local-dir:/none'),
+          dim=16), '/none'),
+    (dict(), 'no embeddings file .*none.safetensors.*encode_text.py'),
+])  # yapf: disable
+def test_text_that_is_not_there(tmp_path, monkeypatch, build, said):
     """It is told before data are loaded and a log is begun."""
+    file = str(tmp_path / 'none.safetensors')
     text = dict(
-        TEXT,
-        embeddings=dict(
-            type='ClassEmbeddings',
-            file=str(tmp_path / 'none.safetensors'),
-            dim=16,
-            build=dict(vocabulary='toy_scenes', model='local-dir:/none')))
+        TEXT, embeddings=dict(type='ClassEmbeddings', file=file, **build))
     cfg = tiny_config(tmp_path, text, dict(switch_at=1), 2)
     cfg.dump(tmp_path / 'config.py')
     monkeypatch.setattr(sys, 'argv', ['train.py', str(tmp_path / 'config.py')])
-    with pytest.raises(SystemExit, match='/none'):
+    with pytest.raises(SystemExit, match=said):
         load_tool('train', '.').main()
     assert not (tmp_path / 'work').exists()
 
@@ -264,7 +267,80 @@ def test_names_are_text_on_every_page():
     pages.append(
         card(
             None, dict(dataset_meta=dict(classes=[name]), published_with={}),
-            **dict.fromkeys(('name', 'file', 'size', 'sha256', 'params',
-                             'config', 'where_config', 'text', 'checks'), '')))
+            **dict.fromkeys(
+                ('name', 'file', 'size', 'sha256', 'params', 'dtypes',
+                 'config', 'where_config', 'text', 'checks'), '')))
     for page in pages:
         assert '<script>' not in page and '&lt;script&gt;' in page
+
+
+# ------------------------------------------------------ damage at random
+def write_checkpoint(path):
+    torch.save(
+        dict(state_dict=dict(a=torch.arange(99.)), meta=dict(i=1)), path)
+
+
+def write_vectors(path):
+    encode_classes(['road', 'sky'], 'toyclip', 'none').save(path)
+
+
+def write_ledger(path):
+    ledger = Ledger(path)
+    ledger.append(ENTRY)
+    ledger.append(dict(ENTRY, seed=1))
+
+
+def write_image(path):
+    cv2.imwrite(str(path), np.arange(300, dtype=np.uint8).reshape(10, 10, 3))
+
+
+def write_names(path):
+    path.write_text('{"road": ["road", "street"], "car": "car"}')
+
+
+def write_array(path):
+    np.save(path, np.eye(2, 4, dtype=np.float32))
+
+
+def read_array(path):
+    return TextEmbeddings.from_vectors(path, ['a', 'b'])
+
+
+# What is damaged and who reads it; where there are checksums also what has to
+# be as it was, if it is read at all. Elsewhere it may be other words.
+FILES = {
+    'w.pth': (write_checkpoint, read_checkpoint, str),
+    'v.safetensors':
+    (write_vectors, TextEmbeddings.load, lambda text: text.sha256),
+    'l.jsonl': (write_ledger, Ledger, None),
+    's.yaml': (study(), Study.load, None),
+    'i.png': (write_image, read_image, None),
+    'n.json': (write_names, Vocabulary.from_spec, None),
+    'a.npy': (write_array, read_array, None),
+}
+
+
+@each_case('name', FILES)
+def test_damage_at_random(tmp_path, name):
+    """An error that names the file, or what was there; nothing else."""
+    write, read, content = FILES[name]
+    path, rng = tmp_path / name, np.random.default_rng(0)
+    write(path)
+    whole, before, faults = path.read_bytes(), read(path), 0
+    for number in range(60):
+        data, at = bytearray(whole), int(rng.integers(len(whole)))
+        if number % 3 == 0:
+            del data[at:]
+        elif number % 3 == 1:
+            data[at] ^= 1 << int(rng.integers(8))
+        else:
+            data[at:at + 9] = rng.bytes(9)
+        path.write_bytes(data)
+        try:
+            found = read(path)
+        except (OSError, ValueError) as error:
+            assert name in str(error), (number, error)
+            faults += 1
+        else:
+            assert not content or content(found) == content(before), number
+    assert faults > 20

@@ -1,11 +1,13 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """tools/stock_tool.py: MMSegmentation's tools on a config of ours."""
 import shutil
+from collections import OrderedDict
 
 import cv2
 import numpy as np
 import pytest
 from analysis_tools import ROOT, load_tool
+from mmseg.visualization import SegLocalVisualizer
 
 from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
 
@@ -21,6 +23,8 @@ def tool():
 @pytest.fixture
 def toys(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # As in a process of its own: none was built before under the same name.
+    monkeypatch.setattr(SegLocalVisualizer, '_instance_dict', OrderedDict())
     generate_toy_scenes(
         'data/toy_scenes', num_train=1, num_val=2, height=64, width=128)
     return tmp_path

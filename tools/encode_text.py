@@ -193,7 +193,8 @@ def report(embeddings: TextEmbeddings, args: argparse.Namespace) -> None:
     """Print the geometry and draw the image that was asked for."""
     names = embeddings.names
     print(f'{len(names)} classes, D = {embeddings.dim}, model '
-          f'{embeddings.model or "unknown"} {embeddings.pretrained}, '
+          f'{embeddings.model or "unknown"} {embeddings.pretrained}'.strip() +
+          f', '
           f'{embeddings.library or "library unknown"}, '
           f'{max(len(embeddings.templates), 1)} template(s), '
           f'{sum(map(len, embeddings.phrases))} phrases, bank: '

@@ -1,5 +1,8 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Train stock BiSeNetV2 and its text twin on ToyScenes and compare them."""
+"""Train stock BiSeNetV2 and its text twin on ToyScenes and compare them.
+
+Then segment street pictures with a released model.
+"""
 import argparse
 import json
 import os
@@ -41,6 +44,7 @@ from mmengine.config import Config
 from mmseg.apis import init_model
 from mmseg.evaluation import IoUMetric
 
+from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.datasets import ToyScenesDataset
 from mmseg_textkd.datasets.toy_scenes_generator import MANIFEST
 from mmseg_textkd.utils.io import make_folder, write_files
@@ -57,6 +61,22 @@ CLASSES = ToyScenesDataset.METAINFO['classes']
 PALETTE = np.array(ToyScenesDataset.METAINFO['palette'], np.uint8)
 NOTE = ('ToyScenes and ToyCLIP are toys, and this is one seed of a short '
         'run: the table shows that everything works, not that text helps.')
+# A released model, and other words in the places of those it was trained with.
+STREETS = ('textkd_efficientnet-lite0_in1k-pre_segformer_vit-b16-fixed_1xb8-'
+           '800i_camvid-192x256')
+VECTORS = ROOT / 'model_zoo/street-words_vit-b16-openai.safetensors'
+WORDS = dict(
+    sky='clouds',
+    building='house',
+    pole='sign pole',
+    road='street',
+    pavement='sidewalk',
+    tree='vegetation',
+    signsymbol='direction sign',
+    fence='railing',
+    car='SUV',
+    pedestrian='person',
+    bicyclist='rider')
 NEXT = """What next?
   your data   python tools/train.py YOUR_CONFIG.py   # README: "Five lines"
   Cityscapes  python tools/train.py {cityscapes}
@@ -76,9 +96,13 @@ def run(args: List[str], log: Path, echo: str = '') -> None:
     """
     command = [sys.executable, '-W', 'ignore', *args]
     env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONUNBUFFERED='1')
-    # Threads that wait must not spin on cores that others need.
+    # Threads that wait must not spin on cores that others need, and there
+    # must be no more of them than cores that are free.
     env.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     env.setdefault('KMP_BLOCKTIME', '0')
+    cores = os.cpu_count() or 1
+    free = max(1, cores - round(os.getloadavg()[0]))
+    env.setdefault('OMP_NUM_THREADS', str(free))
     last = ''
     with open(log, 'w') as file, subprocess.Popen(
             command,
@@ -246,10 +270,47 @@ def draw(work_dir: Path, checkpoint: str, rows: int = 3) -> Path:
     return path
 
 
-def color(labels: np.ndarray) -> np.ndarray:
+def draw_streets(work_dir: Path) -> Path:
+    """Draw what a released model sees in street pictures.
+
+    Once in the names that it was trained with, once in other words.
+    """
+    from matplotlib import pyplot as plt
+    inferencer = TextSegInferencer(STREETS, device='cpu')
+    inferencer.show_progress = False
+    palette = np.array(inferencer.model.dataset_meta['palette'], np.uint8)
+    names = [*inferencer.classes]
+    words = [WORDS[name] for name in names]
+    files = sorted(map(str, (ROOT / 'demo/pictures').glob('*.jpg')))
+    trained = inferencer(files)['predictions']
+    inferencer.set_classes(words, embeddings=VECTORS)
+    asked = inferencer(files)['predictions']
+    figure, axes = plt.subplots(
+        len(files), 3, figsize=(10, 2.55 * len(files)), layout='constrained')
+    for row, file, *labels in zip(axes, files, trained, asked):
+        image = cv2.imread(file)[..., ::-1]
+        row[0].imshow(image)
+        for axis, found in zip(row[1:], labels):
+            axis.imshow(image // 2 + color(found, palette) // 2)
+    titles = ('picture', 'in the trained names', 'in other words')
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title)
+    for axis in axes.flat:
+        axis.axis('off')
+    figure.legend(
+        [plt.Rectangle((0, 0), 1, 1, color=c / 255) for c in palette],
+        [' / '.join(pair) for pair in zip(names, words)],
+        loc='outside lower center',
+        ncols=4)
+    path = work_dir / 'demo.png'
+    figure.savefig(path, dpi=80)
+    return path
+
+
+def color(labels: np.ndarray, palette: np.ndarray = PALETTE) -> np.ndarray:
     """Color a label map; unlabeled pixels are black."""
     table = np.zeros((256, 3), np.uint8)
-    table[:len(PALETTE)] = PALETTE
+    table[:len(palette)] = palette
     return table[labels]
 
 
@@ -297,7 +358,9 @@ def main() -> None:
     write_files(
         {work_dir / 'report.json': json.dumps(report, indent=1).encode()})
     print(f'Wrote {picture} and {work_dir / "report.json"} after '
-          f'{report["seconds"]} s\n')
+          f'{report["seconds"]} s')
+    print('Segmenting five street pictures with a released model', flush=True)
+    print(f'Wrote {draw_streets(work_dir)}\n')
     bisenetv2 = 'configs/text_classifier/textkd_bisenetv2_fcn_vit-b16'
     print(
         NEXT.format(

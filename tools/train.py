@@ -97,7 +97,7 @@ from mmseg_textkd.clip.weights import TextTowerError
 from mmseg_textkd.compat import load_stock_tool, shorten_console
 from mmseg_textkd.datasets.encode_regions import ensure_regions
 from mmseg_textkd.engine import check_loaded, join_cpu_ranks
-from mmseg_textkd.text.encode_classes import ensure_embeddings
+from mmseg_textkd.text.encode_classes import check_files, ensure_embeddings
 from mmseg_textkd.utils.arguments import read_config, read_options
 from mmseg_textkd.utils.checkpoint import find_checkpoint
 from mmseg_textkd.utils.config import type_name
@@ -173,6 +173,7 @@ def main() -> None:
                   'from the beginning')
     try:
         ensure_embeddings(cfg)
+        check_files(cfg)
     except (TextTowerError, OSError, ValueError) as error:
         sys.exit(f'Error: {error}')
     ensure_regions(cfg, progress=True)

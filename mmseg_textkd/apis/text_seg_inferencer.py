@@ -30,6 +30,7 @@ from .adapters import build_adapter
 from .drawing import (GRAY, draw_labels, draw_similarity, palette_for,
                       write_image)
 from .label_maps import predict_labels
+from .model_zoo import find_model
 
 Names = Union[str, Sequence[str]]
 MAX_CLASSES = 65535  # label maps are written as 16-bit PNG
@@ -52,8 +53,10 @@ class TextSegInferencer(MMSegInferencer):
 
     Args:
         config (str | Path | Config): Config of a text network, of the stock
-            network that it has been folded into, or of an EBSeg.
-        checkpoint (str | Path): Its weights.
+            network that it has been folded into, or of an EBSeg. Without
+            ``checkpoint`` the name of a released model.
+        checkpoint (str | Path, optional): Its weights. Defaults to None:
+            those of the released model.
         device (str, optional): Defaults to None: a GPU if there is one.
         cache_dir (str or PathLike, optional): Folder of the cache of vectors.
             Defaults to None, see :func:`.class_encoder.default_cache_dir`.
@@ -66,8 +69,8 @@ class TextSegInferencer(MMSegInferencer):
 
     Raises:
         FileNotFoundError: If there is no such config or checkpoint.
-        ValueError: If the checkpoint is damaged or of another network, or no
-            config is given.
+        ValueError: If the checkpoint is damaged or of another network, no
+            config is given, or there is no such model.
 
     Examples:
         >>> inferencer = TextSegInferencer('CONFIG.py', 'CHECKPOINT.pth')
@@ -82,7 +85,7 @@ class TextSegInferencer(MMSegInferencer):
 
     def __init__(self,
                  config: Union[str, Path, Config],
-                 checkpoint: Union[str, Path],
+                 checkpoint: Optional[Union[str, Path]] = None,
                  device: Optional[str] = None,
                  cache_dir: Optional[PathLike] = None,
                  font: Optional[str] = None,
@@ -92,6 +95,8 @@ class TextSegInferencer(MMSegInferencer):
             # MMEngine would execute the one in the checkpoint.
             raise ValueError('give the config of the network: one that came '
                              'in a checkpoint would be run as code.')
+        if checkpoint is None:
+            config, checkpoint = find_model(str(config), text=True)
         config = load_config(config, cfg_options)
         if not config.get('test_dataloader'):
             if not config.get('val_dataloader'):

@@ -81,7 +81,8 @@ def label_space(own: Sequence[str], words: Sequence[str],
     """
     space = []
     for word in words:
-        wider = [w for w in own if word in narrower.get(w, ())]
+        # Once each: several classes of a data set may have one word.
+        wider = [w for w in dict.fromkeys(own) if word in narrower.get(w, ())]
         wider = [w for w in wider if not narrower[w].intersection(wider)
                  ] if word not in own else [word]
         if len(wider) > 1:

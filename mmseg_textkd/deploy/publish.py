@@ -58,6 +58,30 @@ def check_weights(path: Path,
     return bool(text)
 
 
+def to_half(path: Path, state_dict: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Round weights to half precision.
+
+    Args:
+        path (Path): The checkpoint, for the error.
+        state_dict (Mapping[str, Tensor]): Its weights.
+
+    Returns:
+        dict[str, Tensor]: What was of float32 is of float16.
+
+    Raises:
+        ValueError: If a weight is too large for half precision.
+    """
+    half = {
+        k: v.half() if v.dtype is torch.float32 else v
+        for k, v in state_dict.items()
+    }
+    odd = non_finite(half)
+    if odd:
+        raise ValueError(f'{path} in half precision: {odd}. Publish it '
+                         'without --fp16.')
+    return half
+
+
 def read_log(path: Path, iteration: Optional[int]) -> Dict[str, Any]:
     """Get the last validation in a log, up to an iteration.
 

@@ -16,6 +16,13 @@ NETWORK_KEYS = {'configs', 'iterations', 'val_interval', 'options', 'feature'}
 ARM_KEYS = {'config', 'what', 'options', 'auxiliary_head', 'iterations'}
 GRID_KEYS = {'networks', 'arms', 'seeds', 'train_fractions'}
 SPLITS = ('val', 'test')
+# How messages call what a list or a mapping has.
+PLURALS: Dict[Any, str] = {
+    str: 'names',
+    list: 'lists',
+    dict: 'mappings',
+    (int, float): 'numbers'
+}
 
 
 class StudyError(ValueError):
@@ -81,7 +88,15 @@ def _check(path: Path, spec: Dict[str, Any]) -> None:
     def fail(text: str) -> None:
         raise StudyError(f'{path}: {text}')
 
+    def check_kind(where: str, value: Any, kind: type, of: Any) -> None:
+        if not isinstance(value, kind) or not all(
+                isinstance(item, of) for item in value):
+            what = 'mapping' if kind is dict else 'list'
+            fail(f'{where} must be a {what} of {PLURALS[of]}, but is '
+                 f'{value!r}.')
+
     def check_keys(where: str, keys, allowed, needed=()) -> None:
+        check_kind(where, keys, dict, str)
         unknown, missing = set(keys) - allowed, set(needed) - set(keys)
         if unknown:
             fail(f'{where} has the unknown keys {sorted(unknown)}; known '
@@ -96,27 +111,32 @@ def _check(path: Path, spec: Dict[str, Any]) -> None:
         fail(f'name must be of letters, digits, "_", "-" and ".", and begin '
              f'with none of the last two, but is {spec["name"]!r}.')
     for key in ('networks', 'arms'):
-        if not isinstance(spec[key], dict):
-            fail(f'{key} must be a mapping of names, but is {spec[key]!r}.')
+        check_kind(key, spec[key], dict, str)
+    for key, of in (('evaluate', str), ('controls', str), ('hypotheses', list),
+                    ('grids', dict)):
+        check_kind(key, spec.get(key, []), list, of)
     for name, network in spec['networks'].items():
+        check_kind(f'network {name!r}', network, dict, str)
         for key in ('iterations', 'val_interval'):
-            value = (network or {}).get(key, 1)
+            value = network.get(key, 1)
             if isinstance(value,
                           bool) or not isinstance(value, int) or value < 1:
                 fail(f'network {name!r}: {key} must be a number of iterations '
                      f'of at least 1, but is {value!r}.')
         check_keys(f'network {name!r}', network, NETWORK_KEYS,
                    ('configs', 'iterations', 'val_interval'))
+        check_kind(f'network {name!r}: configs', network['configs'], dict, str)
     for name, arm in spec['arms'].items():
         check_keys(f'arm {name!r}', arm, ARM_KEYS, ('config', ))
     wrong = set(spec['evaluate']) - set(SPLITS)
     if wrong or 'val' not in spec['evaluate']:
         fail(f'evaluate must be [val] or [val, test], but is '
              f'{spec["evaluate"]}.')
-    for arm in [spec['baseline'], *spec.get('controls', [])]:
+    for arm in [str(spec['baseline']), *spec.get('controls', [])]:
         if arm not in spec['arms']:
             fail(f'unknown arm {arm!r}; known are {list(spec["arms"])}.')
     for pair in spec.get('hypotheses', []):
+        check_kind('a hypothesis', pair, list, str)
         if len(pair) not in (2, 3) or not set(pair[:2]) <= set(spec['arms']):
             fail('a hypothesis is [better, worse], two arms, or [better, '
                  f'worse, data set], but not {pair}.')
@@ -129,20 +149,23 @@ def _check(path: Path, spec: Dict[str, Any]) -> None:
             fail(f'{where}: seeds must be a list of whole numbers, such as '
                  f'[0, 1, 2], but is {seeds!r}.')
         for kind in ('networks', 'arms'):
+            check_kind(f'{where}: {kind}', grid[kind], list, str)
             for name in grid[kind]:
                 if name not in spec[kind]:
                     fail(f'{where} has the unknown {kind[:-1]} {name!r}; '
                          f'known are {list(spec[kind])}.')
         for name, arm in product(grid['networks'], grid['arms']):
             network, arm = spec['networks'][name], spec['arms'][arm]
-            if arm['config'] not in network['configs']:
+            if str(arm['config']) not in network['configs']:
                 fail(f'network {name!r} has no config '
                      f'{arm["config"]!r}; it has '
                      f'{list(network["configs"])}.')
             if arm.get('auxiliary_head') and 'feature' not in network:
                 fail(f'network {name!r} does not say by `feature` where '
                      'an extra auxiliary head reads.')
-        for fraction in grid.get('train_fractions', [1]):
+        fractions = grid.get('train_fractions', [1])
+        check_kind(f'{where}: train_fractions', fractions, list, (int, float))
+        for fraction in fractions:
             if not 0 < fraction <= 1:
                 fail(f'{where}: a train fraction must be in (0, 1], but '
                      f'is {fraction}.')

@@ -196,6 +196,27 @@ def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
     return made
 
 
+def check_files(cfg: Mapping) -> None:
+    """Require the embeddings files without which a network is not built.
+
+    Args:
+        cfg (Mapping): As of :func:`ensure_embeddings`.
+
+    Raises:
+        FileNotFoundError: If one is missing that has neither ``build`` nor
+            ``dim``, with the command that makes it.
+    """
+    model = cfg.get('model') or cfg
+    for node in dicts(model.to_dict() if hasattr(model, 'to_dict') else model):
+        if type_name(node) not in FILE_PROVIDERS or node.get('dim'):
+            continue
+        for file in map(str, as_list(node.get('file'))):
+            if not Path(file).is_file():
+                raise FileNotFoundError(
+                    f'there is no embeddings file {file} (working directory '
+                    f'{Path.cwd()}). {build_command(file, None)}')
+
+
 def build_command(file: str, build: Optional[Mapping] = None) -> str:
     """Describe the command that makes an embeddings file.
 

@@ -3,7 +3,6 @@
 
 import json
 import os
-import pickle
 import unicodedata
 from pathlib import Path
 from typing import Any, Dict, Mapping, Sequence, Union, cast
@@ -142,8 +141,7 @@ def _read_npy(path: Path) -> Tensor:
             return torch.from_numpy(array)  # refused with its type
         # Every number type of NumPy, among them some that torch lacks.
         return torch.from_numpy(array.astype(np.float32))
-    except (ValueError, OSError, EOFError, AttributeError, TypeError,
-            pickle.UnpicklingError) as error:
+    except Exception as error:  # of a damaged header NumPy raises anything
         raise EmbeddingFileError(
             f'it is no plain .npy array but {sniff(path)} ({error}); objects '
             'are not unpickled, for that runs code') from error

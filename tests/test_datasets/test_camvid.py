@@ -288,7 +288,8 @@ def test_check_labels_alone():
     assert repr(check) == 'CheckLabels(num_classes=2, ignore_index=9)'
 
 
-@pytest.mark.parametrize('name,size', [('camvid-360x480', (360, 480)),
+@pytest.mark.parametrize('name,size', [('camvid-192x256', (192, 256)),
+                                       ('camvid-360x480', (360, 480)),
                                        ('camvid-720x960', (720, 960))])
 def test_base_configs_train_and_test(camvid, name, size):
     cfg = Config.fromfile(ROOT / f'configs/_base_/datasets/{name}.py')

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from contextlib import redirect_stdout
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Dict, NamedTuple
 
@@ -24,6 +24,7 @@ from mmseg.registry import MODELS
 from network_tester import CONFIGS, load_model
 from processes import ALONE, start
 from tiny import CLASSES, run, tiny_config
+from torch import nn
 
 from mmseg_textkd.deploy import fold_state_dict, int8, tensorrt, to_stock_cfg
 from mmseg_textkd.deploy.run import Network
@@ -268,6 +269,30 @@ def test_int8_stays_near(stock, model, name):
             for tensor in graph.initializer)
     else:
         assert 'FakeQuantize' in (out / 'model.xml').read_text()
+
+
+@pytest.mark.parametrize('activation', ['ReLU', 'ReLU6'])
+def test_int8_ranges_are_those_after_the_activation(activation):
+    """Extremes that it cuts off do not widen the steps; none saturate."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        getattr(nn, activation)(), nn.Conv2d(16, 4, 1))
+    # Channels that it cuts off, at either end.
+    nn.init.constant_(net[0].bias[:4], -200)
+    if activation == 'ReLU6':
+        nn.init.constant_(net[0].bias[4:8], 200)
+    inputs = [torch.randn(1, 3, 16, 16) for _ in range(4)]
+    file = BytesIO()
+    torch.onnx.export(
+        net, inputs[0], file, input_names=['image'], dynamo=False)
+    arrays = [x.numpy() for x in inputs]
+    files = int8.onnx_int8({'model.onnx': file.getvalue()}, arrays, [])
+    session = onnxruntime.InferenceSession(files['model.onnx'])
+    got = np.concatenate([session.run(None, {'image': x})[0] for x in arrays])
+    expected = net(torch.cat(inputs)).detach().numpy()
+    spread = np.abs(expected - expected.mean((0, 2, 3), keepdims=True)).max()
+    assert np.abs(got - expected).max() < .06 * spread
 
 
 @pytest.mark.parametrize('name', ['onnx', runtime('openvino', 'openvino')])

@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Checkpoints of TextKD's authors: names, widths, order of the classes."""
+import copy
 import importlib.util
 import os.path as osp
 
@@ -22,7 +23,8 @@ K = 11
 
 def model_of(kind=''):
     """The network here, without pre-trained weights."""
-    cfg = load_config(CONFIGS / 'textkd' / NAME.format(kind))
+    cfg = copy.deepcopy(
+        load_config(CONFIGS / 'textkd' / NAME.format(kind)))
     cfg.model.backbone.backbone_cfg.pop('init_cfg', None)
     return cfg, MODELS.build(cfg.model).eval()
 

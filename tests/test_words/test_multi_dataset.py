@@ -28,6 +28,9 @@ def test_relations_are_followed_to_their_ends():
     # A taxi is a car where there are cars, else a thing.
     assert label_space(('thing', 'car'), words, below) == [0, 0, 2, 2, -1]
     assert label_space(('road', 'thing'), words, below) == [0, 0, 0, 0, 4]
+    # Cars and trucks of a data set that are both called vehicles.
+    assert label_space(('vehicle', 'vehicle'), words,
+                       below) == [-1, 1, 1, 1, -1]
 
 
 @each_case('relations, message', [

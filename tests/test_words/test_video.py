@@ -6,14 +6,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from analysis_tools import load_tool
 from each_case import each_case
 from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS
 from text_runs import RUNS, make
 
 from mmseg_textkd.apis import TextSegInferencer
-from mmseg_textkd.apis.video import (VideoError, read_frames, segment_video,
-                                     stream_video)
+from mmseg_textkd.apis.video import (LogitSmoother, VideoError, read_frames,
+                                     segment_video, stream_video)
 from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_videos
 from mmseg_textkd.evaluation import VideoConsistencyMetric
 
@@ -170,10 +171,15 @@ def test_vspw_in_its_layout(tmp_path):
 
 # ------------------------------------------------------------------ stream
 @pytest.fixture(scope='module')
-def inferencer(tmp_path_factory):
+def trained(tmp_path_factory):
     with DefaultScope.overwrite_default_scope('mmseg'):
-        run = make(tmp_path_factory.mktemp('video'), *RUNS['fixed'])
-        mine = TextSegInferencer(run.config, run.weights, device='cpu')
+        return make(tmp_path_factory.mktemp('video'), *RUNS['fixed'])
+
+
+@pytest.fixture(scope='module')
+def inferencer(trained):
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        mine = TextSegInferencer(trained.config, trained.weights, device='cpu')
     mine.show_progress = False
     return mine
 
@@ -216,6 +222,35 @@ def test_smoothing_is_an_average_from_cut_to_cut(inferencer):
     assert any((a.labels != b.labels).any() for a, b in zip(plain, found))
     with pytest.raises(ValueError, match='between 0 and 1'):
         next(stream_video(inferencer, frames, smoothing=1.))
+
+
+def test_smoothing_is_measured(trained, inferencer, monkeypatch, capsys):
+    """As of what the stream gives."""
+    # The images are of different scenes; let them be of one.
+    monkeypatch.setattr(LogitSmoother.__init__, '__defaults__', (1e9, ))
+    tool = load_tool('video_smoothing')
+    found = tool.main([
+        str(trained.config),
+        str(trained.weights), '--smoothing', '0', '0.7', '--device', 'cpu'
+    ])
+    dataset = DATASETS.build(inferencer.cfg.val_dataloader.dataset)
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    frames = [cv2.imread(info['img_path']) for info in infos]
+    for weight, expected in found.items():
+        metric = VideoConsistencyMetric(iou_metrics=['mIoU'])
+        metric.dataset_meta = dataset.metainfo
+        for item, info in zip(
+                stream_video(inferencer, frames, smoothing=weight or None),
+                infos):
+            label = cv2.imread(info['seg_map_path'], cv2.IMREAD_GRAYSCALE)
+            metric.process({}, [
+                sample(info['img_path'], torch.from_numpy(label),
+                       torch.from_numpy(item.labels))
+            ])
+        assert metric.evaluate(len(infos)) == pytest.approx(
+            expected, nan_ok=True)
+    assert found[0.] != pytest.approx(found[.7], nan_ok=True)
+    assert f'| 0.7 | {found[.7]["mIoU"]:.2f} |' in capsys.readouterr().out
 
 
 def test_memory_does_not_grow_with_the_video(inferencer):

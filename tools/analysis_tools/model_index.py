@@ -67,10 +67,12 @@ STOCK_TWIN = re.compile(r'(?:textkd_(?P<text>.+)_(?!.*(?:score-map|cosine))'
                         r'(?P<peer>.+)-(?:kd|cwd))(?P<rest>_\d+xb\d+-.+)')
 # A mean, and the spread over seeds.
 VALUE = re.compile(r'(\d+(?:\.\d+)?)(?: ± \d+(?:\.\d+)?)?')
+SEPARATOR = r' (?:\\\||&#124;) '
 DOWNLOAD = re.compile(
-    r'\[model\]\((?P<weights>https?://\S+/(?P<name>[^/\s]+)'
+    r'\[model\]\((?P<weights>\S+/(?P<name>[^/\s]+)'
     r'_\d{8}_\d{6}-[0-9a-f]{8}\.pth)\)'
-    r' (?:\\\||&#124;) \[log\]\((?P<log>https?://\S+\.json)\)')
+    rf'(?:{SEPARATOR}\[text\]\((?P<text>\S+-[0-9a-f]{{8}}\.pth)\))?'
+    rf'{SEPARATOR}\[log\]\((?P<log>\S+\.json)\)')
 LINK = re.compile(r'\]\((?!\w+:|#)([^)#\s]+)')
 
 
@@ -139,9 +141,20 @@ def read_download(row: Row, name: str) -> Dict[str, str]:
         return {}
     match = DOWNLOAD.fullmatch(text)
     if match is None or match['name'] != name:
-        raise row.fault(f'download is {text!r}; write - or [model](https://'
-                        f'.../{name}_DATE-SHA8.pth) \\| [log](....json)')
-    return {'Weights': match['weights'], 'Training log': match['log']}
+        raise row.fault(
+            f'download is {text!r}; write - or [model](.../{name}_DATE-SHA8'
+            '.pth) \\| [log](....json), between them, where the weights with '
+            'text are released too, [text](....pth)')
+    keys = {
+        'Weights': 'weights',
+        'Text Weights': 'text',
+        'Training log': 'log'
+    }
+    # Paths are those below the root.
+    return {
+        key: re.sub(r'^(\.\./)+', '', match[part])
+        for key, part in keys.items() if match[part]
+    }
 
 
 def model_entry(row: Row, root: Path) -> Dict[str, Any]:
@@ -162,6 +175,8 @@ def model_entry(row: Row, root: Path) -> Dict[str, Any]:
         if not found:
             raise row.fault(f'folded weights run with configs/stock/{stock}, '
                             'which is missing')
+        if 'Text Weights' in files:
+            files['Text Config'] = f'configs/{path.parent.name}/{path.name}'
         path = found[0]
     values = {column: read_value(row, column) for column in VALUES}
     cells = row.cells
@@ -194,8 +209,10 @@ def broken_links(readme: str, text: str, root: Path) -> List[str]:
     faults = []
     for number, line in enumerate(text.splitlines(), 1):
         for link in LINK.findall(line):
-            # A wheel has configs, but no documentation.
-            known = 'docs/' not in link or (root / 'docs').is_dir()
+            # A wheel has configs, but neither documentation nor weights.
+            known = not any(
+                f'{folder}/' in link and not (root / folder).is_dir()
+                for folder in ('docs', 'model_zoo'))
             if known and not (root / readme).parent.joinpath(link).exists():
                 faults.append(f'{readme}:{number}: there is no {link}')
     return faults

@@ -566,6 +566,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if not args.check:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_files(files)
+        print('\n'.join(f'wrote {path}' for path in files))
         return
     old = [path.name for path, data in files.items() if outdated(path, data)]
     if old:

@@ -40,6 +40,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--keep-text',
         action='store_true',
         help='publish weights that still have text in them')
+    parser.add_argument(
+        '--fp16',
+        action='store_true',
+        help='store the weights in half precision; networks compute in their '
+        'own')
     args = parser.parse_intermixed_args(argv)
     words = args.out or args.old_out
     if not words:
@@ -65,7 +70,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 import mmseg_textkd
-from mmseg_textkd.deploy.publish import check_weights, read_log, serialize
+from mmseg_textkd.deploy.publish import (check_weights, read_log, serialize,
+                                         to_half)
 from mmseg_textkd.models import DistilledEncoderDecoder
 from mmseg_textkd.utils.arguments import warn_renamed
 from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
@@ -125,6 +131,8 @@ def publish(args: argparse.Namespace) -> Path:
     checkpoint = read_checkpoint(args.checkpoint)
     state, meta = checkpoint['state_dict'], checkpoint['meta']
     has_text = check_weights(args.checkpoint, state, meta, args.keep_text)
+    if args.fp16:
+        state = to_half(args.checkpoint, state)
     checks = ['all weights are finite', 'loads with `weights_only=True`']
     text = 'yes: it needs mmseg_textkd' if has_text else 'no'
     # MMEngine's inferencers execute it, so it must be that of --config.
@@ -185,6 +193,9 @@ def publish(args: argparse.Namespace) -> Path:
         size=f'{len(data):,}',
         sha256=sha256,
         params=params,
+        dtypes=', '.join(
+            sorted({str(v.dtype).split('.')[-1]
+                    for v in state.values()})),
         config=f'`{Path(args.config).name}`' if args.config else 'no config',
         where_config=("in the file: `torch.load(FILE)['meta']['cfg']`"
                       if args.config else 'not in the file'),
