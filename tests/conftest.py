@@ -32,13 +32,20 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope='session')
 def _quick_runs():
     """Save what takes longer than the training iterations of a test."""
-    # MMEngine collects garbage for each dataset: not among what is imported.
-    gc.collect()
-    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         leave_configs_unformatted(patch.setattr)
         yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _freeze():
+    """Collect no garbage among what was there before the tests of a file.
+
+    MMEngine collects it for each dataset.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
