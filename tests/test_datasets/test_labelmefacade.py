@@ -81,4 +81,4 @@ def test_what_is_missing_or_wrong_is_named(source, tmp_path, capsys):
     assert 'a__p1.png has colors of no class, such as [7, 7, 7]' in fails(
         TOOL, capsys, source, out)
     (source / 'train.txt').unlink()
-    assert 'train.txt' in fails(TOOL, capsys, source, out)
+    assert 'must be the published folder' in fails(TOOL, capsys, source, out)

@@ -81,7 +81,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                                              f'{name}.png')
                 shutil.copyfile(args.source / 'images' / f'{name}.jpg',
                                 args.out / 'img' / split / f'{name}.jpg')
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            sys.exit(f'labelmefacade: {error}. {args.source} must be the '
+                     'published folder, with images, labels, train.txt and '
+                     'test.txt; one with img and ann has been converted.')
+        except ValueError as error:
             sys.exit(f'labelmefacade: {error}')
         print(f'{split}: {len(names)} images')
 
