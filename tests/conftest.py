@@ -9,8 +9,7 @@ import torch
 from mmengine.registry import DefaultScope
 from processes import leave_configs_unformatted
 
-import mmseg_textkd  # noqa: F401  (registers everything)
-from mmseg_textkd.text import TextEmbeddings
+from mmseg_textkd.text import TextEmbeddings  # registers everything
 
 # Asserts of this helper too are to say what was compared.
 pytest.register_assert_rewrite('network_tester')
