@@ -78,9 +78,8 @@ def model_zoo() -> str:
         page = (f'methods/{where}.md' if f'methods/{where}' in PAGES else None)
         rows = []
         for model in meta['Models']:
-            results = '; '.join(f'{key} {value}'
-                                for result in model.get('Results', [])
-                                for key, value in result['Metrics'].items())
+            measured = model.get('Results', {}).get('Metrics', {})
+            results = '; '.join(f'{k} {v}' for k, v in measured.items())
             weights = model.get('Weights')
             rows.append('| [{}]({}/blob/main/{}) | {} | {} | {} |'.format(
                 model['Name'], REPOSITORY, model['Config'],

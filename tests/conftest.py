@@ -9,23 +9,42 @@ import torch
 from mmengine.registry import DefaultScope
 from processes import leave_configs_unformatted
 
-import mmseg_textkd  # noqa: F401  (registers everything)
-from mmseg_textkd.text import TextEmbeddings
+from mmseg_textkd.text import TextEmbeddings  # registers everything
 
 # Asserts of this helper too are to say what was compared.
 pytest.register_assert_rewrite('network_tester')
+# What takes longest comes first: no worker waits for another at the end.
+SLOW_FILES = ('test_packaging', 'test_study', 'test_distributed',
+              'test_training_options', 'test_export', 'test_textkd2mmseg',
+              'test_compat', 'test_networks', 'test_prompt_learner_hook',
+              'test_mmseg_tools', 'test_stage1_is_light', 'test_fusion_runs',
+              'test_kill_and_resume', 'test_distillation', 'test_configs',
+              'test_encode_text_tool', 'test_export_networks', 'test_text_kd')
+
+
+def pytest_collection_modifyitems(items):
+    """Put the slow files first."""
+    rank = {name: i for i, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(autouse=True, scope='session')
 def _quick_runs():
     """Save what takes longer than the training iterations of a test."""
-    # MMEngine collects garbage for each dataset: not among what is imported.
-    gc.collect()
-    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         leave_configs_unformatted(patch.setattr)
         yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _freeze():
+    """Collect no garbage among what was there before the tests of a file.
+
+    MMEngine collects it for each dataset.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

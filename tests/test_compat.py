@@ -59,11 +59,15 @@ BROKEN = {
     'drawing': int(cv2.__version__.split('.')[0]) >= 5,
 }
 
-# Forks what runs the code from a process that has imported torch and MMEngine,
-# which no cure depends on, and neither MMCV nor MMSegmentation.
+# Forks what runs the code from a process that has imported torch, MMEngine and
+# timm, which no cure depends on, and neither MMCV nor MMSegmentation.
 SERVER = '''
 import json, os, sys, traceback
 import mmengine.runner
+try:
+    import timm
+except ImportError:
+    pass
 for line in sys.stdin:
     code, cwd, paths, output = json.loads(line)
     pid = os.fork()
@@ -169,7 +173,7 @@ def test_a_full_mmcv_keeps_its_own_ops(tmp_path):
     assert status == 0 and 'kept' in output, output
 
 
-@pytest.mark.parametrize('align_corners', [False, True])
+@each_case('align_corners', [False, True])
 def test_point_sample_interpolates_by_hand(align_corners):
     torch.manual_seed(0)
     height, width = 5, 7
@@ -516,7 +520,7 @@ def test_missing_library_is_one_line_that_says_what_to_install(
     assert ('pip install torch' in line) == (absent == 'torch')
 
 
-@pytest.mark.parametrize('name', ['mmseg/__init__.py', 'mmseg.py'])
+@each_case('name', ['mmseg/__init__.py', 'mmseg.py'])
 def test_the_word_segmenter_is_recognized(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('def seg_txt(text): return text.split()')

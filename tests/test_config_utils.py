@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 
 import pytest
+from each_case import each_case
 from mmengine.config import Config
 
 from mmseg_textkd import insert_transform, stock_config, stock_network
@@ -117,7 +118,7 @@ def test_insert_into_wrapped_datasets(tmp_path):
     assert pipelines[1][-2]['edge_width'] == EDGES['edge_width'] == 4
 
 
-@pytest.mark.parametrize('dataset', ['cityscapes.py', 'pascal_voc12_aug.py'])
+@each_case('dataset', ['cityscapes.py', 'pascal_voc12_aug.py'])
 def test_nothing_to_insert_before(tmp_path, dataset):
     loader = load(tmp_path, dataset)
     with pytest.raises(

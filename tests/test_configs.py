@@ -14,6 +14,7 @@ from typing import NamedTuple, Set
 
 import pytest
 import torch
+from each_case import each_case
 from mmengine.config import Config
 from mmseg.datasets import COCOStuffDataset, PascalVOCDataset
 from mmseg.registry import DATASETS, HOOKS, METRICS, TRANSFORMS
@@ -369,7 +370,7 @@ def test_pidnet_gets_the_edges_that_it_needs():
             assert not expected or found[-2] == 'GenerateEdge', path
 
 
-@pytest.mark.parametrize('tag', METHODS)
+@each_case('tag', METHODS)
 def test_twins_differ_in_the_method_only(tag):
     """Backbone, other heads, data, schedule, runtime: all else is equal."""
     allowed = METHODS[tag].changes
@@ -660,8 +661,8 @@ def test_folds_are_those_of_the_literature():
             assert tuple(load_config(path).val_evaluator.unseen) == fold
 
 
-@pytest.mark.parametrize('folder, key', [('fusion', '.fusion.'),
-                                         ('balance', 'image_projection')])
+@each_case('folder, key', [('fusion', '.fusion.'),
+                           ('balance', 'image_projection')])
 def test_rates_of_what_is_dropped_do_not_get_into_stock_configs(folder, key):
     path = next((CONFIGS / folder).glob('*-b*[elsz]_1xb8*.py'))
     cfg = Config(copy.deepcopy(load_config(path).to_dict()))

@@ -95,7 +95,7 @@ def test_cost_of_a_fusion_is_that_of_the_arithmetic(tmp_path, capsys):
     text = dict(type='ControlEmbeddings', kind='random', dim=16)
     cfg = tiny_config(tmp_path, text)
     c, d, k, dim, size = 16, 8, 8, 16, (64, 128)
-    pixels = 4 * 8  # of the map at 1/16
+    pixels = 8 * 16  # of the map at 1/8
     block = (
         k * d * d * (1 + 1 + 3 + 1 + 4 + 2)  # linear layers of the tokens
         + 2 * 2 * k * pixels * d + 2 * k * k * d  # attentions

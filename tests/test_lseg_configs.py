@@ -4,6 +4,7 @@ import copy
 import hashlib
 
 import pytest
+from each_case import each_case
 from mmengine.optim import build_optim_wrapper
 from mmseg.registry import DATASETS, MODELS
 from network_tester import CONFIGS, load_config, offline
@@ -18,7 +19,7 @@ def test_all_are_there():
     assert len(PUBLISHED) == 8
 
 
-@pytest.mark.parametrize('path', PUBLISHED, ids=lambda path: path.stem)
+@each_case('path', PUBLISHED)
 def test_published_network_and_words(path):
     """The words by a digest of the label files of LSeg's authors."""
     digests = {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
@@ -25,7 +26,7 @@ TOY = '1xb8-200i_toy-scenes-128x256.py'
 CAMVID = '1xb8-10k_camvid-360x480.py'
 
 
-@pytest.mark.parametrize('name, kind, kept', [
+@each_case('name, kind, kept', [
     ('bridge', TwoWayBridge, False),
     ('bridge-kept', TwoWayBridge, True),
     ('context', ContextAwareText, False),
@@ -97,7 +98,7 @@ def test_lseg_is_built_without_files(bare, name):
     assert {id(p) for p in head.parameters()} <= learned
 
 
-@pytest.mark.parametrize('name, added', [
+@each_case('name, added', [
     ('textkd_bisenetv2_fcn_vit-b16-tgkd', {'decode.loss_text_guided'}),
     ('textkd_ddrnet_23-slim_in1k-pre_vit-b16-segkd',
      {'decode.loss_text_guided', 'decode.loss_text_similarity'}),

@@ -16,6 +16,7 @@ from importlib import metadata
 
 import mmengine
 import pytest
+from each_case import each_case
 
 from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
 
@@ -276,7 +277,7 @@ def test_no_requirement_is_called_mmseg():
     assert 'mmseg' not in names and 'mmsegmentation' in names
 
 
-@pytest.mark.parametrize('stack', ['upstream', 'onedl'])
+@each_case('stack', ['upstream', 'onedl'])
 def test_constraints_pin_everything_that_is_required(stack):
     pattern = re.compile(
         r'([\w.-]+)==[\w.+]+(; python_version [<>=]+ "3.11")?')

@@ -124,6 +124,7 @@ def test_commands_of_the_guides(tmp_path, monkeypatch, capsys):
     """They parse, and none is in an old spelling."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'net_stock').mkdir()  # what has been deployed before
+    (tmp_path / 'demo').symlink_to(osp.join(ROOT, 'demo'))
     tools, faults, number = {}, [], 0
     for page, path, words in commands():
         if path not in tools:

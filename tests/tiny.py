@@ -15,8 +15,8 @@ SIZE = (32, 64)
 # A stock auxiliary head of the tiny network.
 AUXILIARY = dict(
     type='FCNHead',
-    in_channels=4,
-    in_index=1,
+    in_channels=8,
+    in_index=0,
     channels=8,
     num_convs=1,
     concat_input=False,
@@ -45,8 +45,13 @@ def write_dataset(root, num_images=6):
     return str(root)
 
 
-def tiny_config(tmp_path, text=None, hook=None, max_iters=6, **options):
-    """Config of a tiny BiSeNetV2; with ``text``, of its text twin."""
+def tiny_config(tmp_path,
+                text=None,
+                hook=None,
+                max_iters=6,
+                save_every=None,
+                **options):
+    """Config of a tiny FCN; with ``text``, of its text twin."""
     root = tmp_path / 'data'
     if not root.exists():
         write_dataset(root)
@@ -71,6 +76,8 @@ def tiny_config(tmp_path, text=None, hook=None, max_iters=6, **options):
         data_root=str(root),
         img_suffix='.png',
         seg_map_suffix='.png',
+        # Serializing begins with a garbage collection.
+        serialize_data=False,
         metainfo=dict(classes=CLASSES, palette=[[i, i, i] for i in range(8)]),
         data_prefix=dict(img_path='img', seg_map_path='ann'),
         pipeline=[
@@ -98,11 +105,16 @@ def tiny_config(tmp_path, text=None, hook=None, max_iters=6, **options):
                 size=SIZE,
                 seg_pad_val=255),
             backbone=dict(
-                type='BiSeNetV2',
-                detail_channels=(4, 4, 8),
-                semantic_channels=(4, 4, 8, 8),
-                semantic_expansion_ratio=1,
-                bga_channels=8,
+                type='ResNet',
+                depth=18,
+                num_stages=1,
+                stem_channels=8,
+                base_channels=8,
+                strides=(1, ),
+                dilations=(1, ),
+                out_indices=(0, ),
+                # Else convolutions get no gradient at first.
+                zero_init_residual=False,
                 norm_cfg=norm_cfg),
             decode_head=head,
             train_cfg=dict(),
@@ -135,8 +147,10 @@ def tiny_config(tmp_path, text=None, hook=None, max_iters=6, **options):
         ],
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
-            checkpoint=dict(type='CheckpointHook', by_epoch=False,
-                            interval=1)),
+            checkpoint=dict(
+                type='CheckpointHook',
+                by_epoch=False,
+                interval=save_every or max_iters)),
         log_processor=dict(by_epoch=False),
         env_cfg=dict(dist_cfg=dict(backend='gloo')),
         find_unused_parameters=True,

@@ -91,12 +91,9 @@ def network_cfg(data, tmp_path):
         text = dict(
             type='ResidualPromptLearner',
             embeddings=dict(type='ClassEmbeddings', file=data.files))
-        cfg = tiny_config(tmp_path, text, hook=dict(switch_at=3), max_iters=4)
-        stock = dict(
-            cfg.model.decode_head, type='FCNHead', in_index=1, channels=8)
+        cfg = tiny_config(tmp_path, text, dict(switch_at=3), 4, save_every=2)
+        stock = dict(cfg.model.decode_head, type='FCNHead', channels=8)
         stock.pop('text')
-        # The semantic branch's last stages, at an eighth of the size.
-        stock['in_channels'] = 4
         cfg.model.decode_head.role = role
         for head in (cfg.model.decode_head, stock):
             head['num_classes'] = len(WORDS)

@@ -16,7 +16,9 @@ echo "run_tests: pytest $*"
 # Threads of tiny models wait for each other more than they compute, the more
 # so on a busy machine.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# A worker for each core; what shares a fixture of its file stays together.
+# A worker for each core; what shares a fixture of its file stays together, in
+# the order of tests/conftest.py.
 # pytest ends with 5 where nothing was selected: that is a failure too.
-python -m pytest -n "${WORKERS:-2}" --dist loadscope "$@"
+python -m pytest -n "${WORKERS:-2}" --dist loadscope --no-loadscope-reorder \
+    "$@"
 exit "$lint"

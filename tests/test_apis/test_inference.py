@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.fileio import list_dir_or_file
 from mmengine.runner import save_checkpoint
@@ -99,7 +100,7 @@ def test_shown_result_blends_picture_and_palette(trained, model, tmp_path):
     assert np.array_equal(cv2.imread(out)[..., ::-1], shown)
 
 
-@pytest.mark.parametrize('config', ['file', 'in the weights'])
+@each_case('config', ['file', 'in the weights'])
 def test_inferencer_predicts_the_same(trained, model, tmp_path, config):
     inferencer = MMSegInferencer(
         model=trained.config if config == 'file' else None,

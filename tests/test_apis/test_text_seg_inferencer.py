@@ -752,15 +752,16 @@ def test_demo_never_writes_over_its_input(worded, demo, tmp_path, capsys):
 # ------------------------------------------------------------------- page
 def test_answers_of_the_page(worded, inferencer):
     app, mine = load_demo('gradio_app.py'), inferencer()
-    picture = cv2.imread(worded().images[0])
-    found = app.segment(mine, picture[..., ::-1], ' <tree>,<道路>', True)
-    assert mine.classes == ('<tree>', '<道路>', 'other')
+    picture = cv2.imread(worded().images[1])
+    words = ' <car>,<grass>,<道路>'
+    found = app.segment(mine, picture[..., ::-1], words, True)
+    assert mine.classes == ('<car>', '<grass>', '<道路>', 'other')
     expected = mine(picture, return_vis=True, opacity=.3, legend=False)
     assert np.array_equal(app.draw(found, .3), expected['visualization'])
     entries = re.findall(
         r'rgb\((\d+),(\d+),(\d+)\)"></span>(\S+) <[^>]*>(below 0.1|[\d.]+) %',
         app.legend(found))
-    names = ['&lt;tree&gt;', '&lt;道路&gt;', 'other']
+    names = ['&lt;car&gt;', '&lt;grass&gt;', '&lt;道路&gt;', 'other']
     shares = []
     for *color, name, share in entries:
         number = names.index(name)
@@ -771,7 +772,7 @@ def test_answers_of_the_page(worded, inferencer):
             assert abs(part - float(share)) < .06
         shares.append(part)
     assert shares == sorted(shares, reverse=True)
-    assert sum(shares) == pytest.approx(100) and len(shares) == 3
+    assert sum(shares) == pytest.approx(100) and len(shares) >= 3
     app.segment(mine, picture, '', False)
     assert mine.classes == CLASSES
     assert app.draw(None, .5) is None

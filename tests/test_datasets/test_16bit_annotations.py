@@ -175,9 +175,7 @@ def test_what_is_no_16_bit_map_is_refused(tmp_path, labels):
         Load16BitAnnotations()(results(tmp_path / 'a.tif'))
 
 
-@pytest.mark.parametrize(
-    'change', [dict(reduce_zero_label=True),
-               dict(label_map={0: 255})])
+@each_case('change', [dict(reduce_zero_label=True), dict(label_map={0: 255})])
 def test_labels_are_not_renumbered(tmp_path, change):
     with pytest.raises(ValueError, match='labels as they are'):
         Load16BitAnnotations()(dict(results(tmp_path / 'a.tif'), **change))

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from each_case import each_case
 from mmseg.datasets import COCOStuffDataset, PascalVOCDataset
 from mmseg.registry import DATASETS, TRANSFORMS
 from network_tester import CONFIGS, load_config
@@ -38,7 +39,7 @@ def coco(folder, **options):
         **options)
 
 
-@pytest.mark.parametrize('shot', [0, 2])
+@each_case('shot', [0, 2])
 def test_coco_draws_as_the_literature_does(tmp_path, shot):
     """numpy's global generator from its seed on: class, query, supports."""
     pictures, ids = write_coco(tmp_path), list(range(0, 80, 4))

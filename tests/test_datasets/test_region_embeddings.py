@@ -227,7 +227,8 @@ def test_the_tool(cfg, tmp_path, capsys):
     tool.main([str(path)])
     out, err = capsys.readouterr()
     assert out.endswith('6 images encoded; all others were there\n')
-    assert 'Encoding regions: 100%' in err and '6/6' in err
+    # The bar is for terminals.
+    assert 'Encoding regions' not in err
     tool.main([str(path)])
     assert capsys.readouterr().out.endswith('0 images encoded; all others '
                                             'were there\n')

@@ -91,7 +91,7 @@ def test_costs_of_other_bands(tmp_path, capsys):
         cfg = tiny_config(tmp_path, CONTROL)
         cfg.model.backbone.in_channels = bands
         cfg.model.data_preprocessor.update(mean=[9.] * bands, std=[3.] * bands)
-        found.append(tool.count(tool.build(cfg), SIZE))
+        found.append(tool.count(tool.build(cfg), (256, 512)))
     assert float(found[1][1]) > float(found[0][1])
 
 

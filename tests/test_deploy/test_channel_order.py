@@ -2,8 +2,8 @@
 """Networks that see BGR, as files are read, and networks that see RGB."""
 import cv2
 import numpy as np
-import pytest
 import torch
+from each_case import each_case
 from mmseg.apis import inference_model
 from mmseg.registry import MODELS
 from tiny import CLASSES, tiny_config
@@ -17,7 +17,7 @@ from mmseg_textkd.deploy.exportable import ExportableSegmentor
 MEAN, STD = [10., 100., 200.], [30., 60., 90.]
 
 
-@pytest.mark.parametrize('rgb', [False, True])
+@each_case('rgb', [False, True])
 def test_fold_inference_and_export(tmp_path, rgb):
     text = dict(type='ControlEmbeddings', kind='random', dim=16)
     cfg = tiny_config(tmp_path, text)

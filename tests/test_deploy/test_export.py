@@ -55,7 +55,7 @@ def stock(tmp_path_factory):
     cfg.optim_wrapper.optimizer.lr = .5
     cfg.default_hooks.checkpoint.interval = 40
     head = copy.deepcopy(cfg.model.decode_head)
-    cfg.model.auxiliary_head = dict(head, in_index=1, in_channels=4)
+    cfg.model.auxiliary_head = head
     # To advise on sizes, `resize` then turns them into numbers.
     cfg.model.decode_head.align_corners = True
     for split in ('train', 'val', 'test'):

@@ -39,7 +39,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@each_case('name', NETWORKS)
 def test_networks(name, tmp_path):
     options, size = NETWORKS[name]
     path, = CONFIGS.glob(f'stock/{name}*camvid*.py')

@@ -33,9 +33,7 @@ def config(folder, classes=8, dim=16, text=None, **head):
     cfg.model.auxiliary_head = [
         dict(
             cfg.model.decode_head,
-            in_channels=4,
             channels=8,
-            in_index=1,
             role='classifier',
             text_losses=None)
     ]
@@ -82,7 +80,7 @@ HEADS = [
 ]
 
 
-@pytest.mark.parametrize('head', HEADS, ids=str)
+@each_case('head', HEADS)
 def test_stock_model_predicts_the_same(tmp_path, head):
     cfg = config(tmp_path, **head)
     model = settled(cfg)
@@ -137,7 +135,7 @@ def test_vectors_of_any_length(tmp_path, make_embeddings):
     torch.testing.assert_close(folded.decode_head.conv_seg.weight.data, weight)
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+@each_case('dtype', [torch.bfloat16, torch.float64])
 def test_weights_of_other_precision(tmp_path, dtype):
     cfg = config(tmp_path)
     model = settled(cfg).to(dtype)
@@ -155,13 +153,12 @@ def test_what_is_refused(tmp_path, make_embeddings):
     model.eval().decode_head.conv_seg.train()
     with pytest.raises(RuntimeError, match='needs evaluation mode'):
         fold_state_dict(model)
-    model.eval().backbone.detail.detail_branch[0][0].bn.bias.data[0] = (
-        float('nan'))
+    model.eval().backbone.bn1.bias.data[0] = float('nan')
     model.decode_head.conv_seg.logit_bias.data[0] = float('inf')
     with pytest.raises(ValueError) as error:
         fold_state_dict(model)
     assert "2 weights have NaN or infinite values" in str(error.value)
-    assert 'detail.detail_branch.0.0.bn.bias' in str(error.value)
+    assert 'backbone.bn1.bias' in str(error.value)
     assert 'decode_head.conv_seg.bias' in str(error.value)
     # Text that is not there is missed only where it is deployed.
     for role in ('classifier', 'auxiliary'):
@@ -197,7 +194,7 @@ def test_l2_norm_is_kept_on_request(tmp_path, dim):
     assert all(torch.equal(v, again[k]) for k, v in stock.state_dict().items())
 
 
-@pytest.mark.parametrize('kind', ['depthwise', 'bottleneck'])
+@each_case('kind', ['depthwise', 'bottleneck'])
 def test_blocks_are_kept_with_the_l2_norm_or_refused(tmp_path, kind):
     branch = dict(norm='l2', regularization=dict(kind=kind, depth=2))
     cfg = config(tmp_path, text_branch=branch)
@@ -278,7 +275,7 @@ def test_report_counts_what_differs(tmp_path):
     assert costs['folded'].params == sum(
         p.numel() for p in stock.parameters()) < costs['as trained'].params
     # The text costs a projection 16 -> 16 and, as before, 16 -> 8.
-    pixels = (128 // 8) * (256 // 8)
+    pixels = (128 // 4) * (256 // 4)
     more = costs['as trained'].flops - costs['folded'].flops
     assert more == 2 * pixels * 16 * 16
 
@@ -308,8 +305,8 @@ def test_heads_that_draw_random_numbers_are_comparable():
     assert max(a.relative for a in report.agreements) < 1e-5
 
 
-@pytest.mark.parametrize('weights', ['stage1', 'weights'])
-@pytest.mark.parametrize('name', ['plain', 'auxiliary', 'bf16', 'ema'])
+@each_case('weights', ['stage1', 'weights'])
+@each_case('name', ['plain', 'auxiliary', 'bf16', 'ema'])
 def test_trained_networks(trained, name, weights):
     """After each stage, in each role, with bfloat16, with averages."""
     run = trained(name)
@@ -351,7 +348,7 @@ def losses(model, batch):
     return {k: float(v) for k, v in found.items() if 'loss' in k}
 
 
-@pytest.mark.parametrize('name', ['plain', 'auxiliary'])
+@each_case('name', ['plain', 'auxiliary'])
 def test_loss_is_continuous_at_the_switch_to_stock(trained, name, tmp_path):
     """But for the batch norm of the projection, which is folded."""
     cfg = trained(name).cfg

@@ -110,7 +110,7 @@ def test_camvid_without_its_dataset(tmp_path, write_camvid, suffix):
     assert scores[0] == scores[1] and scores[0]['mIoU'] > 0
 
 
-@pytest.mark.parametrize('change, message', [
+@each_case('change, message', [
     (dict(ann_file='list.txt'), "CamVidDataset with ['ann_file']"),
     (dict(metainfo=dict(classes=('sky', ))), "with ['metainfo.classes']"),
 ])

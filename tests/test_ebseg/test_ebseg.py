@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 from mmengine.logging import MMLogger
@@ -265,7 +266,7 @@ def test_the_balance_knows_which_classes_are_new(model):
     assert not torch.allclose(scores['unheard of 0'], scores['sky'])
 
 
-@pytest.mark.parametrize('number', [1, 2, 1000])
+@each_case('number', [1, 2, 1000])
 def test_any_number_of_classes(model, number):
     vectors = F.normalize(torch.randn(number, 64), dim=1)
     model.set_classes(
@@ -285,7 +286,7 @@ def test_any_number_of_classes(model, number):
     model.set_classes(None)
 
 
-@pytest.mark.parametrize('number', [1, 300])
+@each_case('number', [1, 300])
 def test_training_with_few_and_many_classes(model_cfg, make_embeddings,
                                             number):
     text = dict(type='ClassEmbeddings', file=make_embeddings(number, 64))

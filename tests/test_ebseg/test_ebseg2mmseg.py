@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS, MODELS
 from network_tester import CONFIGS, load_config
@@ -155,7 +156,7 @@ def break_shape(state):
     state[key] = state[key][:50]
 
 
-@pytest.mark.parametrize('change, message', [
+@each_case('change, message', [
     (lambda s: s.pop('sem_seg_head.predictor.logit_scale'),
      'missing: decode_head.embedder.length'),
     (lambda s: s.pop('backbone.blocks.7.attn.rel_pos_h'),

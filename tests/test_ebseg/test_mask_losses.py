@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from each_case import each_case
 
 from mmseg_textkd.models.ebseg import EBSegLoss
 from mmseg_textkd.models.ebseg.ebseg_loss import (LayerPrediction,
@@ -70,8 +71,7 @@ def test_costs_of_all_pairs():
             naive_dice(logits[q], masks[g]))
 
 
-@pytest.mark.parametrize('queries,classes', [(4, [0, 3]), (3, [1, 2, 4]),
-                                             (2, [0, 1, 2])])
+@each_case('queries,classes', [(4, [0, 3]), (3, [1, 2, 4]), (2, [0, 1, 2])])
 def test_the_matching_is_the_best_of_all(queries, classes):
     for _ in range(5):
         targets = mask_targets(labels_with(classes), SIZE, num_classes=5)
@@ -192,7 +192,7 @@ def test_order_of_queries_does_not_matter():
         torch.testing.assert_close(after[name], before[name])
 
 
-@pytest.mark.parametrize('ignored', [(0, ), (0, 1)])
+@each_case('ignored', [(0, ), (0, 1)])
 def test_images_without_any_mask(ignored):
     layers, embeddings, text, labels = random_batch(2)
     for n in ignored:

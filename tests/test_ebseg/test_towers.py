@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from safetensors.torch import save_file
 from tiny_clip import save_model
 
@@ -293,7 +294,7 @@ def test_sam_weights_that_cannot_be_had(small_sam, tmp_path, monkeypatch):
         FrozenSAMViT(three, seed=0, **SAM_SIZES).init_weights()
 
 
-@pytest.mark.parametrize('args', [
+@each_case('args', [
     dict(model=SAM),
     dict(model=SAM, seed=0, pretrained='x.pth'),
     dict(seed=0),

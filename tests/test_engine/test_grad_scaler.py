@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from each_case import each_case
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmseg.registry import HOOKS, OPTIM_WRAPPERS
@@ -44,7 +45,7 @@ class ScaleHook(Hook):
         self.scales, self.changed, self.dtypes = [], [], set()
 
     def before_train(self, runner):
-        conv = runner.model.backbone.detail.detail_branch[0][0].conv
+        conv = runner.model.backbone.conv1
 
         def note(conv, args, output):
             if conv.training:
@@ -81,8 +82,8 @@ class ScaleHook(Hook):
 
 
 def train(folder, resume=False, **options):
-    cfg = tiny_config(folder, TEXT, dict(switch_at=SWITCH),
-                      **{'optim_wrapper.type': 'CPUFloat16OptimWrapper'})
+    cfg = tiny_config(folder, TEXT, dict(switch_at=SWITCH), save_every=1)
+    cfg.optim_wrapper.type = 'CPUFloat16OptimWrapper'
     cfg.work_dir = str(folder / 'work')
     cfg.custom_hooks.append(dict(type='ScaleHook', **options))
     runner = run(cfg, resume=resume)
@@ -113,7 +114,7 @@ def test_both_stages_learn_what_they_learn_in_float32(tmp_path):
         torch.testing.assert_close(params[name], param, rtol=0, atol=.05)
 
 
-@pytest.mark.parametrize('at', [SWITCH - 1, SWITCH])
+@each_case('at', [SWITCH - 1, SWITCH])
 def test_an_overflow_at_the_switch_costs_one_step(tmp_path, at):
     runner, hook = train(tmp_path, overflow_at=at)
     assert [i for i, changed in enumerate(hook.changed) if not changed] == [at]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
@@ -90,9 +91,8 @@ SCALE = 'decode_head.conv_seg.scale.log_scale'
 BIAS = 'decode_head.conv_seg.logit_bias'
 
 
-@pytest.mark.parametrize('switch_at', [4, 4 / 6])
-def test_what_learns_in_each_stage(tmp_path, residual, switch_at):
-    cfg = tiny_config(tmp_path, residual, dict(switch_at=switch_at))
+def test_what_learns_in_each_stage(tmp_path, residual):
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=4 / 6))
     runner, recorder = record(cfg)
     everything = {n for n, _ in runner.model.named_parameters()}
     assert [row['iter'] for row in recorder.rows] == list(range(6))
@@ -103,8 +103,7 @@ def test_what_learns_in_each_stage(tmp_path, residual, switch_at):
     # What learns is what changes: statistics of batch norms are frozen too.
     network = {
         SCALE, BIAS, 'decode_head.conv_seg.projection.conv.weight',
-        'decode_head.convs.0.conv.weight',
-        'backbone.detail.detail_branch.0.0.conv.weight'
+        'decode_head.convs.0.conv.weight', 'backbone.conv1.weight'
     }
     for i in (0, 3):
         assert network <= recorder.changed(i)
@@ -125,7 +124,8 @@ def test_no_stage_2_by_default(tmp_path, residual):
 def test_learned_embeddings_are_weights_of_the_network(tmp_path):
     """They learn in stage 1, without decay, and go through a resume."""
     vectors = 'decode_head.conv_seg.text.vectors'
-    cfg = tiny_config(tmp_path, dict(type='LearnedEmbeddings', dim=16), {})
+    text = dict(type='LearnedEmbeddings', dim=16)
+    cfg = tiny_config(tmp_path, text, {}, save_every=3)
     runner, recorder = record(cfg)
     for i, row in enumerate(recorder.rows):
         assert vectors in row['learns'] and vectors in recorder.changed(i)
@@ -271,7 +271,7 @@ def test_rates_of_stage_2(tmp_path, residual):
         param_scheduler=[warmup, decay])
     cfg = tiny_config(tmp_path, residual, hook)
     _, recorder = record(cfg)
-    backbone = 'backbone.detail.detail_branch.0.0.conv.weight'
+    backbone = 'backbone.conv1.weight'
     for name, rate in ((OFFSET, 0.1), (backbone, 0.005), (SCALE, 0.05)):
         lrs = [row['lr'][name] for row in recorder.rows[2:]]
         # Half, full, (1 - 1 / 2)^2 of what is above eta_min, eta_min; the
@@ -345,39 +345,29 @@ def same_state(path_a, path_b):
         assert_equal(a.get(part), b.get(part), part)
 
 
-VARIANTS = dict(
-    plain={},
-    ema={
-        'extra_hook':
-        dict(
-            type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.3)
-    },
-    ema_buffers={
-        'extra_hook':
-        dict(
-            type='EMAHook',
-            ema_type='ExponentialMovingAverage',
-            momentum=0.3,
-            update_buffers=True)
-    },
-    amp={'optim_wrapper.type': 'CPUAmpOptimWrapper'},
-    accumulation={'optim_wrapper.accumulative_counts': 2})
-
-
-@pytest.mark.parametrize('variant, stops', [('plain', [2, 4, 6]),
-                                            ('ema', [4, 6]),
-                                            ('ema_buffers', [6]), ('amp', [6]),
-                                            ('accumulation', [2, 6])])
-def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, residual, variant,
-                                                   stops):
+@each_case(
+    'options, average, stops',
+    [
+        ({}, False, [2, 4, 6]),
+        # Other averages, and accumulation: test_training_options.py.
+        ({}, True, [6]),
+        ({
+            'optim_wrapper.type': 'CPUAmpOptimWrapper'
+        }, False, [6]),
+    ])
+def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, residual, options,
+                                                   average, stops):
     """Stopped in stage 1, exactly at the switch, and in stage 2."""
-    changes = dict(VARIANTS[variant])
-    extra = changes.pop('extra_hook', None)
     cfg = tiny_config(
-        tmp_path, residual, dict(switch_at=4), max_iters=8, **changes)
+        tmp_path, residual, dict(switch_at=4), max_iters=8, **options)
     cfg.default_hooks.checkpoint.interval = 2
-    if extra:
-        cfg.custom_hooks.append(extra)
+    if average:
+        cfg.custom_hooks.append(
+            dict(
+                type='EMAHook',
+                ema_type='ExponentialMovingAverage',
+                momentum=0.3,
+                update_buffers=True))
     whole = run(cfg, work_dir=str(tmp_path / 'whole'))
     for stop in stops:
         killed = cfg.copy()
@@ -452,7 +442,7 @@ def best_config(tmp_path, text, scores, **hook):
     return cfg
 
 
-@pytest.mark.parametrize('scores, best, stops', [
+@each_case('scores, best, stops', [
     ([.9, .5, .1, .2], 2, [('StopAt', 3), ('StopAt', 4), ('StopAt', 6)]),
     ([.5, .9, .1, .2], 4, [('StopInValidation', 4)]),
 ])
@@ -487,20 +477,14 @@ def test_stage_2_from_the_best_checkpoint(tmp_path, residual, scores, best,
             f'{killed.work_dir}/iter_8.pth')
 
 
-@pytest.mark.parametrize('changes, message', [
-    ({
-        'default_hooks.checkpoint.save_best': None
-    }, 'one best checkpoint.*mIoU'),
-    ({
-        'train_cfg.val_interval': 5
-    }, 'first is at iteration 5.*switch at 4'),
-    ({
-        'val_evaluator.scores': [float('nan')] * 4
-    }, 'no best checkpoint'),
+@each_case('key, value, message', [
+    ('default_hooks.checkpoint.save_best', None, 'one best checkpoint.*mIoU'),
+    ('train_cfg.val_interval', 5, 'first is at iteration 5.*switch at 4'),
+    ('val_evaluator.scores', [float('nan')] * 4, 'no best checkpoint'),
 ])
-def test_no_best_checkpoint(tmp_path, residual, changes, message):
+def test_no_best_checkpoint(tmp_path, residual, key, value, message):
     cfg = best_config(tmp_path, residual, [.1] * 4)
-    cfg.merge_from_dict(changes)
+    cfg.merge_from_dict({key: value})
     with pytest.raises((ValueError, RuntimeError), match=message):
         run(cfg)
 
@@ -568,7 +552,7 @@ def test_a_frozen_parameter_stays_frozen(tmp_path, residual):
     cfg = tiny_config(tmp_path, residual, dict(switch_at=3))
     cfg.custom_hooks.append(dict(type='Recorder'))
     runner = Runner.from_cfg(cfg)
-    frozen = 'backbone.detail.detail_branch.0.0.conv.weight'
+    frozen = 'backbone.conv1.weight'
     runner.model.get_parameter(frozen).requires_grad_(False)
     runner.train()
     recorder = next(h for h in runner.hooks if isinstance(h, Recorder))
@@ -577,7 +561,7 @@ def test_a_frozen_parameter_stays_frozen(tmp_path, residual):
         assert recorder.changed(i) and frozen not in recorder.changed(i)
 
 
-@pytest.mark.parametrize('hook, message', [
+@each_case('hook, message', [
     (dict(switch_at=-1), 'iteration.*fraction.*got -1'),
     (dict(switch_at=1.5), 'iteration.*fraction.*got 1.5'),
     (dict(switch_at='half'), "iteration.*fraction.*got 'half'"),
@@ -594,7 +578,7 @@ def test_a_frozen_parameter_stays_frozen(tmp_path, residual):
 ])
 def test_bad_plans(tmp_path, residual, hook, message):
     with pytest.raises(ValueError, match=message):
-        run(tiny_config(tmp_path, residual, hook))
+        run(tiny_config(tmp_path, residual, hook, save_every=1))
     assert not list(tmp_path.glob('work/iter_*'))
 
 
@@ -650,7 +634,7 @@ def test_text_of_other_classes(tmp_path, make_embeddings):
 
 def test_resume_with_another_text_is_refused(tmp_path, residual,
                                              make_embeddings):
-    cfg = tiny_config(tmp_path, residual, dict(switch_at=3))
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=3), save_every=4)
     run(cfg, **{'train_cfg.max_iters': 4, 'train_cfg.val_interval': 4})
     make_embeddings(8, names=list(CLASSES), seed=1)  # the same file
     with pytest.raises(ValueError, match='must keep its text'):
@@ -721,7 +705,7 @@ def test_accumulation_rounds_the_switch(tmp_path, residual):
     assert stages == [False] * 4 + [True] * 2
 
 
-@pytest.mark.parametrize('learn', [None, {r'\.text\.': 1., '.': .1}])
+@each_case('learn', [None, {r'\.text\.': 1., '.': .1}])
 def test_auxiliary_role(tmp_path, residual, learn):
     """A frozen network makes its stage 2 idle, which is said."""
     cfg = tiny_config(
@@ -751,10 +735,14 @@ class PiecewiseSegmentor(EncoderDecoder):
         return self.decode_head.loss_by_feat(logits, data_samples)
 
 
-@pytest.mark.parametrize('role', ['auxiliary', 'classifier'])
+@each_case('role', ['auxiliary', 'classifier'])
 def test_text_losses_that_nobody_computes(tmp_path, residual, role):
-    cfg = tiny_config(tmp_path, residual, dict(switch_at=3),
-                      **{'model.decode_head.role': role})
+    cfg = tiny_config(
+        tmp_path,
+        residual,
+        dict(switch_at=3),
+        save_every=1,
+        **{'model.decode_head.role': role})
     cfg.model.type = 'PiecewiseSegmentor'
     if role == 'classifier':  # which learns by the head's own losses
         assert run(cfg).iter == 6

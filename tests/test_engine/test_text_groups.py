@@ -6,7 +6,7 @@ import pytest
 import torch
 from each_case import each_case
 from mmengine.optim import build_optim_wrapper
-from mmseg.models import BiSeNetV2
+from mmseg.models import ResNet
 from mmseg.registry import MODELS
 from processes import TOOLS
 from tiny import run, tiny_config
@@ -22,7 +22,7 @@ HEAD = {'head': dict(lr_mult=10.)}
 
 
 @MODELS.register_module(name='TinyMAE')
-class TinyMAE(BiSeNetV2):
+class TinyMAE(ResNet):
     """A backbone that MMSegmentation gives rates layer by layer."""
 
 

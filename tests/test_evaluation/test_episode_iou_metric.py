@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from each_case import each_case
 
 from mmseg_textkd.evaluation import EpisodeIoUMetric
 
@@ -65,7 +66,7 @@ def test_random_episodes_against_an_independent_count():
         100 * np.mean(total[:, 0] / total[:, 1]), abs=.005)
 
 
-@pytest.mark.parametrize('faulty, fault', [
+@each_case('faulty, fault', [
     (sample([[1, 0]], [[2, 0]], 1), 'labels and predictions 0 and 1'),
     (sample([[1, 0]], [[1], [0]], 1), r'sizes \(2, 1\) and \(1, 2\)'),
     (sample([[1, 0]], [[1, 0]], 2), r'of class 2, but those .* \[1, 3, 4\]'),

@@ -157,7 +157,7 @@ def test_images_may_come_in_any_order_and_from_any_rank():
     assert together == alone and not any(map(math.isnan, alone.values()))
 
 
-@pytest.mark.parametrize('unseen, match', [
+@each_case('unseen, match', [
     (['truck', 'lorry', 'bus'
       ], r"no classes \['lorry', 'bus'\].*It has \['road', 'car'"),
     (CLASSES, 'all classes of the dataset are unseen'),

@@ -104,7 +104,7 @@ def naive_text(module, feat, text):
 
 
 @pytest.mark.stacks
-@pytest.mark.parametrize('size', [(8, 8), (5, 6), (2, 3)])
+@each_case('size', [(8, 8), (5, 6), (2, 3)])
 def test_text_is_that_of_the_definition(size):
     torch.manual_seed(0)
     module = ContextAwareText(5, 16, 3, width=8, num_heads=2)
@@ -146,7 +146,7 @@ def test_classes_can_come_in_any_order_and_number(num_classes):
     torch.testing.assert_close(permuted, got[:, order])
 
 
-@pytest.mark.parametrize('role', ['classifier', 'auxiliary'])
+@each_case('role', ['classifier', 'auxiliary'])
 def test_loss_is_the_cross_entropy_of_the_score_map(role):
     """Cosines, and a temperature in the loss only."""
     fusion = dict(CONTEXT, dropout=0., loss_weight=.7)
@@ -173,7 +173,7 @@ def test_loss_is_the_cross_entropy_of_the_score_map(role):
     assert module.text_branch.fusion.gamma.grad.any()
 
 
-@pytest.mark.parametrize('role', ['classifier', 'auxiliary'])
+@each_case('role', ['classifier', 'auxiliary'])
 def test_training_only_leaves_the_plain_part_alone(role):
     plain, taught = head(role=role), head(role=role, fusion=CONTEXT)
     taught.load_state_dict(plain.state_dict(), strict=False)
@@ -215,7 +215,7 @@ def test_a_concatenated_score_map_is_an_added_one():
     assert (got - plain).abs().max() > .1
 
 
-@pytest.mark.parametrize('kind', [TextFCNHead, TextPIDHead])
+@each_case('kind', [TextFCNHead, TextPIDHead])
 def test_it_starts_as_the_network_without_it(kind):
     """Also where the stock head initializes all that it has."""
     args = dict(text=CONTROL, in_channels=8, channels=8, num_classes=4)

@@ -162,7 +162,7 @@ def test_every_stock_head_has_been_tried():
         assert f'`{name}`' in listed
 
 
-@pytest.mark.parametrize('name', TAKE)
+@each_case('name', TAKE)
 def test_classifier_learns_and_folds(name):
     head = build(
         name, text=CONTROL, text_losses=[dict(type='TextAlignmentLoss')])
@@ -199,8 +199,8 @@ def test_others_are_refused(name):
         text_class(name)(text=CONTROL, **copy.deepcopy(REFUSED[name]))
 
 
-@pytest.mark.parametrize('kernel, message', [(3, r'kernel_size=\(3, 3\)'),
-                                             (None, 'found None')])
+@each_case('kernel, message', [(3, r'kernel_size=\(3, 3\)'),
+                               (None, 'found None')])
 def test_another_classifier_is_refused(kernel, message):
 
     class Own(FCNHead):
@@ -216,7 +216,7 @@ def test_another_classifier_is_refused(kernel, message):
         TextOwn(text=CONTROL, **ONE)
 
 
-@pytest.mark.parametrize('role', ['classifier', 'auxiliary'])
+@each_case('role', ['classifier', 'auxiliary'])
 def test_a_classifier_that_is_never_called_is_refused(role):
 
     class Own(FCNHead):

@@ -230,7 +230,7 @@ def loaded(size=(64, 128)):
     ]
 
 
-@pytest.mark.parametrize('type', NETS)
+@each_case('type', NETS)
 def test_network_predicts_what_the_stock_one_predicts(type):
     reference = network(NETS[type])
     model = network(NETS[type], type)

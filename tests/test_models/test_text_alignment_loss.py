@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 
 from mmseg_textkd.models import TextAlignmentLoss
 
@@ -36,7 +37,7 @@ def naive(embeddings, text, labels, scale, class_weight=None):
     return total / norm
 
 
-@pytest.mark.parametrize('class_weight', [None, [1., 2., .5, 3.]])
+@each_case('class_weight', [None, [1., 2., .5, 3.]])
 def test_against_a_naive_loop(class_weight):
     embeddings, text, labels = data()
     loss = TextAlignmentLoss(

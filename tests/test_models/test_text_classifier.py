@@ -203,7 +203,7 @@ def test_is_registered():
     assert module.text.dim == 3
 
 
-@pytest.mark.parametrize('bias', [True, False])
+@each_case('bias', [True, False])
 def test_each_image_may_have_its_own_text(bias):
     module = build(bias=bias).double().eval()
     embeddings = torch.randn(3, module.text.dim, 2, 4).double()
@@ -227,7 +227,7 @@ def test_of_several_phrases_the_best_one_counts():
     assert all((one < together - 1e-3).any() for one in alone)
 
 
-@pytest.mark.parametrize('mode', ['uniform', 'max'])
+@each_case('mode', ['uniform', 'max'])
 def test_fold_of_text_that_varies_in_training(make_embeddings, mode):
     file = make_embeddings(5, 16, names=list('abcde'), bank=1)
     record = TextEmbeddings.load(file)

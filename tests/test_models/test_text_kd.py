@@ -112,7 +112,7 @@ READERS = ('backbone.conv_avg.conv', 'backbone.arms.0.conv_layer.conv',
            'decode_head.convs.0.conv', 'backbone.backbone.stages.0.conv')
 
 
-@pytest.mark.parametrize('kind', GOLDEN)
+@each_case('kind', GOLDEN)
 def test_the_authors_network(kind):
     options, logits, loss, alignment, gradients = GOLDEN[kind]
     model = MODELS.build(stdc(**options)).double().eval()
@@ -198,7 +198,7 @@ def test_reading_is_concatenation():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('network, channels', [
+@each_case('network, channels', [
     ('stdc1_in1k-pre', 1024),
     ('bisenetv1_r18-d32-in1k-pre', 512),
     ('bisenetv2_fcn', 128),
@@ -366,16 +366,20 @@ def test_the_published_schedule():
         next(g for g in wrapper.param_groups if g['lr'] == base)
         for base in bases
     ]
+    assert max(s.end for s in cfg.param_scheduler) == 10000
     schedulers = [
         PARAM_SCHEDULERS.build(
-            dict(scheduler), default_args=dict(optimizer=wrapper))
+            # A tenth of the steps says the same; MMEngine's rate is lowest
+            # in the last step, not after it.
+            dict(scheduler, end=min(scheduler.end, 1001)),
+            default_args=dict(optimizer=wrapper))
         for scheduler in cfg.param_scheduler
     ]
-    for step in range(10000):
-        if step in (0, 1, 50, 199, 200, 201, 5000, 9000):
+    for step in range(1000):
+        if step in (0, 1, 50, 199, 200, 201, 500, 900):
             rates = sorted({g['lr'] for g in wrapper.param_groups})
             expected = [
-                poly_with_warmup(base, step, 10000, 200) for base in bases
+                poly_with_warmup(base, step, 1000, 200) for base in bases
             ]
             assert rates == pytest.approx(expected, rel=2e-3, abs=2e-6), step
         for scheduler in schedulers:

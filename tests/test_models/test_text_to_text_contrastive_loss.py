@@ -2,6 +2,7 @@
 """The loss between learned and fixed text, and its place in a head."""
 import pytest
 import torch
+from each_case import each_case
 from mmseg.registry import MODELS
 from network_tester import samples
 
@@ -12,7 +13,7 @@ LEARNED = [[.9, .2, -.3, .1], [.1, .8, .4, -.2], [-.5, .3, .6, .7]]
 FIXED = [[.8, .3, -.1, .2], [.3, .6, .5, .1], [-.1, .2, .9, .4]]
 
 
-@pytest.mark.parametrize('temperature, value, gradient', [
+@each_case('temperature, value, gradient', [
     (.07, .0019228137, [5.27434386e-05, -.00471810857, .00090513518]),
     (.5, .43055975, [.0141155273, .00885931402, .0589211807]),
 ])

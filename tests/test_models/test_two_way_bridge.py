@@ -153,8 +153,7 @@ def naive_logits(classifier, feat):
 
 
 @pytest.mark.stacks
-@pytest.mark.parametrize('stride, norm', [(1, 'bn'), (2, 'bn'), (2, 'none'),
-                                          (2, 'l2')])
+@each_case('stride, norm', [(1, 'bn'), (2, 'bn'), (2, 'none'), (2, 'l2')])
 def test_logits_are_those_of_the_definition(stride, norm):
     text = dict(CONTROL, num_classes=3)
     fusion = dict(BRIDGE, use='inference', stride=stride)
@@ -197,7 +196,7 @@ def test_classes_can_come_in_any_order_and_number(num_classes):
 
 
 # ------------------------------------------------------------- the start
-@pytest.mark.parametrize('norm', ['bn', 'l2'])
+@each_case('norm', ['bn', 'l2'])
 def test_it_starts_as_the_network_without_it(norm):
     branch = dict(norm=norm)
     plain = head(text_branch=branch)
@@ -222,7 +221,7 @@ def test_it_starts_as_the_network_without_it(norm):
     assert not kept.text_branch.fusion.text_gate.any()
 
 
-@pytest.mark.parametrize('role', ['classifier', 'auxiliary'])
+@each_case('role', ['classifier', 'auxiliary'])
 def test_training_only_leaves_the_plain_part_alone(role):
     losses = [dict(type='TextAlignmentLoss')]
     plain = head(role=role, text_losses=losses)
@@ -248,7 +247,7 @@ def test_training_only_leaves_the_plain_part_alone(role):
 
 
 # ----------------------------------------------------------- the learning
-@pytest.mark.parametrize('use', ['training', 'inference'])
+@each_case('use', ['training', 'inference'])
 def test_gradients_reach_the_gates_and_then_both_branches(use):
     module = head(dict(use=use))
     inputs, labels = data()
@@ -317,7 +316,7 @@ def naive_divergence(teacher, student, valid, temperature):
     return temperature**2 * total / number
 
 
-@pytest.mark.parametrize('temperature', [1., 3.])
+@each_case('temperature', [1., 3.])
 def test_divergence_is_that_of_the_definition(temperature):
     bridge = TwoWayBridge(5, 16, width=8, temperature=temperature)
     teacher, student = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
@@ -332,7 +331,7 @@ def test_divergence_is_that_of_the_definition(temperature):
     assert shifted.abs() < 1e-12
 
 
-@pytest.mark.parametrize('detach', [True, False])
+@each_case('detach', [True, False])
 def test_who_learns_by_the_distillation(detach):
     """By default only the plain classifier, which is deployed."""
     module = head(dict(detach_teacher=detach), role='auxiliary')
@@ -436,7 +435,7 @@ def test_bad_places():
     assert len(head(dict(), role='auxiliary').text_losses) == 0
 
 
-@pytest.mark.parametrize('use', ['training', 'inference'])
+@each_case('use', ['training', 'inference'])
 def test_several_phrases_a_class_are_refused(use, tmp_path):
     words = dict(
         car=['car', 'auto'],

@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from each_case import each_case
 from mmengine.config import Config
 from mmengine.runner import Runner, load_state_dict
 from processes import load
@@ -60,7 +61,7 @@ def evaluate(run, iteration, work_dir):
     return metrics, confusion
 
 
-@pytest.mark.parametrize('side', 'ab')
+@each_case('side', 'ab')
 @pytest.mark.stacks
 def test_results_are_those_of_the_metric(compared, stock, text, side,
                                          tmp_path):

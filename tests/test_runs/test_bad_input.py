@@ -67,7 +67,7 @@ def test_damaged_file(tmp_path, make_embeddings, damage):
     assert not list(tmp_path.glob('work/*.pth'))
 
 
-@pytest.mark.parametrize('names, words', [
+@each_case('names, words', [
     (CLASSES[::-1], ['another order', "'person' instead of 'sky'"]),
     ([*CLASSES[:-1], 'tram'], ["unexpected here: ['tram']", "'person'"]),
 ])
@@ -95,7 +95,7 @@ def test_bad_prompts_cost_nothing_but_a_resume(tmp_path):
         n_ctx=4,
         init='a photo of',
         embeddings=dict(type='ClassEmbeddings', file=str(file)))
-    cfg = tiny_config(tmp_path, text, dict(switch_at=2), max_iters=4)
+    cfg = tiny_config(tmp_path, text, dict(switch_at=2), 4, save_every=1)
     with pytest.raises(ValueError, match="'a photo of' has 3 tokens"):
         run(cfg)
     assert sorted(p.name for p in tmp_path.glob('work/*.pth')) == [
@@ -117,7 +117,7 @@ def learner(dim):
         type='ResidualPromptLearner', embeddings=dict(CONTROL, dim=dim))
 
 
-@pytest.mark.parametrize('kind, error, message', [
+@each_case('kind, error, message', [
     ('TextUPerHead', KeyError, 'TextUPerHead is not in the mmseg::model reg'),
     ('FCNHead', TypeError, "unexpected keyword argument 'text'"),
 ])
@@ -131,7 +131,7 @@ def test_heads_without_text(tmp_path, kind, error, message):
     assert message.split(' ', 1)[1][:24] in faq
 
 
-@pytest.mark.parametrize('text, message', [
+@each_case('text, message', [
     ([CONTROL, CONTROL], 'must be the config of a text provider'),
     (dict(type='ResidualPromptLearner', embeddings=learner(16)),
      'must be the config of a fixed provider.*ResidualPromptLearner'),
@@ -151,7 +151,7 @@ def test_two_text_fragments(tmp_path):
         Config.fromfile(path)
 
 
-@pytest.mark.parametrize('loop', ['train', 'val', 'test'])
+@each_case('loop', ['train', 'val', 'test'])
 def test_another_number_of_classes(tmp_path, loop):
     """Text that knows no names is held to the number."""
     cfg = tiny_config(tmp_path, learner(16), dict(switch_at=3))
@@ -167,7 +167,8 @@ def test_another_number_of_classes(tmp_path, loop):
 
 def test_a_checkpoint_of_another_width(tmp_path, capsys):
     """Resuming is refused; loading says what was left out."""
-    cfg = tiny_config(tmp_path, learner(16), dict(switch_at=3), max_iters=4)
+    cfg = tiny_config(
+        tmp_path, learner(16), dict(switch_at=3), 4, save_every=2)
     run(cfg)
     (tmp_path / 'work' / 'iter_4.pth').unlink()
     (tmp_path / 'work' / 'last_checkpoint').unlink()

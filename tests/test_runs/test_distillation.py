@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from each_case import each_case
 from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
@@ -67,7 +68,6 @@ def root(tmp_path_factory):
     cfg = tiny_config(root, max_iters=3)
     cfg.model.decode_head.channels = 12
     cfg.model.data_preprocessor.mean = [100.] * 3
-    cfg.default_hooks.checkpoint.interval = 3
     cfg.train_cfg.val_interval = 9
     run(cfg, work_dir=str(root / 'teacher'))
     cfg.dump(str(root / 'teacher.py'))
@@ -86,7 +86,7 @@ def config(root, role='classifier', switch_at=2, max_iters=4, **options):
     hook = dict(switch_at=switch_at)
     if role == 'auxiliary':
         hook['learn'] = ['.']
-    cfg = tiny_config(root, text, hook, max_iters, **options)
+    cfg = tiny_config(root, text, hook, max_iters, 1, **options)
     cfg.train_cfg.val_interval = max_iters if role == 'auxiliary' else 99
     cfg.model.type = 'DistilledEncoderDecoder'
     cfg.model.teacher = dict(
@@ -203,7 +203,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(root, whole, monkeypatch):
 
 
 @pytest.mark.stacks
-@pytest.mark.parametrize('role', ['classifier', 'auxiliary'])
+@each_case('role', ['classifier', 'auxiliary'])
 def test_what_is_deployed_is_stock(root, role):
     cfg = config(root, role, **{'optim_wrapper.type': 'CPUAmpOptimWrapper'})
     runner = run(cfg, work_dir=str(root / role))

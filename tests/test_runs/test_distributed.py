@@ -99,7 +99,7 @@ def test_both_ranks_go_through_the_switch_and_stay_equal(runs):
             ] == [i >= SWITCH for i in range(ITERS)]
     params = {n for learns in first['learns'] for n in learns}
     params.add(OFFSET.replace('offset', 'class_embeddings'))
-    assert len(params) > 100
+    assert len(params) > 20
     for name in params:
         assert first['sums'][name] == second['sums'][name], name
     # They have seen different images: each rank has its own statistics.

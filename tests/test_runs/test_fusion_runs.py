@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from each_case import each_case
 from mmseg.models.decode_heads import FCNHead
 from mmseg.registry import MODELS
 from processes import ROOT, load
@@ -84,7 +85,7 @@ def changed(before, after):
     return {k for k in after if not torch.equal(before[k], after[k])}
 
 
-@pytest.mark.parametrize('name', RUNS)
+@each_case('name', RUNS)
 def test_two_stages_in_mixed_precision(trained, name):
     done = trained(name)
     params = dict(done.model.named_parameters())
@@ -100,7 +101,7 @@ def test_two_stages_in_mixed_precision(trained, name):
     assert all(v.isfinite().all() for v in done.states[-1].values())
 
 
-@pytest.mark.parametrize('name, logged', [
+@each_case('name, logged', [
     ('bridge', {'bridge_ce', 'bridge_kl'}),
     ('bridge_aux', {'bridge_ce', 'bridge_kl'}),
     ('kept', set()),
@@ -119,7 +120,7 @@ def test_losses_are_in_the_log(trained, name, logged):
         assert row['loss'] == pytest.approx(total, rel=1e-3)
 
 
-@pytest.mark.parametrize('name', ['bridge', 'context'])
+@each_case('name', ['bridge', 'context'])
 def test_a_killed_run_goes_on_as_the_other(trained, name):
     done = trained(name)
     cfg = done.cfg.copy()
@@ -132,7 +133,7 @@ def test_a_killed_run_goes_on_as_the_other(trained, name):
     assert_equal(dict(again), dict(done.states[-1]))
 
 
-@pytest.mark.parametrize('name', ['bridge', 'bridge_aux', 'context'])
+@each_case('name', ['bridge', 'bridge_aux', 'context'])
 def test_deployed_network_is_a_stock_one(trained, name):
     done = trained(name)
     stock = fold(done.model, done.cfg)

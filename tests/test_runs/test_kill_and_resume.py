@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from each_case import each_case
 from processes import STOCK_TRAIN, load, side_by_side, start
 from tiny import CLASSES, assert_equal, tiny_config
 
@@ -15,13 +16,12 @@ from mmseg_textkd.text.encode_classes import encode_classes
 pytestmark = pytest.mark.stacks
 
 ITERS, SWITCH, INTERVAL = 8, 4, 2
-# What is trained; where each run is killed, and the iteration that it then
-# goes on with.
+# What is trained; where its run is killed, again and again, and the iteration
+# that it then goes on with: in stage 1, at the switch, in stage 2, and while a
+# checkpoint is written.
 FATES = dict(
-    in_stage_1=('classifier', [('iter 3', 2)]),
-    at_the_switch=('score_map', [('iter 4', 4)]),
-    in_stage_2_and_again=('score_map', [('step 4', 4), ('iter 7', 6)]),
-    while_a_checkpoint_is_written=('classifier', [('write 6', 4)]))
+    classifier=[('iter 3', 2), ('write 6', 4)],
+    score_map=[('iter 4', 4), ('step 4', 4), ('iter 7', 6)])
 CONTEXT = dict(
     classifier='decode_head.conv_seg.text.context',
     score_map='score_map.text.context')
@@ -60,7 +60,12 @@ def write_config(folder, kind):
     else:
         cfg = tiny_config(folder, None, hook, max_iters=ITERS)
         cfg.model.type = 'TextKD'
-        cfg.model.score_map = dict(in_channels=8, projection=True, text=text)
+        cfg.model.score_map = dict(
+            in_channels=8,
+            projection=True,
+            text=text,
+            feature='backbone',
+            convs=['decode_head.convs.0.conv'])
     cfg.custom_imports.imports.append('fate_hook')
     cfg.custom_hooks.insert(0, dict(type='FateHook'))
     cfg.default_hooks.checkpoint.interval = INTERVAL
@@ -73,7 +78,7 @@ def write_config(folder, kind):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """One run from start to end, and one for each fate."""
+    """Of each kind a run from start to end, and one that is killed."""
     root = tmp_path_factory.mktemp('kill')
     for kind in CONTEXT:
         write_config(root, kind)
@@ -91,16 +96,15 @@ def runs(tmp_path_factory):
             FATE=fate)
         return done, sorted(p.name for p in work.glob('iter_*.pth'))
 
-    def story(name):
+    def story(kind):
         outcomes, words = [], []
-        kind, fates = FATES[name]
-        for fate, _ in fates:
-            outcomes.append(train(name, kind, fate, *words))
+        for fate, _ in FATES[kind]:
+            outcomes.append(train(kind, kind, fate, *words))
             words = ['--resume']
-        return outcomes + [train(name, kind, 'none 0', *words)]
+        return outcomes + [train(kind, kind, 'none 0', *words)]
 
-    jobs = {name: lambda name=name: story(name) for name in FATES}
-    for kind in CONTEXT:
+    jobs = {kind: lambda kind=kind: story(kind) for kind in FATES}
+    for kind in FATES:
         jobs[f'whole_{kind}'] = lambda kind=kind: [
             train(f'whole_{kind}', kind, 'none 0')
         ]
@@ -111,7 +115,7 @@ def report(folder):
     return json.loads((folder / 'report_0.json').read_text())
 
 
-@pytest.mark.parametrize('kind', CONTEXT)
+@each_case('kind', CONTEXT)
 def test_the_run_that_nobody_kills(runs, kind):
     """That there is something to lose: all parts move, in either stage."""
     root, outcomes = runs
@@ -151,8 +155,7 @@ def test_the_run_that_nobody_kills(runs, kind):
 def test_fates_are_as_planned(runs):
     """Killed by signal 9, and gone on where the last checkpoint was."""
     root, outcomes = runs
-    assert len(FATES) == 4
-    for name, (_, fates) in FATES.items():
+    for name, fates in FATES.items():
         *killed, last = outcomes[name]
         assert len(killed) == len(fates)
         for (fate, go_on), (done, saved) in zip(fates, killed):
@@ -169,12 +172,11 @@ def test_fates_are_as_planned(runs):
         assert facts['iters'] == list(range(first, ITERS))
 
 
-@pytest.mark.parametrize('name', FATES)
-def test_it_ends_as_if_nothing_had_happened(runs, name):
+@each_case('kind', FATES)
+def test_it_ends_as_if_nothing_had_happened(runs, kind):
     root, _ = runs
-    kind = FATES[name][0]
     whole, resumed = (
-        load(root / n / f'iter_{ITERS}.pth') for n in (f'whole_{kind}', name))
+        load(root / n / f'iter_{ITERS}.pth') for n in (f'whole_{kind}', kind))
     assert whole.keys() == resumed.keys()
     for part in ('state_dict', 'optimizer', 'param_schedulers'):
         assert_equal(whole[part], resumed[part], part)
@@ -188,7 +190,7 @@ def test_it_ends_as_if_nothing_had_happened(runs, name):
             continue  # it has none: the temperature is fixed
         ends = [log[key].current() for log in logs]
         assert ends[0] == ends[1] != 0, key
-    facts, expected = report(root / name), report(root / f'whole_{kind}')
+    facts, expected = report(root / kind), report(root / f'whole_{kind}')
     number = len(facts['iters'])
     assert facts['learns'] == expected['learns'][-number:]
     assert facts['towers'] == expected['towers']

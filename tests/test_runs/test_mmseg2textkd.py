@@ -298,7 +298,7 @@ def test_without_validation_images(convert, trained, capsys):
     printed = capsys.readouterr().out
     assert 'No validation images' in printed and 'nowhere' in printed
     assert 'evaluation mode, train images' in printed
-    assert f'of {12 * 4 * 8} pixels' in printed
+    assert f'of {12 * 8 * 16} pixels' in printed
 
 
 def test_more_classes_than_dimensions_are_reported(convert, trained, tmp_path,

@@ -2,6 +2,7 @@
 """Structure loss and synonyms in real, tiny runs, to the deployed network."""
 import pytest
 import torch
+from each_case import each_case
 from mmengine.hooks import Hook
 from mmseg.registry import HOOKS, MODELS
 from processes import load
@@ -89,7 +90,7 @@ def train(cfg):
     return runner, seen
 
 
-@pytest.mark.parametrize('text, role', [
+@each_case('text, role', [
     ('ResidualPromptLearner', 'classifier'),
     (None, 'auxiliary'),
 ])
@@ -131,6 +132,7 @@ def test_killed_and_resumed_with_memory(tmp_path, file):
     """Draws are random, and MMEngine saves no random states; means are not."""
     options = dict(mode='mean', momentum=.9, shape=(8, DIM))
     cfg = config(tmp_path, file, **options)
+    cfg.default_hooks.checkpoint.interval = 2
     whole = run(cfg, work_dir=str(tmp_path / 'whole'))
     killed = cfg.copy()
     killed.work_dir = str(tmp_path / 'killed')

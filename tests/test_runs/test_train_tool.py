@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
         type='ResidualPromptLearner',
         embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
     cfg = tiny_config(
-        root, text, dict(switch_at=3), max_iters=ITERS, log_level='INFO')
+        root, text, dict(switch_at=3), ITERS, save_every=1, log_level='INFO')
     cfg.custom_imports.imports.append('fate_hook')
     cfg.custom_hooks.insert(0, dict(type='FateHook'))
     for name in [k for k in cfg if k.startswith(('val', 'test'))]:

@@ -9,7 +9,7 @@ from processes import load
 from tiny import CLASSES, assert_equal, run, tiny_config
 
 OFFSET = 'decode_head.conv_seg.text.offset'
-WEIGHT = 'backbone.detail.detail_branch.0.0.conv.weight'
+WEIGHT = 'backbone.conv1.weight'
 
 
 @pytest.fixture
@@ -34,28 +34,30 @@ class EndHook(Hook):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize('stop', [4, 6])
-def test_accumulation_and_average_together_are_resumed(tmp_path, text, stop):
-    """Stopped exactly at the switch, and in stage 2."""
+def test_accumulation_and_average_together_are_resumed(tmp_path, text):
+    """Stopped in stage 1, exactly at the switch, and in stage 2."""
     cfg = tiny_config(
         tmp_path,
         text,
         dict(switch_at=4),
         max_iters=8,
+        save_every=1,
         **{'optim_wrapper.accumulative_counts': 2})
     cfg.custom_hooks.append(
         dict(type='EMAHook', ema_type='ExponentialMovingAverage', momentum=.3))
     run(cfg, work_dir=str(tmp_path / 'whole'))
-    cut = cfg.copy()
-    cut.custom_hooks = [*cfg.custom_hooks, dict(type='EndHook', at=stop)]
-    with pytest.raises(KeyboardInterrupt):
-        run(cut, work_dir=str(tmp_path / 'cut'))
-    run(cfg, work_dir=str(tmp_path / 'cut'), resume=True)
-    whole, resumed = (
-        load(tmp_path / name / 'iter_8.pth') for name in ('whole', 'cut'))
-    for part in ('state_dict', 'ema_state_dict', 'optimizer',
-                 'param_schedulers'):
-        assert_equal(whole[part], resumed[part], part)
+    whole = load(tmp_path / 'whole' / 'iter_8.pth')
+    for stop in (2, 4, 6):
+        work_dir = tmp_path / f'cut{stop}'
+        cut = cfg.copy()
+        cut.custom_hooks = [*cfg.custom_hooks, dict(type='EndHook', at=stop)]
+        with pytest.raises(KeyboardInterrupt):
+            run(cut, work_dir=str(work_dir))
+        run(cfg, work_dir=str(work_dir), resume=True)
+        resumed = load(work_dir / 'iter_8.pth')
+        for part in ('state_dict', 'ema_state_dict', 'optimizer',
+                     'param_schedulers'):
+            assert_equal(whole[part], resumed[part], part)
 
     # Both were at work: a step at every other iteration, and averages.
     states = [load(tmp_path / 'whole' / f'iter_{i}.pth') for i in range(1, 9)]
@@ -70,7 +72,8 @@ def test_accumulation_and_average_together_are_resumed(tmp_path, text, stop):
 @pytest.mark.parametrize('what', ['backbone', 'step'])
 def test_compiled_training_learns_the_same(tmp_path, text, what):
     """The backbone in place, or the whole step by MMEngine's ``compile``."""
-    cfg = tiny_config(tmp_path, text, dict(switch_at=2), max_iters=4)
+    cfg = tiny_config(tmp_path, text, dict(switch_at=1), 2, save_every=1)
+    cfg.param_scheduler = None
     # Another mode to compile for, and layers by the hundred, take a minute.
     cfg.train_cfg.val_interval = 5
     cfg.model.backbone = dict(
@@ -100,17 +103,17 @@ def test_compiled_training_learns_the_same(tmp_path, text, what):
     plain, compiled = (
         runner.message_hub.get_scalar('train/loss').data[0]
         for runner in runners)
-    assert len(plain) == 4 and compiled == pytest.approx(plain, rel=1e-4)
+    assert len(plain) == 2 and compiled == pytest.approx(plain, rel=1e-4)
     before, after = (
         load(tmp_path / 'compiled' / f'iter_{i}.pth')['state_dict']
-        for i in (2, 4))
+        for i in (1, 2))
     changed = {k for k in after if not torch.equal(after[k], before[k])}
     prefix = 'decode_head.conv_seg.'
     assert changed == {
         OFFSET, f'{prefix}text.class_embeddings', f'{prefix}text.started',
         f'{prefix}scale.log_scale', f'{prefix}logit_bias'
     }
-    expected = load(tmp_path / 'plain' / 'iter_4.pth')['state_dict']
+    expected = load(tmp_path / 'plain' / 'iter_2.pth')['state_dict']
     assert list(after) == list(expected)
     for key in changed:
         torch.testing.assert_close(

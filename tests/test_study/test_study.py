@@ -395,7 +395,7 @@ STUDIES = sorted((CONFIGS / 'studies').glob('*_*.yaml'))
 STUDIES += [CONFIGS / 'studies' / 'toy.yaml']
 
 
-@pytest.mark.parametrize('path', STUDIES, ids=[p.stem for p in STUDIES])
+@each_case('path', STUDIES)
 def test_shipped_studies(path):
     """Each arm of each network is a config; a run's size is the study's."""
     study = Study.load(path)

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 from analysis_tools import ROOT, fails, load_tool
+from each_case import each_case
 from scipy import stats
 
 from mmseg_textkd.study import Ledger
@@ -416,7 +417,7 @@ def test_ledgers_that_do_not_belong_together(tmp_path, capsys):
     assert 'was not registered' in said and not out.exists()
 
 
-@pytest.mark.parametrize('arms', [('text', ), ('stock', 'text', 'random')])
+@each_case('arms', [('text', ), ('stock', 'text', 'random')])
 def test_runs_without_a_curve(tmp_path, arms):
     """As of a kill in the only validation, before that was made up for."""
     ledger = Ledger(tmp_path / 's.jsonl')

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine import Config
 from processes import side_by_side, start
 
@@ -171,7 +172,7 @@ def test_existing_file_made_otherwise_is_used(tmp_path, clip_name, log):
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize('build, words', [
+@each_case('build, words', [
     (dict(prompts='none'), 'prompts'),
     (dict(vocabulary=None), "missing keys .'vocabulary'"),
 ])

@@ -50,7 +50,7 @@ class Bomb:
         return os.mkdir, (self.path, )
 
 
-@pytest.mark.parametrize('build', [make, with_bank])
+@each_case('build', [make, with_bank])
 def test_round_trip(tmp_path, build):
     before = build()
     file = tmp_path / 'new' / 'text.safetensors'
@@ -357,7 +357,7 @@ def test_import_of_something_else(tmp_path, content, words):
         TextEmbeddings.from_vectors(file, NAMES)
 
 
-@pytest.mark.parametrize('name, content, words', [
+@each_case('name, content, words', [
     ('n.txt', 'Straße'.encode('latin-1'), 'not UTF-8 .*iconv'),
     ('n.json', '["a"]'.encode('utf-16'), 'not UTF-8 .*iconv'),
     ('n.json', b'["a", 2]', 'name 1 is no text but 2'),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import tiny_clip
 import torch
+from each_case import each_case
 from mmengine.config import Config
 from mmseg.registry import MODELS
 
@@ -78,7 +79,7 @@ def build(tower, **options):
     return MODELS.build(cfg).train()
 
 
-@pytest.mark.parametrize('specific', [True, False])
+@each_case('specific', [True, False])
 def test_published_context(tower, specific):
     provider = build(tower, class_specific=specific)
     shape = (2, 2, 32) if specific else (2, 32)
@@ -97,13 +98,12 @@ def test_published_context(tower, specific):
         atol=1e-6)
 
 
-@pytest.mark.parametrize('length, number', [(13, 8), (16, 11), (19, 14),
-                                            (22, 17)])
+@each_case('length, number', [(13, 8), (16, 11), (19, 14), (22, 17)])
 def test_context_of_the_published_lengths(tower, length, number):
     assert build(tower, context_length=length).context.shape == (2, number, 32)
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+@each_case('path', CONFIGS)
 def test_configs_of_stage_2(path):
     """Contexts of the published shape, spared decay; the rest as stage 1."""
     cfg = Config.fromfile(path)
@@ -124,7 +124,7 @@ def test_configs_of_stage_2(path):
         assert cfg[key] == stage1[key], key
 
 
-@pytest.mark.parametrize('options, words', [
+@each_case('options, words', [
     (dict(vocabulary=dict(Road='Road', Car='car car car car')),
      ['car car car car', '6 tokens', '2 context', 'room for 7']),
     (dict(context_length=80), ['75 context', 'room for 77']),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from PIL import Image
 from tiny_clip import save_model
 
@@ -41,7 +42,7 @@ def calls(monkeypatch):
 
 
 @pytest.mark.stacks
-@pytest.mark.parametrize('name', ['toyclip', 'clip', 'eos'])
+@each_case('name', ['toyclip', 'clip', 'eos'])
 def test_parity_with_open_clip(name, clip_dirs):
     import open_clip
     folder = TOY_CLIP if name == 'toyclip' else clip_dirs[name]

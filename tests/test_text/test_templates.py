@@ -13,7 +13,7 @@ def test_own_names():
     assert get_templates('none') == ['{}']
 
 
-@pytest.mark.parametrize('name,count', [('vild', 14), ('imagenet', 31)])
+@each_case('name,count', [('vild', 14), ('imagenet', 31)])
 def test_predefined_by_mmseg(name, count):
     templates = get_templates(name)
     assert templates == get_predefined_templates(name)

@@ -360,7 +360,7 @@ def test_cached_hub_model_needs_no_network(clip_dirs, tmp_path, monkeypatch):
     assert (tower.encode_text(SENTENCES) - expected).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize('tag, repo, quick_gelu', [
+@each_case('tag, repo, quick_gelu', [
     ('openai', 'timm/vit_base_patch16_clip_224.openai', True),
     ('laion2b_s34b_b88k', 'laion/CLIP-ViT-B-16-laion2B-s34B-b88K', False),
 ])

@@ -271,7 +271,7 @@ def test_every_dataset_has_a_text_fragment(key):
     assert len(list(FRAGMENTS.glob('vit-b16_*.py'))) == 8
 
 
-@pytest.mark.parametrize('spec', [
+@each_case('spec', [
     {
         'traffic_light': ['traffic light', 'signal'],
         'car': 'car'

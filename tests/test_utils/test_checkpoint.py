@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from each_case import each_case
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.runner.checkpoint import CheckpointLoader
 from processes import TOOLS
@@ -134,7 +135,7 @@ def test_statistics_of_a_user_are_resumed_where_they_are_registered(
         load_file(tmp_path / 'own.pth')
 
 
-@pytest.mark.parametrize('damage', ['cut', 'flipped', 'empty', 'pickle'])
+@each_case('damage', ['cut', 'flipped', 'empty', 'pickle'])
 def test_damage_is_seen(tmp_path, damage):
     path = tmp_path / 'damaged.pth'
     torch.save(dict(state_dict=WEIGHTS), path)
@@ -190,7 +191,7 @@ def test_newest_checkpoint_that_can_be_read(tmp_path, monkeypatch, names, last,
 def test_resume_executes_nothing_and_passes_over_damage(
         tmp_path, monkeypatch, bomb):
     path, trace = bomb
-    cfg = tiny_config(tmp_path, max_iters=2, log_level='INFO')
+    cfg = tiny_config(tmp_path, max_iters=2, save_every=1, log_level='INFO')
     for name in [k for k in cfg if k.startswith(('val', 'test'))]:
         cfg.pop(name)
     cfg.train_cfg.pop('val_interval')

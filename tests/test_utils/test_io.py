@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from each_case import each_case
 from processes import TOOLS
 
 from mmseg_textkd.utils.io import (DamagedFileError, check_image, make_folder,
@@ -48,7 +49,7 @@ def test_what_was_verified_stays_as_it_was(tmp_path):
     assert texts == dict(a='b')
 
 
-@pytest.mark.parametrize('change', ['kind', 'text', 'bit', 'cut'])
+@each_case('change', ['kind', 'text', 'bit', 'cut'])
 def test_changed_files_are_refused(tmp_path, change):
     path = tmp_path / 'file.safetensors'
     write_hashed(path, 'kind.1', VECTORS, dict(a='bcd'))

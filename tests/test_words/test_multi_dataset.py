@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.dataset import pseudo_collate
 from mmseg.registry import DATA_SAMPLERS, DATASETS, MODELS
 from words_data import OWN, SPACES, WORDS, dataset_cfg, multi_cfg
@@ -32,7 +33,7 @@ def test_relations_are_followed_to_their_ends():
                        below) == [-1, 1, 1, 1, -1]
 
 
-@pytest.mark.parametrize('relations, message', [
+@each_case('relations, message', [
     (dict(a=['b'], b=['c'], c=['a']), 'in a circle: a > b > c > a'),
     (dict(a=['a']), 'in a circle: a > a'),
     (dict(a=['x', 'y']), r"the words \['x', 'y'\], which no data set has"),
@@ -82,7 +83,7 @@ def test_classes_get_other_words(data):
         }
 
 
-@pytest.mark.parametrize('changes, message', [
+@each_case('changes, message', [
     (dict(names=['town', 'town']), 'a name of its own for each of the 2'),
     (dict(words=dict(city={})), r"given for \['city'\], but the data sets"),
     (dict(words=dict(lane=dict(sky='a'))), r"rename the classes \['sky'\]"),
@@ -261,7 +262,7 @@ def test_heads_of_another_number_of_classes_are_told(network_cfg):
         model(**batch, mode='loss')
 
 
-@pytest.mark.parametrize('kind', [TextKD, DistilledEncoderDecoder])
+@each_case('kind', [TextKD, DistilledEncoderDecoder])
 def test_other_segmentors_refuse_label_spaces(data, kind):
     """Before anything else is computed."""
     dataset = DATASETS.build(multi_cfg(data.root))

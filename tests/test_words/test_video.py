@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from analysis_tools import load_tool
+from each_case import each_case
 from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS
 from text_runs import RUNS, make
@@ -26,7 +27,7 @@ def sample(path, label, predicted):
         pred_sem_seg=dict(data=predicted[None]))
 
 
-@pytest.mark.parametrize('correct', [True, False])
+@each_case('correct', [True, False])
 def test_consistency_against_a_naive_count(correct):
     generator = torch.Generator().manual_seed(0)
     metric = VideoConsistencyMetric(
