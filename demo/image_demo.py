@@ -109,8 +109,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     given = [p for p in (args.input, args.config, args.checkpoint) if p]
     expected = (args.webcam is None) + 2 * (args.model is None)
     if len(given) != expected:
-        parser.error('give an input or --webcam, and a config with a '
-                     'checkpoint or --model, one of each')
+        parser.error('give an input or --webcam, one of them, and a config '
+                     'with its checkpoint or --model')
     args.input = given.pop(0) if args.webcam is None else None
     args.config, args.checkpoint = given or (args.model, None)
     if args.webcam is not None and args.webcam < 0:

@@ -32,9 +32,13 @@ ROLES = ('classifier', 'auxiliary')
 
 
 @functools.cache
-def load_config(path):
-    """The config in a file; not to be changed."""
+def _read_config(path):
     return Config.fromfile(path)
+
+
+def load_config(path):
+    """The config in a file, one of the caller's own."""
+    return copy.deepcopy(_read_config(path))
 
 
 def offline(cfg):

@@ -17,8 +17,8 @@ from tiny import SIZE
 pytestmark = pytest.mark.stacks
 
 GET_FLOPS = osp.join(TOOLS, 'analysis_tools', 'get_flops.py')
-# Of the tiny head: channels, width of the text, classes; pixels at 1/8.
-CHANNELS, DIM, CLASSES, PIXELS = 16, 16, 8, SIZE[0] * SIZE[1] // 64
+# Of the tiny head: channels, width of the text, classes; pixels at 1/4.
+CHANNELS, DIM, CLASSES, PIXELS = 16, 16, 8, SIZE[0] * SIZE[1] // 16
 
 
 def get_flops(path, monkeypatch, capsys):

@@ -715,7 +715,8 @@ def test_demo_on_a_video(worded, inferencer, demo, tmp_path, capsys):
     (['none.png', '--out', 'x'], 'No such file'),
     (['.', '--out', 'x'], 'no images in'),
     (['none.png', '--out', 'x', '--threshold', '0'], 'between 0 and 1'),
-    (['none.png', '--out', 'x', '--model', 'toyclip'], 'belongs to --classes'),
+    (['none.png', '--out', 'x', '--text-model', 'toyclip'
+      ], 'belongs to --classes'),
     (['none.png', '--out', 'x', '--new-bias', '1'], 'belongs to --classes'),
     (['none.png', '--out', 'x', '--classes', 'road', '--new-bias', 'nan'
       ], 'must be finite'),

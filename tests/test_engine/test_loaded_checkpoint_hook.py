@@ -3,11 +3,14 @@
 import importlib.util
 import json
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
 from each_case import each_case
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.visualization import Visualizer
 from processes import TOOLS
 from tiny import AUXILIARY, run, tiny_config
 
@@ -52,6 +55,10 @@ def tool(name, monkeypatch, *words):
                                                   f'{TOOLS}/{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    # Logs and curves of a name belong to the first run of the process, and
+    # names of runs within a second are the same.
+    for kind in (MMLogger, MessageHub, Visualizer):
+        monkeypatch.setattr(kind, '_instance_dict', OrderedDict())
     monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, words)])
     module.main()
 

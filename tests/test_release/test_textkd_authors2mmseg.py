@@ -23,8 +23,7 @@ K = 11
 
 def model_of(kind=''):
     """The network here, without pre-trained weights."""
-    cfg = copy.deepcopy(
-        load_config(CONFIGS / 'textkd' / NAME.format(kind)))
+    cfg = copy.deepcopy(load_config(CONFIGS / 'textkd' / NAME.format(kind)))
     cfg.model.backbone.backbone_cfg.pop('init_cfg', None)
     return cfg, MODELS.build(cfg.model).eval()
 

@@ -64,10 +64,13 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
                 optimizer may hold it by now.
         """
         own = dict(self.named_parameters())
-        if {k: p.shape
+        if {
+                k: p.shape
                 for k, p in own.items()
-            } != {k: p.shape
-                  for k, p in other.named_parameters()}:
+        } != {
+                k: p.shape
+                for k, p in other.named_parameters()
+        }:
             raise ValueError(
                 f'the embeddings file of the {type(self).__name__} was '
                 'missing when the network was built, and what it holds sizes '
