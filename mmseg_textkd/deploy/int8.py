@@ -31,8 +31,8 @@ def onnx_int8(files: Files, inputs: Sequence[np.ndarray],
     """Quantize for ONNX Runtime (QDQ).
 
     Activations are uint8, with ranges between the extremes that the images
-    show. Weights are uint8 as well: products of uint8 and int8 saturate on
-    CPUs with AVX2 but without VNNI, and silently.
+    show. Weights are int8 of half the range: products of uint8 and int8
+    saturate on CPUs with AVX2 but without VNNI, and silently.
 
     Args:
         files (dict[str, bytes]): What was exported.
@@ -62,7 +62,8 @@ def onnx_int8(files: Files, inputs: Sequence[np.ndarray],
             quant_format=ort.QuantFormat.QDQ,
             per_channel=True,
             activation_type=ort.QuantType.QUInt8,
-            weight_type=ort.QuantType.QUInt8,
+            weight_type=ort.QuantType.QInt8,
+            reduce_range=True,
             op_types_to_quantize=OPERATORS,
             nodes_to_exclude=list(kept))
         return {'model.onnx': out.read_bytes()}
@@ -88,10 +89,7 @@ def openvino_layers(files: Files) -> List[str]:
 
 def openvino_int8(files: Files, inputs: Sequence[np.ndarray],
                   kept: Sequence[str]) -> Files:
-    """Quantize for OpenVINO, by NNCF; as of :func:`onnx_int8`.
-
-    Against saturation, weights have half the range of int8.
-    """
+    """Quantize for OpenVINO, by NNCF; as of :func:`onnx_int8`."""
     import nncf
     import openvino
     model = nncf.quantize(

@@ -292,7 +292,7 @@ def test_int8_ranges_are_those_after_the_activation(activation):
     got = np.concatenate([session.run(None, {'image': x})[0] for x in arrays])
     expected = net(torch.cat(inputs)).detach().numpy()
     spread = np.abs(expected - expected.mean((0, 2, 3), keepdims=True)).max()
-    assert np.abs(got - expected).max() < .06 * spread
+    assert np.abs(got - expected).max() < .1 * spread
 
 
 @pytest.mark.parametrize('name', ['onnx', runtime('openvino', 'openvino')])
