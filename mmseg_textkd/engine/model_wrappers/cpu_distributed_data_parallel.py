@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import atexit
 import logging
 from typing import Any, Dict
 
@@ -60,6 +61,8 @@ def join_cpu_ranks(cfg: Config) -> Dict[str, Any]:
     """
     if not dist.is_initialized():
         dist.init_process_group('gloo')
+        # Its threads would end the process with an error now and then.
+        atexit.register(dist.destroy_process_group)
     if cfg.get('model_wrapper_cfg'):
         return {}
     return dict(
