@@ -223,9 +223,8 @@ def run(args: argparse.Namespace) -> None:
     inputs = [args.input]
     if os.path.isdir(args.input):
         inputs = [str(path) for path in list_images(args.input)]
-    for path in track(
-            inputs,
-            'Segmenting'):  # one by one: results are not kept in memory
+    # One by one: results are not kept in memory.
+    for path in track(inputs, 'Segmenting'):
         inferencer(
             path,
             out_dir=args.out or '',

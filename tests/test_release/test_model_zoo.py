@@ -1,9 +1,11 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Released models: they load, predict, and are what their rows say."""
+import hashlib
 import re
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import yaml
@@ -14,6 +16,7 @@ from processes import ROOT
 
 from mmseg_textkd.apis import (TextSegInferencer, find_model, model_zoo,
                                released_models)
+from mmseg_textkd.deploy.run import Network
 from mmseg_textkd.text import TextEmbeddings
 from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
 from mmseg_textkd.utils.config import load_config
@@ -81,6 +84,23 @@ def test_other_words():
     for new, old in enumerate((1, 3, 8, 5, 0)):
         both = (asked == new) & (trained == old)
         assert both.sum() > .5 * (trained == old).sum(), new
+
+
+def test_deployed_folder_is_of_the_released_weights():
+    """In 8 bits, with the program of this version."""
+    folder, = ZOO.glob('*-onnx-int8')
+    name = folder.name[:-len('-onnx-int8')]
+    own = Path(ROOT, 'mmseg_textkd/deploy/run.py').read_bytes()
+    assert (folder / 'run.py').read_bytes() == own
+    config, weights = find_model(name)
+    assert weights.name in (folder / 'README.md').read_text()
+    digest = hashlib.sha256((folder / 'model.onnx').read_bytes()).hexdigest()
+    assert digest in (folder / 'README.md').read_text()
+    network = Network(folder, threads=1)
+    labels, names = labels_of(config, weights)
+    assert tuple(network.classes) == tuple(names)
+    got = network(cv2.imread(PICTURE))
+    assert (got == labels).mean() > .9
 
 
 def test_inferencer_of_mmseg_takes_them():
