@@ -184,7 +184,7 @@ def read_labels(path: Path) -> np.ndarray:
 def print_table(iou: Dict[str, np.ndarray]) -> None:
     """Print the arms beside each other."""
     row = '{:<10} {:>8} {:>8} {:>8}'
-    print('\n' + row.format('IoU in %', 'stock', 'textkd', 'gain'))
+    print('\n' + row.format('IoU in %', 'stock', 'text', 'gain'))
     lines = [*CLASSES, 'mIoU']
     for k, name in enumerate(lines):
         a, b = (
@@ -251,7 +251,7 @@ def draw(work_dir: Path, checkpoint: str, rows: int = 3) -> Path:
             interpolation='bilinear',
             extent=(0, image.shape[1], image.shape[0], 0))
         figure.colorbar(shown, ax=row[4], fraction=0.025, pad=0.01)
-    titles = ('image', 'truth', 'stock', 'TextKD',
+    titles = ('image', 'truth', 'stock', 'text classifier',
               f'cosine of pixels and the text of "{CLASSES[class_index]}"')
     for axis, title in zip(axes[0], titles):
         axis.set_title(title)
