@@ -1,6 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Images of other bands, and heads of one logit, as their users have them."""
-import importlib.util
 
 import cv2
 import numpy as np
@@ -12,8 +11,8 @@ from mmengine.registry import DefaultScope
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 from network_tester import samples
-from processes import TOOLS
 from tiny import SIZE, tiny_config
+from tool_modules import load_tool
 
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg, verify
@@ -82,10 +81,7 @@ def test_bands_are_those_of_the_network(tmp_path, bands, seen):
 
 
 def test_costs_of_other_bands(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location(
-        'cost', f'{TOOLS}/analysis_tools/cost.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool('analysis_tools/cost.py')
     found = []
     for bands in (3, 4):
         cfg = tiny_config(tmp_path, CONTROL)

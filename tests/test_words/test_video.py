@@ -6,11 +6,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from analysis_tools import load_tool
 from each_case import each_case
 from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS
 from text_runs import RUNS, make
+from tool_modules import load_tool
 
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.apis.video import (LogitSmoother, VideoError, read_frames,
@@ -228,7 +228,7 @@ def test_smoothing_is_measured(trained, inferencer, monkeypatch, capsys):
     """As of what the stream gives."""
     # The images are of different scenes; let them be of one.
     monkeypatch.setattr(LogitSmoother.__init__, '__defaults__', (1e9, ))
-    tool = load_tool('video_smoothing')
+    tool = load_tool('analysis_tools/video_smoothing.py')
     found = tool.main([
         str(trained.config),
         str(trained.weights), '--smoothing', '0', '0.7', '--device', 'cpu'
