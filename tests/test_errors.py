@@ -1,9 +1,12 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Each error says where it is and what to do: a table of bad input."""
 import argparse
+import os
 import resource
 import runpy
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -248,6 +251,40 @@ def test_a_disk_that_is_full_costs_no_line(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     assert ledger.append(dict(ENTRY, seed=1)) and len(ledger.entries) == 2
+
+
+@pytest.fixture
+def powerless():
+    """A folder; permissions hold there, for root as for everybody."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = os.geteuid() == 0
+        os.chmod(folder, 0o755)
+
+        def begin():
+            if root:
+                os.seteuid(65534)
+
+        yield Path(folder), begin
+        if root:
+            os.seteuid(0)
+
+
+def test_a_ledger_that_is_read_only_is_told_before_a_run(powerless):
+    """Its tables can be made all the same."""
+    folder, begin = powerless
+    path, plan = folder / 'l.jsonl', dict(
+        study='s', baseline='a', arms=dict(a={}), planned=1)
+    assert Ledger(path).register(plan, 'today')
+    assert not Ledger(path).register(plan, 'tomorrow')
+    path.chmod(0o444)
+    begin()
+    ledger = Ledger(path)
+    assert ledger.studies == ['s']
+    for write in (lambda: ledger.register(plan, 'tomorrow'),
+                  lambda: ledger.register(dict(plan, planned=2), 'tomorrow'),
+                  lambda: ledger.append(ENTRY)):
+        with pytest.raises(PermissionError, match='l.jsonl'):
+            write()
 
 
 def test_names_are_text_on_every_page():
