@@ -16,6 +16,8 @@ import torch
 import yaml
 from analysis_tools import load_tool
 from each_case import each_case
+from mmcv.transforms import BaseTransform
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmseg.registry import TRANSFORMS
 from processes import ROOT
@@ -204,6 +206,44 @@ def test_fold_without_a_test_set(trained, tmp_path, capsys):
     ])
     assert (tmp_path / 'folded.pth').is_file()
     assert 'Only random inputs' in capsys.readouterr().out
+
+
+# Two tools of those that run a data set, three that read a config.
+@each_case('tool, folder, options, said', [
+    ('deploy', 'deployment', ['--to', 'torchscript', '--eval', 'config.py'],
+     r"KeyError: instances \(.*test_errors.py, line .*\['instances'\]"),
+    ('compare', 'analysis_tools', ['config.py', 'work/iter_2.pth'],
+     r"KeyError: instances \(.*test_errors.py, line .*\['instances'\]"),
+    ('test', '.', ['--work-dir', 'out'], 'cannot be read as a config: Synta'),
+    ('get_flops', 'analysis_tools', [], 'cannot be read as a config: Synta'),
+    ('benchmark_training', 'analysis_tools', [],
+     'cannot be read as a config: Synta'),
+])
+def test_words_alone_are_no_message(trained, tmp_path, monkeypatch, tool,
+                                    folder, options, said):
+    """Of a data set of the user, and of a config that is cut short."""
+    monkeypatch.chdir(tmp_path)
+    cfg = Config.fromfile(trained.config)
+    cfg.val_dataloader.dataset.pipeline.insert(1, dict(type='NeedsInstances'))
+    cfg.dump('config.py')
+    Path('work').symlink_to(trained.root / 'work')
+    words = ['config.py', 'work/iter_2.pth', *options]
+    if 'Synta' in said:
+        Path('config.py').write_text('model = dict(')
+        words = ['config.py', *['work/iter_2.pth'][:tool == 'test'], *options]
+    else:
+        words += ['--out', 'out']
+    monkeypatch.setattr(sys, 'argv', ['tool.py', *words])
+    with pytest.raises(SystemExit, match=f'(?s)^Error: .*{said}'):
+        load_tool(tool, folder).main()
+
+
+@TRANSFORMS.register_module()
+class NeedsInstances(BaseTransform):
+    """A transform for other data, as mmcv has them."""
+
+    def transform(self, results):
+        return results['instances']
 
 
 @each_case('build, said', [

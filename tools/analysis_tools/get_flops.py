@@ -50,7 +50,8 @@ from torch import nn
 from mmseg_textkd.compat import load_stock_tool
 from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.models.text_parameters import text_providers
-from mmseg_textkd.utils.arguments import read_options, warn_renamed
+from mmseg_textkd.utils.arguments import (read_config, read_options,
+                                          warn_renamed)
 
 
 def main() -> None:
@@ -85,8 +86,9 @@ def main() -> None:
     stock.MODELS = SimpleNamespace(build=build)
     stock.get_model_complexity_info = count_inputs
     try:
+        read_config(args.config, args.cfg_options)
         args.cfg_options = read_options(args.cfg_options)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f'Error: {error}')
     stock.parse_args = lambda: args
     stock.main()
