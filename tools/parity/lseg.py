@@ -5,7 +5,10 @@ REPO is a clone of https://github.com/isl-org/lang-seg (compared: bb00b21). Its
 network is built with random weights in all layers and in CLIP ViT-B/32, saved
 in Lightning's format, converted by lseg2mmseg.py, and asked for the same
 images as ours. Replaced are only what fetches weights, and `clip.tokenize` by
-that of open_clip. Prints one row of a table in Markdown.
+that of open_clip. Prints one row of a table in Markdown: images, largest
+difference of logits, the same relative to the largest logit, and how many
+pixels have the same class: of all, and of those where their two largest logits
+are more than two steps of half precision apart.
 """
 import argparse
 import copy
@@ -225,7 +228,7 @@ def compare(args: argparse.Namespace) -> str:
     model = build_ours(path, convert(net, path, args.work_dir))
     mean = model.data_preprocessor.mean.view(3, 1, 1)
     std = model.data_preprocessor.std.view(3, 1, 1)
-    worst = relative = same = total = 0.
+    worst = relative = same = total = same_clear = clear = 0.
     for i, image in enumerate(load_images(args)):
         rgb = ((image.flip(0) - mean) / std)[None]
         theirs = net(rgb, [i % 20]) if episodes else net(rgb)
@@ -241,10 +244,16 @@ def compare(args: argparse.Namespace) -> str:
         result = model(**data, mode='predict')[0]
         ours = result.seg_logits.data[None]
         difference = (theirs - ours).abs().max().item()
+        largest = theirs.abs().max()
         worst = max(worst, difference)
-        relative = max(relative, difference / theirs.abs().max().item())
+        relative = max(relative, difference / largest.item())
         equal = theirs.argmax(1) == result.pred_sem_seg.data
         same, total = same + equal.sum().item(), total + equal.numel()
+        step = torch.finfo(torch.half).eps * 2**largest.log2().floor()
+        best = theirs.topk(2, dim=1).values
+        apart = best[:, 0] - best[:, 1] > 2 * step
+        same_clear += (equal & apart).sum().item()
+        clear += apart.sum().item()
         print(
             f'{i}: {difference:.3g}, {100 * equal.float().mean():.4f} % same, '
             f'{len(theirs.argmax(1).unique())} classes',
@@ -252,7 +261,9 @@ def compare(args: argparse.Namespace) -> str:
     what = 'images' if args.images else 'random images'
     size = 'x'.join(map(str, args.size))
     return (f'| {args.network} | {i + 1} {what} of {size} | {worst:.3g} | '
-            f'{100 * relative:.2g} % | {100 * same / total:.3f} % |')
+            f'{100 * relative:.2g} % | {100 * same / total:.3f} % | '
+            f'{100 * same_clear / clear:.3f} % of {100 * clear / total:.1f} % '
+            '|')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
