@@ -1,6 +1,8 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Fixtures that the whole suite shares."""
+import functools
 import gc
+import importlib
 import socket
 import sys
 
@@ -33,6 +35,11 @@ def _quick_runs():
     """Save what takes longer than the training iterations of a test."""
     with pytest.MonkeyPatch.context() as patch:
         leave_configs_unformatted(patch.setattr)
+        # A second for each export, for what is the same each time.
+        registry = importlib.import_module(
+            'torch.onnx._internal.exporter._registration').ONNXRegistry
+        patch.setattr(registry, 'from_torchlib',
+                      staticmethod(functools.cache(registry.from_torchlib)))
         yield
     gc.unfreeze()
 
