@@ -278,13 +278,6 @@ def test_a_learner_starts_from_fixed_text(fixed):
         residual(inner)
 
 
-def test_learners_on_control_text():
-    """Controls go wherever vectors go."""
-    provider = residual(dict(type='ControlEmbeddings', kind='onehot')).train()
-    provider.start_learning()
-    torch.testing.assert_close(provider(), torch.eye(4))
-
-
 # ----------------------------------------------------- LearnedEmbeddings
 def test_learned_vectors():
     """They start as the random control and are weights, in either mode."""
