@@ -39,8 +39,9 @@ class FateHook(Hook):
 
     ``FATE='iter 3'`` kills before iteration 3 does anything; ``'step 3'``
     when it is done but not saved; ``'write 4'`` when half of the checkpoint
-    ``iter_4.pth`` is on the disk. A run that comes to its end writes
-    ``report_RANK.json`` into its ``work_dir``.
+    ``iter_4.pth`` is on the disk; ``'image 9'`` before the 9th image that the
+    process validates. A run that comes to its end writes ``report_RANK.json``
+    into its ``work_dir``.
     """
     priority = 'HIGHEST'
 
@@ -49,6 +50,7 @@ class FateHook(Hook):
         self.event, self.at = fate[0], int(fate[1])
         self.iters, self.learns, self.modules = [], [], []
         self.images, self.losses, self.dtypes = [], [], set()
+        self.validated = 0
         if self.event == 'write':
             _write_half(f'iter_{self.at}.pth')
 
@@ -72,6 +74,11 @@ class FateHook(Hook):
                    if p.requires_grad))
         self.losses.append(float(outputs['loss']))
         self._strike('step', runner)
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        self.validated += 1
+        if (self.event, self.at) == ('image', self.validated):
+            _die()
 
     def _strike(self, event, runner):
         if (event, runner.iter) == (self.event, self.at):

@@ -100,6 +100,7 @@ def _fork(words, env, cwd, timeout):
         process.join(timeout)
         if process.is_alive():
             process.kill()
+            process.join()
             raise TimeoutError(f'{words}: {output.read()}')
         return Done(process.exitcode, output.read())
 

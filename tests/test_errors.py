@@ -1,9 +1,12 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Each error says where it is and what to do: a table of bad input."""
 import argparse
+import os
 import resource
 import runpy
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -12,6 +15,8 @@ import pytest
 import torch
 import yaml
 from each_case import each_case
+from mmcv.transforms import BaseTransform
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmseg.registry import TRANSFORMS
 from processes import ROOT
@@ -201,6 +206,46 @@ def test_fold_without_a_test_set(trained, tmp_path, capsys):
     assert 'Only random inputs' in capsys.readouterr().out
 
 
+# Two tools of those that run a data set, three that read a config.
+@each_case('tool, options, said', [
+    ('deployment/deploy.py', ['--to', 'torchscript', '--eval', 'config.py'],
+     r"KeyError: instances \(.*test_errors.py, line .*\['instances'\]"),
+    ('analysis_tools/compare.py', ['config.py', 'work/iter_2.pth'],
+     r"KeyError: instances \(.*test_errors.py, line .*\['instances'\]"),
+    ('test.py', ['--work-dir', 'out'], 'cannot be read as a config: Synta'),
+    ('analysis_tools/get_flops.py', [], 'cannot be read as a config: Synta'),
+    ('analysis_tools/benchmark_training.py', [],
+     'cannot be read as a config: Synta'),
+])
+def test_words_alone_are_no_message(trained, tmp_path, monkeypatch, tool,
+                                    options, said):
+    """Of a data set of the user, and of a config that is cut short."""
+    monkeypatch.chdir(tmp_path)
+    cfg = Config.fromfile(trained.config)
+    cfg.val_dataloader.dataset.pipeline.insert(1, dict(type='NeedsInstances'))
+    cfg.dump('config.py')
+    Path('work').symlink_to(trained.root / 'work')
+    words = ['config.py', 'work/iter_2.pth', *options]
+    if 'Synta' in said:
+        Path('config.py').write_text('model = dict(')
+        words = [
+            'config.py', *['work/iter_2.pth'][:tool == 'test.py'], *options
+        ]
+    else:
+        words += ['--out', 'out']
+    monkeypatch.setattr(sys, 'argv', ['tool.py', *words])
+    with pytest.raises(SystemExit, match=f'(?s)^Error: .*{said}'):
+        load_tool(tool).main()
+
+
+@TRANSFORMS.register_module()
+class NeedsInstances(BaseTransform):
+    """A transform for other data, as mmcv has them."""
+
+    def transform(self, results):
+        return results['instances']
+
+
 @each_case('build, said', [
     (dict(build=dict(vocabulary='toy_scenes', model='local-dir:/none'),
           dim=16), '/none'),
@@ -246,6 +291,40 @@ def test_a_disk_that_is_full_costs_no_line(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     assert ledger.append(dict(ENTRY, seed=1)) and len(ledger.entries) == 2
+
+
+@pytest.fixture
+def powerless():
+    """A folder; permissions hold there, for root as for everybody."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = os.geteuid() == 0
+        os.chmod(folder, 0o755)
+
+        def begin():
+            if root:
+                os.seteuid(65534)
+
+        yield Path(folder), begin
+        if root:
+            os.seteuid(0)
+
+
+def test_a_ledger_that_is_read_only_is_told_before_a_run(powerless):
+    """Its tables can be made all the same."""
+    folder, begin = powerless
+    path, plan = folder / 'l.jsonl', dict(
+        study='s', baseline='a', arms=dict(a={}), planned=1)
+    assert Ledger(path).register(plan, 'today')
+    assert not Ledger(path).register(plan, 'tomorrow')
+    path.chmod(0o444)
+    begin()
+    ledger = Ledger(path)
+    assert ledger.studies == ['s']
+    for write in (lambda: ledger.register(plan, 'tomorrow'),
+                  lambda: ledger.register(dict(plan, planned=2), 'tomorrow'),
+                  lambda: ledger.append(ENTRY)):
+        with pytest.raises(PermissionError, match='l.jsonl'):
+            write()
 
 
 def test_names_are_text_on_every_page():

@@ -97,8 +97,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     except OSError as error:
         print(
-            f'study: cannot write: {error}. Make room or the folder writable '
-            'and start again: what is finished is kept.',
+            f'study: cannot write: {error}. Make room, or the file or folder '
+            'writable, and start again: what is finished is kept.',
             file=sys.stderr)
         return 2
     say(f'{len(scheduler.runs) - len(left)} of {len(scheduler.runs)} runs are '

@@ -70,12 +70,12 @@ from mmengine.device import get_device
 
 from mmseg_textkd.compat import load_stock_tool, shorten_console
 from mmseg_textkd.engine import check_loaded, join_cpu_ranks
-from mmseg_textkd.utils.arguments import read_options
+from mmseg_textkd.utils.arguments import read_config, read_options
 
 
-def too_many_for_pictures(config: str) -> bool:
+def too_many_for_pictures(cfg: Config) -> bool:
     """Whether label maps need more than 8 bits, of which 255 is no class."""
-    evaluator = Config.fromfile(config).get('test_evaluator')
+    evaluator = cfg.get('test_evaluator')
     evaluators = evaluator if isinstance(evaluator, list) else [evaluator]
     return any((e or {}).get('ignore_index', 255) > 255 for e in evaluators)
 
@@ -87,16 +87,17 @@ def main() -> None:
     stock = load_stock_tool('test.py')
     check_loaded(stock, strict=not args.no_strict)
     try:
+        cfg = read_config(args.config, args.cfg_options)
         args.cfg_options = read_options(args.cfg_options)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f'Error: {error}')
-    if args.out and too_many_for_pictures(args.config):
+    if args.out and too_many_for_pictures(cfg):
         sys.exit('Error: --out: MMSegmentation writes label maps of 8 bits, '
                  f'which cannot hold the classes of {args.config}. Leave it '
                  'out, the scores are not made from them; '
                  'demo/image_demo.py writes label maps of 16 bits.')
     if args.launcher == 'pytorch' and get_device() == 'cpu':
-        options = join_cpu_ranks(Config.fromfile(args.config))
+        options = join_cpu_ranks(cfg)
         args.cfg_options = {**options, **args.cfg_options}
     stock.parse_args = lambda: args
     stock.main()

@@ -118,6 +118,9 @@ class Ledger:
 
         Returns:
             bool: Whether a line was added.
+
+        Raises:
+            OSError: If nothing can be added, also later.
         """
         self.reload()
         known = self.registrations(entry['study'])
@@ -126,6 +129,8 @@ class Ledger:
         } == {
                 **entry, 'registered': None
         }:
+            # Hours of training come before the next line.
+            open(self.path, 'ab').close()
             return False
         self.append(dict(entry, registered=registered))
         return True

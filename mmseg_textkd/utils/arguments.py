@@ -6,6 +6,7 @@ answered at once.
 """
 import argparse
 import os
+import traceback
 import warnings
 from typing import Any, Dict, Optional, Sequence, Union
 
@@ -96,6 +97,25 @@ def read_config(path: Union[str, os.PathLike],
             'them.')
     merge_options(cfg, words)
     return cfg
+
+
+def explain(error: BaseException) -> str:
+    """Say what went wrong; where the message is a mere word, also where.
+
+    Args:
+        error (BaseException): What was raised.
+
+    Returns:
+        str: Its message; of one without a blank, as of a missing key, with
+        its type and the line that raised it.
+    """
+    message = str(
+        error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if ' ' in message:
+        return message
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return (f'{type(error).__name__}: {message} ({place.filename}, line '
+            f'{place.lineno}: {place.line})')
 
 
 def warn_renamed(args: argparse.Namespace, **new: str) -> None:

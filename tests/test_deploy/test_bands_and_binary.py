@@ -1,23 +1,29 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Images of other bands, and heads of one logit, as their users have them."""
+import re
+import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from each_case import each_case
+from mmcv.transforms import BaseTransform
+from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.apis import inference_model, init_model
-from mmseg.registry import MODELS
+from mmseg.models.backbones import ResNet
+from mmseg.registry import MODELS, TRANSFORMS
 from network_tester import samples
-from tiny import SIZE, tiny_config
+from tiny import SIZE, run, tiny_config
 from tool_modules import load_tool
 
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg, verify
 from mmseg_textkd.deploy.export import to_torchscript
 from mmseg_textkd.deploy.exportable import ExportableSegmentor
+from mmseg_textkd.deploy.run import Network
 from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.utils.config import REGISTRIES, load_config
 from mmseg_textkd.utils.io import UnknownImageError
@@ -81,14 +87,83 @@ def test_bands_are_those_of_the_network(tmp_path, bands, seen):
 
 
 def test_costs_of_other_bands(tmp_path, capsys):
-    tool = load_tool('analysis_tools/cost.py')
-    found = []
+    tool, found = load_tool('analysis_tools/cost.py'), []
     for bands in (3, 4):
         cfg = tiny_config(tmp_path, CONTROL)
         cfg.model.backbone.in_channels = bands
         cfg.model.data_preprocessor.update(mean=[9.] * bands, std=[3.] * bands)
         found.append(tool.count(tool.build(cfg), (256, 512)))
     assert float(found[1][1]) > float(found[0][1])
+
+
+@TRANSFORMS.register_module()
+class LoadAnotherImage(BaseTransform):
+    """Put the mirrored image behind the image, as one of another time."""
+
+    def transform(self, results):
+        image = results['img']
+        results['img'] = np.concatenate([image, image[:, ::-1]], axis=2)
+        return results
+
+
+@MODELS.register_module()
+class DifferenceOfTwo(ResNet):
+    """What two images in one tensor have not in common."""
+
+    def forward(self, x):
+        first, second = (
+            super(DifferenceOfTwo, self).forward(image)
+            for image in x.chunk(2, dim=1))
+        return tuple(a - b for a, b in zip(first, second))
+
+
+def flops(config, capsys, monkeypatch):
+    """Thousands of operations that tools/analysis_tools/get_flops.py finds."""
+    monkeypatch.setattr(sys, 'argv',
+                        ['get_flops.py', config, '--size', *map(str, SIZE)])
+    load_tool('analysis_tools/get_flops.py').main()
+    found = re.search(r'Flops: (\S+)M', capsys.readouterr().out)
+    return float(found[1]) * 1e3
+
+
+def test_two_images_in_one_tensor(tmp_path, capsys, monkeypatch):
+    """Trained, folded by the tool, exported, predicted and counted."""
+    cfg = tiny_config(tmp_path, CONTROL, max_iters=2)
+    cfg.dump(tmp_path / 'one.py')
+    cfg.model.backbone.type = 'DifferenceOfTwo'
+    cfg.model.data_preprocessor.update(mean=[9.] * 6, std=[3.] * 6)
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].dataset.pipeline.insert(
+            1, dict(type='LoadAnotherImage'))
+    model = run(cfg).model.eval()
+    cfg.dump(tmp_path / 'two.py')
+    files = [str(tmp_path / name) for name in ('two.py', 'work/iter_2.pth')]
+    out = str(tmp_path / 'folded.pth')
+    load_tool('model_converters/textkd2mmseg.py').main(
+        [*files, '--out', out, '--device', 'cpu'])
+    image = cv2.imread(str(tmp_path / 'data' / 'img' / '0.png'))
+    both = np.concatenate([image, image[:, ::-1]], axis=2)
+    batch = model.data_preprocessor(
+        dict(inputs=[torch.from_numpy(both).permute(2, 0, 1)]))
+    expected = model.encode_decode(batch['inputs'], [dict(img_shape=SIZE)])
+    labels = expected.argmax(1)[0].numpy()
+    load_tool('deployment/deploy.py').main([
+        str(tmp_path / 'folded.py'), out, '--out',
+        str(tmp_path / 'net'), '--to', 'torchscript'
+    ])
+    # Nearly equal scores may change places in another runtime.
+    assert (Network(tmp_path / 'net')(both) == labels).mean() > .999
+    found = TextSegInferencer(
+        *files,
+        device='cpu')(str(tmp_path / 'data' / 'img' / '0.png'))['predictions']
+    assert np.array_equal(found, labels) and len(np.unique(labels)) > 1
+    one, two = (
+        flops(str(tmp_path / f'{name}.py'), capsys, monkeypatch)
+        for name in ('one', 'two'))
+    plain = MODELS.build(dict(cfg.model.backbone, type='ResNet'))
+    plain.eval()
+    more = get_model_complexity_info(plain, inputs=torch.rand(1, 3, *SIZE))
+    assert two - one == pytest.approx(more['flops'] / 1e3, abs=1.01)
 
 
 def test_inference_on_four_bands(tmp_path):
@@ -236,7 +311,6 @@ def test_a_binary_head_learns_with_text_beside_it(tmp_path):
 
 def pure_python(cfg):
     """The text of a config in MMEngine's other style."""
-    import re
     lines = set()
 
     def name(match):

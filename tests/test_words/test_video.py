@@ -192,6 +192,15 @@ def frames_of(number, size=(32, 64), seed=0):
             for _ in range(number)]
 
 
+def write_video(path, number):
+    writer = cv2.VideoWriter(
+        str(path), cv2.VideoWriter_fourcc(*'MJPG'), 25, (64, 32))
+    for frame in frames_of(number):
+        writer.write(frame)
+    writer.release()
+    return str(path)
+
+
 def test_stream_is_frame_by_frame(inferencer):
     frames = frames_of(7)
     found = list(stream_video(inferencer, frames, batch_size=3))
@@ -251,6 +260,21 @@ def test_smoothing_is_measured(trained, inferencer, monkeypatch, capsys):
             expected, nan_ok=True)
     assert found[0.] != pytest.approx(found[.7], nan_ok=True)
     assert f'| 0.7 | {found[.7]["mIoU"]:.2f} |' in capsys.readouterr().out
+
+
+def test_network_and_pipeline_are_timed(trained, tmp_path, capsys):
+    found = load_tool('analysis_tools/benchmark_video.py').main([
+        write_video(tmp_path / 'in.avi', 5),
+        str(trained.config),
+        str(trained.weights), '--batch-size', '2', '--runs', '2', '--warmup',
+        '0', '--device', 'cpu'
+    ])
+    for times in found.values():
+        assert len(times['runs_ms']) == 2
+        assert times['fps'] * times['median_ms'] == pytest.approx(5e3)
+    out = capsys.readouterr().out
+    ratio = 1 / found['pipeline']['ratio']
+    assert '5 frames of' in out and f'| {ratio:.3f} [' in out
 
 
 def test_memory_does_not_grow_with_the_video(inferencer):
@@ -320,12 +344,7 @@ def test_bad_videos_are_told_and_what_was_done_is_kept(inferencer, tmp_path):
 
 def test_a_video_that_ends_early_is_told(inferencer, tmp_path, monkeypatch):
     from mmseg_textkd.apis import video
-    path = str(tmp_path / 'in.avi')
-    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*'MJPG'), 25,
-                             (64, 32))
-    for frame in frames_of(4):
-        writer.write(frame)
-    writer.release()
+    path = write_video(tmp_path / 'in.avi', 4)
     frames, fps, _ = read_frames(path)
     messages = []
     monkeypatch.setattr(video, 'read_frames', lambda source: (frames, fps, 9))

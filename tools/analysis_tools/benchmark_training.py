@@ -71,7 +71,7 @@ from mmseg_textkd.deploy import to_stock_cfg
 from mmseg_textkd.models.segmentors.frozen_clip_teacher import \
     FrozenCLIPTeacher
 from mmseg_textkd.models.text_parameters import text_providers
-from mmseg_textkd.utils.arguments import warn_renamed
+from mmseg_textkd.utils.arguments import read_config, warn_renamed
 from mmseg_textkd.utils.report import describe, environment, table
 
 STOCK = 'stock'
@@ -308,7 +308,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     MMLogger.get_current_instance().setLevel('WARNING')
     for path in args.configs:
         try:
-            cfg = Config.fromfile(path)
+            cfg = read_config(path)
             size = tuple(args.size or cfg.model.data_preprocessor.size)
             number = args.batch_size or cfg.train_dataloader.batch_size
             trainings = build_trainings(cfg, size, number, args.device)

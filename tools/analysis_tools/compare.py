@@ -50,7 +50,7 @@ from matplotlib.figure import Figure
 
 from mmseg_textkd.analysis.compare import compare, evaluate
 from mmseg_textkd.evaluation.confusion_iou_metric import SUMMARY
-from mmseg_textkd.utils.arguments import read_options
+from mmseg_textkd.utils.arguments import explain, read_options
 from mmseg_textkd.utils.io import write_files
 from mmseg_textkd.utils.report import table
 
@@ -171,7 +171,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         run(args)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError,
             ValueError) as error:
-        sys.exit(f'Error: {error}')
+        sys.exit(f'Error: {explain(error)}')
 
 
 if __name__ == '__main__':

@@ -77,7 +77,6 @@ if __name__ == '__main__':
 
 # isort: split
 import numpy as np
-from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmseg_textkd.analysis.new_words import (ALL_NEW, RANDOM, TRAINED,
@@ -85,17 +84,16 @@ from mmseg_textkd.analysis.new_words import (ALL_NEW, RANDOM, TRAINED,
 from mmseg_textkd.models.new_words import NEW_WORDS
 from mmseg_textkd.study import Ledger, LedgerError
 from mmseg_textkd.study.analysis import Group
-from mmseg_textkd.utils.arguments import read_options
+from mmseg_textkd.utils.arguments import read_config
 from mmseg_textkd.utils.io import write_files
 from mmseg_textkd.utils.report import table
 
 
 def measure(args: argparse.Namespace) -> None:
     """Score checkpoints and write the ledger."""
-    cfg = Config.fromfile(args.config)
-    data = Config.fromfile(args.data or args.config)
-    for config in {id(c): c for c in (cfg, data)}.values():
-        config.merge_from_dict(read_options(args.cfg_options))
+    cfg = read_config(args.config, args.cfg_options)
+    data = read_config(
+        args.data or args.config, args.cfg_options, network=False)
     init_default_scope('mmseg')
     ledger = Ledger(args.ledger)
     words = json.loads(args.words.read_text(encoding='utf-8'))

@@ -122,7 +122,7 @@ from mmseg_textkd.deploy.exportable import ExportableSegmentor, Size
 from mmseg_textkd.deploy.folder import deploy, require
 from mmseg_textkd.deploy.load_stock import load_stock
 from mmseg_textkd.deploy.runtimes import Form
-from mmseg_textkd.utils.arguments import read_options
+from mmseg_textkd.utils.arguments import explain, read_options
 from mmseg_textkd.utils.io import check_image, list_images, read_image
 
 # Added to the size for a second one, which the graph has not seen. The first
@@ -258,7 +258,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         run(args)
     except (AssertionError, ImportError, KeyError, OSError, RuntimeError,
             TypeError, ValueError) as error:
-        sys.exit(f'Error: {error}')
+        sys.exit(f'Error: {explain(error)}')
 
 
 if __name__ == '__main__':

@@ -70,7 +70,7 @@ from mmseg_textkd.clip.weights import import_open_clip
 from mmseg_textkd.models import LSegDPTHead
 from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.text.vocabulary import Vocabulary
-from mmseg_textkd.utils.arguments import read_config, warn_renamed
+from mmseg_textkd.utils.arguments import explain, read_config, warn_renamed
 from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
 from mmseg_textkd.utils.io import write_files
 
@@ -328,7 +328,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     try:
         convert(args)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        sys.exit(f'Error: {error}')
+        sys.exit(f'Error: {explain(error)}')
 
 
 if __name__ == '__main__':

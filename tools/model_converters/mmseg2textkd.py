@@ -65,7 +65,7 @@ from mmseg_textkd.models.stock_init import (compare_with_stock, head_features,
                                             init_from_stock)
 from mmseg_textkd.models.text_parameters import check_classes
 from mmseg_textkd.text.encode_classes import ensure_embeddings
-from mmseg_textkd.utils.arguments import read_config, warn_renamed
+from mmseg_textkd.utils.arguments import explain, read_config, warn_renamed
 from mmseg_textkd.utils.checkpoint import checkpoint_bytes
 from mmseg_textkd.utils.io import write_files
 
@@ -270,7 +270,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         convert(args)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError,
             ValueError) as error:
-        sys.exit(f'Error: {error}')
+        sys.exit(f'Error: {explain(error)}')
 
 
 if __name__ == '__main__':

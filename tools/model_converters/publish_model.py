@@ -73,7 +73,7 @@ import mmseg_textkd
 from mmseg_textkd.deploy.publish import (check_weights, read_log, serialize,
                                          to_half)
 from mmseg_textkd.models import DistilledEncoderDecoder
-from mmseg_textkd.utils.arguments import warn_renamed
+from mmseg_textkd.utils.arguments import explain, warn_renamed
 from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
 from mmseg_textkd.utils.config import load_config
 from mmseg_textkd.utils.io import write_files
@@ -223,7 +223,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         publish(args)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError,
             ValueError) as error:
-        sys.exit(f'Error: {error}')
+        sys.exit(f'Error: {explain(error)}')
 
 
 if __name__ == '__main__':

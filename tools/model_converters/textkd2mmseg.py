@@ -114,7 +114,7 @@ from mmseg_textkd.deploy.load_stock import dataset_meta
 from mmseg_textkd.deploy.words import set_words, to_words_cfg
 from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
 from mmseg_textkd.models.new_words import place_new_words
-from mmseg_textkd.utils.arguments import read_config, warn_renamed
+from mmseg_textkd.utils.arguments import explain, read_config, warn_renamed
 from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
                                            read_checkpoint)
 from mmseg_textkd.utils.io import write_files
@@ -281,7 +281,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         convert(args)
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError,
             ValueError) as error:
-        sys.exit(f'Error: {error}')
+        sys.exit(f'Error: {explain(error)}')
 
 
 if __name__ == '__main__':

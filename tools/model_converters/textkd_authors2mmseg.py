@@ -57,7 +57,7 @@ from mmseg_textkd.clip.weights import import_open_clip
 from mmseg_textkd.models import TextKD
 from mmseg_textkd.models.text_providers import ContextPromptLearner
 from mmseg_textkd.text import Vocabulary
-from mmseg_textkd.utils.arguments import read_config, warn_renamed
+from mmseg_textkd.utils.arguments import explain, read_config, warn_renamed
 from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
                                            read_checkpoint)
 from mmseg_textkd.utils.io import write_files
@@ -241,7 +241,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             checkpoint_bytes(dict(state_dict=model.state_dict(), meta=meta))
         })
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        sys.exit(f'Error: {error}')
+        sys.exit(f'Error: {explain(error)}')
     split, dropped = _account(theirs, state)
     print(f'wrote {args.out}: {len(theirs)} keys of theirs, of which '
           f'{len(split)} were split ({", ".join(split)}) and {len(dropped)} '
