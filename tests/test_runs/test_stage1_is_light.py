@@ -32,8 +32,7 @@ TRAIN = '''
 import json, pathlib
 import fate_hook, tiny
 text = dict(
-    type='ContextPromptLearner', model='toyclip', token_dim=64, n_ctx=4,
-    embeddings=dict(type='ClassEmbeddings', file={file!r}))
+    tiny.PROMPTS, embeddings=dict(type='ClassEmbeddings', file={file!r}))
 cfg = tiny.tiny_config(
     pathlib.Path({folder!r}), text, dict(switch_at={switch}), max_iters=4)
 cfg.custom_hooks.insert(0, dict(type='FateHook'))
