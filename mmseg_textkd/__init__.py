@@ -13,9 +13,9 @@ compat.apply()
 
 from . import datasets, engine, evaluation, models, text
 from .compat import stock_config
-from .config_utils import (add_region_embeddings, insert_transform,
-                           open_vocabulary_test, stock_network,
-                           wide_label_test, zero_shot)
+from .config_functions import (add_region_embeddings, insert_transform,
+                               open_vocabulary_test, stock_network,
+                               wide_label_test, zero_shot)
 from .version import __version__
 
 __all__ = [

@@ -1,11 +1,11 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """The tool that compares what networks cost."""
 import pytest
-from analysis_tools import load_tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from network_tester import CONFIGS
 from tiny import tiny_config
+from tool_modules import load_tool
 
 from mmseg_textkd.deploy import to_stock_cfg
 
@@ -14,7 +14,7 @@ TAIL = '1xb8-10k_camvid-360x480.py'
 
 def rows(capsys, *argv):
     with DefaultScope.overwrite_default_scope('mmseg'):
-        load_tool('cost').main([str(arg) for arg in argv])
+        load_tool('analysis_tools/cost.py').main([str(arg) for arg in argv])
     lines = [
         line.strip('| ').split(' | ')
         for line in capsys.readouterr().out.splitlines()
@@ -87,11 +87,12 @@ def test_times_are_those_of_the_deployed(capsys):
     assert all(len(cells) == 5 for cells in found.values())
     assert all(0 < s < 30 for s in seconds)
     with pytest.raises(SystemExit):
-        load_tool('cost').main([str(paths[0]), '--runs', '1'])
+        load_tool('analysis_tools/cost.py').main(
+            [str(paths[0]), '--runs', '1'])
 
 
 def test_cost_of_a_fusion_is_that_of_the_arithmetic(tmp_path, capsys):
-    fusion_cost = load_tool('fusion_cost')
+    fusion_cost = load_tool('analysis_tools/fusion_cost.py')
     text = dict(type='ControlEmbeddings', kind='random', dim=16)
     cfg = tiny_config(tmp_path, text)
     c, d, k, dim, size = 16, 8, 8, 16, (64, 128)

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from analysis_tools import load_tool
 from each_case import each_case
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmseg.registry import TRANSFORMS
 from processes import ROOT
-from tiny import run, tiny_config
+from tiny import RESIDUAL, run, tiny_config
+from tool_modules import load_tool
 
 from mmseg_textkd.analysis.compare import compare
 from mmseg_textkd.apis import TextSegInferencer
@@ -139,16 +139,14 @@ def test_good_files_pass(tmp_path):
 
 
 # --------------------------------------------------- wrong without a word
-TEXT = dict(
-    type='ResidualPromptLearner',
-    embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """A run of two iterations, whose fraction leaves stage 1 one of them."""
     root, said = tmp_path_factory.mktemp('trained'), []
-    cfg = tiny_config(root, TEXT, dict(switch_at=.9), 2, log_level='WARNING')
+    cfg = tiny_config(
+        root, RESIDUAL, dict(switch_at=.9), 2, log_level='WARNING')
     for name in ('test_dataloader', 'test_evaluator', 'test_cfg'):
         cfg[name] = None
     with pytest.MonkeyPatch.context() as patch:
@@ -170,7 +168,7 @@ def test_a_fraction_of_a_short_run(trained):
 
 
 def test_a_rate_that_is_no_number(tmp_path):
-    cfg = tiny_config(tmp_path, TEXT, dict(switch_at=1), 2)
+    cfg = tiny_config(tmp_path, RESIDUAL, dict(switch_at=1), 2)
     cfg.optim_wrapper.optimizer.lr = float('nan')
     with pytest.raises(ValueError, match="'lr': nan.*optim_wrapper.optimizer"):
         run(cfg)
@@ -199,7 +197,7 @@ def test_images_of_16_bits(trained, tmp_path):
 
 
 def test_fold_without_a_test_set(trained, tmp_path, capsys):
-    tool = load_tool('textkd2mmseg', 'model_converters')
+    tool = load_tool('model_converters/textkd2mmseg.py')
     tool.main([
         trained.config, trained.weights, '--out',
         str(tmp_path / 'folded.pth'), '--device', 'cpu'
@@ -209,18 +207,18 @@ def test_fold_without_a_test_set(trained, tmp_path, capsys):
 
 
 # Two tools of those that run a data set, three that read a config.
-@each_case('tool, folder, options, said', [
-    ('deploy', 'deployment', ['--to', 'torchscript', '--eval', 'config.py'],
+@each_case('tool, options, said', [
+    ('deployment/deploy.py', ['--to', 'torchscript', '--eval', 'config.py'],
      r"KeyError: instances \(.*test_errors.py, line .*\['instances'\]"),
-    ('compare', 'analysis_tools', ['config.py', 'work/iter_2.pth'],
+    ('analysis_tools/compare.py', ['config.py', 'work/iter_2.pth'],
      r"KeyError: instances \(.*test_errors.py, line .*\['instances'\]"),
-    ('test', '.', ['--work-dir', 'out'], 'cannot be read as a config: Synta'),
-    ('get_flops', 'analysis_tools', [], 'cannot be read as a config: Synta'),
-    ('benchmark_training', 'analysis_tools', [],
+    ('test.py', ['--work-dir', 'out'], 'cannot be read as a config: Synta'),
+    ('analysis_tools/get_flops.py', [], 'cannot be read as a config: Synta'),
+    ('analysis_tools/benchmark_training.py', [],
      'cannot be read as a config: Synta'),
 ])
 def test_words_alone_are_no_message(trained, tmp_path, monkeypatch, tool,
-                                    folder, options, said):
+                                    options, said):
     """Of a data set of the user, and of a config that is cut short."""
     monkeypatch.chdir(tmp_path)
     cfg = Config.fromfile(trained.config)
@@ -230,12 +228,14 @@ def test_words_alone_are_no_message(trained, tmp_path, monkeypatch, tool,
     words = ['config.py', 'work/iter_2.pth', *options]
     if 'Synta' in said:
         Path('config.py').write_text('model = dict(')
-        words = ['config.py', *['work/iter_2.pth'][:tool == 'test'], *options]
+        words = [
+            'config.py', *['work/iter_2.pth'][:tool == 'test.py'], *options
+        ]
     else:
         words += ['--out', 'out']
     monkeypatch.setattr(sys, 'argv', ['tool.py', *words])
     with pytest.raises(SystemExit, match=f'(?s)^Error: .*{said}'):
-        load_tool(tool, folder).main()
+        load_tool(tool).main()
 
 
 @TRANSFORMS.register_module()
@@ -255,12 +255,12 @@ def test_text_that_is_not_there(tmp_path, monkeypatch, build, said):
     """It is told before data are loaded and a log is begun."""
     file = str(tmp_path / 'none.safetensors')
     text = dict(
-        TEXT, embeddings=dict(type='ClassEmbeddings', file=file, **build))
+        RESIDUAL, embeddings=dict(type='ClassEmbeddings', file=file, **build))
     cfg = tiny_config(tmp_path, text, dict(switch_at=1), 2)
     cfg.dump(tmp_path / 'config.py')
     monkeypatch.setattr(sys, 'argv', ['train.py', str(tmp_path / 'config.py')])
     with pytest.raises(SystemExit, match=said):
-        load_tool('train', '.').main()
+        load_tool('train.py').main()
     assert not (tmp_path / 'work').exists()
 
 
@@ -339,8 +339,9 @@ def test_names_are_text_on_every_page():
         mAcc=50.,
         aAcc=50.,
         confusion=[[2, 1], [1, 2]])
-    pages = [load_tool('compare').markdown(compare(side, side))]
-    card = load_tool('publish_model', 'model_converters').model_card
+    markdown = load_tool('analysis_tools/compare.py').markdown
+    pages = [markdown(compare(side, side))]
+    card = load_tool('model_converters/publish_model.py').model_card
     pages.append(
         card(
             None, dict(dataset_meta=dict(classes=[name]), published_with={}),

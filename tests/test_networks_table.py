@@ -1,19 +1,16 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """docs/en/networks.md and the tool that makes it."""
 import functools
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
 from network_tester import stock_twin
+from tool_modules import ROOT, fails, load_tool
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-TOOL = ROOT / 'tools' / 'analysis_tools' / 'networks.py'
 PAGE = (ROOT / 'docs' / 'en' / 'networks.md').read_text(encoding='utf-8')
 NUM_CLASSES = 19
 # A head that classifies twice in training; no such thing; auxiliary heads.
@@ -22,9 +19,7 @@ MEASURED = ['ddrnet_23-slim_in1k-pre', 'erfnet_fcn', 'fast_scnn']
 
 @pytest.fixture(scope='module')
 def tool():
-    spec = importlib.util.spec_from_file_location('networks', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool('analysis_tools/networks.py')
     # Each network once, whoever asks.
     module.measure = functools.cache(module.measure)
     return module
@@ -47,14 +42,6 @@ def tables():
              for line in lines[2:]})
     assert len(found) == 4
     return found
-
-
-def fails(tool, capsys, *argv):
-    """Run the tool where it must fail; return what it says."""
-    with pytest.raises(SystemExit) as info:
-        tool.main([str(arg) for arg in argv])
-    assert info.value.code not in (0, None)
-    return f'{info.value.code} {capsys.readouterr().err}'
 
 
 def test_every_network_is_in_every_table(tool):

@@ -6,8 +6,8 @@ from collections import OrderedDict
 import cv2
 import numpy as np
 import pytest
-from analysis_tools import ROOT, load_tool
 from mmseg.visualization import SegLocalVisualizer
+from tool_modules import ROOT, load_tool
 
 from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
 
@@ -17,7 +17,7 @@ CONFIG = str(ROOT / 'configs/text_classifier' /
 
 @pytest.fixture(scope='module')
 def tool():
-    return load_tool('stock_tool', '.')
+    return load_tool('stock_tool.py')
 
 
 @pytest.fixture

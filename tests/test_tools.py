@@ -12,12 +12,12 @@ from glob import glob
 from pathlib import Path
 
 import pytest
-from analysis_tools import load_tool
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import VISBACKENDS
 from processes import ROOT
-from tiny import run, tiny_config
+from tiny import RESIDUAL, run, tiny_config
+from tool_modules import load_tool
 
 from mmseg_textkd.analysis.benchmark import interleave
 from mmseg_textkd.compat import load_stock_tool, shorten_console
@@ -131,9 +131,7 @@ def test_commands_of_the_guides(tmp_path, monkeypatch, capsys):
     tools, faults, number = {}, [], 0
     for page, path, words in commands():
         if path not in tools:
-            tools[path] = load_tool(Path(path).stem, Path(path).parent.name) \
-                if path.startswith('tools/') and path.count('/') == 2 else \
-                load_tool(Path(path).stem, f'../{Path(path).parent}')
+            tools[path] = load_tool(f'../{path}')
         if not hasattr(tools[path], 'parse_args'):
             continue
         # What a page leaves out.
@@ -232,9 +230,7 @@ def test_logs_of_the_guide(tmp_path):
         found[values['vis_backends'][-1]['type']] = values['visualizer']
     assert sorted(found) == ['TensorboardVisBackend', 'WandbVisBackend']
     assert all(VISBACKENDS.get(name) for name in found)
-    text = dict(
-        type='ResidualPromptLearner',
-        embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
+    text = RESIDUAL
     cfg = tiny_config(
         tmp_path, text, dict(switch_at=2, log_interval=1), max_iters=3)
     run(cfg,

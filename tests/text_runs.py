@@ -5,17 +5,12 @@ from types import SimpleNamespace
 
 import torch
 from mmseg.registry import MODELS
-from tiny import CLASSES, tiny_config
+from tiny import CLASSES, PROMPTS, stir, tiny_config
 
 from mmseg_textkd.text.encode_classes import encode_classes
 
 FIXED = dict(type='ClassEmbeddings', file='text.safetensors', dim=64)
-CONTEXT = dict(
-    type='ContextPromptLearner',
-    embeddings=FIXED,
-    model='toyclip',
-    token_dim=64,
-    n_ctx=4)
+CONTEXT = dict(PROMPTS, embeddings=FIXED)
 # Text provider and changes of the head.
 RUNS = dict(
     fixed=(FIXED, {}),
@@ -45,12 +40,8 @@ def make(folder, text, head):
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     provider = model.decode_head.text_branch.text
+    stir(model)
     with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if name.endswith('running_var'):
-                value.uniform_(.5, 2)
-            elif value.is_floating_point() and 'embeddings' not in name:
-                value.add_(torch.randn_like(value) * .3)
         if provider.learnable():
             provider.start_learning()
             provider.refresh()

@@ -2,12 +2,17 @@
 """A real training run, small enough for a test."""
 import itertools
 import os.path as osp
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from mmseg.registry import HOOKS
+
+from mmseg_textkd.text import TextEmbeddings
 
 CLASSES = ('sky', 'building', 'road', 'sidewalk', 'pole', 'car', 'truck',
            'person')
@@ -25,7 +30,60 @@ AUXILIARY = dict(
     norm_cfg=dict(type='BN'),
     align_corners=False,
     loss_decode=dict(type='CrossEntropyLoss', loss_weight=0.4))
+# Residual prompts that need no file.
+RESIDUAL = dict(
+    type='ResidualPromptLearner',
+    embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
+# A learned context of ToyCLIP's; `embeddings` or `vocabulary` is to be added.
+PROMPTS = dict(
+    type='ContextPromptLearner', model='toyclip', token_dim=64, n_ctx=4)
+PIPELINE = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs')
+]
 _RUNS = itertools.count()
+
+
+@HOOKS.register_module()
+class StopHook(Hook):
+    """Stop a run before it begins iteration ``at``, as a keyboard does."""
+    priority = 'HIGHEST'
+
+    def __init__(self, at):
+        self.at = at
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.at:
+            raise KeyboardInterrupt
+
+
+def stir(module, amount=.3):
+    """Leave nothing of a module at its neutral start value; in place."""
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            if name.endswith('running_var'):
+                value.uniform_(.5, 2)
+            elif value.is_floating_point() and 'embeddings' not in name:
+                value.add_(torch.randn_like(value) * amount)
+    return module
+
+
+def residual(file, **options):
+    """Config of residual prompts on the vectors of a file."""
+    file = str(file) if isinstance(file, Path) else file
+    return dict(
+        type='ResidualPromptLearner',
+        embeddings=dict(type='ClassEmbeddings', file=file, **options))
+
+
+def write_vectors(file, shift=0.):
+    """Write random vectors of the classes, of 16 values."""
+    vectors = torch.randn(
+        len(CLASSES), 16, generator=torch.Generator().manual_seed(0))
+    TextEmbeddings(
+        torch.nn.functional.normalize(vectors + shift, dim=1),
+        CLASSES).save(file)
 
 
 def write_dataset(root, num_images=6):
@@ -80,11 +138,7 @@ def tiny_config(tmp_path,
         serialize_data=False,
         metainfo=dict(classes=CLASSES, palette=[[i, i, i] for i in range(8)]),
         data_prefix=dict(img_path='img', seg_map_path='ann'),
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs')
-        ])
+        pipeline=PIPELINE)
 
     def loader(batch_size, sampler):
         return dict(

@@ -4,10 +4,7 @@ from pathlib import Path
 from typing import List, NamedTuple
 
 import pytest
-import torch
-from tiny import CLASSES, run, tiny_config
-
-from mmseg_textkd.text import TextEmbeddings
+from tiny import residual, run, tiny_config, write_vectors
 
 
 class Trained(NamedTuple):
@@ -21,23 +18,11 @@ class Trained(NamedTuple):
 def trained(tmp_path_factory):
     """Train a tiny text network through both stages."""
     root = tmp_path_factory.mktemp('trained')
-    vectors = torch.randn(
-        len(CLASSES), 16, generator=torch.Generator().manual_seed(0))
     file = root / 'text.safetensors'
-    TextEmbeddings(
-        vectors=torch.nn.functional.normalize(vectors, dim=1),
-        names=CLASSES,
-        phrases=tuple((name, ) for name in CLASSES),
-        templates=('{}', ),
-        model='random',
-        pretrained='',
-        library='test').save(file)
-    text = dict(
-        type='ResidualPromptLearner',
-        embeddings=dict(type='ClassEmbeddings', file=str(file), dim=16))
+    write_vectors(file)
     cfg = tiny_config(
         root,
-        text,
+        residual(file, dim=16),
         dict(switch_at=9),
         max_iters=12,
         visualizer=dict(

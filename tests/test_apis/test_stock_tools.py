@@ -7,12 +7,12 @@ import runpy
 import sys
 
 import pytest
-from analysis_tools import load_tool
 from mmengine.analysis.print_helper import _format_size
 from mmengine.config import Config
 from mmseg.registry import MODELS
 from processes import TOOLS
 from tiny import SIZE
+from tool_modules import load_tool
 
 pytestmark = pytest.mark.stacks
 
@@ -64,7 +64,7 @@ def test_benchmark_measures_our_weights(trained, tmp_path, monkeypatch,
                                         capsys):
     """It takes 200 images, also from a data set of six; no random weights."""
     monkeypatch.setattr(sys, 'argv', ['stock_tool.py'])
-    tool = load_tool('stock_tool', '.')
+    tool = load_tool('stock_tool.py')
     with pytest.raises(SystemExit, match='no checkpoint none.pth'):
         tool.main(['benchmark', trained.config, 'none.pth'])
     tool.main([

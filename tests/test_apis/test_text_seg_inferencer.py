@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Classes that are named after the training."""
 import copy
-import importlib.util
 import os.path as osp
 import re
 
@@ -19,6 +18,7 @@ from mmseg.registry import MODELS
 from processes import ROOT, load
 from text_runs import CONTEXT, FIXED, RUNS, make
 from tiny import CLASSES
+from tool_modules import load_tool
 
 from mmseg_textkd.analysis.benchmark import peak_memory
 from mmseg_textkd.apis import TextSegInferencer, predict_labels
@@ -678,17 +678,9 @@ def test_weights_that_are_no_numbers(worded, tmp_path):
 
 
 # ------------------------------------------------------------------- demo
-def load_demo(name):
-    path = osp.join(ROOT, 'demo', name)
-    spec = importlib.util.spec_from_file_location(name[:-3], path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope='module')
 def demo():
-    return load_demo('image_demo.py')
+    return load_tool('../demo/image_demo.py')
 
 
 def test_demo_on_images(worded, inferencer, demo, tmp_path, capsys):
@@ -792,7 +784,7 @@ def test_demo_never_writes_over_its_input(worded, demo, tmp_path, capsys):
 
 # ------------------------------------------------------------------- page
 def test_answers_of_the_page(worded, inferencer):
-    app, mine = load_demo('gradio_app.py'), inferencer()
+    app, mine = load_tool('../demo/gradio_app.py'), inferencer()
     picture = cv2.imread(worded().images[1])
     words = ' <car>,<grass>,<道路>'
     found = app.segment(mine, picture[..., ::-1], words, True)

@@ -3,12 +3,12 @@
 import cv2
 import numpy as np
 import pytest
-from analysis_tools import fails, load_tool
 from mmseg.registry import DATASETS
+from tool_modules import fails, load_tool
 
 from mmseg_textkd.datasets import LabelMeFacadeDataset
 
-TOOL = load_tool('labelmefacade', 'dataset_converters')
+TOOL = load_tool('dataset_converters/labelmefacade.py')
 META = LabelMeFacadeDataset.METAINFO
 NAMES = dict(train=['a__p1', 'b.c__p2'], test=['d__p3'])
 

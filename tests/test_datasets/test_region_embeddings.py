@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Region embeddings in pipelines, data loaders and processes."""
 import copy
-import importlib.util
 import multiprocessing
 import os
 import signal
@@ -15,6 +14,7 @@ import torch
 from mmengine.config import Config
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 from tiny import SIZE, tiny_config
+from tool_modules import load_tool
 from torch.utils.data import DataLoader
 
 from mmseg_textkd import add_region_embeddings
@@ -218,10 +218,7 @@ def test_workers_make_what_is_missing(cfg, tmp_path, calls):
 
 
 def test_the_tool(cfg, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location(
-        'encode_regions_tool', ROOT / 'tools' / 'encode_regions.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool('encode_regions.py')
     path = tmp_path / 'config.py'
     cfg.dump(path)
     tool.main([str(path)])

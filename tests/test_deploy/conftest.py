@@ -6,13 +6,10 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-import torch
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.registry import DefaultScope
-from tiny import AUXILIARY, CLASSES, run, tiny_config
-
-from mmseg_textkd.text import TextEmbeddings
+from tiny import AUXILIARY, residual, run, tiny_config, write_vectors
 
 # Stage 2 begins after iteration 3.
 RUNS = dict(
@@ -25,24 +22,9 @@ RUNS = dict(
 
 def train(folder, options):
     """Train for six iterations and forget the class vectors."""
-    vectors = torch.randn(
-        len(CLASSES), 16, generator=torch.Generator().manual_seed(0))
-    TextEmbeddings(
-        vectors=torch.nn.functional.normalize(vectors, dim=1),
-        names=CLASSES,
-        phrases=tuple((name, ) for name in CLASSES),
-        templates=('{}', ),
-        model='random',
-        pretrained='',
-        library='test').save(folder / 'text.safetensors')
-    cfg = tiny_config(
-        folder,
-        dict(
-            type='ResidualPromptLearner',
-            embeddings=dict(
-                type='ClassEmbeddings',
-                file=str(folder / 'text.safetensors'),
-                dim=16)), dict(switch_at=3))
+    file = folder / 'text.safetensors'
+    write_vectors(file)
+    cfg = tiny_config(folder, residual(file, dim=16), dict(switch_at=3))
     cfg.model.auxiliary_head = [AUXILIARY]
     cfg.optim_wrapper.optimizer.lr = .2
     cfg.default_hooks.checkpoint.interval = 3
@@ -52,7 +34,7 @@ def train(folder, options):
     if hook:
         cfg.custom_hooks.append(hook)
     runner = run(cfg)
-    (folder / 'text.safetensors').unlink()
+    file.unlink()
     cfg.dump(folder / 'config.py')
     averaged = [
         h.ema_model.module for h in runner.hooks if isinstance(h, EMAHook)

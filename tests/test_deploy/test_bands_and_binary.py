@@ -7,7 +7,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from analysis_tools import load_tool
 from each_case import each_case
 from mmcv.transforms import BaseTransform
 from mmengine.analysis import get_model_complexity_info
@@ -18,6 +17,7 @@ from mmseg.models.backbones import ResNet
 from mmseg.registry import MODELS, TRANSFORMS
 from network_tester import samples
 from tiny import SIZE, run, tiny_config
+from tool_modules import load_tool
 
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg, verify
@@ -87,7 +87,7 @@ def test_bands_are_those_of_the_network(tmp_path, bands, seen):
 
 
 def test_costs_of_other_bands(tmp_path, capsys):
-    tool, found = load_tool('cost'), []
+    tool, found = load_tool('analysis_tools/cost.py'), []
     for bands in (3, 4):
         cfg = tiny_config(tmp_path, CONTROL)
         cfg.model.backbone.in_channels = bands
@@ -121,7 +121,7 @@ def flops(config, capsys, monkeypatch):
     """Thousands of operations that tools/analysis_tools/get_flops.py finds."""
     monkeypatch.setattr(sys, 'argv',
                         ['get_flops.py', config, '--size', *map(str, SIZE)])
-    load_tool('get_flops').main()
+    load_tool('analysis_tools/get_flops.py').main()
     found = re.search(r'Flops: (\S+)M', capsys.readouterr().out)
     return float(found[1]) * 1e3
 
@@ -139,7 +139,7 @@ def test_two_images_in_one_tensor(tmp_path, capsys, monkeypatch):
     cfg.dump(tmp_path / 'two.py')
     files = [str(tmp_path / name) for name in ('two.py', 'work/iter_2.pth')]
     out = str(tmp_path / 'folded.pth')
-    load_tool('textkd2mmseg', 'model_converters').main(
+    load_tool('model_converters/textkd2mmseg.py').main(
         [*files, '--out', out, '--device', 'cpu'])
     image = cv2.imread(str(tmp_path / 'data' / 'img' / '0.png'))
     both = np.concatenate([image, image[:, ::-1]], axis=2)
@@ -147,7 +147,7 @@ def test_two_images_in_one_tensor(tmp_path, capsys, monkeypatch):
         dict(inputs=[torch.from_numpy(both).permute(2, 0, 1)]))
     expected = model.encode_decode(batch['inputs'], [dict(img_shape=SIZE)])
     labels = expected.argmax(1)[0].numpy()
-    load_tool('deploy', 'deployment').main([
+    load_tool('deployment/deploy.py').main([
         str(tmp_path / 'folded.py'), out, '--out',
         str(tmp_path / 'net'), '--to', 'torchscript'
     ])

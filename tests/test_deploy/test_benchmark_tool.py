@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from analysis_tools import ROOT, fails, load_tool, run
 from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from tiny import CLASSES, tiny_config
+from tool_modules import ROOT, fails, load_tool, run
 
 from mmseg_textkd.analysis.benchmark_backends import BACKENDS
 from mmseg_textkd.analysis.benchmark_folders import time_folders
@@ -27,7 +27,7 @@ HAS_CUDA = torch.cuda.is_available()
 
 @pytest.fixture(scope='module')
 def tool():
-    return load_tool('benchmark')
+    return load_tool('analysis_tools/benchmark.py')
 
 
 @pytest.fixture
@@ -163,7 +163,8 @@ def test_bad_arguments(tool, capsys, tmp_path):
     assert 'has no text' in fails(tool, capsys, STOCK_TOY)
     for name in ('benchmark', 'benchmark_training', 'benchmark_text'):
         argv = [] if name == 'benchmark_text' else [TOY]
-        said = fails(load_tool(name), capsys, *argv, '--runs', 1)
+        said = fails(
+            load_tool(f'analysis_tools/{name}.py'), capsys, *argv, '--runs', 1)
         assert '--runs must be at least 2' in said
     assert 'one config at a time' in fails(tool, capsys, TOY, TOY)
     said = fails(tool, capsys, TOY, '--out', tmp_path / 'no' / 'a.json')

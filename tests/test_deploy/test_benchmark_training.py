@@ -2,11 +2,11 @@
 """The benchmarks of training and of encoding text."""
 import pytest
 import torch
-from analysis_tools import fails, load_tool, run
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from network_tester import CONFIGS
 from tiny import tiny_config
+from tool_modules import fails, load_tool, run
 
 from mmseg_textkd.clip import TextTower
 from mmseg_textkd.models.text_parameters import (prompt_parameters,
@@ -28,8 +28,9 @@ def training_config(tmp_path):
 
 @pytest.mark.stacks
 def test_what_trains(tmp_path):
-    trainings = load_tool('benchmark_training').build_trainings(
-        training_config(tmp_path), (32, 64), 2, 'cpu')
+    trainings = load_tool(
+        'analysis_tools/benchmark_training.py').build_trainings(
+            training_config(tmp_path), (32, 64), 2, 'cpu')
     assert list(trainings) == [
         'stock', 'stock again', 'stage 1', 'stage 2', 'LSeg-style'
     ]
@@ -71,7 +72,7 @@ def test_what_trains(tmp_path):
 
 def test_what_trains_with_a_teacher(tmp_path):
     """The teacher of the config, and regions, without their files."""
-    tool = load_tool('benchmark_training')
+    tool = load_tool('analysis_tools/benchmark_training.py')
     tiny_config(tmp_path).dump(tmp_path / 'teacher.py')
     cfg = tiny_config(tmp_path)
     text = training_config(tmp_path)
@@ -111,7 +112,7 @@ def level():
 
 def test_what_trains_with_clip_as_the_teacher():
     """Without labels of the classes that stay unseen."""
-    tool = load_tool('benchmark_training')
+    tool = load_tool('analysis_tools/benchmark_training.py')
     path, = (CONFIGS / 'balance').glob('*bisenetv2*toy-scenes*')
     cfg = Config.fromfile(path)
     trainings = tool.build_trainings(cfg, (32, 64), 2, 'cpu')
@@ -133,8 +134,8 @@ def test_training_tool(tmp_path, level):
     path = tmp_path / 'tiny.py'
     training_config(tmp_path).dump(path)
     results, page = run(
-        load_tool('benchmark_training'), tmp_path, path, '--runs', 3,
-        '--device', 'cpu')
+        load_tool('analysis_tools/benchmark_training.py'), tmp_path, path,
+        '--runs', 3, '--device', 'cpu')
     entry = results['configs'][str(path)]
     assert entry['size'] == [32, 64] and entry['batch'] == 2
     arms = entry['arms']
@@ -154,7 +155,7 @@ PHRASES = dict(road='road', car='sports car', thing='something very long')
 
 
 def test_builders_agree():
-    tool = load_tool('benchmark_text')
+    tool = load_tool('analysis_tools/benchmark_text.py')
     got = tool.measure(
         TextTower('toyclip'), PHRASES, ['{}', 'a photo of a {}.'], 2, 0)
     assert 0 <= got['max_difference'] < 1e-6
@@ -164,7 +165,7 @@ def test_builders_agree():
 
 
 def test_tower_with_random_weights():
-    tool = load_tool('benchmark_text')
+    tool = load_tool('analysis_tools/benchmark_text.py')
     tower = tool.random_tower('ViT-S-32-alt')
     # Tokens, positions, ten layers of width 256, and the projection.
     layer = 12 * 256**2 + 13 * 256
@@ -178,7 +179,7 @@ def test_tower_with_random_weights():
 
 
 def test_text_tool(tmp_path, capsys):
-    tool = load_tool('benchmark_text')
+    tool = load_tool('analysis_tools/benchmark_text.py')
     results, page = run(tool, tmp_path, '--classes', 3, '--templates', 'vild',
                         '--runs', 2)
     assert (results['classes'], results['templates']) == (3, 14)

@@ -2,8 +2,6 @@
 """demo/cpp, built and run."""
 import importlib.util
 import shutil
-import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,13 +10,11 @@ import torch
 from mmseg.registry import MODELS
 from processes import ROOT, start
 from tiny import tiny_config
+from tool_modules import load_tool
 
 from mmseg_textkd.deploy.run import Network
 
-sys.path.insert(0, str(Path(ROOT, 'tools', 'deployment')))
-
-import deploy  # noqa: E402
-
+deploy = load_tool('deployment/deploy.py')
 needed = [name for name in ('cmake', 'c++') if shutil.which(name) is None]
 needed += ['openvino'] * (importlib.util.find_spec('openvino') is None)
 

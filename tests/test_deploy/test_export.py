@@ -24,16 +24,14 @@ from mmseg.registry import MODELS
 from network_tester import CONFIGS, load_model
 from processes import ALONE, start
 from tiny import CLASSES, run, tiny_config
+from tool_modules import load_tool
 from torch import nn
 
 from mmseg_textkd.deploy import fold_state_dict, int8, tensorrt, to_stock_cfg
 from mmseg_textkd.deploy.run import Network
 from mmseg_textkd.deploy.runtimes import RUNTIMES
 
-sys.path.insert(0, str(CONFIGS.parent / 'tools' / 'deployment'))
-
-import deploy  # noqa: E402
-
+deploy = load_tool('deployment/deploy.py')
 PALETTE = [[i * 30, 255 - i * 30, 7 * i] for i in range(len(CLASSES))]
 
 

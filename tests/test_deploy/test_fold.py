@@ -13,7 +13,7 @@ from mmseg.models.decode_heads import FCNHead
 from mmseg.registry import MODELS
 from network_tester import CONFIGS, WatchHook, load_model
 from tiny import run as train
-from tiny import tiny_config
+from tiny import stir, tiny_config
 
 from mmseg_textkd.deploy import (fold, fold_state_dict, mean_lengths,
                                  to_stock_cfg, verify)
@@ -43,14 +43,7 @@ def config(folder, classes=8, dim=16, text=None, **head):
 def settled(cfg, seed=0):
     """A model whose weights and statistics are those of no start."""
     torch.manual_seed(seed)
-    model = MODELS.build(cfg.model).eval()
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if name.endswith('running_var'):
-                value.uniform_(.5, 2)
-            elif value.is_floating_point() and 'embeddings' not in name:
-                value.add_(torch.randn_like(value) * .1)
-    return model
+    return stir(MODELS.build(cfg.model).eval(), .1)
 
 
 def logits(model, size=SIZE):

@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from analysis_tools import ROOT, load_tool
+from tool_modules import ROOT, load_tool
 
 from mmseg_textkd.deploy.runtimes import RUNTIMES
 
 
 @pytest.fixture(scope='module')
 def tool():
-    return load_tool('runtimes')
+    return load_tool('analysis_tools/runtimes.py')
 
 
 def test_cells_say_what_the_folders_say(tool, tmp_path):

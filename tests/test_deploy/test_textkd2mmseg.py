@@ -1,6 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """The tool that turns a trained text network into a stock one."""
-import importlib.util
 import os.path as osp
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from processes import TOOLS
 from processes import load as load_checkpoint
 from processes import start
 from tiny import CLASSES, SIZE
+from tool_modules import load_tool
 
 from mmseg_textkd import compat
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
@@ -77,10 +77,7 @@ for name in sys.argv[1:]:
 @pytest.fixture(scope='module')
 def tool():
     """The tool as a module."""
-    spec = importlib.util.spec_from_file_location('textkd2mmseg', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool(TOOL)
 
 
 @pytest.fixture

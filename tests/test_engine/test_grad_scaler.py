@@ -8,14 +8,11 @@ from each_case import each_case
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmseg.registry import HOOKS, OPTIM_WRAPPERS
-from tiny import assert_equal, run, tiny_config
+from tiny import RESIDUAL, assert_equal, run, tiny_config
 
 from mmseg_textkd.models.text_parameters import text_parameters
 
 SWITCH, SCALE = 3, 1024.
-TEXT = dict(
-    type='ResidualPromptLearner',
-    embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -66,11 +63,7 @@ class ScaleHook(Hook):
             for n, p in runner.model.named_parameters()
         }
 
-    def after_train_iter(self,
-                         runner,
-                         batch_idx,
-                         data_batch=None,
-                         outputs=None):
+    def after_train_iter(self, runner, outputs, **kwargs):
         if runner.iter == self.overflow_at:
             self.handle.remove()
         self.scales.append(runner.optim_wrapper.loss_scaler.get_scale())
@@ -82,7 +75,7 @@ class ScaleHook(Hook):
 
 
 def train(folder, resume=False, **options):
-    cfg = tiny_config(folder, TEXT, dict(switch_at=SWITCH), save_every=1)
+    cfg = tiny_config(folder, RESIDUAL, dict(switch_at=SWITCH), save_every=1)
     cfg.optim_wrapper.type = 'CPUFloat16OptimWrapper'
     cfg.work_dir = str(folder / 'work')
     cfg.custom_hooks.append(dict(type='ScaleHook', **options))
@@ -107,7 +100,7 @@ def test_both_stages_learn_what_they_learn_in_float32(tmp_path):
     # No step is lost: the scale doubles after each two, across the switch.
     assert hook.scales == [SCALE * 2**(i // 2) for i in range(1, 7)]
     plain = run(
-        tiny_config(tmp_path, TEXT, dict(switch_at=SWITCH)),
+        tiny_config(tmp_path, RESIDUAL, dict(switch_at=SWITCH)),
         work_dir=str(tmp_path / 'plain'))
     # Rounded ten bits earlier, but not 1024 times too far.
     for name, param in text_parameters(plain.model).items():

@@ -1,6 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Wrong weights are no result, and a kill costs no validation."""
-import importlib.util
 import json
 import sys
 from collections import OrderedDict
@@ -11,17 +10,13 @@ from each_case import each_case
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.visualization import Visualizer
-from processes import TOOLS
-from tiny import AUXILIARY, run, tiny_config
+from tiny import AUXILIARY, RESIDUAL, run, tiny_config
+from tool_modules import load_tool
 
 from mmseg_textkd.utils.checkpoint import load_file
 
-TEXT = dict(
-    type='ResidualPromptLearner',
-    embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
 
-
-def config(folder, text=TEXT, **options):
+def config(folder, text=RESIDUAL, **options):
     """Four iterations, of which every second is validated."""
     cfg = tiny_config(
         folder,
@@ -41,7 +36,7 @@ def config(folder, text=TEXT, **options):
 def trained(tmp_path_factory):
     """A text network and its stock twin, trained: folders by name."""
     root, folders = tmp_path_factory.mktemp('runs'), {}
-    for name, text in (('text', TEXT), ('stock', None)):
+    for name, text in (('text', RESIDUAL), ('stock', None)):
         cfg = config(root, text, work_dir=str(root / name))
         run(cfg)
         cfg.dump(root / name / 'config.py')
@@ -51,10 +46,7 @@ def trained(tmp_path_factory):
 
 def tool(name, monkeypatch, *words):
     """Run a tool in this process."""
-    spec = importlib.util.spec_from_file_location(f'textkd_{name}',
-                                                  f'{TOOLS}/{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool(f'{name}.py')
     # Logs and curves of a name belong to the first run of the process, and
     # names of runs within a second are the same.
     for kind in (MMLogger, MessageHub, Visualizer):
@@ -121,7 +113,7 @@ def test_wrong_weights_are_an_error(trained, tmp_path, monkeypatch, capfd,
         with pytest.raises(ValueError, match='NaN'):
             tool('test', monkeypatch, *words, '--no-strict')
         with pytest.raises(ValueError, match='NaN'):
-            run(config(tmp_path, TEXT, load_from=str(path)))
+            run(config(tmp_path, RESIDUAL, load_from=str(path)))
     elif 'instead' not in said:  # MMEngine's own error
         tool('test', monkeypatch, *words, '--no-strict')
         said = said.split(':')[-1].strip(' \\')
@@ -188,7 +180,7 @@ def test_a_validation_that_was_killed_is_made_up_for(trained, tmp_path,
                                                      monkeypatch, name, step):
     cfg = config(
         tmp_path,
-        TEXT if name == 'text' else None,
+        RESIDUAL if name == 'text' else None,
         custom_imports=dict(imports=['mmseg_textkd']))
     cfg.default_hooks.logger.interval = 1
     with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:

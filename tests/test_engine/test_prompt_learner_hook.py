@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from each_case import each_case
 from mmengine.config import Config
@@ -18,7 +19,7 @@ from mmengine.runner import Runner
 from mmseg.models import EncoderDecoder
 from mmseg.registry import HOOKS, METRICS, MODELS
 from processes import load
-from tiny import CLASSES, assert_equal, run, tiny_config
+from tiny import CLASSES, StopHook, assert_equal, run, tiny_config
 
 from mmseg_textkd.engine import PromptLearnerHook
 
@@ -48,11 +49,7 @@ class Recorder(Hook):
                     for g in groups if g['params']
                 }))
 
-    def after_train_iter(self,
-                         runner,
-                         batch_idx,
-                         data_batch=None,
-                         outputs=None):
+    def after_train_iter(self, runner, outputs, **kwargs):
         model = getattr(runner.model, 'module', runner.model)
         self.rows[-1]['after'] = copy.deepcopy(model.state_dict())
         self.rows[-1]['outer_lr'] = [
@@ -71,11 +68,7 @@ class Recorder(Hook):
 
 @pytest.fixture
 def residual(make_embeddings):
-    return dict(
-        type='ResidualPromptLearner',
-        embeddings=dict(
-            type='ClassEmbeddings',
-            file=make_embeddings(8, names=list(CLASSES))))
+    return tiny.residual(make_embeddings(8, names=list(CLASSES)))
 
 
 def record(cfg, **changes):
@@ -374,7 +367,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, residual, options,
         killed.work_dir = str(tmp_path / f'killed{stop}')
         first = killed.copy()
         first.custom_hooks = list(
-            first.custom_hooks) + [dict(type='StopAt', at=stop)]
+            first.custom_hooks) + [dict(type='StopHook', at=stop)]
         with pytest.raises(KeyboardInterrupt):
             run(first)
         resumed = run(killed, resume=True)
@@ -388,20 +381,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, residual, options,
 
 
 @HOOKS.register_module()
-class StopAt(Hook):
-    """Stop the run before it begins iteration ``at``."""
-    priority = 'HIGHEST'
-
-    def __init__(self, at):
-        self.at = at
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if runner.iter == self.at:
-            raise KeyboardInterrupt
-
-
-@HOOKS.register_module()
-class StopInValidation(StopAt):
+class StopInValidation(StopHook):
     """Stop it in the validation before that iteration."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
@@ -443,7 +423,7 @@ def best_config(tmp_path, text, scores, **hook):
 
 
 @each_case('scores, best, stops', [
-    ([.9, .5, .1, .2], 2, [('StopAt', 3), ('StopAt', 4), ('StopAt', 6)]),
+    ([.9, .5, .1, .2], 2, [('StopHook', 3), ('StopHook', 4), ('StopHook', 6)]),
     ([.5, .9, .1, .2], 4, [('StopInValidation', 4)]),
 ])
 def test_stage_2_from_the_best_checkpoint(tmp_path, residual, scores, best,

@@ -9,13 +9,10 @@ from mmengine.optim import build_optim_wrapper
 from mmseg.models import ResNet
 from mmseg.registry import MODELS
 from processes import TOOLS
-from tiny import run, tiny_config
+from tiny import RESIDUAL, run, tiny_config
 
 from mmseg_textkd.engine.hooks.text_groups import group_faults
 
-LEARNER = dict(
-    type='ResidualPromptLearner',
-    embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
 OFFSET = 'decode_head.conv_seg.text.offset'
 TEXT = {'.text.': dict(decay_mult=0.), 'log_scale': dict(decay_mult=0.)}
 HEAD = {'head': dict(lr_mult=10.)}
@@ -36,7 +33,7 @@ class TinyMAE(ResNet):
     (HEAD, [rf'{OFFSET}, \S*log_scale decay by 0.0005']),
 ])  # yapf: disable
 def test_the_longest_key_takes_it_all(tmp_path, keys, faults):
-    cfg = tiny_config(tmp_path, LEARNER)
+    cfg = tiny_config(tmp_path, RESIDUAL)
     cfg.optim_wrapper.paramwise_cfg.custom_keys = keys
     model = MODELS.build(cfg.model)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
@@ -53,7 +50,7 @@ def test_the_longest_key_takes_it_all(tmp_path, keys, faults):
 
 
 def test_layer_wise_rates_are_told_by_a_run(tmp_path):
-    cfg = tiny_config(tmp_path, LEARNER, dict(switch_at=1), 2)
+    cfg = tiny_config(tmp_path, RESIDUAL, dict(switch_at=1), 2)
     cfg.model.backbone.type = 'TinyMAE'
     cfg.log_level = 'WARNING'
     cfg.optim_wrapper = dict(
@@ -74,7 +71,7 @@ def test_layer_wise_rates_are_told_by_a_run(tmp_path):
 
 def test_an_optimizer_without_weight_decay(tmp_path, monkeypatch):
     """MMEngine needs it written out where a key changes it."""
-    cfg = tiny_config(tmp_path, LEARNER, dict(switch_at=1), 2)
+    cfg = tiny_config(tmp_path, RESIDUAL, dict(switch_at=1), 2)
     cfg.optim_wrapper.optimizer = dict(type='Adam', lr=1e-3)
     with pytest.raises(ValueError, match='base_wd should not be None'):
         run(cfg)

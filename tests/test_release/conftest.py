@@ -1,11 +1,9 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Runs whose checkpoints are folded, published and compared."""
-import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from processes import TOOLS
 from tiny import CLASSES, run, tiny_config
 
 
@@ -22,20 +20,6 @@ class Run(NamedTuple):
     def log(self):
         path, = self.work_dir.rglob('scalars.json')
         return path
-
-
-@pytest.fixture(scope='package')
-def load_tool():
-    """Get a function that loads a tool as a module."""
-
-    def load(name):
-        path = Path(TOOLS, name)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 def train(root, cfg):

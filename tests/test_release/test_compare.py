@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner, load_state_dict
 from processes import load
 from tiny import CLASSES
+from tool_modules import load_tool
 
 from mmseg_textkd.analysis.compare import compare
 
@@ -17,7 +18,7 @@ K = len(CLASSES)
 
 
 @pytest.fixture(scope='module')
-def tool(load_tool):
+def tool():
     return load_tool('analysis_tools/compare.py')
 
 

@@ -18,6 +18,7 @@ import torch
 from mmseg.registry import MODELS
 from network_tester import CONFIGS, load_config
 from processes import TOOLS
+from tool_modules import load_tool
 
 from mmseg_textkd.clip import TextTower
 from mmseg_textkd.text.encode_classes import encode_classes
@@ -110,7 +111,7 @@ def small_clip(tmp_path_factory):
 
 
 @pytest.fixture
-def convert(load_tool, small_clip, tmp_path, monkeypatch, capsys):
+def convert(small_clip, tmp_path, monkeypatch, capsys):
     """Convert a checkpoint; return what was written, or the message."""
     tool = load_tool('model_converters/lseg2mmseg.py')
     monkeypatch.setattr(tool, 'ARCHITECTURE', small_clip)
@@ -135,8 +136,7 @@ def convert(load_tool, small_clip, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('network', NAMES)
-def test_every_weight_of_the_real_size_has_its_place(load_tool, monkeypatch,
-                                                     network):
+def test_every_weight_of_the_real_size_has_its_place(monkeypatch, network):
     """Names and shapes of the config's network, none missing, none over."""
     tool = load_tool('model_converters/lseg2mmseg.py')
     cfg = load_config(CONFIGS / 'lseg' / NAMES[network]).model
@@ -172,7 +172,7 @@ def test_every_weight_of_the_real_size_has_its_place(load_tool, monkeypatch,
     }
 
 
-def test_weights_of_equal_shape_are_not_mistaken(load_tool):
+def test_weights_of_equal_shape_are_not_mistaken():
     """As whole predictions were compared with those of their code."""
     rename = load_tool('model_converters/lseg2mmseg.py').rename
     blocks, fusion = 'decode_head.reassemble_blocks.', 'decode_head.fusion_'

@@ -14,13 +14,14 @@ from mmengine.config import Config
 from mmseg.registry import MODELS
 from processes import TOOLS, load
 from tiny import CLASSES
+from tool_modules import load_tool
 
 TOOL = f'{TOOLS}/model_converters/publish_model.py'
 META = dict(dataset_meta=dict(classes=CLASSES))
 
 
 @pytest.fixture(scope='module')
-def tool(load_tool):
+def tool():
     return load_tool(TOOL)
 
 
@@ -44,7 +45,7 @@ def refuse(tool, out, match, *args):
 
 
 @pytest.mark.stacks
-def test_published_file(tool, load_tool, stock, out):
+def test_published_file(tool, stock, out):
     path = publish(tool, stock.checkpoint(20), out, '--config', stock.config,
                    '--log', stock.log)
     source = load(stock.checkpoint(20))
@@ -151,7 +152,7 @@ def test_same_input_gives_the_same_file(tool, stock, tmp_path, out):
         publish(tool, renamed, out / 'again')
 
 
-def test_text_is_folded_first(tool, load_tool, text, out, tmp_path):
+def test_text_is_folded_first(tool, text, out, tmp_path):
     weights = text.checkpoint(2)
     refuse(tool, out, r'text in it.*class_embeddings.*textkd2mmseg\.py',
            weights, out, '--config', text.config)
@@ -177,7 +178,7 @@ def test_text_is_folded_first(tool, load_tool, text, out, tmp_path):
         publish(tool, folded, tmp_path / 'new', '--config', text.config)
 
 
-def test_distillation_is_over(tool, load_tool, stock, out, tmp_path):
+def test_distillation_is_over(tool, stock, out, tmp_path):
     cfg = Config.fromfile(stock.config)
     cfg.model.type = 'DistilledEncoderDecoder'
     cfg.model.teacher = dict(

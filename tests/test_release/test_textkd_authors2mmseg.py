@@ -1,20 +1,15 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Checkpoints of TextKD's authors: names, widths, order of the classes."""
 import copy
-import importlib.util
-import os.path as osp
 
 import pytest
 import torch
 import torch.nn.functional as F
 from mmseg.registry import MODELS
 from network_tester import CONFIGS, load_config
-from processes import TOOLS
+from tool_modules import load_tool
 
-PATH = osp.join(TOOLS, 'model_converters', 'textkd_authors2mmseg.py')
-SPEC = importlib.util.spec_from_file_location('textkd_authors2mmseg', PATH)
-TOOL = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(TOOL)
+TOOL = load_tool('model_converters/textkd_authors2mmseg.py')
 NAME = 'textkd_stdc1_in1k-pre_rn50-score-map{}_1xb16-10k_camvid-720x960.py'
 TEXT = 'backbone.text_embeddings'
 READERS = {'backbone.conv_avg.conv', 'backbone.arms.0.conv_layer.conv'}

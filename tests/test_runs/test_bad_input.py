@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from processes import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import CLASSES, run, tiny_config
+from tiny import CLASSES, residual, run, tiny_config
 
 from mmseg_textkd.text import TextEmbeddings
 from mmseg_textkd.text.encode_classes import encode_classes
@@ -46,12 +46,6 @@ DAMAGES = {
     pickled: 'no embeddings file but .*pickle',
     cut_short: 'cut short or damaged',
 }
-
-
-def residual(file, **options):
-    return dict(
-        type='ResidualPromptLearner',
-        embeddings=dict(type='ClassEmbeddings', file=file, **options))
 
 
 @each_case('damage', DAMAGES)

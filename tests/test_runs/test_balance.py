@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from analysis_tools import load_tool
 from mmengine.config import Config
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 from processes import load
 from tiny import CLASSES, SIZE, run, tiny_config
+from tool_modules import load_tool
 
 from mmseg_textkd import zero_shot
 from mmseg_textkd.apis import TextSegInferencer
@@ -134,7 +134,7 @@ def test_release_is_stock(trained, tmp_path, capsys):
     cfg = Config.fromfile(root / 'config.py')
     stock = to_stock_cfg(cfg)
     assert stock.model == to_stock_cfg(tiny_config(root)).model
-    load_tool('../model_converters/textkd2mmseg').main([
+    load_tool('model_converters/textkd2mmseg.py').main([
         str(root / 'config.py'),
         str(root / 'work/iter_2.pth'),
         str(tmp_path / 'stock.pth'), '--device', 'cpu', '--num-images', '2'

@@ -12,7 +12,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS, HOOKS, MODELS
 from processes import TOOLS, load, start_ranks
-from tiny import CLASSES, SIZE, assert_equal, run, tiny_config
+from tiny import CLASSES, SIZE, assert_equal, residual, run, tiny_config
 
 from mmseg_textkd import add_region_embeddings
 from mmseg_textkd.clip.image_tower import ImageTower
@@ -53,11 +53,7 @@ class NoteHook(Hook):
         if runner.iter == self.stop:
             raise KeyboardInterrupt
 
-    def after_train_iter(self,
-                         runner,
-                         batch_idx,
-                         data_batch=None,
-                         outputs=None):
+    def after_train_iter(self, runner, outputs, **kwargs):
         self.losses.append({k: v.item() for k, v in outputs.items()})
 
 
@@ -77,12 +73,7 @@ def root(tmp_path_factory):
 def config(root, role='classifier', switch_at=2, max_iters=4, **options):
     """Both teachers and all losses at once."""
     build = dict(model='toyclip', vocabulary=list(CLASSES), templates='photo')
-    text = dict(
-        type='ResidualPromptLearner',
-        embeddings=dict(
-            type='ClassEmbeddings',
-            file=str(root / 'toy.safetensors'),
-            build=build))
+    text = residual(str(root / 'toy.safetensors'), build=build)
     hook = dict(switch_at=switch_at)
     if role == 'auxiliary':
         hook['learn'] = ['.']

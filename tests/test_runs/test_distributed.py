@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from processes import TOOLS, free_port, load, start, start_ranks
-from tiny import CLASSES, tiny_config
+from tiny import CLASSES, residual, tiny_config
 
 pytestmark = pytest.mark.stacks
 
@@ -19,9 +19,7 @@ def write_config(root, name, batch_size=2, hooks=(), **options):
     """Residual prompts on vectors that the first run has to make."""
     file = root / 'text' / 'toy.safetensors'
     build = dict(model='toyclip', vocabulary=list(CLASSES), templates='photo')
-    text = dict(
-        type='ResidualPromptLearner',
-        embeddings=dict(type='ClassEmbeddings', file=str(file), build=build))
+    text = residual(file, build=build)
     cfg = tiny_config(
         root,
         text,

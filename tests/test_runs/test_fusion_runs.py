@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Image and text meet in real, tiny runs, up to the deployed network."""
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,19 +8,17 @@ import torch
 from each_case import each_case
 from mmseg.models.decode_heads import FCNHead
 from mmseg.registry import MODELS
-from processes import ROOT, load
-from tiny import SIZE, assert_equal, run, tiny_config
+from processes import load
+from tiny import RESIDUAL, SIZE, assert_equal, run, tiny_config
+from tool_modules import load_tool
 
 from mmseg_textkd.deploy import fold, fold_state_dict, to_stock_cfg
 from mmseg_textkd.models.text_parameters import text_parameters
 
-sys.path.insert(0, f'{ROOT}/tools/deployment')
-sys.path.insert(0, f'{ROOT}/tools/model_converters')
-import deploy  # noqa: E402
-import textkd2mmseg  # noqa: E402
-
 pytestmark = pytest.mark.stacks
 
+deploy = load_tool('deployment/deploy.py')
+textkd2mmseg = load_tool('model_converters/textkd2mmseg.py')
 ITERS, SWITCH = 6, 3
 BRIDGE = dict(type='TwoWayBridge', width=8, num_heads=2)
 RUNS = dict(
@@ -36,12 +33,7 @@ RUNS = dict(
 
 def config(folder, fusion, role='classifier', learn=None):
     cfg = tiny_config(
-        folder,
-        dict(
-            type='ResidualPromptLearner',
-            embeddings=dict(type='ControlEmbeddings', kind='random', dim=16)),
-        dict(switch_at=SWITCH, learn=learn),
-        max_iters=ITERS)
+        folder, RESIDUAL, dict(switch_at=SWITCH, learn=learn), max_iters=ITERS)
     cfg.model.decode_head.update(fusion=fusion, role=role)
     cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
     cfg.optim_wrapper.optimizer.lr = .2

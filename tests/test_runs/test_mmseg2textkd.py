@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Text runs that start from a trained stock checkpoint."""
 import copy
-import importlib.util
 import os.path as osp
 import re
 from dataclasses import replace
@@ -14,18 +13,13 @@ from each_case import each_case
 from mmengine.registry import MODELS
 from mmengine.runner import Runner, load_checkpoint
 from processes import TOOLS, load, start
-from tiny import AUXILIARY, CLASSES, run, tiny_config
+from tiny import AUXILIARY, CLASSES, residual, run, tiny_config, write_vectors
+from tool_modules import load_tool
 
 from mmseg_textkd.text import TextEmbeddings
 
 TOOL = osp.join(TOOLS, 'model_converters', 'mmseg2textkd.py')
 KEY = 'decode_head.conv_seg'
-
-
-def residual(file):
-    return dict(
-        type='ResidualPromptLearner',
-        embeddings=dict(type='ClassEmbeddings', file=str(file)))
 
 
 def config(folder, text=None, hook=None, **options):
@@ -47,15 +41,7 @@ def trained(tmp_path_factory):
     cfg = config(folder, max_iters=60)
     cfg.optim_wrapper.optimizer.lr = 0.2
     run(cfg)
-    generator = torch.Generator().manual_seed(0)
-    TextEmbeddings(
-        vectors=F.normalize(torch.randn(8, 16, generator=generator) + 1),
-        names=CLASSES,
-        phrases=tuple((n, ) for n in CLASSES),
-        templates=('{}', ),
-        model='random',
-        pretrained='',
-        library='test').save(folder / 'text.safetensors')
+    write_vectors(folder / 'text.safetensors', 1)
     checkpoint = folder / 'work' / 'iter_60.pth'
     text = residual(folder / 'text.safetensors')
     textual = config(folder, text, dict(switch_at=0.5), max_iters=2)
@@ -83,9 +69,7 @@ def trained(tmp_path_factory):
 def convert(trained, tmp_path, monkeypatch):
     """Get a function that runs the tool in this process."""
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
-    spec = importlib.util.spec_from_file_location('mmseg2textkd', TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool(TOOL)
 
     def go(cfg=trained.textual, checkpoint=trained.checkpoint, *words):
         path, out = tmp_path / 'config.py', tmp_path / 'out.pth'

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from processes import TOOLS, load, start
-from tiny import assert_equal, tiny_config
+from tiny import RESIDUAL, assert_equal, tiny_config
 
 pytestmark = pytest.mark.slow
 
@@ -20,11 +20,11 @@ KILLS = 6  # of each kind, at least
 
 def write_config(root):
     """Two stages; checkpoints, validation and the best one of them."""
-    text = dict(
-        type='ResidualPromptLearner',
-        embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
     cfg = tiny_config(
-        root, text, dict(switch_at=SWITCH, log_interval=1), max_iters=ITERS)
+        root,
+        RESIDUAL,
+        dict(switch_at=SWITCH, log_interval=1),
+        max_iters=ITERS)
     cfg.custom_imports.imports.append('fate_hook')
     cfg.custom_hooks.insert(0, dict(type='FateHook'))
     cfg.train_cfg.val_interval = INTERVAL

@@ -38,19 +38,6 @@ class TextSeen(Hook):
         self.losses.append(float(outputs['decode.loss_structure']))
 
 
-@HOOKS.register_module()
-class KillAt(Hook):
-    """Stop the run before it begins iteration ``at``."""
-    priority = 'HIGHEST'
-
-    def __init__(self, at):
-        self.at = at
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if runner.iter == self.at:
-            raise KeyboardInterrupt
-
-
 @pytest.fixture(scope='module')
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp('text') / 'toy.safetensors'
@@ -137,7 +124,7 @@ def test_killed_and_resumed_with_memory(tmp_path, file):
     killed = cfg.copy()
     killed.work_dir = str(tmp_path / 'killed')
     first = killed.copy()
-    first.custom_hooks = [*first.custom_hooks, dict(type='KillAt', at=2)]
+    first.custom_hooks = [*first.custom_hooks, dict(type='StopHook', at=2)]
     with pytest.raises(KeyboardInterrupt):
         run(first)
     memory = 'decode_head.text_losses.0.memory'

@@ -2,14 +2,14 @@
 """What ``tools/train.py`` adds to MMSegmentation's: resume, and no GPU."""
 import json
 import os.path as osp
-from importlib.util import module_from_spec, spec_from_file_location
 
 import numpy as np
 import pytest
 import torch
 from each_case import each_case
 from processes import TOOLS, load, options, side_by_side, start
-from tiny import tiny_config
+from tiny import RESIDUAL, tiny_config
+from tool_modules import load_tool
 
 pytestmark = pytest.mark.stacks
 
@@ -18,19 +18,14 @@ ITERS = 4
 
 @pytest.fixture(scope='module')
 def tool():
-    spec = spec_from_file_location('textkd_train', f'{TOOLS}/train.py')
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool('train.py')
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     """A run in mixed precision, and two that go on from it."""
     root = tmp_path_factory.mktemp('tool')
-    text = dict(
-        type='ResidualPromptLearner',
-        embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
+    text = RESIDUAL
     cfg = tiny_config(
         root, text, dict(switch_at=3), ITERS, save_every=1, log_level='INFO')
     cfg.custom_imports.imports.append('fate_hook')

@@ -2,11 +2,9 @@
 """MMEngine's options for training, through the switch of the stages."""
 import pytest
 import torch
-from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from mmseg.registry import HOOKS
 from processes import load
-from tiny import CLASSES, assert_equal, run, tiny_config
+from tiny import CLASSES, assert_equal, residual, run, tiny_config
 
 OFFSET = 'decode_head.conv_seg.text.offset'
 WEIGHT = 'backbone.conv1.weight'
@@ -14,24 +12,7 @@ WEIGHT = 'backbone.conv1.weight'
 
 @pytest.fixture
 def text(make_embeddings):
-    return dict(
-        type='ResidualPromptLearner',
-        embeddings=dict(
-            type='ClassEmbeddings',
-            file=make_embeddings(8, names=list(CLASSES))))
-
-
-@HOOKS.register_module()
-class EndHook(Hook):
-    """End the run before iteration ``at`` as a keyboard does."""
-    priority = 'HIGHEST'
-
-    def __init__(self, at):
-        self.at = at
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if runner.iter == self.at:
-            raise KeyboardInterrupt
+    return residual(make_embeddings(8, names=list(CLASSES)))
 
 
 def test_accumulation_and_average_together_are_resumed(tmp_path, text):
@@ -50,7 +31,7 @@ def test_accumulation_and_average_together_are_resumed(tmp_path, text):
     for stop in (2, 4, 6):
         work_dir = tmp_path / f'cut{stop}'
         cut = cfg.copy()
-        cut.custom_hooks = [*cfg.custom_hooks, dict(type='EndHook', at=stop)]
+        cut.custom_hooks = [*cfg.custom_hooks, dict(type='StopHook', at=stop)]
         with pytest.raises(KeyboardInterrupt):
             run(cut, work_dir=str(work_dir))
         run(cfg, work_dir=str(work_dir), resume=True)

@@ -63,14 +63,7 @@ def write(root, labels_of_unseen=True):
 def config(root, **options):
     """Zero-shot training of a linear network."""
     file = root / 'text.safetensors'
-    TextEmbeddings(
-        vectors=sphere(),
-        names=CLASSES,
-        phrases=tuple((name, ) for name in CLASSES),
-        templates=('{}', ),
-        model='sphere',
-        pretrained='',
-        library='test').save(file)
+    TextEmbeddings(sphere(), CLASSES).save(file)
     text = dict(type='ClassEmbeddings', file=str(file))
     cfg = tiny_config(root, text, {}, max_iters=60)
     cfg.model.backbone = dict(type='Colors')

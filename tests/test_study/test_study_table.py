@@ -6,15 +6,15 @@ import re
 import matplotlib
 import numpy as np
 import pytest
-from analysis_tools import ROOT, fails, load_tool
 from each_case import each_case
 from scipy import stats
+from tool_modules import ROOT, fails, load_tool
 
 from mmseg_textkd.study import Ledger
 from mmseg_textkd.study.analysis import (Group, check_hypotheses, holm,
                                          interval, iterations_to)
 
-TOOL = load_tool('study_table')
+TOOL = load_tool('analysis_tools/study_table.py')
 # Test mIoU by arm and seed. Differences of text: 3, 2, 1.5.
 SCORES = dict(
     stock={

@@ -1,10 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import hashlib
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -16,6 +12,7 @@ import torch.nn.functional as F
 from each_case import each_case
 from processes import start
 from tiny_clip import save_model
+from tool_modules import fails, load_tool
 
 from mmseg_textkd.clip.text_tower import TextTower
 from mmseg_textkd.text.embedding_file import TextEmbeddings
@@ -28,18 +25,7 @@ TOOL = Path(__file__).parents[2] / 'tools' / 'encode_text.py'
 
 @pytest.fixture(scope='module')
 def tool():
-    spec = importlib.util.spec_from_file_location('encode_text', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def fails(tool, capsys, argv):
-    """Run the tool where it must fail; return what it says."""
-    with pytest.raises(SystemExit) as info:
-        tool.main([str(a) for a in argv])
-    assert info.value.code not in (0, None)
-    return f'{info.value.code} {capsys.readouterr().err}'
+    return load_tool(TOOL)
 
 
 def test_dataset_as_a_command(tmp_path, clip_name):
@@ -76,7 +62,7 @@ def test_names_and_bank(tool, tmp_path, clip_name, capsys):
     assert made.names == ('road', 'sky', 'car')
     assert made.bank.shape[:2] == (3, 1)
     before = out.read_bytes()
-    assert '--force' in fails(tool, capsys, argv)
+    assert '--force' in fails(tool, capsys, *argv)
     assert out.read_bytes() == before
     tool.main([*argv, '--force'])
 
@@ -117,7 +103,7 @@ def test_import_under_a_datasets_names(tool, tmp_path, capsys):
     expected = F.normalize(vectors, dim=1)[rows]
     assert torch.allclose(made.vectors, expected, atol=1e-6)
     assert made.model == 'OpenAI CLIP ViT-B/16'
-    said = fails(tool, capsys, ['camvid', *argv, '--force'])
+    said = fails(tool, capsys, 'camvid', *argv, '--force')
     assert 'pavement' in said
     assert TextEmbeddings.load(out).sha256 == made.sha256
 
@@ -149,7 +135,7 @@ def test_import_by_phrase(tool, tmp_path, capsys):
         mean = F.normalize(unit[rows].mean(0), dim=0)
         assert torch.allclose(made.vectors[k], mean, atol=1e-6)
     (tmp_path / 'c.txt').write_text('sky\ntree: tree, bush\n')
-    assert "no vectors of ['tree']" in fails(tool, capsys, [*argv, '--force'])
+    assert "no vectors of ['tree']" in fails(tool, capsys, *argv, '--force')
     assert TextEmbeddings.load(out).sha256 == made.sha256
 
 
@@ -215,6 +201,16 @@ class Hub(BaseHTTPRequestHandler):
         """Keep quiet."""
 
 
+# The tool, where timm has not imported what reads the variables of the hub.
+NEW_HUB = f"""
+import runpy, sys
+for name in [n for n in sys.modules if n.startswith('huggingface_hub')]:
+    del sys.modules[name]
+sys.argv[0] = {str(TOOL)!r}
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
 def test_prefetch_from_a_hub(tmp_path):
     """Download once; from then on the hub is not needed."""
     folder, cache = tmp_path / 'served', tmp_path / 'cache'
@@ -222,27 +218,23 @@ def test_prefetch_from_a_hub(tmp_path):
     handler = type('Handler', (Hub, ), dict(folder=folder))
     server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
     Thread(target=server.serve_forever, daemon=True).start()
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if not (k.lower().endswith('_proxy') or k.startswith('HF_'))
-    }
-    env.update(
-        PYTHONPATH=os.pathsep.join(sys.path),
-        HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}')
     try:
-        done = subprocess.run([
-            sys.executable, TOOL, '--prefetch', '--model', 'hf-hub:org/name',
-            '--cache-dir', cache
-        ],
-                              env=env,
-                              capture_output=True,
-                              text=True)
+        done = start(
+            'python',
+            '-c',
+            NEW_HUB,
+            *('--prefetch', '--model', 'hf-hub:org/name'),
+            *('--cache-dir', cache),
+            cwd=tmp_path,
+            fork=True,
+            HF_HUB_OFFLINE='0',
+            HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}',
+            no_proxy='127.0.0.1')
     finally:
         server.shutdown()
         server.server_close()
-    assert done.returncode == 0, done.stderr
-    assert 'hf-hub:org/name works (D = 24)' in done.stdout
+    assert done.status == 0, done.output
+    assert 'hf-hub:org/name works (D = 24)' in done.output
     offline = TextTower('hf-hub:org/name', cache_dir=cache)
     assert offline.checksum() == TextTower(f'local-dir:{folder}').checksum()
 
@@ -276,7 +268,7 @@ def test_prefetch_of_what_is_there(tool, clip_name, capsys):
 ])
 def test_wrong_use(tool, tmp_path, capsys, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
-    said = fails(tool, capsys, argv)
+    said = fails(tool, capsys, *argv)
     assert words in said
     assert 'Traceback' not in said
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Checkpoints of anybody: no code of theirs runs, no damage goes unseen."""
-import importlib.util
 import os
 import pickle
 import sys
@@ -16,8 +15,8 @@ import torch
 from each_case import each_case
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.runner.checkpoint import CheckpointLoader
-from processes import TOOLS
 from tiny import run, tiny_config
+from tool_modules import load_tool
 
 from mmseg_textkd.utils.checkpoint import (find_checkpoint, load_file,
                                            read_checkpoint)
@@ -204,10 +203,7 @@ def test_resume_executes_nothing_and_passes_over_damage(
     (work / 'iter_2.pth').write_bytes((work / 'iter_2.pth').read_bytes()[:999])
     (work / 'last_checkpoint').write_text('')
     cfg.dump(str(tmp_path / 'config.py'))
-    spec = importlib.util.spec_from_file_location('textkd_train',
-                                                  f'{TOOLS}/train.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool('train.py')
     words = ['train.py', str(tmp_path / 'config.py'), '--resume']
     monkeypatch.setattr(sys, 'argv', list(words))
     tool.main()

@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Files: whole or not at all, ours or not touched, bounded in memory."""
 import fcntl
-import importlib.util
 import os
 import signal
 import struct
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from each_case import each_case
-from processes import TOOLS
+from tool_modules import load_tool
 
 from mmseg_textkd.utils.io import (DamagedFileError, check_image, make_folder,
                                    read_hashed, read_image, remove_folder,
@@ -84,14 +83,6 @@ def test_only_folders_of_ours_are_removed(tmp_path):
     assert (theirs / 'data').read_text() == '1' and ours.is_dir()
 
 
-def quickstart():
-    spec = importlib.util.spec_from_file_location('quickstart',
-                                                  f'{TOOLS}/quickstart.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
-
-
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_quickstart_leaves_no_process_behind(tmp_path, monkeypatch, number):
     """Stopped alone, as a batch system or an editor does."""
@@ -105,7 +96,7 @@ def test_quickstart_leaves_no_process_behind(tmp_path, monkeypatch, number):
                      'os.fork()\n'
                      "open(f'ready{os.getpid()}', 'w')\n"
                      'time.sleep(60)\n')
-    tool, pid = quickstart(), os.fork()
+    tool, pid = load_tool('quickstart.py'), os.fork()
     if pid == 0:
         try:
             monkeypatch.setattr(
@@ -130,7 +121,7 @@ def test_quickstart_leaves_no_process_behind(tmp_path, monkeypatch, number):
 
 
 def test_quickstart_removes_nothing_of_others(tmp_path, monkeypatch):
-    tool = quickstart()
+    tool = load_tool('quickstart.py')
     config = tmp_path / 'stock' / 'config.py'
     config.parent.mkdir()
     config.write_text('a = 1')

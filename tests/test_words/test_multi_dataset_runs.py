@@ -1,6 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Training on two data sets: metrics, resume, processes, deployment."""
-import importlib.util
 import shutil
 
 import numpy as np
@@ -13,8 +12,9 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.model import MMDistributedDataParallel
 from mmseg.registry import DATA_SAMPLERS, DATASETS, MODELS
-from processes import TOOLS, load
+from processes import load
 from tiny import assert_equal, run
+from tool_modules import load_tool
 from words_data import DIM, OWN, SPACES, WORDS
 
 from mmseg_textkd.analysis.compare import evaluate
@@ -157,11 +157,7 @@ def test_two_processes_have_the_gradients_of_one(network_cfg, tmp_path):
 @pytest.fixture
 def fold():
     """``textkd2mmseg.py``, in this process."""
-    spec = importlib.util.spec_from_file_location(
-        'textkd2mmseg', f'{TOOLS}/model_converters/textkd2mmseg.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_tool('model_converters/textkd2mmseg.py').main
 
 
 def test_fold_for_any_list_of_words(network_cfg, tmp_path, fold, data):

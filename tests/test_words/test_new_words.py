@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from analysis_tools import ROOT, load_tool
 from mmengine.config import Config
 from mmseg.registry import DATASETS
 from text_runs import RUNS, make
 from tiny import CLASSES
+from tool_modules import ROOT, load_tool
 
 from mmseg_textkd.analysis.new_words import measure_new_words
 from mmseg_textkd.apis import TextSegInferencer
@@ -97,7 +97,7 @@ def test_the_table_says_what_the_inferencer_predicts(tmp_path, monkeypatch):
 
 
 def test_the_published_page_is_what_the_ledger_says(capsys):
-    tool = load_tool('new_words')
+    tool = load_tool('analysis_tools/new_words.py')
     results = ROOT / 'docs' / 'results'
     tool.main(['table', str(results / 'new_words.jsonl')])
     page = (results / 'new_words.md').read_text(encoding='utf-8')

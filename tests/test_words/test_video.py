@@ -6,11 +6,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from analysis_tools import load_tool
 from each_case import each_case
 from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS
 from text_runs import RUNS, make
+from tiny import PIPELINE
+from tool_modules import load_tool
 
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.apis.video import (LogitSmoother, VideoError, read_frames,
@@ -115,11 +116,7 @@ def test_toy_videos_move_and_are_labeled(tmp_path):
             data_root=str(root),
             img_suffix='.png',
             metainfo=dict(classes=tuple('abcdefgh')),
-            pipeline=[
-                dict(type='LoadImageFromFile'),
-                dict(type='LoadAnnotations'),
-                dict(type='PackSegInputs')
-            ]))
+            pipeline=PIPELINE))
     assert len(dataset) == 12
     assert [i['video'] for i in map(dataset.get_data_info, range(12))
             ] == ['video00'] * 6 + ['video01'] * 6
@@ -148,14 +145,7 @@ def test_vspw_in_its_layout(tmp_path):
             label = np.array([[0, 1, 124, 254, 255, 2]] * 4, np.uint8)
             cv2.imwrite(str(where / f'mask/{t:08d}.png'), label)
     (tmp_path / 'val.txt').write_text('b\na\n')
-    cfg = dict(
-        type='VSPWDataset',
-        data_root=str(tmp_path),
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs')
-        ])
+    cfg = dict(type='VSPWDataset', data_root=str(tmp_path), pipeline=PIPELINE)
     dataset = DATASETS.build(cfg)
     assert [i['video']
             for i in map(dataset.get_data_info, range(3))] == ['b', 'a', 'a']
@@ -237,7 +227,7 @@ def test_smoothing_is_measured(trained, inferencer, monkeypatch, capsys):
     """As of what the stream gives."""
     # The images are of different scenes; let them be of one.
     monkeypatch.setattr(LogitSmoother.__init__, '__defaults__', (1e9, ))
-    tool = load_tool('video_smoothing')
+    tool = load_tool('analysis_tools/video_smoothing.py')
     found = tool.main([
         str(trained.config),
         str(trained.weights), '--smoothing', '0', '0.7', '--device', 'cpu'
@@ -263,7 +253,7 @@ def test_smoothing_is_measured(trained, inferencer, monkeypatch, capsys):
 
 
 def test_network_and_pipeline_are_timed(trained, tmp_path, capsys):
-    found = load_tool('benchmark_video').main([
+    found = load_tool('analysis_tools/benchmark_video.py').main([
         write_video(tmp_path / 'in.avi', 5),
         str(trained.config),
         str(trained.weights), '--batch-size', '2', '--runs', '2', '--warmup',

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Load and run the tools of tools/analysis_tools in this process."""
+"""Load and run tools in this process."""
 import importlib.util
 import json
 import sys
@@ -10,12 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load_tool(name, folder='analysis_tools'):
-    """Load a tool as a module."""
-    path = ROOT / 'tools' / folder / f'{name}.py'
+def load_tool(path):
+    """Load a tool as a module, by its path below ``tools/``."""
+    path = ROOT / 'tools' / path
     if str(path.parent) not in sys.path:  # as of a script
         sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,10 +1,11 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Functions for configs that reuse those of MMSegmentation.
+"""Functions that configs call, to reuse those of MMSegmentation.
 
-Called from configs as ``__import__('mmseg_textkd').stock_network(...)``,
+They do so as ``__import__('mmseg_textkd').stock_network(...)``,
 since MMEngine allows no other import there.
 """
 import copy
+import functools
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from mmengine.config import Config
@@ -13,6 +14,12 @@ from mmseg.registry import DATASETS
 from .compat import stock_config
 from .text import Vocabulary
 from .utils.config import as_list, type_name, walk
+
+
+@functools.lru_cache(maxsize=None)
+def _read_stock(path: str) -> Config:
+    """Read a stock config once: many configs build on the same one."""
+    return Config.fromfile(stock_config(path))
 
 
 def stock_network(path: str,
@@ -40,7 +47,7 @@ def stock_network(path: str,
         FileNotFoundError: If there is no such config; near matches are
             listed.
     """
-    cfg = Config.fromfile(stock_config(path))
+    cfg = _read_stock(path)
     model, optim_wrapper = (
         copy.deepcopy(cfg[key].to_dict())
         for key in ('model', 'optim_wrapper'))
@@ -111,7 +118,7 @@ def open_vocabulary_test(
         FileNotFoundError: If there is no such config; near matches are
             listed.
     """
-    loader = Config.fromfile(stock_config(path)).test_dataloader.to_dict()
+    loader = copy.deepcopy(_read_stock(path).test_dataloader.to_dict())
     dataset = loader['dataset']
     for transform in dataset['pipeline']:
         if transform['type'] == 'Resize':
