@@ -1,6 +1,8 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Fixtures that the whole suite shares."""
+import functools
 import gc
+import importlib
 import socket
 import sys
 
@@ -14,12 +16,13 @@ from mmseg_textkd.text import TextEmbeddings  # registers everything
 # Asserts of this helper too are to say what was compared.
 pytest.register_assert_rewrite('network_tester')
 # What takes longest comes first: no worker waits for another at the end.
-SLOW_FILES = ('test_packaging', 'test_study', 'test_distributed',
-              'test_training_options', 'test_export', 'test_textkd2mmseg',
-              'test_compat', 'test_networks', 'test_prompt_learner_hook',
-              'test_mmseg_tools', 'test_stage1_is_light', 'test_fusion_runs',
-              'test_kill_and_resume', 'test_distillation', 'test_configs',
-              'test_encode_text_tool', 'test_export_networks', 'test_text_kd')
+SLOW_FILES = ('test_packaging', 'test_distributed', 'test_study',
+              'test_training_options', 'test_export', 'test_export_networks',
+              'test_compat', 'test_networks', 'test_networks_table',
+              'test_textkd2mmseg', 'test_configs', 'test_prompt_learner_hook',
+              'test_mmseg_tools', 'test_methods', 'test_stage1_is_light',
+              'test_fusion_runs', 'test_kill_and_resume', 'test_distillation',
+              'test_encode_text_tool', 'test_text_kd')
 
 
 def pytest_collection_modifyitems(items):
@@ -33,6 +36,11 @@ def _quick_runs():
     """Save what takes longer than the training iterations of a test."""
     with pytest.MonkeyPatch.context() as patch:
         leave_configs_unformatted(patch.setattr)
+        # A second for each export, for what is the same each time.
+        registry = importlib.import_module(
+            'torch.onnx._internal.exporter._registration').ONNXRegistry
+        patch.setattr(registry, 'from_torchlib',
+                      staticmethod(functools.cache(registry.from_torchlib)))
         yield
     gc.unfreeze()
 

@@ -68,11 +68,7 @@ class FateHook(Hook):
         self.iters.append(runner.iter)
         self.modules.append('open_clip' in sys.modules)
 
-    def after_train_iter(self,
-                         runner,
-                         batch_idx,
-                         data_batch=None,
-                         outputs=None):
+    def after_train_iter(self, runner, outputs, **kwargs):
         self.learns.append(
             sorted(n for n, p in unwrap(runner.model).named_parameters()
                    if p.requires_grad))

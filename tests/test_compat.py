@@ -107,21 +107,57 @@ def python(code, cwd, *paths):
         return int(python.server.stdout.readline()), output.read()
 
 
-def holds_against(cure, code, cwd, symptom, *paths):
-    """Run code without and with the package, and see what should be."""
-    status, output = python(code, cwd, *paths)
+def holds_against(cure, code, cwd, symptom):
+    """Run code without the package, and see what should be."""
+    status, output = python(code, cwd)
     if BROKEN[cure]:
         assert status != 0 and symptom in output
     else:
         assert status == 0, output
-    status, output = python(
-        f'import mmseg_textkd.compat as c\nprint("cures", c.apply())\n'
-        f'{textwrap.dedent(code)}', cwd, *paths)
-    assert status == 0, output
-    assert (repr(cure)
-            in output.split('cures',
-                            1)[1].split('\n')[0]) == BROKEN[cure], output
     return output
+
+
+CURE = 'import mmseg_textkd.compat as c\nprint("cures", c.apply())\n'
+MODELS = 'import mmseg.models, mmseg.apis\n'
+SCOPES = '''
+from mmengine.config import Config
+from mmengine.utils import get_installed_path, is_installed
+for file in ('a.py', 'b.py'):
+    cfg = Config.fromfile(file)
+    print(cfg.model.backbone.type, cfg.model._scope_)
+assert is_installed('numpy') and not is_installed('no-such-thing')
+assert get_installed_path('mmengine').endswith('mmengine')
+assert is_installed('opencv-python-headless') or is_installed('opencv-python')
+'''
+WEIGHTS = '''
+import torch
+from mmseg.models.losses import CrossEntropyLoss, cross_entropy
+label = torch.tensor([[[0, 255]]])
+for avg_non_ignore in (False, True):
+    loss = CrossEntropyLoss(
+        class_weight=[1., 3.], avg_non_ignore=avg_non_ignore)
+    assert loss.cls_criterion is cross_entropy
+    value = loss(torch.zeros(1, 2, 1, 2), label, ignore_index=255)
+    print('value', round(value.item(), 4))
+'''
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A config that the model index knows and one that it does not."""
+    folder = tmp_path_factory.mktemp('scopes')
+    (folder / 'a.py').write_text(f"_base_ = 'mmseg::{STOCK}'")
+    (folder /
+     'b.py').write_text("_base_ = 'mmseg::_base_/models/bisenetv2.py'")
+    return folder
+
+
+@pytest.fixture(scope='module')
+def cured(folder):
+    """All of these with the package: what it cures, and what they print."""
+    status, output = python(CURE + MODELS + SCOPES + WEIGHTS, folder)
+    assert status == 0, output
+    return output.split('cures', 1)[1]
 
 
 def test_exactly_what_is_broken_is_cured_and_only_once():
@@ -131,9 +167,11 @@ def test_exactly_what_is_broken_is_cured_and_only_once():
     assert expected, 'no stack is known that needs nothing'
 
 
-def test_models_import_without_compiled_ops(tmp_path):
-    holds_against('mmcv.ops', 'import mmseg.models, mmseg.apis', tmp_path,
-                  "No module named 'mmcv._ext'")
+def test_models_import_without_compiled_ops(tmp_path, cured):
+    holds_against('mmcv.ops', MODELS, tmp_path, "No module named 'mmcv._ext'")
+    for cure in ('mmcv.ops', 'pkg_resources', 'distribution name',
+                 'class weights'):
+        assert (repr(cure) in cured.split('\n')[0]) == BROKEN[cure], cured
 
 
 def test_stand_in_answers_as_the_guards_expect():
@@ -279,10 +317,9 @@ def test_resume_from_a_runner_checkpoint(tmp_path):
     status, output = python(TRAIN.format(iters=3, resume=False), tmp_path)
     assert status == 0 and 'iterations 3 losses 3' in output, output
     # MMEngine 0.10.7 resumes by this; OneDL's falls back to loading anything.
-    holds_against(
-        'safe globals', "import mmengine, torch\n"
-        "torch.load('run/iter_3.pth', weights_only=True)", tmp_path,
-        'Weights only load failed')
+    code = ("import mmengine, torch\n"
+            "torch.load('run/iter_3.pth', weights_only=True)")
+    holds_against('safe globals', code, tmp_path, 'Weights only load failed')
     status, output = python(
         'import mmseg_textkd.compat as c\nc.apply()\n'
         'import numpy as np, torch, pickle\n' +
@@ -336,35 +373,23 @@ def test_what_is_allowed_to_load_is_no_more_than_that(tmp_path):
             compat._history_method(owner, name)
 
 
-def test_scope_inheritance(tmp_path):
-    # One that the model index knows and one that it does not.
-    (tmp_path / 'a.py').write_text(f"_base_ = 'mmseg::{STOCK}'")
-    (tmp_path /
-     'b.py').write_text("_base_ = 'mmseg::_base_/models/bisenetv2.py'")
+def test_scope_inheritance(folder, cured):
     cure, symptom = (('pkg_resources',
                       "No module named 'pkg_resources'") if UPSTREAM else
                      ('distribution name', 'mmsegmentation is not installed'))
-    output = holds_against(
-        cure, '''
-        from mmengine.config import Config
-        from mmengine.utils import get_installed_path, is_installed
-        for file in ('a.py', 'b.py'):
-            cfg = Config.fromfile(file)
-            print(cfg.model.backbone.type, cfg.model._scope_)
-        assert is_installed('numpy') and not is_installed('no-such-thing')
-        assert get_installed_path('mmengine').endswith('mmengine')
-        assert is_installed('opencv-python-headless') or \\
-            is_installed('opencv-python')
-        ''', tmp_path, symptom)
-    assert output.count('BiSeNetV2 mmseg') == 2
+    holds_against(cure, SCOPES, folder, symptom)
+    assert cured.count('BiSeNetV2 mmseg') == 2
 
 
 def test_expression_base_needs_no_import_before(tmp_path):
+    """Nor what only text encoders need."""
     (tmp_path / 'b.py').write_text(
         "_base_ = __import__('mmseg_textkd').stock_config("
         "'_base_/models/bisenetv2.py')")
     status, output = python(
         '''
+        import sys
+        sys.modules['open_clip'] = sys.modules['huggingface_hub'] = None
         from mmengine.config import Config
         from mmengine.registry import init_default_scope
         cfg = Config.fromfile('b.py')
@@ -376,26 +401,17 @@ def test_expression_base_needs_no_import_before(tmp_path):
     assert status == 0 and 'BiSeNetV2 built' in output, output
 
 
-def test_class_weights_with_ignored_pixels(tmp_path):
-    output = holds_against(
-        'class weights', f'''
-        import sys
-        sys.path.insert(0, {osp.join(ROOT, 'mmseg_textkd')!r})
-        if {BROKEN['mmcv.ops']}:  # the fault of another cure
-            import _mmcv_ops
-            sys.modules['mmcv.ops'] = _mmcv_ops
-        sys.path.pop(0)
-        import torch
-        from mmseg.models.losses import CrossEntropyLoss, cross_entropy
-        label = torch.tensor([[[0, 255]]])
-        for avg_non_ignore in (False, True):
-            loss = CrossEntropyLoss(
-                class_weight=[1., 3.], avg_non_ignore=avg_non_ignore)
-            assert loss.cls_criterion is cross_entropy
-            value = loss(torch.zeros(1, 2, 1, 2), label, ignore_index=255)
-            print('value', round(value.item(), 4))
-        ''', tmp_path, 'IndexError')
-    assert output.count('value 0.6931') == 2
+def test_class_weights_with_ignored_pixels(tmp_path, cured):
+    start = f'''
+import sys
+sys.path.insert(0, {osp.join(ROOT, 'mmseg_textkd')!r})
+if {BROKEN['mmcv.ops']}:  # the fault of another cure
+    import _mmcv_ops
+    sys.modules['mmcv.ops'] = _mmcv_ops
+sys.path.pop(0)
+'''
+    holds_against('class weights', start + WEIGHTS, tmp_path, 'IndexError')
+    assert cured.count('value 0.6931') == 2
 
 
 def naive_cross_entropy(scores, labels, class_weight, avg_non_ignore):

@@ -27,7 +27,6 @@ CAMVID = '1xb8-10k_camvid-360x480.py'
 
 
 @each_case('name, kind, kept', [
-    ('bridge', TwoWayBridge, False),
     ('bridge-kept', TwoWayBridge, True),
     ('context', ContextAwareText, False),
 ])

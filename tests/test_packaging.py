@@ -154,20 +154,6 @@ def site(wheel, tmp_path_factory):
     return str(folder)
 
 
-def test_mim_and_config_names_work_from_a_wheel(site, tmp_path):
-    (tmp_path /
-     'a.py').write_text("_base_ = 'mmseg_textkd::_base_/default_runtime.py'")
-    out = run(
-        sys.executable,
-        '-c', 'import mmseg_textkd\n'
-        'from mmengine.config import Config\n'
-        "cfg = Config.fromfile('a.py')\n"
-        'print(mmseg_textkd.__file__, cfg.default_scope)',
-        cwd=tmp_path,
-        PYTHONPATH=site)
-    assert site in out and out.split()[-1] == 'mmseg'
-
-
 def has_mim():
     """Whether OpenMMLab's mim is installed; OneDL's finds no wheel of ours."""
     try:
@@ -177,7 +163,10 @@ def has_mim():
 
 
 def test_wheel_trains_and_tests(site, tmp_path):
-    """With `mim`, or by the command that `mim` puts together."""
+    """With `mim`, or by the command that `mim` puts together.
+
+    First by a config that inherits one of the wheel, then by its name.
+    """
     generate_toy_scenes(
         tmp_path / 'data/toy_scenes',
         num_train=2,
@@ -186,13 +175,20 @@ def test_wheel_trains_and_tests(site, tmp_path):
         width=128)
     name = 'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py'
     inside = f'{site}/mmseg_textkd/.mim'
+    (tmp_path /
+     'a.py').write_text("_base_ = 'mmseg_textkd::_base_/default_runtime.py'")
+    (tmp_path / 'own.py').write_text(
+        f"_base_ = '{inside}/configs/text_classifier/{name}'\n"
+        "imported_from = __import__('mmseg_textkd').__file__\n"
+        "found = __import__('mmengine').Config.fromfile('a.py')\n"
+        'scope = found.default_scope\ndel found\n')
 
-    def call(command, *args, **checkpoint):
+    def call(command, name, *args, **checkpoint):
         words = [sys.executable, '-m', 'mim', command, 'mmseg_textkd', name]
         words += [f'--{k}={v}' for k, v in checkpoint.items()] + ['--gpus=0']
         if not has_mim():
             tool = f'{inside}/tools/{command}.py'
-            config = f'{inside}/configs/text_classifier/{name}'
+            config = osp.join(f'{inside}/configs/text_classifier', name)
             words = [sys.executable, tool, config, *checkpoint.values()]
             words += ['--launcher', 'none']
         for split in ('train', 'val', 'test'):
@@ -208,11 +204,15 @@ def test_wheel_trains_and_tests(site, tmp_path):
             PYTHONPATH=site,
             CUDA_VISIBLE_DEVICES='')
 
-    call('train', 'train_cfg.max_iters=2', 'train_cfg.val_interval=2',
-         'custom_hooks.0.switch_at=1', 'default_hooks.checkpoint.interval=2')
+    call('train', str(tmp_path / 'own.py'), 'train_cfg.max_iters=2',
+         'train_cfg.val_interval=2', 'custom_hooks.0.switch_at=1',
+         'default_hooks.checkpoint.interval=2')
+    cfg = mmengine.Config.fromfile(tmp_path / 'work/own.py')
+    assert cfg.imported_from == f'{site}/mmseg_textkd/__init__.py'
+    assert cfg.scope == 'mmseg'
     # Vectors were made, and the two scores are of the same weights.
     assert (tmp_path / 'data/text_embeddings').is_dir()
-    call('test', checkpoint=str(tmp_path / 'work/iter_2.pth'))
+    call('test', name, checkpoint=str(tmp_path / 'work/iter_2.pth'))
     trained, = tmp_path.glob('work/*/vis_data/scalars.json')
     tested, = tmp_path.glob('work/*/*.json')
     validated = json.loads(trained.read_text().splitlines()[-1])

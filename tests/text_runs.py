@@ -5,17 +5,12 @@ from types import SimpleNamespace
 
 import torch
 from mmseg.registry import MODELS
-from tiny import CLASSES, stir, tiny_config
+from tiny import CLASSES, PROMPTS, stir, tiny_config
 
 from mmseg_textkd.text.encode_classes import encode_classes
 
 FIXED = dict(type='ClassEmbeddings', file='text.safetensors', dim=64)
-CONTEXT = dict(
-    type='ContextPromptLearner',
-    embeddings=FIXED,
-    model='toyclip',
-    token_dim=64,
-    n_ctx=4)
+CONTEXT = dict(PROMPTS, embeddings=FIXED)
 # Text provider and changes of the head.
 RUNS = dict(
     fixed=(FIXED, {}),

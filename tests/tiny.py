@@ -34,6 +34,14 @@ AUXILIARY = dict(
 RESIDUAL = dict(
     type='ResidualPromptLearner',
     embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
+# A learned context of ToyCLIP's; `embeddings` or `vocabulary` is to be added.
+PROMPTS = dict(
+    type='ContextPromptLearner', model='toyclip', token_dim=64, n_ctx=4)
+PIPELINE = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs')
+]
 _RUNS = itertools.count()
 
 
@@ -130,11 +138,7 @@ def tiny_config(tmp_path,
         serialize_data=False,
         metainfo=dict(classes=CLASSES, palette=[[i, i, i] for i in range(8)]),
         data_prefix=dict(img_path='img', seg_map_path='ann'),
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs')
-        ])
+        pipeline=PIPELINE)
 
     def loader(batch_size, sampler):
         return dict(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import SIZE, residual, tiny_config
+from tiny import PIPELINE, SIZE, residual, tiny_config
 
 from mmseg_textkd.text import TextEmbeddings
 
@@ -31,11 +31,7 @@ def dataset_cfg(root, name, **changes):
         metainfo=dict(
             classes=OWN[name], palette=[[40 * i, i, 9] for i in range(4)]),
         data_prefix=dict(img_path='img', seg_map_path='ann'),
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs')
-        ])
+        pipeline=PIPELINE)
     return dict(cfg, **changes)
 
 

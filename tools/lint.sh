@@ -17,7 +17,7 @@ step() {
 # What .mim links to is checked as what it is.
 step flake8 --exclude .mim "${FILES[@]}"
 step isort --check-only --diff --skip .mim "${FILES[@]}"
-step yapf --diff --recursive --exclude '*/.mim/*' "${FILES[@]}"
+step yapf --parallel --diff --recursive --exclude '*/.mim/*' "${FILES[@]}"
 step codespell_lib --skip .mim mmseg_textkd configs tools tests README.md
 step interrogate --quiet --config setup.cfg mmseg_textkd
 step mypy --config-file setup.cfg

@@ -19,6 +19,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # A worker for each core; what shares a fixture of its file stays together, in
 # the order of tests/conftest.py.
 # pytest ends with 5 where nothing was selected: that is a failure too.
-python -m pytest -n "${WORKERS:-2}" --dist loadscope --no-loadscope-reorder \
-    "$@"
+PYTHONPATH=$ROOT/tests${PYTHONPATH:+:$PYTHONPATH} python -m pytest \
+    -p worker_conftests -n "${WORKERS:-2}" --dist loadscope \
+    --no-loadscope-reorder "$@"
 exit "$lint"

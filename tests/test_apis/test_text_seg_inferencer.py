@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from each_case import each_case
+from matplotlib import colormaps
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.apis import inference_model, init_model
@@ -21,7 +22,7 @@ from tool_modules import load_tool
 
 from mmseg_textkd.analysis.benchmark import peak_memory
 from mmseg_textkd.apis import TextSegInferencer, predict_labels
-from mmseg_textkd.apis.drawing import draw_labels, palette_for
+from mmseg_textkd.apis.drawing import draw_labels, draw_similarity, palette_for
 from mmseg_textkd.apis.label_maps import select_classes
 from mmseg_textkd.deploy import L2ConvSeg, fold_state_dict, to_stock_cfg
 from mmseg_textkd.text import TextEmbeddings
@@ -555,7 +556,7 @@ def test_overlay_and_legend():
     assert drawn.shape == (60, 220, 3)
     assert drawn[30, 5].tolist() == [125, 75, 75]
     assert drawn[5, 5].tolist() == [75, 75, 125]
-    # The largest first, then the other, and none that is not seen.
+    # In the order of the classes, and none that is not seen.
     assert drawn[11, 40 + 15].tolist() == [200, 0, 0]
     assert drawn[22 + 11, 40 + 15].tolist() == [0, 0, 200]
     assert (drawn[46:, 40:] == 255).all()
@@ -580,6 +581,45 @@ def test_long_names_end_inside_the_legend():
     assert np.array_equal(legend(name)[:, :120], legend(name + '!')[:, :120])
     assert not np.array_equal(legend(name), legend(name[:18]))
     assert (legend('crt')[:, 80:] == 255).all()
+
+
+@each_case('height', [400, 1080])
+def test_legends_keep_their_order_and_grow_with_the_image(height):
+    """In a video the shares of the classes change from frame to frame."""
+    scale, image = max(1, height / 540), np.zeros((height, 8, 3), np.uint8)
+    palette, legends = [(200, 0, 0), (0, 0, 200)], []
+    for largest in (0, 1):
+        labels = np.full((height, 8), largest)
+        labels[:3] = 1 - largest
+        drawn = draw_labels(image, labels, ('road', 'sky'), palette)
+        legends.append(drawn[:, 8:])
+    assert np.array_equal(*legends)
+    assert legends[0].shape[1] == round(180 * scale)
+    for number, color in enumerate(palette):
+        assert legends[0][round((22 * number + 11) * scale),
+                          round(15 * scale)].tolist() == list(color)
+
+
+def test_similarity_maps_have_a_title_a_color_bar_and_the_image():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (200, 50, 3), dtype=np.uint8)
+    cosines = np.tile(np.linspace(-.2, .6, 50), (200, 1))
+    drawn = draw_similarity(cosines, image, 'tree', opacity=.6)
+    assert drawn.shape == (200, 230, 3)
+    viridis = colormaps['viridis']
+    expected = .4 * image.mean(
+        -1, keepdims=True) + .6 * 255 * viridis((cosines + .2) / .8)[..., :3]
+    np.testing.assert_allclose(drawn[:, :50], expected, atol=3)
+    bar = drawn[22 + 4:200 - 4, 50 + 12]
+    np.testing.assert_allclose(
+        bar, 255 * viridis(np.linspace(1, 0, len(bar)))[:, :3], atol=4)
+    other = draw_similarity(cosines, image, 'bus', opacity=.6)
+    assert (other != drawn).any(-1).any(1).nonzero()[0].max() < 22
+    # The numbers of its ends stand beside it.
+    other = draw_similarity(cosines * .5, image, 'tree', opacity=.6)
+    assert (other[:, 80:] != drawn[:, 80:]).any()
+    assert np.array_equal(
+        draw_similarity(cosines * .5), draw_similarity(cosines))
 
 
 def test_select_classes_with_repeats():

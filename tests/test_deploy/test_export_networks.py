@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Networks with something particular, and what the check finds."""
 import copy
-import sys
 
 import numpy as np
 import onnxruntime
@@ -13,6 +12,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmseg.registry import MODELS
 from network_tester import CONFIGS, load_model
 from tiny import tiny_config
+from tool_modules import load_tool
 
 from mmseg_textkd.deploy.adaptive_pool import MatrixAdaptiveAvgPool2d
 from mmseg_textkd.deploy.export import Exported, to_onnx
@@ -20,9 +20,7 @@ from mmseg_textkd.deploy.export_check import check
 from mmseg_textkd.deploy.exportable import ExportableSegmentor
 from mmseg_textkd.deploy.load_stock import load_stock
 
-sys.path.insert(0, str(CONFIGS.parent / 'tools' / 'deployment'))
-
-import deploy  # noqa: E402
+deploy = load_tool('deployment/deploy.py')
 
 
 def logits(model, image):
@@ -31,11 +29,10 @@ def logits(model, image):
 
 
 # What is particular: pooling to bins that do not divide; padding in testing
-# and random numbers; one size.
+# and random numbers.
 NETWORKS = {
     'fast_scnn': (['--dynamic', '--no-preprocess'], (70, 102)),
     'segnext_mscan-t': (['--output', 'probabilities', '--dynamic'], (50, 75)),
-    'bisenetv1_r18': (['--no-preprocess'], (64, 96)),
 }
 
 

@@ -63,11 +63,7 @@ class ScaleHook(Hook):
             for n, p in runner.model.named_parameters()
         }
 
-    def after_train_iter(self,
-                         runner,
-                         batch_idx,
-                         data_batch=None,
-                         outputs=None):
+    def after_train_iter(self, runner, outputs, **kwargs):
         if runner.iter == self.overflow_at:
             self.handle.remove()
         self.scales.append(runner.optim_wrapper.loss_scaler.get_scale())

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 from each_case import each_case
-from tiny import CLASSES, assert_equal, run, tiny_config
+from tiny import CLASSES, PROMPTS, assert_equal, run, tiny_config
 
 from mmseg_textkd.text.encode_classes import ensure_embeddings
 
@@ -28,12 +28,7 @@ def text(kind, file):
     if kind == 'centered':
         embeddings['center'] = True
     learner = dict(
-        context=dict(
-            type='ContextPromptLearner',
-            model='toyclip',
-            token_dim=64,
-            n_ctx=4,
-            vocabulary=list(CLASSES)),
+        context=dict(PROMPTS, vocabulary=list(CLASSES)),
         centered=dict(type='ResidualPromptLearner'),
         mixture=dict(type='MixturePromptLearner')).get(kind)
     return embeddings if learner is None else dict(

@@ -49,11 +49,7 @@ class Recorder(Hook):
                     for g in groups if g['params']
                 }))
 
-    def after_train_iter(self,
-                         runner,
-                         batch_idx,
-                         data_batch=None,
-                         outputs=None):
+    def after_train_iter(self, runner, outputs, **kwargs):
         model = getattr(runner.model, 'module', runner.model)
         self.rows[-1]['after'] = copy.deepcopy(model.state_dict())
         self.rows[-1]['outer_lr'] = [

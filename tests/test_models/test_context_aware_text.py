@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from each_case import each_case
 from network_tester import samples
-from tiny import stir
+from tiny import PROMPTS, stir
 from torch import nn
 
 from mmseg_textkd.models import (ContextAwareText, TextClassifier, TextFCNHead,
@@ -235,10 +235,7 @@ def test_a_kept_one_learns_by_both_losses():
 def test_prompts_learn_through_the_decoder_and_the_tower_does_not():
     """DenseCLIP's issues: no `no_grad` around prompts, no learning tower."""
     text = dict(
-        type='ContextPromptLearner',
-        model='toyclip',
-        token_dim=64,
-        n_ctx=4,
+        PROMPTS,
         vocabulary=['sky', 'road', 'car', 'person'],
         embeddings=dict(type='ControlEmbeddings', kind='random', dim=64))
     module = head(text=text, fusion=CONTEXT)

@@ -194,39 +194,6 @@ def test_channel_wise(batch, temperature):
         3 * temperature**2 * total / (N * K), rel=1e-5)
 
 
-def test_divergences_are_zero_at_equality_and_known_elsewhere():
-    logits = 10 * torch.randn(2, K, 3, 3)
-    labels = torch.zeros(2, 3, 3, dtype=torch.long)
-    for kind in ('LogitDistillationLoss', 'ChannelWiseDistillationLoss'):
-        loss = build(kind)
-        assert loss(logits, logits.clone(), labels).item() == 0
-        # A constant changes neither softmax.
-        shifted = loss(logits + 3, logits, labels).item()
-        assert shifted == pytest.approx(0, abs=1e-5)
-        assert loss(logits.flip(1).flip(2), logits, labels).item() > 0
-    # Two classes, teacher sure of log-odds a, student undecided.
-    a = 1.3
-    teacher = torch.tensor([a, 0.]).view(1, 2, 1, 1)
-    p = 1 / (1 + math.exp(-a / 2))
-    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
-    loss = build('LogitDistillationLoss', temperature=2.)
-    got = loss(torch.zeros(1, 2, 1, 1), teacher, labels[:1, :1, :1])
-    assert got.item() == pytest.approx(4 * (math.log(2) - entropy), rel=1e-5)
-
-
-def test_guided_is_zero_where_all_agrees():
-    """Orthonormal text: one vector meets both kinds of term."""
-    text = torch.eye(3, D, dtype=torch.float64)
-    labels = torch.arange(3).repeat(N, 2, 1)
-    embeddings = 7 * text[labels].permute(0, 3, 1, 2)
-    sample = SegDataSample()
-    sample.region_embeddings = InstanceData(
-        labels=torch.arange(3), vectors=text.float())
-    loss = build('TextGuidedDistillationLoss', min_pixels=1)
-    batch = dict(embeddings=embeddings, text=text, labels=labels)
-    assert call(loss, batch, samples=[sample] * N).item() == 0
-
-
 CASES = [
     dict(kind='TextGuidedDistillationLoss', min_pixels=1),
     dict(kind='TextGuidedDistillationLoss', min_pixels=1, teacher='segmentor'),

@@ -6,7 +6,7 @@ import torch
 from each_case import each_case
 from mmengine.model import BaseModule
 from mmengine.registry import DefaultScope, Registry
-from mmseg.models.decode_heads import ASPPHead, FCNHead
+from mmseg.models.decode_heads import FCNHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from network_tester import samples
 
@@ -73,21 +73,6 @@ def test_losses_of_one_name_add_up():
     torch.manual_seed(3)
     double = two.loss(feat, data, {})['loss_text_align']
     torch.testing.assert_close(double, 2 * single)
-
-
-def test_a_head_without_conv_seg_is_refused():
-
-    class NoConvSeg(FCNHead):
-
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            del self.conv_seg
-
-    class Bad(TextHeadMixin, NoConvSeg):
-        pass
-
-    with pytest.raises(TypeError, match='Bad cannot take text.*conv_seg'):
-        Bad(text=CONTROL, **ARGS)
 
 
 def test_a_copy_of_the_base_head_is_as_good():
@@ -160,16 +145,6 @@ def test_a_project_with_a_scope_of_its_own():
             del parent.children['project']
     losses = head.loss([torch.randn(2, 8, 4, 8)], samples((32, 64), 4), {})
     assert losses['loss_text_align'].item() > 0
-
-
-def test_other_stock_heads_need_no_code():
-
-    class TextASPPHead(TextHeadMixin, ASPPHead):
-        pass
-
-    head = TextASPPHead(
-        text=CONTROL, in_channels=8, channels=8, num_classes=4).eval()
-    assert head([torch.randn(1, 8, 4, 4)]).shape == (1, 4, 4, 4)
 
 
 @each_case('kwargs, message', [

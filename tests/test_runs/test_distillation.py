@@ -53,11 +53,7 @@ class NoteHook(Hook):
         if runner.iter == self.stop:
             raise KeyboardInterrupt
 
-    def after_train_iter(self,
-                         runner,
-                         batch_idx,
-                         data_batch=None,
-                         outputs=None):
+    def after_train_iter(self, runner, outputs, **kwargs):
         self.losses.append({k: v.item() for k, v in outputs.items()})
 
 

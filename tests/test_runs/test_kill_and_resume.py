@@ -8,7 +8,7 @@ import pytest
 import torch
 from each_case import each_case
 from processes import STOCK_TRAIN, load, side_by_side, start
-from tiny import CLASSES, assert_equal, tiny_config
+from tiny import CLASSES, PROMPTS, assert_equal, tiny_config
 
 from mmseg_textkd.clip import TextTower
 from mmseg_textkd.text.encode_classes import encode_classes
@@ -34,12 +34,7 @@ def write_config(folder, kind):
     """Stage 2 through ToyCLIP; the backbone goes on at a lower rate."""
     file = str(folder / 'text.safetensors')
     encode_classes(list(CLASSES), 'toyclip', 'photo').save(file)
-    text = dict(
-        type='ContextPromptLearner',
-        model='toyclip',
-        token_dim=64,
-        n_ctx=4,
-        embeddings=dict(type='ClassEmbeddings', file=file))
+    text = dict(PROMPTS, embeddings=dict(type='ClassEmbeddings', file=file))
     hook = dict(
         switch_at=SWITCH,
         learn={

@@ -12,6 +12,9 @@ from mmseg_textkd.text.encode_classes import encode_classes
 # A machine without open_clip and without a network.
 BARE = '''
 import socket, sys
+assert 'open_clip' not in sys.modules
+for name in [n for n in sys.modules if n.startswith('huggingface_hub')]:
+    del sys.modules[name]  # timm imports it
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in ('open_clip', 'huggingface_hub'):
@@ -29,8 +32,7 @@ TRAIN = '''
 import json, pathlib
 import fate_hook, tiny
 text = dict(
-    type='ContextPromptLearner', model='toyclip', token_dim=64, n_ctx=4,
-    embeddings=dict(type='ClassEmbeddings', file={file!r}))
+    tiny.PROMPTS, embeddings=dict(type='ClassEmbeddings', file={file!r}))
 cfg = tiny.tiny_config(
     pathlib.Path({folder!r}), text, dict(switch_at={switch}), max_iters=4)
 cfg.custom_hooks.insert(0, dict(type='FateHook'))
@@ -59,19 +61,18 @@ def runs(tmp_path_factory):
     file = str(root / 'text.safetensors')
     encode_classes(list(CLASSES), 'toyclip', 'photo').save(file)
 
-    def python(name, *parts, **options):
+    def python(name, *parts):
         (root / name).mkdir()
         code = [
             part if part is BARE else TRAIN.format(
                 switch=part, folder=str(root / name), file=file)
             for part in parts
         ]
-        return start('python', '-c', ''.join(code), cwd=root / name, **options)
+        return start('python', '-c', ''.join(code), cwd=root / name, fork=True)
 
-    # What is blocked must not have been imported before.
     return root, dict(
         bare=python('bare', BARE, None, 2),
-        both_stages=python('both_stages', 2, fork=True))
+        both_stages=python('both_stages', 2))
 
 
 def read(root, name, file):

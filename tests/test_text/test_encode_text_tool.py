@@ -166,6 +166,9 @@ def test_looking_at_a_file(tool, tmp_path, capsys):
     # A drawn matrix: many colors, and as large as its labels need.
     assert min(image.shape[:2]) > 1000
     assert len({tuple(c) for c in image[::7, ::7].reshape(-1, 3)}) > 200
+    # The diagonal, which is 1 everywhere, is left out of the colors.
+    gray = (abs(image - .85) < .01).all(axis=-1).nonzero()
+    assert len(gray[0]) > 30 * 100 and np.corrcoef(gray)[0, 1] > .9
     assert file.read_bytes() == before
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from each_case import each_case
 from mmseg.registry import MODELS
+from tiny import PROMPTS
 from torch import nn
 
 from mmseg_textkd.clip import TextTower
@@ -278,13 +279,6 @@ def test_a_learner_starts_from_fixed_text(fixed):
         residual(inner)
 
 
-def test_learners_on_control_text():
-    """Controls go wherever vectors go."""
-    provider = residual(dict(type='ControlEmbeddings', kind='onehot')).train()
-    provider.start_learning()
-    torch.testing.assert_close(provider(), torch.eye(4))
-
-
 # ----------------------------------------------------- LearnedEmbeddings
 def test_learned_vectors():
     """They start as the random control and are weights, in either mode."""
@@ -428,15 +422,12 @@ def toy(tmp_path, tower):
     }) > 1
 
     def make(**options):
-        cfg = dict(
-            type='ContextPromptLearner',
-            num_classes=3,
-            model='toyclip',
-            token_dim=64,
-            n_ctx=4,
-            embeddings=dict(type='ClassEmbeddings', file=str(file)))
-        cfg.update(options)
-        return build(**cfg)
+        embeddings = dict(type='ClassEmbeddings', file=str(file))
+        return build(**{
+            **PROMPTS, 'num_classes': 3,
+            'embeddings': embeddings,
+            **options
+        })
 
     return make
 

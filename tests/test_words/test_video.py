@@ -10,6 +10,7 @@ from each_case import each_case
 from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS
 from text_runs import RUNS, make
+from tiny import PIPELINE
 from tool_modules import load_tool
 
 from mmseg_textkd.apis import TextSegInferencer
@@ -115,11 +116,7 @@ def test_toy_videos_move_and_are_labeled(tmp_path):
             data_root=str(root),
             img_suffix='.png',
             metainfo=dict(classes=tuple('abcdefgh')),
-            pipeline=[
-                dict(type='LoadImageFromFile'),
-                dict(type='LoadAnnotations'),
-                dict(type='PackSegInputs')
-            ]))
+            pipeline=PIPELINE))
     assert len(dataset) == 12
     assert [i['video'] for i in map(dataset.get_data_info, range(12))
             ] == ['video00'] * 6 + ['video01'] * 6
@@ -148,14 +145,7 @@ def test_vspw_in_its_layout(tmp_path):
             label = np.array([[0, 1, 124, 254, 255, 2]] * 4, np.uint8)
             cv2.imwrite(str(where / f'mask/{t:08d}.png'), label)
     (tmp_path / 'val.txt').write_text('b\na\n')
-    cfg = dict(
-        type='VSPWDataset',
-        data_root=str(tmp_path),
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs')
-        ])
+    cfg = dict(type='VSPWDataset', data_root=str(tmp_path), pipeline=PIPELINE)
     dataset = DATASETS.build(cfg)
     assert [i['video']
             for i in map(dataset.get_data_info, range(3))] == ['b', 'a', 'a']
