@@ -103,17 +103,34 @@ def test_one_thing_has_one_spelling(helps):
         assert len(kinds) == 1, (name, kinds)
 
 
+def pages():
+    """All pages, but for what has been built of them."""
+    yield from Path(ROOT).glob('*.md')
+    for folder in ('configs', 'model_zoo', 'docs/en', 'docs/zh_cn'):
+        for page in Path(ROOT, folder).rglob('*.md'):
+            if not {'_build', 'methods', 'results'} & {*page.parts}:
+                yield page
+
+
+def test_python_of_the_guides_imports_the_package_first():
+    """Else MMSegmentation wants the compiled ops of mmcv, see the FAQ."""
+    late, number = [], 0
+    for page in pages():
+        text = page.read_text(encoding='utf-8')
+        code = ''.join(re.findall(r'```python\n(.*?)```', text, re.S))
+        found = re.search(r'^(?:from|import) mmseg\.(?:apis|models)\b', code,
+                          re.M)
+        if found:
+            number += 1
+            before = code[:found.start()]
+            if not re.search(r'^(?:from|import) mmseg_textkd', before, re.M):
+                late.append(str(page))
+    assert not late and number > 4
+
+
 def commands():
     """Commands of the pages that call a tool: page and words."""
-    pages = [Path(ROOT, name) for name in ('README.md', 'CONTRIBUTING.md')]
-    pages += Path(ROOT).glob('configs/**/README.md')
-    pages += [
-        page for folder in ('docs/en', 'docs/zh_cn')
-        for page in Path(ROOT, folder).rglob('*.md')
-        # Not what has been built of them.
-        if not {'_build', 'methods', 'results'} & {*page.parts}
-    ]
-    for page in pages:
+    for page in pages():
         text = page.read_text(encoding='utf-8')
         blocks = re.findall(r'```(?:shell|bash)\n(.*?)```', text, re.S)
         for line in '\n'.join(blocks).replace('\\\n', ' ').splitlines():
