@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from processes import start
 from tool_modules import ROOT, load_tool
 
 from mmseg_textkd.deploy.runtimes import RUNTIMES
@@ -34,6 +35,25 @@ def test_cells_say_what_the_folders_say(tool, tmp_path):
     results = dict(rows=[dict(network='fast_scnn', arms=arms)])
     assert tool.time_rows(results) == [('fast_scnn', 'ncnn fp32', '0.500',
                                         '1.001 [0.990, 1.010]', '42 %')]
+
+
+@pytest.mark.runtimes
+def test_segnext_in_openvino(tmp_path):
+    """Its compiler ended the process on the graph that it traced itself."""
+    pytest.importorskip('openvino')
+    done = start(
+        'python',
+        f'{ROOT}/tools/analysis_tools/runtimes.py',
+        *('--networks', 'segnext_mscan-t', '--cells', 'openvino:fp32'),
+        *('--size', '64', '128', '--num-images', '1'),
+        *('--work-dir', 'folders', '--out', 'page.md'),
+        cwd=str(tmp_path),
+        fork=False)
+    assert done.status == 0, done.output
+    row, = (
+        r for r in (tmp_path / 'page.md').read_text().split('\n')
+        if 'segnext' in r)
+    assert float(row.split('|')[2].split(',')[0]) < 1e-4
 
 
 def test_what_ran_in_float32_is_near():
