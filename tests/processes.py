@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 from mmengine.config import config
+from mmengine.registry import DefaultScope
 from mmengine.runner.checkpoint import CheckpointLoader
 from yapf.yapflib import yapf_api
 
@@ -103,6 +104,33 @@ def _fork(words, env, cwd, timeout):
             process.join()
             raise TimeoutError(f'{words}: {output.read()}')
         return Done(process.exitcode, output.read())
+
+
+def _call(path, name, sys_path, args):
+    sys.path[:] = sys_path
+    torch.set_num_threads(1)
+    with DefaultScope.overwrite_default_scope('mmseg'):  # as conftest.py
+        runpy.run_path(path)[name](*args)
+
+
+def run_ranks(function: Callable, *args, size: int = 2) -> None:
+    """Call a function of a test file as ``function(rank, size, *args)``.
+
+    Each rank is a process of its own; not a fork of this one, whose autograd
+    may have threads.
+    """
+    ranks = [
+        _FORKS.Process(
+            target=_call,
+            args=(function.__code__.co_filename, function.__name__, sys.path,
+                  (rank, size, *args))) for rank in range(size)
+    ]
+    with _FORKING:
+        for process in ranks:
+            process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
 
 
 def start(*words: str,

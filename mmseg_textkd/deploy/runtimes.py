@@ -56,8 +56,8 @@ def onnx(network: ExportableSegmentor, form: Form) -> Files:
 def openvino(network: ExportableSegmentor, form: Form) -> Files:
     """Export to OpenVINO. Half precision is that of the stored weights.
 
-    By way of ONNX: of SegNeXt as OpenVINO traces it, its compiler (2026.4) ends
-    the process with a segmentation fault.
+    By way of ONNX: of SegNeXt as OpenVINO traces it, its compiler (2026.4)
+    ends the process with a segmentation fault.
     """
     import openvino
     data = to_onnx(network, form.size, form.dynamic, form.meta,

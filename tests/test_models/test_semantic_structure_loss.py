@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from each_case import each_case
 from mmengine.dist import all_reduce
-from torch import distributed, multiprocessing, nn
+from processes import run_ranks
+from torch import distributed, nn
 
 from mmseg_textkd.models import SemanticStructureLoss
 from mmseg_textkd.models.losses import structure_loss
@@ -376,18 +377,7 @@ def test_two_ranks_equal_one_process_with_both_batches(tmp_path):
         dict(target='raw', momentum=.9, shape=(K, D)),
     ]
     out = str(tmp_path / 'result')
-    context = multiprocessing.get_context('fork')
-    ranks = [
-        context.Process(
-            target=rank_main,
-            args=(rank, 2, cases, str(tmp_path / 'store'), out))
-        for rank in (0, 1)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0
+    run_ranks(rank_main, cases, str(tmp_path / 'store'), out)
     first, second = (torch.load(f'{out}_{rank}.pt') for rank in (0, 1))
     for i, options in enumerate(cases):
         one = step(0, 1, options, None)

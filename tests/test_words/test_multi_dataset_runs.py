@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.model import MMDistributedDataParallel
 from mmseg.registry import DATA_SAMPLERS, DATASETS, MODELS
-from processes import load
+from processes import load, run_ranks
 from tiny import assert_equal, run
 from tool_modules import load_tool
 from words_data import DIM, OWN, SPACES, WORDS
@@ -101,7 +100,6 @@ def test_metrics_of_each_data_set_and_a_resumed_run(trained, network_cfg,
 def gradients(rank, size, cfg, folder):
     """Gradients of one batch over all processes."""
     if size > 1:
-        torch.set_num_threads(1)
         dist.init_process_group(
             'gloo',
             init_method=f'file://{folder}/store',
@@ -137,8 +135,7 @@ def gradients(rank, size, cfg, folder):
 def test_two_processes_have_the_gradients_of_one(network_cfg, tmp_path):
     cfg = network_cfg()
     gradients(0, 1, cfg, tmp_path)
-    mp.start_processes(
-        gradients, (2, cfg, tmp_path), nprocs=2, start_method='fork')
+    run_ranks(gradients, cfg, tmp_path)
     one, first, second = (
         torch.load(tmp_path / f'{name}.pth') for name in ('1_0', '2_0', '2_1'))
     assert first['images'] != second['images']
