@@ -251,6 +251,15 @@ def test_hypotheses(tmp_path):
             f'{first.p:.4f} | {first.corrected:.4f} | **{first.reading}** |'
             ) in text
     assert '| `stock` | 8 | 4 of 4 | 1.00 |' in text
+    # Nothing is decided before all runs are done.
+    plan = dict(PLAN, hypotheses=pairs, planned=['run'] * 12)
+    early = Ledger(tmp_path / 'early.jsonl')
+    early.register(plan, '2000-01-01')
+    for line in ledger.entries:
+        early.append(line)
+    TOOL.main([str(early.path), '--out', str(tmp_path / 'early.md')])
+    text = (tmp_path / 'early.md').read_text()
+    assert f'| {first.corrected:.4f} | too early |' in text
 
 
 def test_speed():

@@ -239,8 +239,11 @@ class Study:
         header = ('hypothesis', 'seeds', f'difference in {self.split} mIoU',
                   'p', 'p by Holm', 'at 5 %')
         title = '#### Hypotheses'
-        if len(self.entries) < len(self.plan['planned']):
-            title += ' (so far, not all runs are done)'
+        # An early look decides nothing: looks at every seed would find more
+        # than 5 % of what is not there.
+        early = len(self.entries) < len(self.plan['planned'])
+        if early:
+            title += ' (so far; decided when all runs are done)'
         found = check_hypotheses([*self.groups.values()],
                                  self.plan.get('hypotheses', []))
         return [
@@ -248,8 +251,9 @@ class Study:
                 f'`{t.better}` > `{t.worse}`' +
                 (f' on {t.dataset}' if t.dataset else ''),
                 str(t.difference.number),
-                difference(t.difference, read=False), f'{t.p:.4f}',
-                f'{t.corrected:.4f}', f'**{t.reading}**'
+                difference(t.difference,
+                           read=False), f'{t.p:.4f}', f'{t.corrected:.4f}',
+                'too early' if early else f'**{t.reading}**'
             ] for t in tests]) if tests else '' for tests in found
         ]
 
