@@ -131,22 +131,22 @@ def stop(number: int, frame: Any) -> None:
     sys.exit(f'quickstart: stopped by {signal.Signals(number).name}')
 
 
-def train_and_test(name: str, config: str, args: argparse.Namespace) -> None:
+def train_and_test(config: str, work_dir: Path,
+                   args: argparse.Namespace) -> None:
     """Train one arm with tools/train.py and test it with tools/test.py."""
-    work_dir = Path(args.work_dir, name)
     options = [f'randomness.seed={args.seed}']
     if args.iters:
         options += [
             f'train_cfg.max_iters={args.iters}',
             f'train_cfg.val_interval={args.iters}'
         ]
-    print(f'Training {name}: {config}', flush=True)
+    print(f'Training {work_dir.name}: {config}', flush=True)
     run([
         'tools/train.py', config, '--work-dir',
         str(work_dir), '--cfg-options', *options
     ], work_dir / 'train.log', r'Iter\(train\)|Stage|Made|ToyCLIP')
     checkpoint = (work_dir / 'last_checkpoint').read_text().strip()
-    print(f'Testing {name}: {checkpoint}', flush=True)
+    print(f'Testing {work_dir.name}: {checkpoint}', flush=True)
     run([
         'tools/test.py', config, checkpoint, '--work-dir',
         str(work_dir), '--out',
@@ -161,7 +161,8 @@ def class_iou(predictions: Path) -> np.ndarray:
         predictions (Path): Folder of predicted label maps.
 
     Returns:
-        np.ndarray: IoU in percent, shape (K, ).
+        np.ndarray: IoU in percent, shape (K, ), NaN for a class that is
+        neither in the labels nor predicted.
     """
     total = None
     for truth in sorted((DATA / 'ann_dir/val').glob('*.png')):
@@ -170,7 +171,7 @@ def class_iou(predictions: Path) -> np.ndarray:
             torch.from_numpy(read_labels(truth)).long(), len(CLASSES), 255)
         areas = torch.stack(areas[:2]).double()
         total = areas if total is None else total + areas
-    return (100 * total[0] / total[1]).numpy()
+    return (100 * total[0] / total[1]).numpy()  # 0 / 0 is NaN, no warning
 
 
 def read_labels(path: Path) -> np.ndarray:
@@ -188,7 +189,7 @@ def print_table(iou: Dict[str, np.ndarray]) -> None:
     lines = [*CLASSES, 'mIoU']
     for k, name in enumerate(lines):
         a, b = (
-            float(v.mean() if name == 'mIoU' else v[k])
+            float(np.nanmean(v) if name == 'mIoU' else v[k])
             for v in (iou['stock'], iou['textkd']))
         print(row.format(name, f'{a:.1f}', f'{b:.1f}', f'{b - a:+.1f}'))
     print(f'\n{NOTE}\n')
@@ -318,7 +319,8 @@ def main() -> None:
     args = parse_args()
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    work_dir = Path(args.work_dir)
+    work_dir = Path(args.work_dir).resolve()
+    os.chdir(ROOT)  # where data and configs are looked for
     try:
         for name in ARMS:  # before anything takes time
             make_folder(work_dir / name)
@@ -331,7 +333,7 @@ def main() -> None:
         run(['tools/dataset_converters/toy_scenes.py', '--out',
              str(DATA)], work_dir / 'data.log', 'ToyScenes')
     for name, config in ARMS.items():
-        train_and_test(name, config, args)
+        train_and_test(config, work_dir / name, args)
     iou = {name: class_iou(work_dir / name / 'predictions') for name in ARMS}
     print_table(iou)
     checkpoint = (work_dir / 'textkd/last_checkpoint').read_text().strip()
@@ -343,11 +345,11 @@ def main() -> None:
         configs=ARMS,
         classes=CLASSES,
         iou={
-            k: v.round(2).tolist()
+            k: [None if np.isnan(x) else round(float(x), 2) for x in v]
             for k, v in iou.items()
         },
         miou={
-            k: round(float(v.mean()), 2)
+            k: round(float(np.nanmean(v)), 2)
             for k, v in iou.items()
         },
         versions=dict(

@@ -1,11 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Files: whole or not at all, ours or not touched, bounded in memory."""
-import fcntl
 import os
-import signal
 import struct
-import sys
-import time
 import zlib
 
 import cv2
@@ -13,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from each_case import each_case
-from tool_modules import load_tool
 
 from mmseg_textkd.utils.io import (DamagedFileError, check_image, make_folder,
                                    read_hashed, read_image, remove_folder,
@@ -81,56 +76,6 @@ def test_only_folders_of_ours_are_removed(tmp_path):
             with pytest.raises(FileExistsError, match='nothing was removed'):
                 function(path)
     assert (theirs / 'data').read_text() == '1' and ours.is_dir()
-
-
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_quickstart_leaves_no_process_behind(tmp_path, monkeypatch, number):
-    """Stopped alone, as a batch system or an editor does."""
-    child = tmp_path / 'train.py'
-    # Neither it nor what stands for its data loader ends by itself.
-    child.write_text('import fcntl, os, signal, time\n'
-                     'for s in (signal.SIGINT, signal.SIGTERM):\n'
-                     '    signal.signal(s, signal.SIG_IGN)\n'
-                     "held = open('held', 'w')\n"
-                     'fcntl.flock(held, fcntl.LOCK_EX)\n'
-                     'os.fork()\n'
-                     "open(f'ready{os.getpid()}', 'w')\n"
-                     'time.sleep(60)\n')
-    tool, pid = load_tool('quickstart.py'), os.fork()
-    if pid == 0:
-        try:
-            monkeypatch.setattr(
-                tool, 'make_folder',
-                lambda folder: tool.run([str(child)], tmp_path / 'log'))
-            monkeypatch.setattr(tool, 'ROOT', tmp_path)
-            monkeypatch.setattr(sys, 'argv', ['quickstart.py'])
-            tool.main()
-        except SystemExit as error:
-            os._exit(7 if number.name in str(error) else 8)
-        finally:
-            os._exit(9)
-    while len(list(tmp_path.glob('ready*'))) < 2:
-        assert os.waitpid(pid, os.WNOHANG) == (0, 0), 'it has ended'
-        time.sleep(.05)
-    os.kill(pid, number)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-    with open(tmp_path / 'held') as file:
-        time.sleep(.2)
-        # Free only when the last of them is gone.
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def test_quickstart_removes_nothing_of_others(tmp_path, monkeypatch):
-    tool = load_tool('quickstart.py')
-    config = tmp_path / 'stock' / 'config.py'
-    config.parent.mkdir()
-    config.write_text('a = 1')
-    monkeypatch.setattr(sys, 'argv',
-                        ['quickstart.py', '--work-dir',
-                         str(tmp_path)])
-    with pytest.raises(SystemExit, match='stock.*nothing was removed'):
-        tool.main()
-    assert config.read_text() == 'a = 1'
 
 
 def write_huge_png(path, side):
