@@ -208,10 +208,12 @@ def network(kind, text=True, auxiliary=False):
     """The text model, or the stock model that it is made of."""
     cfg = Config.fromfile(mmseg_textkd.stock_config(NETS[kind])).model
     cfg.backbone.init_cfg = cfg.pretrained = None
-    heads = [cfg.decode_head] if text else []
-    for head in heads + [cfg.auxiliary_head[1]] * auxiliary:
-        control = dict(type='ControlEmbeddings', kind='random', dim=32)
-        head.update(type=kind, text=control)
+    own = dict(
+        type=kind, text=dict(type='ControlEmbeddings', kind='random', dim=32))
+    if text:
+        cfg.decode_head.update(own)
+    if auxiliary:
+        cfg.auxiliary_head[1].update(own)
     return MODELS.build(cfg)
 
 

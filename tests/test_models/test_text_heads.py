@@ -134,7 +134,7 @@ def test_a_project_with_a_scope_of_its_own():
 ])
 def test_bad_arguments(kwargs, message, text):
     with pytest.raises(ValueError, match=message):
-        TextFCNHead(text=text, **{**ARGS, **kwargs})
+        TextFCNHead(text=text, **{**ARGS, 'num_classes': 6, **kwargs})
 
 
 def test_init_of_the_text_branch_is_sound():
