@@ -93,17 +93,6 @@ def test_augmented_tests_load_the_same_labels(tree):
         assert np.array_equal(view.gt_sem_seg.data[0].numpy(), tree[1][0])
 
 
-def test_stock_loader_would_give_other_labels(tree):
-    # Why there is a loader: if MMSegmentation mends its own, it may go.
-    pipeline = copy.deepcopy(tree[0].test_dataloader.dataset.pipeline)
-    for transform in pipeline:
-        if transform.type == 'Load16BitAnnotations':
-            transform.type = 'LoadAnnotations'
-    sample = changed(tree, pipeline=pipeline)[0]['data_samples']
-    labels = sample.gt_sem_seg.data[0].numpy()
-    assert np.array_equal(labels, tree[1][0].astype(np.uint8))
-
-
 def test_labels_beyond_the_classes_are_named(tree, tmp_path):
     (labels, *_), number = tree[1:]
     prefix = tree[0].test_dataloader.dataset.data_prefix

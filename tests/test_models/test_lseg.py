@@ -65,26 +65,6 @@ def test_what_has_blocks_is_not_folded(text):
         torch.testing.assert_close(none.as_conv()(feat), none(feat))
 
 
-def test_labels_permute_and_repeat(text):
-    """The blocks treat all labels alike, whatever their number."""
-    head = stir(TextFCNHead(text=text, text_branch=LSEG, **SIX)).eval()
-    feat = [torch.randn(1, 8, 6, 6)]
-    state, key = head.state_dict(), 'conv_seg.text.class_embeddings'
-    none = dict(type='ClassEmbeddings', file='none', dim=16)
-
-    def logits(rows):
-        args = dict(SIX, num_classes=len(rows))
-        other = TextFCNHead(text=none, text_branch=LSEG, **args).eval()
-        other.load_state_dict(dict(state, **{key: state[key][rows]}))
-        return other(feat)
-
-    order = [3, 0, 5, 2, 1, 4]
-    torch.testing.assert_close(logits(order), head(feat)[:, order])
-    twice = logits([1, 1, 4])
-    assert torch.equal(twice[:, 0], twice[:, 1])
-    torch.testing.assert_close(logits([4, 1]), twice[:, [2, 0]])
-
-
 @pytest.mark.parametrize('norm', ['l2', 'bn'])
 @pytest.mark.parametrize('kind', ['bottleneck', 'depthwise', None])
 def test_training_is_that_of_the_seen_classes_alone(text, norm, kind):
@@ -129,16 +109,6 @@ def test_nothing_depends_on_text_that_is_unseen(text, branch, losses):
             assert torch.equal(got[key], value), key
     assert expected[1]['x'].abs().max() > 0
     assert head.eval()([feat])[:, UNSEEN].isnan().all()
-
-
-def test_learned_prompts_of_unseen_classes_stay(text):
-    prompts = dict(type='ResidualPromptLearner', embeddings=text)
-    head = TextFCNHead(text=prompts, text_branch=ZERO_SHOT, **SIX)
-    head.text_branch.text.start_learning()
-    _, grads = gradients(head, torch.randn(2, 8, 4, 6), labeled())
-    grad, = (g for n, g in grads.items() if '.text.' in n)
-    assert (grad[UNSEEN] == 0).all()
-    assert (grad[SEEN].abs().amax(1) > 0).all()
 
 
 def test_hidden_logits_have_no_probability(text):

@@ -13,6 +13,7 @@ from mmseg.models import decode_heads
 from mmseg.models.decode_heads import FCNHead
 from mmseg.registry import MODELS
 from network_tester import samples
+from tiny import BACKBONE
 from torch import nn
 
 from mmseg_textkd.models import TextFCNHead, TextHeadMixin, TextLightHamHead
@@ -230,20 +231,10 @@ def test_a_classifier_is_called_once(head, options, match):
 def test_any_head_of_a_cascade_can_have_text():
     first = dict(ONE, type='TextFCNHead', text=CONTROL, num_convs=1)
     last = dict(TAKE['OCRHead'], type='TextOCRHead', text=CONTROL)
-    backbone = dict(
-        type='FastSCNN',
-        downsample_dw_channels=(8, 8),
-        global_in_channels=8,
-        global_block_channels=(8, 8, 8),
-        global_out_channels=8,
-        higher_in_channels=8,
-        lower_in_channels=8,
-        fusion_out_channels=8,
-        out_indices=(2, ))
     cfg = dict(
         type='CascadeEncoderDecoder',
         num_stages=2,
-        backbone=backbone,
+        backbone=BACKBONE,
         decode_head=[first, last],
         test_cfg=dict(mode='whole'))
     MODELS.register_module(name='TextOCRHead', module=text_class('OCRHead'))
@@ -267,16 +258,16 @@ def test_any_head_of_a_cascade_can_have_text():
 ])
 @each_case('role', ['classifier', 'auxiliary'])
 def test_norm_is_the_heads_own_where_it_folds(role, norm_cfg, kind, eps):
-    head = TextFCNHead(text=CONTROL, role=role, norm_cfg=norm_cfg, **ONE)
-    bn = head.text_branch.projection.bn
+    args = dict(ONE, norm_cfg=norm_cfg)
+    bn = TextFCNHead(text=CONTROL, role=role, **args).text_branch.projection.bn
     assert type(bn) is kind and bn.eps == eps
 
 
 def test_a_norm_that_does_not_fold_is_refused_where_it_is_asked_for():
-    hamburger = dict(TWO, ham_channels=8, ham_kwargs=dict(MD_R=4), norm_cfg=GN)
-    head = TextLightHamHead(text=CONTROL, **hamburger)
+    args = dict(TWO, ham_channels=8, ham_kwargs=dict(MD_R=4), norm_cfg=GN)
+    head = TextLightHamHead(text=CONTROL, **args)
     assert isinstance(head.squeeze.norm, nn.GroupNorm)
     assert type(head.text_branch.projection.bn) is nn.BatchNorm2d
+    branch = dict(norm_cfg=GN)
     with pytest.raises(ValueError, match='needs BN or SyncBN.*GN'):
-        TextLightHamHead(
-            text=CONTROL, text_branch=dict(norm_cfg=GN), **hamburger)
+        TextLightHamHead(text=CONTROL, text_branch=branch, **args)

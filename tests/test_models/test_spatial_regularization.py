@@ -53,20 +53,6 @@ def test_blocks_match_the_definition(kind, activation, depth, labels):
     assert sum(p.numel() for p in module.parameters()) == 10 * depth
 
 
-@each_case('kind, activation', [('depthwise', 'tanh'), ('bottleneck', 'lrelu'),
-                                ('bottleneck', 'relu')])
-def test_gradient(kind, activation):
-    module = build(kind, 2, activation)
-    logits = torch.randn(1, 3, 3, 4).double().requires_grad_()
-
-    def forward(logits, *params):
-        params = dict(zip(('weight', 'bias'), params))
-        return torch.func.functional_call(module, params, logits)
-
-    assert torch.autograd.gradcheck(forward,
-                                    (logits, module.weight, module.bias))
-
-
 def test_start_keeps_the_order_of_the_labels():
     logits = torch.randn(1, 6, 5, 7)
     options = ('depthwise', 'bottleneck'), ('lrelu', 'tanh'), (1, 3)

@@ -116,18 +116,6 @@ def test_batch_norm_gets_the_statistics_of_all_pixels(build):
                 found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_training_mode_differs_by_the_statistics_only(build):
-    """On a batch with the statistics that it was given it is exact too."""
-    module, (weight, offset) = build(bias=False), stock()
-    features = batches()
-    together = torch.cat(features)
-    init_from_stock(module, weight, offset, features)
-    near = compare_with_stock(module.train(), weight, offset, [together])
-    assert near.max_difference < 1e-4 * near.max_logit
-    other = compare_with_stock(module, weight, offset, features[1:2])
-    assert other.max_difference > 0.1
-
-
 def test_equal_rows_share_what_their_classes_had(build):
     """Float32 noise between equal rows is not blown up into a solution."""
     vectors = F.normalize(torch.randn(5, 16), dim=1)

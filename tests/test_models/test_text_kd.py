@@ -2,12 +2,12 @@
 """The score map in the network, as its authors built it."""
 import copy
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from each_case import each_case
+from heads import SIX
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
@@ -15,15 +15,13 @@ from mmengine.structures import PixelData
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
+from network_tester import CONFIGS
 
 from mmseg_textkd.deploy import fold, to_stock_cfg
 from mmseg_textkd.deploy.export import to_onnx
 from mmseg_textkd.deploy.exportable import ExportableSegmentor
-from mmseg_textkd.models import TextAlignmentLoss
 
-CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 K, C = 3, 32
-SAMPLER = dict(type='OHEMPixelSampler', thresh=0.7, min_kept=100)
 BN = dict(type='BN')
 DECODER = dict(convs=['decode_head.convs.0.conv'])
 LINEAR = dict(norm='rms', projection=True, width=16)
@@ -33,7 +31,7 @@ def control(width):
     return dict(type='ControlEmbeddings', kind='random', dim=width)
 
 
-def stdc(sampler=SAMPLER, width=C, **score_map):
+def stdc(width=C, **score_map):
     """Config of a narrow STDC1 with a score map."""
     stdc1 = dict(
         type='STDCNet',
@@ -49,24 +47,13 @@ def stdc(sampler=SAMPLER, width=C, **score_map):
         last_in_channels=(C, 16),
         out_channels=8,
         ffm_cfg=dict(in_channels=16, out_channels=8, scale_factor=4))
-    head = dict(
-        type='FCNHead',
-        in_channels=8,
-        channels=8,
-        num_convs=1,
-        num_classes=K,
-        in_index=3,
-        concat_input=False,
-        dropout_ratio=0.,
-        norm_cfg=BN,
-        align_corners=True,
-        sampler=sampler,
-        loss_decode=dict(type='CrossEntropyLoss'))
+    sampler = dict(type='OHEMPixelSampler', thresh=0.7, min_kept=100)
+    head = dict(SIX, type='FCNHead', num_classes=K, in_index=3)
     return dict(
         type='TextKD',
         score_map=dict(dict(in_channels=C, text=control(width)), **score_map),
         backbone=backbone,
-        decode_head=head,
+        decode_head=dict(head, align_corners=True, sampler=sampler),
         test_cfg=dict(mode='whole'))
 
 
@@ -208,20 +195,6 @@ def test_step_0_is_the_stock_network(network, channels):
             conv.weight.normal_(std=.5)
         assert not torch.allclose(model(image, mode='tensor'), expected)
     assert model._scores is model._largest is None
-
-
-def test_alignment_is_that_of_the_text_alignment_loss():
-    model, features = MODELS.build(stdc(sampler=None)), []
-    image = torch.randn(2, 3, 64, 96)
-    labels = torch.randint(0, K, (2, 1, 64, 96))
-    model.score_map.register_forward_pre_hook(
-        lambda module, args: features.append(args[0]))
-    found = losses_of(model, image, labels)['align.loss_ce']
-    loss = TextAlignmentLoss(
-        scale=dict(init=1 / 0.07, learnable=False), upsample=True)
-    text = model.score_map.text.class_embeddings
-    expected = loss(features[0], text, labels.squeeze(1))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_linear_score_map_folds_into_stock():

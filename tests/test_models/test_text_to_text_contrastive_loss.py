@@ -6,6 +6,7 @@ from each_case import each_case
 from heads import ARGS, data
 from mmseg.registry import MODELS
 from network_tester import samples
+from tiny import BACKBONE
 
 from mmseg_textkd.models import TextFCNHead
 from mmseg_textkd.models.losses import TextToTextContrastiveLoss
@@ -48,26 +49,18 @@ REFUSED = 'prompts that learn.*ClassEmbedd'
 
 
 def test_it_is_for_stage_2_of_text_kd(text):
-    norm_cfg = dict(type='BN')
-    score_map = dict(in_channels=8, projection=True, text=prompts(text))
+    sites = dict(feature='backbone', convs=['decode_head.convs.0.conv'])
+    score_map = dict(sites, in_channels=8, text=prompts(text))
     cfg = dict(
         type='TextKD',
-        score_map=score_map,
+        score_map=dict(score_map, projection=True),
         text_loss=dict(type='TextToTextContrastiveLoss'),
-        backbone=dict(
-            type='BiSeNetV2',
-            detail_channels=(4, 4, 8),
-            semantic_channels=(4, 4, 8, 8),
-            semantic_expansion_ratio=1,
-            bga_channels=8,
-            norm_cfg=norm_cfg),
-        decode_head=dict(
-            ARGS, type='FCNHead', in_index=0, num_classes=6,
-            norm_cfg=norm_cfg))
+        backbone=BACKBONE,
+        decode_head=dict(ARGS, type='FCNHead', in_index=0, num_classes=6))
     model = MODELS.build(cfg).train()
     images, labels = torch.randn(2, 3, 32, 64), samples((32, 64), 6)
     check(model.score_map.text, lambda: model.loss(images, labels))
-    score_map['text'] = text
+    cfg['score_map']['text'] = text
     with pytest.raises(ValueError, match=REFUSED):
         MODELS.build(cfg)
 
