@@ -8,8 +8,6 @@ from each_case import each_case
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 
-from mmseg_textkd.evaluation import ZeroShotIoUMetric
-
 pytestmark = pytest.mark.stacks
 
 CLASSES = ('road', 'car', 'truck', 'pole')
@@ -65,8 +63,8 @@ def test_several_unseen_classes_against_an_independent_count():
     def areas(a, b):
         """Intersection and union of two masks, in what is labeled."""
         known = label != 255
-        return torch.stack([(a & b & known).sum((1, 2)),
-                            ((a | b) & known).sum((1, 2))])
+        return torch.stack([(a & b & known).sum((1, 2)), ((a | b) & known).sum(
+            (1, 2))])
 
     iou, foreground, background = {}, 0, 0
     for k, name in enumerate(classes):
@@ -85,8 +83,8 @@ def test_several_unseen_classes_against_an_independent_count():
         'mIoU_unseen': unseen,
         'hIoU': 2 / (1 / seen + 1 / unseen),
         'mIoU': (seen + unseen) / 2,
-        'FB-IoU': sum((a[0] / a[1]).item()
-                      for a in (foreground, background)) / 2
+        'FB-IoU': sum(
+            (a[0] / a[1]).item() for a in (foreground, background)) / 2
     }
     for key, value in expected.items():
         assert metrics[key] == pytest.approx(100 * value, abs=.006), key
