@@ -55,9 +55,8 @@ class FateHook(Hook):
             _write_half(f'iter_{self.at}.pth')
 
     def before_train(self, runner):
-        conv = next(
-            m for m in unwrap(runner.model).modules()
-            if isinstance(m, nn.Conv2d))
+        modules = unwrap(runner.model).modules()
+        conv = next(m for m in modules if isinstance(m, nn.Conv2d))
         conv.register_forward_hook(
             lambda conv, args, out: self.dtypes.add(str(out.dtype)))
 
@@ -69,9 +68,8 @@ class FateHook(Hook):
         self.modules.append('open_clip' in sys.modules)
 
     def after_train_iter(self, runner, outputs, **kwargs):
-        self.learns.append(
-            sorted(n for n, p in unwrap(runner.model).named_parameters()
-                   if p.requires_grad))
+        params = unwrap(runner.model).named_parameters()
+        self.learns.append(sorted(n for n, p in params if p.requires_grad))
         self.losses.append(float(outputs['loss']))
         self._strike('step', runner)
 
@@ -86,7 +84,15 @@ class FateHook(Hook):
 
     def after_train(self, runner):
         model = unwrap(runner.model)
-        state = {k: v.double().sum() for k, v in model.state_dict().items()}
+        names = {id(p): n for n, p in model.named_parameters()}
+        groups = runner.optim_wrapper.param_groups
+        params = [p for group in groups for p in group['params']]
+        towers = [getattr(m, 'tower', None) for m in model.modules()]
+        graded = [
+            n for tower in towers if tower
+            for n, p in tower.named_parameters()
+            if p.requires_grad or p.grad is not None
+        ]
         report = dict(
             iters=self.iters,
             learns=self.learns,
@@ -96,9 +102,12 @@ class FateHook(Hook):
             written=sorted(filter(osp.isfile, WRITTEN)),
             open_clip=self.modules,
             towers=list(tower_checksums(model).values()),
+            tower_graded=graded,
+            optimized=[names.get(id(p), 'UNKNOWN') for p in params],
+            inside=[type(m).__name__ for m in model.modules()],
             sums={
-                k: float(v)
-                for k, v in state.items()
+                k: float(v.double().sum())
+                for k, v in model.state_dict().items()
             },
             graded=sorted(n for n, p in model.named_parameters()
                           if p.grad is not None))

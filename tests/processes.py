@@ -11,7 +11,8 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict, NamedTuple, Optional, Sequence
+from pathlib import Path
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 from unittest import mock
 
 import torch
@@ -24,6 +25,7 @@ from mmseg_textkd.compat import load_stock_tool
 
 ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
 TOOLS = osp.join(ROOT, 'tools')
+TRAIN = osp.join(TOOLS, 'train.py')
 # MMSegmentation's own, as installed.
 STOCK_TRAIN = load_stock_tool('train.py').__file__
 # For `python -c`: a script, where neither PyTorch nor this package is there.
@@ -180,19 +182,13 @@ def free_port() -> str:
 
 def start_ranks(*words: str, cwd: str) -> Done:
     """Run a tool in two ranks, as ``tools/dist_train.sh`` does."""
-    shared = dict(
-        WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
+    words = ['python', *words, '--launcher', 'pytorch']
+    shared = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1')
+    shared['MASTER_PORT'] = free_port()
 
     def rank(number):
-        return start(
-            'python',
-            *words,
-            '--launcher',
-            'pytorch',
-            cwd=cwd,
-            RANK=number,
-            LOCAL_RANK=number,
-            **shared)
+        env = dict(shared, RANK=number, LOCAL_RANK=number)
+        return start(*words, cwd=cwd, **env)
 
     done = side_by_side({n: lambda n=n: rank(n) for n in ('0', '1')}).values()
     return Done(
@@ -200,9 +196,21 @@ def start_ranks(*words: str, cwd: str) -> Done:
         '\n'.join(d.output for d in done))
 
 
+def train(cwd: str, config: str, work: str, *words: str, **options) -> Done:
+    """Run ``tools/train.py`` or, as an option says, another ``tool``."""
+    tool = options.pop('tool', TRAIN)
+    words = ('python', tool, config, '--work-dir', work, *words)
+    return start(*words, cwd=cwd, **options)
+
+
 def load(path: str) -> Dict:
     """Read a runner's checkpoint as this stack reads it."""
     return CheckpointLoader.load_checkpoint(str(path), map_location='cpu')
+
+
+def states(work: Path, *iters: int) -> List[Dict]:
+    """The weights that a run has saved, by iteration."""
+    return [load(work / f'iter_{i}.pth')['state_dict'] for i in iters]
 
 
 def side_by_side(jobs: Dict[str, Callable], width: int = 2) -> Dict:
@@ -218,3 +226,9 @@ def options(**values) -> Sequence[str]:
         '--cfg-options',
         *(f'{key.replace("__", ".")}={value}' for key, value in values.items())
     ]
+
+
+def loaders(*names: str) -> Dict:
+    """Options to load in the same process, two images at a time."""
+    same = dict(num_workers=0, persistent_workers=False, batch_size=2)
+    return {f'{n}_dataloader__{k}': v for n in names for k, v in same.items()}

@@ -15,25 +15,27 @@ EDGES = dict(type='GenerateEdge', edge_width=4)
 
 
 def class_weights(model):
-    return [
-        loss.get('class_weight')
-        for loss in model['decode_head']['loss_decode']
-    ]
+    losses = model['decode_head']['loss_decode']
+    return [loss.get('class_weight') for loss in losses]
+
+
+def num_classes(name, classes):
+    """Classes of the heads of a stock config that is changed."""
+    model, _ = stock_network(name, classes, (64, 64))
+    heads = model['decode_head'], model.get('auxiliary_head') or []
+    heads = [h if isinstance(h, list) else [h] for h in heads]
+    return [h['num_classes'] for some in heads for h in some]
 
 
 def test_all_heads_but_the_boundary_head_get_the_classes():
     model, optim_wrapper = stock_network(STDC, 11, (360, 480))
-    assert model['decode_head']['num_classes'] == 11
-    heads = model['auxiliary_head']
-    assert [(h['type'], h['num_classes']) for h in heads] == [('FCNHead', 11),
-                                                              ('FCNHead', 11),
-                                                              ('STDCHead', 2)]
-    assert model['data_preprocessor']['size'] == (360, 480)
     # All else is the stock config's, and that is left as it was.
     stock = Config.fromfile(stock_config(STDC))
     assert stock.optim_wrapper.to_dict() == optim_wrapper
     expected = stock.model.to_dict()
-    for head in (expected['decode_head'], *expected['auxiliary_head'][:2]):
+    *heads, boundary = expected['decode_head'], *expected['auxiliary_head']
+    assert (boundary['type'], boundary['num_classes']) == ('STDCHead', 2)
+    for head in heads:
         assert head['num_classes'] == 19
         head['num_classes'] = 11
     expected['data_preprocessor']['size'] = (360, 480)
@@ -42,8 +44,7 @@ def test_all_heads_but_the_boundary_head_get_the_classes():
 
 def test_class_weights_are_those_of_the_classes():
     stock = Config.fromfile(stock_config(PIDNET)).model
-    assert [w is None
-            for w in class_weights(stock)] == [False, False, True, False]
+    assert [not w for w in class_weights(stock)] == [0, 0, 1, 0]
     same, _ = stock_network(PIDNET, 19, (1024, 1024))
     assert class_weights(same) == class_weights(stock)
     other, _ = stock_network(PIDNET, 11, (360, 480))
@@ -51,28 +52,20 @@ def test_class_weights_are_those_of_the_classes():
     assert other['decode_head']['num_classes'] == 11
 
 
-def test_networks_of_two_classes_and_cascades():
-    """Heads count as the decode head does, not by how many they have."""
-    model, _ = stock_network('unet/unet-s5-d16_fcn_4xb4-40k_drive-64x64.py', 5,
-                             (64, 64))
-    heads = [model['decode_head'], model['auxiliary_head']]
-    assert [h['num_classes'] for h in heads] == [5, 5]
-    model, _ = stock_network(STDC, 2, (64, 64))
-    heads = [model['decode_head'], *model['auxiliary_head']]
-    assert [h['num_classes'] for h in heads] == [2] * 4
-    model, _ = stock_network(
-        'ocrnet/ocrnet_hr18_4xb2-40k_cityscapes-512x1024.py', 5, (64, 64))
-    assert [h['num_classes'] for h in model['decode_head']] == [5, 5]
-
-
-def test_heads_without_losses_and_without_auxiliary_heads():
-    model, _ = stock_network(
-        'bisenetv1/bisenetv1_r50-d32_4xb4-160k_cityscapes-1024x1024.py', 5,
-        (64, 64))
-    assert [h['num_classes'] for h in model['auxiliary_head']] == [5, 5]
-    model, _ = stock_network('dpt/dpt_vit-b16_8xb2-160k_ade20k-512x512.py', 5,
-                             (64, 64))
-    assert model['decode_head']['num_classes'] == 5
+@each_case(
+    'name, classes, expected',
+    [
+        ('unet/unet-s5-d16_fcn_4xb4-40k_drive-64x64.py', 5, [5, 5]),
+        (STDC, 2, [2, 2, 2, 2]),
+        # A cascade; heads without losses; no auxiliary head.
+        ('ocrnet/ocrnet_hr18_4xb2-40k_cityscapes-512x1024.py', 5, [5, 5]),
+        ('bisenetv1/bisenetv1_r50-d32_4xb4-160k_cityscapes-1024x1024.py', 5,
+         [5, 5, 5]),
+        ('dpt/dpt_vit-b16_8xb2-160k_ade20k-512x512.py', 5, [5]),
+    ])
+def test_heads_count_as_the_decode_head_does(name, classes, expected):
+    """Not by how many classes they have."""
+    assert num_classes(name, classes) == expected
 
 
 def test_a_config_that_is_not_there():
@@ -86,21 +79,13 @@ def load(tmp_path: Path, dataset: str) -> dict:
     return Config.fromfile(path).train_dataloader
 
 
-def types(pipeline):
-    return [transform['type'] for transform in pipeline]
-
-
 def test_insert_into_a_pipeline(tmp_path):
     loader = load(tmp_path, 'cityscapes.py')
     before = copy.deepcopy(loader.to_dict())
     result = insert_transform(loader, EDGES, before='PackSegInputs')
-    assert types(result['dataset']['pipeline'])[-2:] == [
-        'GenerateEdge', 'PackSegInputs'
-    ]
-    assert result['dataset']['pipeline'][-2]['edge_width'] == 4
     assert loader.to_dict() == before
     # But for the transform nothing has changed.
-    del result['dataset']['pipeline'][-2]
+    before['dataset']['pipeline'].insert(-1, EDGES)
     assert Config(dict(a=result)).to_dict()['a'] == before
 
 
@@ -112,8 +97,9 @@ def test_insert_into_wrapped_datasets(tmp_path):
     pipelines = [d['pipeline'] for d in result['dataset']['datasets']]
     assert len(pipelines) == 2
     for pipeline in pipelines:
-        assert types(pipeline).count('GenerateEdge') == 1
-        assert types(pipeline)[-2:] == ['GenerateEdge', 'PackSegInputs']
+        kinds = [transform['type'] for transform in pipeline]
+        assert kinds.count('GenerateEdge') == 1
+        assert kinds[-2:] == ['GenerateEdge', 'PackSegInputs']
     pipelines[0][-2]['edge_width'] = 8
     assert pipelines[1][-2]['edge_width'] == EDGES['edge_width'] == 4
 

@@ -7,10 +7,11 @@ tested once per network (``test_networks.py``) and method
 """
 import copy
 import functools
+import itertools
 import os.path as osp
 import re
 from pathlib import Path
-from typing import NamedTuple, Set
+from typing import Callable, NamedTuple, Set
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ DATA = {
     'voc12aug': ('PascalVOCDataset', 'voc12'),
 }
 CLIP = {'rn50': 'RN50', 'toyclip': 'toyclip', 'vit-b16': 'ViT-B-16'}
+SPLITS = ('train', 'val', 'test')
 # Networks that there are configs of on every data set.
 FOUR = {
     'bisenetv2_fcn', 'stdc1_in1k-pre', 'ddrnet_23-slim_in1k-pre', 'pidnet-s'
@@ -55,116 +57,22 @@ class Method(NamedTuple):
     """What a config is called, and all that it may change of its twin.
 
     Attributes:
+        tag: How its name ends, or what it is.
         folder: Folder of the configs.
         twin: Folder of their twins.
         number: How many there are.
+        check: What else is tested of each config and its twin.
         changes: Keys that differ, the only ones, each in every config. Those
             of fragments, which begin with ``text_``, do not count.
     """
+    tag: str
     folder: str
     twin: str
     number: int
+    check: Callable
     changes: Set[str]
 
 
-HEAD, TRAIN = 'model/decode_head', 'train_dataloader/dataset'
-HEAD_TEXT = f'{HEAD}/text'
-TEACHER = {'model/type', 'model/teacher', 'custom_hooks'}
-UNSEEN = {TRAIN, 'val_evaluator', 'test_evaluator'}
-TEXT = {
-    f'{HEAD}/type', HEAD_TEXT,
-    'optim_wrapper/paramwise_cfg/custom_keys/.text.',
-    'optim_wrapper/paramwise_cfg/custom_keys/log_scale', 'custom_hooks',
-    'auxiliary_hooks', 'find_unused_parameters'
-}
-TEXT_FOLDERS = ('text_classifier', 'textkd')
-METHODS = {
-    'text':
-    Method('text_classifier', 'stock', 53, TEXT),
-    # Of released models: trained on a CPU, or fine-tuned.
-    'fixed':
-    Method('text_classifier', 'stock', 1, TEXT),
-    'camvid-pre_vit-b16':
-    Method('text_classifier', 'stock', 1, {*TEXT, 'load_from'}),
-    'score-map':
-    Method('textkd', 'stock', 10, {'model/type', 'model/score_map', *TEXT} -
-           {f'{HEAD}/type', HEAD_TEXT}),
-    # Stage 1 of the authors': the text is fixed.
-    'rn50-score-map':
-    Method('textkd', 'stock', 7,
-           {'model/type', 'model/score_map', 'custom_hooks'}),
-    'rn50-score-map-decoder':
-    Method('textkd', 'textkd', 1, {'model/score_map/convs'}),
-    'rn50-score-map-stage2':
-    Method(
-        'textkd', 'textkd', 7, {
-            'model/score_map/text', 'custom_hooks', 'find_unused_parameters',
-            'optim_wrapper/paramwise_cfg/custom_keys/.text.'
-        }),
-    'rn50-score-map-decoder-stage2':
-    Method(
-        'textkd', 'textkd', 1, {
-            'model/score_map/text', 'model/score_map/convs', 'custom_hooks',
-            'find_unused_parameters',
-            'optim_wrapper/paramwise_cfg/custom_keys/.text.'
-        }),
-    'rn50-score-map-2stages':
-    Method(
-        'textkd', 'stock', 1, {
-            'model/type', 'model/score_map', 'custom_hooks',
-            'find_unused_parameters', 'param_scheduler',
-            'optim_wrapper/paramwise_cfg/custom_keys/.text.'
-        }),
-    'rn50-cosine':
-    Method('textkd', 'stock', 1,
-           {f'{HEAD}/type', HEAD_TEXT, f'{HEAD}/text_branch', 'custom_hooks'}),
-    'aux':
-    Method('text_classifier', 'text_classifier', 1,
-           {f'{HEAD}/role', 'custom_hooks'}),
-    'ssc':
-    Method('structure', 'text_classifier', 3, {f'{HEAD}/text_losses'}),
-    'syn':
-    Method('diversification', 'text_classifier', 3,
-           {f'{HEAD}/text/embeddings'}),
-    'bridge':
-    Method('fusion', 'text_classifier', 3, {f'{HEAD}/fusion'}),
-    'bridge-kept':
-    Method('fusion', 'text_classifier', 3, {f'{HEAD}/fusion'}),
-    'context':
-    Method('fusion', 'text_classifier', 3, {f'{HEAD}/fusion'}),
-    'tgkd':
-    Method('distillation', 'text_classifier', 3,
-           {f'{HEAD}/text_losses', TRAIN}),
-    'segkd':
-    Method('distillation', 'text_classifier', 3,
-           {f'{HEAD}/text_losses', *TEACHER}),
-    'kd':
-    Method('distillation', 'stock', 3, {'model/distill_losses', *TEACHER}),
-    'cwd':
-    Method('distillation', 'stock', 3, {'model/distill_losses', *TEACHER}),
-    'balance-zs':
-    Method('balance', 'text_classifier', 4, {
-        HEAD_TEXT, f'{HEAD}/text_branch', f'{HEAD}/text_losses', *TEACHER,
-        *UNSEEN
-    }),
-    'lseg':
-    Method(
-        'lseg', 'stock', 3, {
-            f'{HEAD}/type', HEAD_TEXT, f'{HEAD}/text_branch', 'custom_hooks',
-            'auxiliary_hooks', 'find_unused_parameters'
-        }),
-    # Their twin is MMSegmentation's, on ADE20K.
-    'lseg-dpt':
-    Method('lseg', '', 3, set()),
-    'zs':
-    Method('lseg', 'lseg', 3, {f'{HEAD}/text_branch/unseen', *UNSEEN}),
-    'fold':
-    Method('lseg', 'lseg', 8, {f'{HEAD}/text_branch/unseen', *UNSEEN}),
-}
-# What stays a part of the network.
-KEPT = ('bridge-kept', 'score-map', 'rn50-score-map', 'rn50-score-map-decoder',
-        'rn50-score-map-stage2', 'rn50-score-map-decoder-stage2',
-        'rn50-score-map-2stages')
 # EBSeg's, the published LSeg's and those of several data sets have tests of
 # their own.
 PATHS = sorted(
@@ -199,7 +107,7 @@ def method_of(path):
 def twin_of(path):
     """The config that a method is compared with."""
     tag, name = method_of(path), path.name
-    if METHODS[tag][1] == 'stock' and METHODS[tag][0] in TEXT_FOLDERS:
+    if METHODS[tag].twin == 'stock' and METHODS[tag].folder in TEXT_FOLDERS:
         return stock_twin(path)
     if tag == 'lseg':
         return stock_twin(path, 'lseg_')
@@ -211,12 +119,6 @@ def twin_of(path):
     else:
         name = name.replace(f'-{tag.split("-score-map-")[-1]}_', '_')
     return CONFIGS / METHODS[tag].twin / name
-
-
-BY_METHOD = {
-    tag: [p for p in PATHS if p not in STOCK and method_of(p) == tag]
-    for tag in METHODS
-}
 
 
 def differences(ours, twin, key=''):
@@ -249,165 +151,10 @@ def text_of(cfg):
     return text and text.get('embeddings', text)
 
 
-# ----------------------------------------------------------- all of them
-def test_every_config_is_of_a_method():
-    assert {
-        tag: len(paths)
-        for tag, paths in BY_METHOD.items()
-    } == {
-        tag: method.number
-        for tag, method in METHODS.items()
-    }
-    assert len(PATHS) == len(STOCK) + sum(map(len, BY_METHOD.values()))
-    folders = {p.name for p in CONFIGS.iterdir() if p.is_dir()}
-    assert folders == {'_base_', 'ebseg', 'multi_dataset', 'stock', 'studies'
-                       } | {m.folder
-                            for m in METHODS.values()}, 'a folder is untested'
-
-
-def test_all_combinations_are_there():
-    """CamVid and Cityscapes for all networks, the others for four."""
-
-    def combinations(paths):
-        return {(parts(p)['network'], parts(p)['dataset']) for p in paths}
-
-    toys = {(n, 'toy-scenes') for n in ('bisenetv2_fcn', 'ddrnet_23-slim')}
-    stock = {twin_of(p) for p in BY_METHOD['text'] if '_random_' not in p.name}
-    networks = {network for network, _ in combinations(stock) - toys}
-    others = set(DATA) - {
-        'camvid-trainval', 'toy-scenes', 'pascal-5i', 'coco-20i'
-    }
-    assert len(networks) == 15 and len(stock) == 52
-    assert combinations(stock) == toys | {(n, d)
-                                          for n in networks
-                                          for d in ('camvid', 'cityscapes')
-                                          } | {(n, d)
-                                               for n in FOUR
-                                               for d in others}
-    # No other network without text is there but for the published score map
-    # and released models.
-    scored, released = ({twin_of(p)
-                         for tag in tags
-                         for p in BY_METHOD[tag]}
-                        for tags in (('score-map', 'rn50-score-map'),
-                                     ('fixed', 'camvid-pre_vit-b16')))
-    longer = {p for p in STOCK if p not in stock | scored | released}
-    assert combinations(longer) <= combinations(scored)
-    # A method is there on CamVid for two networks, and on the toy.
-    for tag, method in METHODS.items():
-        if method.folder not in (*TEXT_FOLDERS, 'lseg') or tag in ('lseg',
-                                                                   'zs'):
-            found = [parts(p)['dataset'] for p in BY_METHOD[tag]]
-            assert found.count('camvid') == 2 and 'toy-scenes' in found, tag
-
-
-def test_names_say_what_they_are():
-    for path in PATHS:
-        name, cfg = parts(path), load_config(path)
-        assert cfg.train_dataloader.batch_size == int(name['batch']), path
-        assert int(name['gpus']) > 0
-        iters = int(name['number']) * (1000 if name['unit'] == 'k' else 1)
-        assert cfg.train_cfg.max_iters == iters, path
-        # With two stages, the schedule is that of the first.
-        stages = 2 if '-2stages' in path.name else 1
-        assert max(s.end for s in cfg.param_scheduler) == iters / stages, path
-        size = int(name['height']), int(name['width'])
-        assert tuple(cfg.model.data_preprocessor.size) == size, path
-        for dataset in datasets(cfg, 'train'):
-            assert dataset.type == DATA[name['dataset']][0], path
-            crops = [
-                t.crop_size for t in dataset.pipeline if t.type == 'RandomCrop'
-            ]
-            assert [tuple(c) for c in crops] == [size] * len(crops), path
-            assert crops or name['dataset'] == 'toy-scenes', path
-        assert cfg.custom_imports.imports == ['mmseg_textkd'], path
-
-
-def test_classes_are_the_same_everywhere():
-    for path in PATHS:
-        cfg = load_config(path)
-        found = {
-            tuple((d.get('metainfo')
-                   or DATASETS.get(d.type).METAINFO)['classes'])
-            for split in ('train', 'val', 'test')
-            for d in datasets(cfg, split)
-        }
-        assert len(found) == 1, path
-        classes = found.pop()
-        # Heads with fewer predict boundaries.
-        assert {
-            head.num_classes
-            for head in each_head(cfg.model) if head.num_classes > 2
-        } == {len(classes)}, path
-        for head in each_head(cfg.model):
-            losses = head.loss_decode
-            for loss in losses if isinstance(losses, list) else [losses]:
-                weights = loss.get('class_weight') or classes
-                assert len(weights) == len(classes), path
-        text = text_of(cfg)
-        named = path.name.startswith(('textkd_', 'lseg_'))
-        assert bool(text) == named, path
-        if not text or text.type == 'ControlEmbeddings':
-            continue
-        assert text.classes == DATA[parts(path)['dataset']][1], path
-        for spec in (text.classes, text.build.vocabulary):
-            assert Vocabulary.from_spec(spec).names == classes, path
-        # The last: `dpt_vit-b16_vit-b16` are a backbone and a text encoder.
-        model = re.findall('_(vit-b16|rn50|toyclip)', path.name)
-        assert text.build.model == CLIP[model[-1]], path
-        assert text.file.endswith('.safetensors')
-        assert not osp.isabs(text.file), path
-
-
-def test_pidnet_gets_the_edges_that_it_needs():
-    for path in PATHS:
-        cfg = load_config(path)
-        for dataset in datasets(cfg, 'train'):
-            found = kinds(dataset.pipeline)
-            expected = int(cfg.model.decode_head.type.endswith('PIDHead'))
-            assert found.count('GenerateEdge') == expected, path
-            assert found[-1] in ('PackSegInputs', 'PackRegionInputs'), path
-            assert not expected or found[-2] == 'GenerateEdge', path
-
-
-@each_case('tag', METHODS)
-def test_twins_differ_in_the_method_only(tag):
-    """Backbone, other heads, data, schedule, runtime: all else is equal."""
-    allowed = METHODS[tag].changes
-    for path in BY_METHOD[tag]:
-        cfg, twin = (
-            Config.fromfile(p) if isinstance(p, str) else load_config(p)
-            for p in (path, twin_of(path)))
-        CHECKS[tag](cfg, twin, path)
-        if tag == 'lseg-dpt':
-            continue
-        found = {
-            next((a for a in allowed if f'{key}/'.startswith(f'{a}/')), key)
-            for key in differences(cfg.to_dict(), twin.to_dict())
-            if not key.startswith('text_')
-        }
-        assert found == allowed, path
-        # Nothing of it is left where it is deployed, unless it is kept.
-        if METHODS[tag].folder != 'lseg' and tag not in KEPT:
-            stock = to_stock_cfg(cfg).to_dict()
-            assert stock == to_stock_cfg(twin).to_dict(), path
-            assert 'textkd' not in str(stock), path
-
-
-def test_differences_are_found():
-    """Also those of what only one of them has."""
-    ours = dict(a=1, b=dict(c=[1], d=2), e=dict(f=1), g=3)
-    twin = dict(a=1, b=dict(c=[2], d=2), h=dict(i=1), g=dict(j=1))
-    assert differences(ours, twin) == {'b/c', 'e/f', 'h/i', 'g'}
-    assert differences(ours, copy.deepcopy(ours)) == set()
-
-
-# ------------------------------------------------- what each of them adds
 @functools.cache
 def rates_on_cityscapes(network):
-    path, = (
-        p for p in BY_METHOD['text'] if parts(p)['dataset'] == 'cityscapes'
-        and parts(stock_twin(p))['network'] == network)
+    paths = (CONFIGS / 'text_classifier').glob('*_cityscapes-*.py')
+    path, = (p for p in paths if parts(stock_twin(p))['network'] == network)
     keys = load_config(path).optim_wrapper.paramwise_cfg.custom_keys
     return keys['.text.'], keys['log_scale']
 
@@ -424,8 +171,8 @@ def check_learned(cfg, twin, path):
     # The optimizer of each network is tested on Cityscapes.
     if 'toy' not in path.name:
         network = parts(twin_of(path))['network'].split('_camvid-pre')[0]
-        assert (keys['.text.'],
-                keys['log_scale']) == rates_on_cityscapes(network), path
+        rates = keys['.text.'], keys['log_scale']
+        assert rates == rates_on_cityscapes(network), path
     hook, = (h for h in cfg.custom_hooks if h.type == 'PromptLearnerHook')
     assert 0 < hook.switch_at < 1
     assert HOOKS.build(hook).switch_at == hook.switch_at
@@ -469,31 +216,22 @@ def check_published_stage2(cfg, twin, path):
 
 def check_two_stages(cfg, twin, path):
     """The two configs of one stage each, one after the other."""
-    second = load_config(
-        path.with_name(
-            path.name.replace('2stages_', 'stage2_').replace('20k', '10k')))
+    name = path.name.replace('2stages_', 'stage2_').replace('20k', '10k')
+    second = load_config(path.with_name(name))
     hook, = cfg.custom_hooks
     other, = second.custom_hooks
     assert (hook.switch_at, hook.load_best) == (0.5, True), path
     assert cfg.default_hooks.checkpoint.save_best == 'mIoU', path
-    assert {
-        k: hook[k]
-        for k in ('learn', 'freeze_norm')
-    } == {
-        k: other[k]
-        for k in ('learn', 'freeze_norm')
-    }
+    assert hook.learn == other.learn, path
+    assert hook.freeze_norm == other.freeze_norm, path
     assert cfg.model == second.model, path
     assert cfg.optim_wrapper == second.optim_wrapper, path
     # The hook's schedulers count iterations from the switch.
     assert cfg.param_scheduler == second.param_scheduler, path
-    warmup, decay = hook.param_scheduler
-    for ours, theirs in zip((warmup, decay), second.param_scheduler):
-        assert {
-            **ours, 'begin': 0,
-            'by_epoch': False,
-            'end': ours.get('end', 10000)
-        } == theirs, path
+    assert len(hook.param_scheduler) == len(second.param_scheduler) == 2
+    for ours, theirs in zip(hook.param_scheduler, second.param_scheduler):
+        span = dict(begin=0, by_epoch=False, end=ours.get('end', 10000))
+        assert dict(ours, **span) == theirs, path
 
 
 def check_auxiliary(cfg, twin, path):
@@ -527,13 +265,12 @@ def check_fusion(kind, use=None):
 def check_regions(cfg, twin, path):
     pipeline = cfg.train_dataloader.dataset.pipeline
     before = kinds(twin.train_dataloader.dataset.pipeline)
-    assert kinds(pipeline) == [
-        *before[:2], 'LoadRegionEmbeddings', *before[2:-1], 'PackRegionInputs'
-    ], path
+    before[-1:], before[2:2] = ['PackRegionInputs'], ['LoadRegionEmbeddings']
+    assert kinds(pipeline) == before, path
     # The image encoder is that of the text.
     build, store = text_of(cfg).build, TRANSFORMS.build(pipeline[2]).store
-    assert (store.model, store.pretrained) == (build.model,
-                                               build.get('pretrained'))
+    assert store.model == build.model
+    assert store.pretrained == build.get('pretrained')
     assert store.options['fill'] == 128
 
 
@@ -552,18 +289,17 @@ def check_unseen(cfg, twin, path):
     unseen = cfg.model.decode_head.text_branch.unseen
     classes = Vocabulary.from_spec(text_of(cfg).classes).names
     assert 0 < len(unseen) < len(classes) / 2
-    for dataset, before in zip(
-            datasets(cfg, 'train'), datasets(twin, 'train')):
-        hide, = (t for t in dataset.pipeline if t.type == 'HideClasses')
+    pipelines = ([d.pipeline for d in datasets(c, 'train')]
+                 for c in (cfg, twin))
+    for pipeline, before in zip(*pipelines):
+        hide, = (t for t in pipeline if t.type == 'HideClasses')
         # Behind what reads the labels, before what looks at them.
-        place = dataset.pipeline.index(hide)
-        assert dataset.pipeline[place - 1].type in ('LoadAnnotations',
-                                                    'CheckLabels'), path
+        kind = pipeline[pipeline.index(hide) - 1].type
+        assert kind in ('LoadAnnotations', 'CheckLabels'), path
         labels = torch.arange(len(classes)).byte().numpy()[None]
         hidden = TRANSFORMS.build(hide)(dict(gt_seg_map=labels))['gt_seg_map']
         assert (hidden[0] == 255).nonzero()[0].tolist() == unseen, path
-        assert [t for t in dataset.pipeline
-                if t is not hide] == before.pipeline, path
+        assert [t for t in pipeline if t is not hide] == before, path
     for split in ('val', 'test'):
         evaluator = cfg[f'{split}_evaluator']
         assert evaluator.type == 'ZeroShotIoUMetric', path
@@ -579,15 +315,13 @@ def check_balance(cfg, twin, path):
     assert head.text == text_of(twin), path
     assert head.text_branch.bias is False and len(head.text_losses) == 1
     assert head.text_branch.balance == dict(alpha=.3, beta=1.)
-    assert cfg.custom_hooks == [
-        dict(type='PromptLearnerHook'),
-        dict(type='TeacherHook')
-    ], path
+    hooks = [dict(type='PromptLearnerHook'), dict(type='TeacherHook')]
+    assert cfg.custom_hooks == hooks, path
     split = 'lseg/lseg_bisenetv2_fcn_vit-b16-zs_1xb8-10k_camvid-360x480.py'
     if 'toy' in path.name:
         split = 'ebseg/ebseg_toyclip_1xb4-200i_toy-scenes-128x256.py'
-    assert sorted(load_config(CONFIGS / split).val_evaluator.unseen) == sorted(
-        cfg.val_evaluator.unseen), path
+    unseen = load_config(CONFIGS / split).val_evaluator.unseen
+    assert sorted(unseen) == sorted(cfg.val_evaluator.unseen), path
     # Image encoder and text are of one CLIP model.
     assert teacher.type == 'FrozenCLIPTeacher'
     for key in ('model', 'pretrained'):
@@ -617,33 +351,209 @@ def check_lseg(cfg, twin, path):
         assert cfg[key] == twin[key], key
 
 
-CHECKS = {
-    'text': check_text,
-    'fixed': check_text_fixed,
-    'camvid-pre_vit-b16': check_text,
-    'score-map': check_score_map,
-    'rn50-score-map': check_fixed,
-    'rn50-score-map-decoder': check_fixed,
-    'rn50-score-map-stage2': check_published_stage2,
-    'rn50-score-map-decoder-stage2': check_published_stage2,
-    'rn50-score-map-2stages': check_two_stages,
-    'rn50-cosine': check_fixed,
-    'aux': check_auxiliary,
-    'ssc': check_structure,
-    'syn': check_synonyms,
-    'bridge': check_fusion('TwoWayBridge'),
-    'bridge-kept': check_fusion('TwoWayBridge', 'inference'),
-    'context': check_fusion('ContextAwareText'),
-    'tgkd': check_regions,
-    'segkd': check_segmentor,
-    'kd': check_segmentor,
-    'cwd': check_segmentor,
-    'balance-zs': check_balance,
-    'lseg': check_lseg,
-    'lseg-dpt': check_lseg,
-    'zs': check_unseen,
-    'fold': check_unseen,
+HEAD, TRAIN = 'model/decode_head', 'train_dataloader/dataset'
+HEAD_TEXT, BRANCH = f'{HEAD}/text', f'{HEAD}/text_branch'
+LOSSES, PEERS = f'{HEAD}/text_losses', 'model/distill_losses'
+KEYS = 'optim_wrapper/paramwise_cfg/custom_keys/'
+UNUSED = 'find_unused_parameters'
+TEACHER = {'model/type', 'model/teacher', 'custom_hooks'}
+UNSEEN = {TRAIN, 'val_evaluator', 'test_evaluator'}
+LEARN = {f'{KEYS}.text.', 'custom_hooks', UNUSED}
+RULES = {*LEARN, f'{KEYS}log_scale', 'auxiliary_hooks'}
+MAP = {'model/type', 'model/score_map'}
+MAP_TEXT = {'model/score_map/text', *LEARN}
+MAP_CONVS = 'model/score_map/convs'
+TEXT = {f'{HEAD}/type', HEAD_TEXT, *RULES}
+COSINE = {f'{HEAD}/type', HEAD_TEXT, BRANCH, 'custom_hooks'}
+BALANCE = {HEAD_TEXT, BRANCH, LOSSES, *TEACHER, *UNSEEN}
+ZERO_SHOT = {f'{BRANCH}/unseen', *UNSEEN}
+SYNONYMS, FUSION = {f'{HEAD_TEXT}/embeddings'}, {f'{HEAD}/fusion'}
+ALL, TEXTKD, DISTILL = 'text_classifier', 'textkd', 'distillation'
+bridge = check_fusion('TwoWayBridge')
+bridge_kept = check_fusion('TwoWayBridge', 'inference')
+context = check_fusion('ContextAwareText')
+METHODS = [
+    Method('text', ALL, 'stock', 53, check_text, TEXT),
+    # Of released models: trained on a CPU, or fine-tuned.
+    Method('fixed', ALL, 'stock', 1, check_text_fixed, TEXT),
+    Method('camvid-pre_vit-b16', ALL, 'stock', 1, check_text,
+           {*TEXT, 'load_from'}),
+    Method('aux', ALL, ALL, 1, check_auxiliary,
+           {f'{HEAD}/role', 'custom_hooks'}),
+    Method('score-map', TEXTKD, 'stock', 10, check_score_map, MAP | RULES),
+    # Stage 1 of the authors': the text is fixed.
+    Method('rn50-score-map', TEXTKD, 'stock', 7, check_fixed,
+           {*MAP, 'custom_hooks'}),
+    Method('rn50-score-map-decoder', TEXTKD, TEXTKD, 1, check_fixed,
+           {MAP_CONVS}),
+    Method('rn50-score-map-stage2', TEXTKD, TEXTKD, 7, check_published_stage2,
+           MAP_TEXT),
+    Method('rn50-score-map-decoder-stage2', TEXTKD, TEXTKD, 1,
+           check_published_stage2, {*MAP_TEXT, MAP_CONVS}),
+    Method('rn50-score-map-2stages', TEXTKD, 'stock', 1, check_two_stages,
+           {*MAP, *LEARN, 'param_scheduler'}),
+    Method('rn50-cosine', TEXTKD, 'stock', 1, check_fixed, COSINE),
+    Method('ssc', 'structure', ALL, 3, check_structure, {LOSSES}),
+    Method('syn', 'diversification', ALL, 3, check_synonyms, SYNONYMS),
+    Method('bridge', 'fusion', ALL, 3, bridge, FUSION),
+    Method('bridge-kept', 'fusion', ALL, 3, bridge_kept, FUSION),
+    Method('context', 'fusion', ALL, 3, context, FUSION),
+    Method('tgkd', DISTILL, ALL, 3, check_regions, {LOSSES, TRAIN}),
+    Method('segkd', DISTILL, ALL, 3, check_segmentor, {LOSSES, *TEACHER}),
+    Method('kd', DISTILL, 'stock', 3, check_segmentor, {PEERS, *TEACHER}),
+    Method('cwd', DISTILL, 'stock', 3, check_segmentor, {PEERS, *TEACHER}),
+    Method('balance-zs', 'balance', ALL, 4, check_balance, BALANCE),
+    Method('lseg', 'lseg', 'stock', 3, check_lseg,
+           {*COSINE, 'auxiliary_hooks', UNUSED}),
+    # Their twin is MMSegmentation's, on ADE20K.
+    Method('lseg-dpt', 'lseg', '', 3, check_lseg, set()),
+    Method('zs', 'lseg', 'lseg', 3, check_unseen, ZERO_SHOT),
+    Method('fold', 'lseg', 'lseg', 8, check_unseen, ZERO_SHOT),
+]
+METHODS = {method.tag: method for method in METHODS}
+# What stays a part of the network.
+KEPT = ('bridge-kept', *(t for t in METHODS if 'score-map' in t))
+TEXT_FOLDERS = (ALL, TEXTKD)
+BY_METHOD = {
+    tag: [p for p in PATHS if p not in STOCK and method_of(p) == tag]
+    for tag in METHODS
 }
+
+
+def test_every_config_is_of_a_method():
+    for tag, paths in BY_METHOD.items():
+        assert len(paths) == METHODS[tag].number, tag
+    assert len(PATHS) == len(STOCK) + sum(map(len, BY_METHOD.values()))
+    folders = {p.name for p in CONFIGS.iterdir() if p.is_dir()}
+    others = {'_base_', 'ebseg', 'multi_dataset', 'stock', 'studies'}
+    assert folders == others | {m.folder for m in METHODS.values()}
+
+
+def test_all_combinations_are_there():
+    """CamVid and Cityscapes for all networks, the others for four."""
+
+    def combinations(paths):
+        return {(parts(p)['network'], parts(p)['dataset']) for p in paths}
+
+    toys = {(n, 'toy-scenes') for n in ('bisenetv2_fcn', 'ddrnet_23-slim')}
+    stock = {twin_of(p) for p in BY_METHOD['text'] if '_random_' not in p.name}
+    networks = {network for network, _ in combinations(stock) - toys}
+    some = {'camvid-trainval', 'toy-scenes', 'pascal-5i', 'coco-20i'}
+    assert len(networks) == 15 and len(stock) == 52
+    assert combinations(stock) == toys | {
+        *itertools.product(networks, ('camvid', 'cityscapes')),
+        *itertools.product(FOUR,
+                           set(DATA) - some)
+    }
+    # No other network without text is there but for the published score map
+    # and released models.
+    scored, released = ({
+        twin_of(p)
+        for p in (*BY_METHOD[one], *BY_METHOD[other])
+    } for one, other in (('score-map', 'rn50-score-map'),
+                         ('fixed', 'camvid-pre_vit-b16')))
+    longer = {p for p in STOCK if p not in stock | scored | released}
+    assert combinations(longer) <= combinations(scored)
+    # A method is there on CamVid for two networks, and on the toy.
+    for tag, method in METHODS.items():
+        if method.folder not in (*TEXT_FOLDERS, 'lseg') or tag in ('lseg',
+                                                                   'zs'):
+            found = [parts(p)['dataset'] for p in BY_METHOD[tag]]
+            assert found.count('camvid') == 2 and 'toy-scenes' in found, tag
+
+
+def test_names_say_what_they_are():
+    for path in PATHS:
+        name, cfg = parts(path), load_config(path)
+        assert cfg.train_dataloader.batch_size == int(name['batch']), path
+        assert int(name['gpus']) > 0
+        iters = int(name['number']) * (1000 if name['unit'] == 'k' else 1)
+        assert cfg.train_cfg.max_iters == iters, path
+        # With two stages, the schedule is that of the first.
+        stages = 2 if '-2stages' in path.name else 1
+        assert max(s.end for s in cfg.param_scheduler) == iters / stages, path
+        size = int(name['height']), int(name['width'])
+        assert tuple(cfg.model.data_preprocessor.size) == size, path
+        for dataset in datasets(cfg, 'train'):
+            assert dataset.type == DATA[name['dataset']][0], path
+            crops = [t for t in dataset.pipeline if t.type == 'RandomCrop']
+            assert all(tuple(t.crop_size) == size for t in crops), path
+            assert crops or name['dataset'] == 'toy-scenes', path
+        assert cfg.custom_imports.imports == ['mmseg_textkd'], path
+
+
+def test_classes_are_the_same_everywhere():
+    for path in PATHS:
+        cfg = load_config(path)
+        found = [d for s in SPLITS for d in datasets(cfg, s)]
+        found = [
+            d.get('metainfo') or DATASETS.get(d.type).METAINFO for d in found
+        ]
+        classes, = {tuple(d['classes']) for d in found}
+        # Heads with fewer predict boundaries.
+        numbers = {head.num_classes for head in each_head(cfg.model)}
+        assert {n for n in numbers if n > 2} == {len(classes)}, path
+        for head in each_head(cfg.model):
+            losses = head.loss_decode
+            for loss in losses if isinstance(losses, list) else [losses]:
+                weights = loss.get('class_weight') or classes
+                assert len(weights) == len(classes), path
+        text = text_of(cfg)
+        named = path.name.startswith(('textkd_', 'lseg_'))
+        assert bool(text) == named, path
+        if not text or text.type == 'ControlEmbeddings':
+            continue
+        assert text.classes == DATA[parts(path)['dataset']][1], path
+        for spec in (text.classes, text.build.vocabulary):
+            assert Vocabulary.from_spec(spec).names == classes, path
+        # The last: `dpt_vit-b16_vit-b16` are a backbone and a text encoder.
+        model = re.findall('_(vit-b16|rn50|toyclip)', path.name)
+        assert text.build.model == CLIP[model[-1]], path
+        assert text.file.endswith('.safetensors')
+        assert not osp.isabs(text.file), path
+
+
+def test_pidnet_gets_the_edges_that_it_needs():
+    for path in PATHS:
+        cfg = load_config(path)
+        for dataset in datasets(cfg, 'train'):
+            found = kinds(dataset.pipeline)
+            expected = int(cfg.model.decode_head.type.endswith('PIDHead'))
+            assert found.count('GenerateEdge') == expected, path
+            assert found[-1] in ('PackSegInputs', 'PackRegionInputs'), path
+            assert not expected or found[-2] == 'GenerateEdge', path
+
+
+@each_case('tag', METHODS)
+def test_twins_differ_in_the_method_only(tag):
+    """Backbone, other heads, data, schedule, runtime: all else is equal."""
+    allowed = METHODS[tag].changes
+    for path in BY_METHOD[tag]:
+        cfg, twin = (
+            Config.fromfile(p) if isinstance(p, str) else load_config(p)
+            for p in (path, twin_of(path)))
+        METHODS[tag].check(cfg, twin, path)
+        if tag == 'lseg-dpt':
+            continue
+        found = {
+            next((a for a in allowed if f'{key}/'.startswith(f'{a}/')), key)
+            for key in differences(cfg.to_dict(), twin.to_dict())
+            if not key.startswith('text_')
+        }
+        assert found == allowed, path
+        # Nothing of it is left where it is deployed, unless it is kept.
+        if METHODS[tag].folder != 'lseg' and tag not in KEPT:
+            stock = to_stock_cfg(cfg).to_dict()
+            assert stock == to_stock_cfg(twin).to_dict(), path
+            assert 'textkd' not in str(stock), path
+
+
+def test_differences_are_found():
+    """Also those of what only one of them has."""
+    ours = dict(a=1, b=dict(c=[1], d=2), e=dict(f=1), g=3)
+    twin = dict(a=1, b=dict(c=[2], d=2), h=dict(i=1), g=dict(j=1))
+    assert differences(ours, twin) == {'b/c', 'e/f', 'h/i', 'g'}
+    assert differences(ours, copy.deepcopy(ours)) == set()
 
 
 def test_folds_are_those_of_the_literature():
@@ -652,13 +562,12 @@ def test_folds_are_those_of_the_literature():
     things = COCOStuffDataset.METAINFO['classes'][:80]
     assert voc[0] == 'aeroplane' and len(voc) == 20
     assert things[0] == 'person' and things[-1] == 'toothbrush'
-    for data, folds in (('pascal-5i', [voc[5 * i:5 * i + 5]
-                                       for i in range(4)]),
-                        ('coco-20i', [things[i::4] for i in range(4)])):
-        for i, fold in enumerate(folds):
-            path, = (
-                p for p in BY_METHOD['fold'] if f'{data}-fold{i}-' in p.name)
-            assert tuple(load_config(path).val_evaluator.unseen) == fold
+    for path in BY_METHOD['fold']:
+        data, i = re.search(r'(pascal-5|coco-20)i-fold(\d)-',
+                            path.name).groups()
+        i = int(i)
+        fold = voc[5 * i:5 * i + 5] if data == 'pascal-5' else things[i::4]
+        assert tuple(load_config(path).val_evaluator.unseen) == fold
 
 
 @each_case('folder, key', [('fusion', '.fusion.'),

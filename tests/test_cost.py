@@ -1,5 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """The tool that compares what networks cost."""
+import re
+
 import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
@@ -15,17 +17,14 @@ TAIL = '1xb8-10k_camvid-360x480.py'
 def rows(capsys, *argv):
     with DefaultScope.overwrite_default_scope('mmseg'):
         load_tool('analysis_tools/cost.py').main([str(arg) for arg in argv])
-    lines = [
-        line.strip('| ').split(' | ')
-        for line in capsys.readouterr().out.splitlines()
-        if line.startswith('|')
-    ]
-    assert lines[0][0] == 'network' and len(set(map(len, lines))) == 1
-    return {
-        name:
-        [None if cell == '-' else float(cell.split(' ')[0]) for cell in cells]
-        for name, *cells in lines[2:]
-    }
+    lines = re.findall(r'^\| (.*) \|$', capsys.readouterr().out, re.M)
+    head, *lines = [line.split(' | ') for line in lines if '---' not in line]
+    assert head[0] == 'network' and {len(head)} == set(map(len, lines))
+
+    def number(cell):
+        return None if cell == '-' else float(cell.split(' ')[0])
+
+    return {name: list(map(number, cells)) for name, *cells in lines}
 
 
 def test_lseg_beside_stock(capsys):
@@ -63,8 +62,8 @@ def test_ebseg_with_its_towers(capsys):
     assert found[2:] == [None, None]
     cfg = Config.fromfile(path).model
     with DefaultScope.overwrite_default_scope('mmseg'):
-        cfg.decode_head.text = dict(
-            type='ControlEmbeddings', kind='random', dim=64)
+        text = dict(type='ControlEmbeddings', kind='random', dim=64)
+        cfg.decode_head.text = text
         cfg.decode_head.pop('test_text')
         model = MODELS.build(cfg).eval()
     trained = sum(p.numel() for p in model.parameters())
@@ -78,17 +77,14 @@ def test_ebseg_with_its_towers(capsys):
 
 
 def test_times_are_those_of_the_deployed(capsys):
-    paths = [
-        CONFIGS / f'stock/ddrnet_23-slim_in1k-pre_{TAIL}',
-        CONFIGS / f'stock/ddrnet_23_in1k-pre_{TAIL}'
-    ]
+    names = 'ddrnet_23-slim_in1k-pre', 'ddrnet_23_in1k-pre'
+    paths = [CONFIGS / f'stock/{name}_{TAIL}' for name in names]
     found = rows(capsys, *paths, '--size', 64, 64, '--runs', 3)
     seconds = [found[path.stem][-1] for path in paths]
     assert all(len(cells) == 5 for cells in found.values())
     assert all(0 < s < 30 for s in seconds)
     with pytest.raises(SystemExit):
-        load_tool('analysis_tools/cost.py').main(
-            [str(paths[0]), '--runs', '1'])
+        rows(capsys, paths[0], '--runs', 1)
 
 
 def test_cost_of_a_fusion_is_that_of_the_arithmetic(tmp_path, capsys):
@@ -104,19 +100,13 @@ def test_cost_of_a_fusion_is_that_of_the_arithmetic(tmp_path, capsys):
     expected = ((9 * c + c * d) * pixels + 3 * k * dim * d + 3 * block +
                 k * pixels * d + k * dim * c)
     plain = fusion_cost.cost(to_stock_cfg(cfg).model, size)
-    cfg.model.decode_head.fusion = dict(
-        type='TwoWayBridge',
-        use='inference',
-        width=d,
-        num_heads=2,
-        num_blocks=3)
+    bridge = dict(type='TwoWayBridge', use='inference', num_blocks=3)
+    cfg.model.decode_head.fusion = dict(bridge, width=d, num_heads=2)
     found = fusion_cost.cost(cfg.model, size)
     # The classifier itself has as many as before: none is of width D.
     assert 1e9 * (found[1] - plain[1]) == pytest.approx(expected, rel=.01)
     cfg.dump(tmp_path / 'config.py')
-    fusion_cost.main([
-        str(tmp_path / 'config.py'), '--size', '64', '128', '--vary',
-        'width=8,16', 'num_heads=2'
-    ])
+    words = '--size 64 128 --vary width=8,16 num_heads=2'.split()
+    fusion_cost.main([str(tmp_path / 'config.py'), *words])
     said = capsys.readouterr().out
     assert said.count('| width ') == 2 and '| none (stock) |' in said

@@ -3,7 +3,6 @@
 import argparse
 import os
 import resource
-import runpy
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +18,6 @@ from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmseg.registry import TRANSFORMS
-from processes import ROOT
 from tiny import RESIDUAL, run, tiny_config
 from tool_modules import load_tool
 
@@ -59,10 +57,9 @@ def seeds(value):
     return study(grids=[dict(STUDY['grids'][0], seeds=value)])
 
 
-def foreign(path):
-    torch.save(
-        dict(state_dict=dict(a=torch.zeros(1)), meta=argparse.Namespace()),
-        path)
+def weights(meta):
+    state = dict(a=torch.arange(99.))
+    return lambda path: torch.save(dict(state_dict=state, meta=meta), path)
 
 
 def load_image(path):
@@ -70,12 +67,9 @@ def load_image(path):
 
 
 def load_labels(path):
-    TRANSFORMS.build(dict(type='LoadAnnotations'))(
-        dict(
-            img_path='',
-            seg_map_path=str(path),
-            seg_fields=[],
-            reduce_zero_label=False))
+    results = dict(img_path='', seg_map_path=str(path), seg_fields=[])
+    load = TRANSFORMS.build(dict(type='LoadAnnotations'))
+    load(dict(results, reduce_zero_label=False))
 
 
 # Name of the file, what is in it, who reads it, and what is said.
@@ -102,7 +96,8 @@ BAD = [
      "s.yaml: network 'n': val_interval must be .* at least 1"),
     ('s.yaml', network(iterations='x'), Study.load, "'n': iterations must be"),
     ('s.yaml', study(name='../s'), Study.load, 's.yaml: name must be of let'),
-    ('w.pth', foreign, read_checkpoint, 'w.pth.*Namespace.*not run'),
+    ('w.pth', weights(argparse.Namespace()), read_checkpoint,
+     'w.pth.*Namespace.*not run'),
     ('i.png', text(b''), load_image,
      'i.png cannot be read as an image.*empty'),
     ('l.png', text(b'\x89PNG junk'), load_labels,
@@ -122,10 +117,9 @@ def test_bad_files(tmp_path, name, write, read, said):
 
 
 def test_a_camera_has_no_negative_number(capsys):
-    tool = runpy.run_path(f'{ROOT}/demo/image_demo.py')
+    words = ['c.py', 'w.pth', '--webcam', '-5', '--out', 'x.mp4']
     with pytest.raises(SystemExit):
-        tool['parse_args'](
-            ['c.py', 'w.pth', '--webcam', '-5', '--out', 'x.mp4'])
+        load_tool('../demo/image_demo.py').parse_args(words)
     assert '--webcam must be' in capsys.readouterr().err
 
 
@@ -138,17 +132,13 @@ def test_good_files_pass(tmp_path):
     load_labels(tmp_path / 'a.png')
 
 
-# --------------------------------------------------- wrong without a word
-
-
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """A run of two iterations, whose fraction leaves stage 1 one of them."""
     root, said = tmp_path_factory.mktemp('trained'), []
-    cfg = tiny_config(
-        root, RESIDUAL, dict(switch_at=.9), 2, log_level='WARNING')
-    for name in ('test_dataloader', 'test_evaluator', 'test_cfg'):
-        cfg[name] = None
+    hook = dict(switch_at=.9)
+    cfg = tiny_config(root, RESIDUAL, hook, 2, log_level='WARNING')
+    cfg.test_dataloader = cfg.test_evaluator = cfg.test_cfg = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MMLogger, 'handle',
                       lambda self, record: said.append(record.getMessage()))
@@ -197,43 +187,39 @@ def test_images_of_16_bits(trained, tmp_path):
 
 
 def test_fold_without_a_test_set(trained, tmp_path, capsys):
+    words = [trained.config, trained.weights, '--device', 'cpu', '--out']
     tool = load_tool('model_converters/textkd2mmseg.py')
-    tool.main([
-        trained.config, trained.weights, '--out',
-        str(tmp_path / 'folded.pth'), '--device', 'cpu'
-    ])
+    tool.main([*words, str(tmp_path / 'folded.pth')])
     assert (tmp_path / 'folded.pth').is_file()
     assert 'Only random inputs' in capsys.readouterr().out
 
 
+WHERE = r"KeyError: instances \(.*test_errors.py, line .*\['instances'\]"
+CUT = 'cannot be read as a config: Synta'
+
+
 # Two tools of those that run a data set, three that read a config.
-@each_case('tool, options, said', [
-    ('deployment/deploy.py', ['--to', 'torchscript', '--eval', 'config.py'],
-     r"KeyError: instances \(.*test_errors.py, line .*\['instances'\]"),
-    ('analysis_tools/compare.py', ['config.py', 'work/iter_2.pth'],
-     r"KeyError: instances \(.*test_errors.py, line .*\['instances'\]"),
-    ('test.py', ['--work-dir', 'out'], 'cannot be read as a config: Synta'),
-    ('analysis_tools/get_flops.py', [], 'cannot be read as a config: Synta'),
-    ('analysis_tools/benchmark_training.py', [],
-     'cannot be read as a config: Synta'),
+@each_case('tool, words, said', [
+    ('deployment/deploy.py',
+     'config.py work/iter_2.pth --to torchscript --eval config.py --out out',
+     WHERE),
+    ('analysis_tools/compare.py',
+     'config.py work/iter_2.pth config.py work/iter_2.pth --out out', WHERE),
+    ('test.py', 'config.py work/iter_2.pth --work-dir out', CUT),
+    ('analysis_tools/get_flops.py', 'config.py', CUT),
+    ('analysis_tools/benchmark_training.py', 'config.py', CUT),
 ])
 def test_words_alone_are_no_message(trained, tmp_path, monkeypatch, tool,
-                                    options, said):
+                                    words, said):
     """Of a data set of the user, and of a config that is cut short."""
     monkeypatch.chdir(tmp_path)
     cfg = Config.fromfile(trained.config)
     cfg.val_dataloader.dataset.pipeline.insert(1, dict(type='NeedsInstances'))
     cfg.dump('config.py')
-    Path('work').symlink_to(trained.root / 'work')
-    words = ['config.py', 'work/iter_2.pth', *options]
-    if 'Synta' in said:
+    if said == CUT:
         Path('config.py').write_text('model = dict(')
-        words = [
-            'config.py', *['work/iter_2.pth'][:tool == 'test.py'], *options
-        ]
-    else:
-        words += ['--out', 'out']
-    monkeypatch.setattr(sys, 'argv', ['tool.py', *words])
+    Path('work').symlink_to(trained.root / 'work')
+    monkeypatch.setattr(sys, 'argv', ['tool.py', *words.split()])
     with pytest.raises(SystemExit, match=f'(?s)^Error: .*{said}'):
         load_tool(tool).main()
 
@@ -246,11 +232,13 @@ class NeedsInstances(BaseTransform):
         return results['instances']
 
 
+NOWHERE = dict(vocabulary='toy_scenes', model='local-dir:/none')
+
+
 @each_case('build, said', [
-    (dict(build=dict(vocabulary='toy_scenes', model='local-dir:/none'),
-          dim=16), '/none'),
+    (dict(build=NOWHERE, dim=16), '/none'),
     (dict(), 'no embeddings file .*none.safetensors.*encode_text.py'),
-])  # yapf: disable
+])
 def test_text_that_is_not_there(tmp_path, monkeypatch, build, said):
     """It is told before data are loaded and a log is begun."""
     file = str(tmp_path / 'none.safetensors')
@@ -264,31 +252,23 @@ def test_text_that_is_not_there(tmp_path, monkeypatch, build, said):
     assert not (tmp_path / 'work').exists()
 
 
-ENTRY = dict(
-    study='s',
-    network='n',
-    arm='a',
-    seed=0,
-    train_fraction=1.,
-    config_hash='h',
-    iterations=1,
-    classes=['c'],
-    val=dict(mIoU=1., IoU=[1.]),
-    curve=[])
+SCORES = dict(classes=['c'], val=dict(mIoU=1., IoU=[1.]), curve=[])
+RUN = dict(study='s', network='n', arm='a', seed=0, iterations=1)
+ENTRY = dict(RUN, train_fraction=1., config_hash='h', **SCORES)
 
 
 def test_a_disk_that_is_full_costs_no_line(tmp_path):
     path = tmp_path / 'l.jsonl'
     ledger = Ledger(path)
     ledger.append(ENTRY)
-    before, limits = path.read_bytes(), resource.getrlimit(
-        resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, limits[1]))
+    before, size = path.read_bytes(), resource.RLIMIT_FSIZE
+    limits = resource.getrlimit(size)
+    resource.setrlimit(size, (len(before) + 9, limits[1]))
     try:
         with pytest.raises(OSError, match='no space|large'):
             ledger.append(dict(ENTRY, seed=1))
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resource.setrlimit(size, limits)
     assert path.read_bytes() == before
     assert ledger.append(dict(ENTRY, seed=1)) and len(ledger.entries) == 2
 
@@ -312,8 +292,8 @@ def powerless():
 def test_a_ledger_that_is_read_only_is_told_before_a_run(powerless):
     """Its tables can be made all the same."""
     folder, begin = powerless
-    path, plan = folder / 'l.jsonl', dict(
-        study='s', baseline='a', arms=dict(a={}), planned=1)
+    path = folder / 'l.jsonl'
+    plan = dict(study='s', baseline='a', arms=dict(a={}), planned=1)
     assert Ledger(path).register(plan, 'today')
     assert not Ledger(path).register(plan, 'tomorrow')
     path.chmod(0o444)
@@ -329,37 +309,20 @@ def test_a_ledger_that_is_read_only_is_told_before_a_run(powerless):
 
 def test_names_are_text_on_every_page():
     name = '<script>alert(1)</script>'
-    side = dict(
-        config='c.py',
-        checkpoint='c.pth',
-        images=1,
-        classes=[name, 'b'],
-        IoU=[50., 50.],
-        mIoU=50.,
-        mAcc=50.,
-        aAcc=50.,
-        confusion=[[2, 1], [1, 2]])
+    scores = dict(IoU=[50., 50.], mIoU=50., mAcc=50., aAcc=50.)
+    side = dict(scores, config='c.py', checkpoint='c.pth', images=1)
+    side.update(classes=[name, 'b'], confusion=[[2, 1], [1, 2]])
     markdown = load_tool('analysis_tools/compare.py').markdown
-    pages = [markdown(compare(side, side))]
     card = load_tool('model_converters/publish_model.py').model_card
-    pages.append(
-        card(
-            None, dict(dataset_meta=dict(classes=[name]), published_with={}),
-            **dict.fromkeys(
-                ('name', 'file', 'size', 'sha256', 'params', 'dtypes',
-                 'config', 'where_config', 'text', 'checks'), '')))
+    meta = dict(dataset_meta=dict(classes=[name]), published_with={})
+    empty = ('name', 'file', 'size', 'sha256', 'params', 'dtypes', 'config',
+             'where_config', 'text', 'checks')
+    pages = [
+        markdown(compare(side, side)),
+        card(None, meta, **dict.fromkeys(empty, ''))
+    ]
     for page in pages:
         assert '<script>' not in page and '&lt;script&gt;' in page
-
-
-# ------------------------------------------------------ damage at random
-def write_checkpoint(path):
-    torch.save(
-        dict(state_dict=dict(a=torch.arange(99.)), meta=dict(i=1)), path)
-
-
-def write_vectors(path):
-    encode_classes(['road', 'sky'], 'toyclip', 'none').save(path)
 
 
 def write_ledger(path):
@@ -368,33 +331,22 @@ def write_ledger(path):
     ledger.append(dict(ENTRY, seed=1))
 
 
-def write_image(path):
-    cv2.imwrite(str(path), np.arange(300, dtype=np.uint8).reshape(10, 10, 3))
-
-
-def write_names(path):
-    path.write_text('{"road": ["road", "street"], "car": "car"}')
-
-
-def write_array(path):
-    np.save(path, np.eye(2, 4, dtype=np.float32))
-
-
-def read_array(path):
-    return TextEmbeddings.from_vectors(path, ['a', 'b'])
-
-
+IMAGE = np.arange(300, dtype=np.uint8).reshape(10, 10, 3)
 # What is damaged and who reads it; where there are checksums also what has to
 # be as it was, if it is read at all. Elsewhere it may be other words.
 FILES = {
-    'w.pth': (write_checkpoint, read_checkpoint, str),
+    'w.pth': (weights(dict(i=1)), read_checkpoint, str),
     'v.safetensors':
-    (write_vectors, TextEmbeddings.load, lambda text: text.sha256),
+    (lambda path: encode_classes(['road', 'sky'], 'toyclip', 'none').save(
+        path), TextEmbeddings.load, lambda text: text.sha256),
     'l.jsonl': (write_ledger, Ledger, None),
     's.yaml': (study(), Study.load, None),
-    'i.png': (write_image, read_image, None),
-    'n.json': (write_names, Vocabulary.from_spec, None),
-    'a.npy': (write_array, read_array, None),
+    'i.png': (lambda path: cv2.imwrite(str(path), IMAGE), read_image, None),
+    'n.json': (text(b'{"road": ["road", "street"], "car": "car"}'),
+               Vocabulary.from_spec, None),
+    'a.npy':
+    (lambda path: np.save(path, np.eye(2, 4, dtype=np.float32)),
+     lambda path: TextEmbeddings.from_vectors(path, ['a', 'b']), None),
 }
 
 

@@ -13,6 +13,7 @@ import zipfile
 from email import message_from_string
 from glob import glob
 from importlib import metadata
+from pathlib import Path
 
 import mmengine
 import pytest
@@ -32,19 +33,25 @@ CHECKOUT_ONLY = {
 
 
 def run(*command, cwd, **env):
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        env=dict(os.environ, **env),
-        capture_output=True,
-        text=True)
+    options = dict(env=dict(os.environ, **env), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def pip(*args, cwd):
-    return run(sys.executable, '-m', 'pip', '--disable-pip-version-check',
-               *args, cwd=cwd)  # yapf: disable
+    command = sys.executable, '-m', 'pip', '--disable-pip-version-check'
+    return run(*command, *args, cwd=cwd)
+
+
+def lines_of(path):
+    return Path(path).read_text().splitlines()
+
+
+def names_in(lines):
+    """Names of distributions at the beginning of lines, in lower case."""
+    found = (re.match(r'\w[\w.-]*', line) for line in lines)
+    return {match[0].lower().replace('_', '-') for match in found if match}
 
 
 def below(folder):
@@ -63,15 +70,12 @@ def source(tmp_path_factory):
     """A copy of the repository, so that building leaves nothing in it."""
     target = str(tmp_path_factory.mktemp('source') / 'mmseg_textkd')
     os.mkdir(target)
-    for name in ('mmseg_textkd', 'configs', 'tools', 'requirements',
-                 'requirements.txt', 'setup.py', 'setup.cfg', 'LICENSE',
-                 'pyproject.toml', 'MANIFEST.in', 'model-index.yml',
-                 'CITATION.cff', 'README.md'):
+    for name in ('mmseg_textkd', 'configs', 'tools', 'requirements'):
         path, copy = osp.join(ROOT, name), osp.join(target, name)
-        if osp.isdir(path):
-            shutil.copytree(path, copy, ignore=shutil.ignore_patterns('.mim'))
-        elif osp.isfile(path):
-            shutil.copyfile(path, copy)
+        shutil.copytree(path, copy, ignore=shutil.ignore_patterns('.mim'))
+    for path in glob(f'{ROOT}/*'):
+        if osp.isfile(path):
+            shutil.copy(path, target)
     return target
 
 
@@ -79,17 +83,17 @@ def source(tmp_path_factory):
 def wheel(source, tmp_path_factory):
     """A wheel, built by way of a source distribution."""
     folder = tmp_path_factory.mktemp('dist')
-    code = ('import sys; from setuptools.build_meta import build_sdist; '
-            'build_sdist(sys.argv[1])')
-    run(sys.executable, '-c', code, str(folder), cwd=source)
+    code = 'from setuptools.build_meta import build_sdist; '
+    code += f'build_sdist({str(folder)!r})'
+    run(sys.executable, '-c', code, cwd=source)
     archive, = folder.glob('*.tar.gz')
     # tarfile has no filters before Python 3.11.4 and 3.10.12.
     run('tar', '-xf', str(archive), cwd=folder)
     # Half of the tests, without what they import, would be of no use.
     assert not list(folder.glob('*/tests'))
     unpacked, = [path for path in folder.iterdir() if path.is_dir()]
-    pip('wheel', '--no-deps', '--no-build-isolation', '-w', str(folder),
-        str(unpacked), cwd=folder)  # yapf: disable
+    words = 'wheel', '--no-deps', '--no-build-isolation', '-w', str(folder)
+    pip(*words, str(unpacked), cwd=folder)
     built, = folder.glob('*.whl')
     return str(built)
 
@@ -100,15 +104,12 @@ def test_wheel_holds_mim_files_and_data(wheel):
         sizes = {info.filename: info.file_size for info in file.infolist()}
         tools = {n: file.read(n) for n in names if '/.mim/tools/' in n}
     # They write pages or environments of a checkout.
-    assert not [
-        name for name, text in tools.items()
-        if re.search(b"setup_env|/ 'docs'", text)
-    ]
+    of_checkout = re.compile(b"setup_env|/ 'docs'")
+    assert not [n for n, text in tools.items() if of_checkout.search(text)]
     for folder in ('configs', 'tools'):
         for path in below(osp.join(ROOT, folder)):
             here = f'mmseg_textkd/.mim/{folder}/{path}' in names
-            assert here != any(
-                part in CHECKOUT_ONLY for part in path.split('/')), path
+            assert here != bool(CHECKOUT_ONLY & {*path.split('/')}), path
     # What says that it needs a checkout, as tests and networks do, is none.
     assert not [n for n in names if re.search('tests?/|setup_env', n)]
     assert 'mmseg_textkd/py.typed' in names
@@ -117,10 +118,8 @@ def test_wheel_holds_mim_files_and_data(wheel):
         for path in below(osp.join(ROOT, 'mmseg_textkd', folder)):
             name = f'mmseg_textkd/{folder}/{path}'
             assert sizes[name] == osp.getsize(osp.join(ROOT, name))
-    assert {name.split('/')[0]
-            for name in names
-            } == {'mmseg_textkd', osp.basename(wheel).split('-py3')[0] +
-                  '.dist-info'}  # yapf: disable
+    info = osp.basename(wheel).split('-py3')[0] + '.dist-info'
+    assert {name.split('/')[0] for name in names} == {'mmseg_textkd', info}
     assert not [name for name in names if '__pycache__' in name]
 
 
@@ -129,18 +128,13 @@ def test_wheel_needs_no_library_of_two_names(wheel):
         name, = [n for n in file.namelist() if n.endswith('/METADATA')]
         meta = message_from_string(file.read(name).decode())
     assert meta['License-Expression'] == 'Apache-2.0'
-    assert 'Operating System :: OS Independent' not in meta.get_all(
-        'Classifier')
+    independent = 'Operating System :: OS Independent'
+    assert independent not in meta.get_all('Classifier')
     # Beside a page of the index there are no files.
     links = re.findall(r'\]\(([^)]*)\)', meta.get_payload())
-    assert links and not [
-        link for link in links if not link.startswith(('http', '#'))
-    ]
+    assert links and all(link.startswith(('http', '#')) for link in links)
     needs = meta.get_all('Requires-Dist')
-    plain = {
-        re.match(r'[\w.-]+', need)[0]
-        for need in needs if 'extra ==' not in need
-    }
+    plain = names_in(need for need in needs if 'extra ==' not in need)
     assert {'ftfy', 'regex', 'safetensors', 'filelock'} <= plain
     assert not [need for need in plain if re.match('mm|onedl', need)]
     clip = [need for need in needs if re.search('extra == .clip', need)]
@@ -169,11 +163,7 @@ def test_wheel_trains_and_tests(site, tmp_path):
     First by a config that inherits one of the wheel, then by its name.
     """
     generate_toy_scenes(
-        tmp_path / 'data/toy_scenes',
-        num_train=2,
-        num_val=2,
-        height=64,
-        width=128)
+        tmp_path / 'data/toy_scenes', 2, 2, height=64, width=128)
     name = 'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py'
     inside = f'{site}/mmseg_textkd/.mim'
     (tmp_path / 'own.py').write_text(
@@ -192,14 +182,9 @@ def test_wheel_trains_and_tests(site, tmp_path):
             args += (f'{split}_dataloader.num_workers=0',
                      f'{split}_dataloader.persistent_workers=False',
                      f'{split}_dataloader.batch_size=2')
-        return run(
-            *words,
-            '--work-dir=work',
-            '--cfg-options',
-            *args,
-            cwd=tmp_path,
-            PYTHONPATH=site,
-            CUDA_VISIBLE_DEVICES='')
+        words += ['--work-dir=work', '--cfg-options', *args]
+        env = dict(PYTHONPATH=site, CUDA_VISIBLE_DEVICES='')
+        return run(*words, cwd=tmp_path, **env)
 
     call('train', str(tmp_path / 'own.py'), 'train_cfg.max_iters=2',
          'train_cfg.val_interval=2', 'custom_hooks.0.switch_at=1',
@@ -226,19 +211,13 @@ def test_editable_install_links_to_the_checkout(source, tmp_path):
     site, = glob(str(tmp_path / 'venv/lib/python*/site-packages'))
     with open(osp.join(site, 'zz_parent.pth'), 'w') as file:
         file.write(sysconfig.get_path('purelib'))
-    args = [
-        '--python', python, 'install', '--no-deps', '--ignore-installed',
-        '--no-build-isolation', '-e', source
-    ]
-    pip(*args, cwd=tmp_path)
-    pip(*args, cwd=tmp_path)  # must find the links of the first, not mind
-    out = run(
-        python,
-        '-I',  # no PYTHONPATH
-        '-c',
-        'from importlib.util import find_spec\n'
-        "print(find_spec('mmseg_textkd').submodule_search_locations[0])",
-        cwd=tmp_path).strip()
+    args = ['--no-deps', '--ignore-installed', '--no-build-isolation']
+    for _ in range(2):  # must find the links of the first, not mind
+        pip('--python', python, 'install', *args, '-e', source, cwd=tmp_path)
+    code = ('from importlib.util import find_spec\n'
+            "print(find_spec('mmseg_textkd').submodule_search_locations[0])")
+    # Without PYTHONPATH.
+    out = run(python, '-I', '-c', code, cwd=tmp_path).strip()
     assert osp.samefile(out, osp.join(source, 'mmseg_textkd'))
     for name in ('configs', 'tools', 'model-index.yml'):
         link = osp.join(out, '.mim', name)
@@ -248,10 +227,8 @@ def test_editable_install_links_to_the_checkout(source, tmp_path):
 
 def test_model_index_is_complete_and_points_at_files():
     index = mmengine.load(osp.join(ROOT, 'model-index.yml'))
-    assert index['Import'] == [
-        osp.relpath(path, ROOT)
-        for path in sorted(glob(f'{ROOT}/configs/*/metafile.yaml'))
-    ] != []
+    files = sorted(glob(f'{ROOT}/configs/*/metafile.yaml'))
+    assert index['Import'] == [osp.relpath(f, ROOT) for f in files] != []
     for path in index['Import']:
         meta = mmengine.load(osp.join(ROOT, path))
         collections = {item['Name'] for item in meta['Collections']}
@@ -266,13 +243,7 @@ def test_model_index_is_complete_and_points_at_files():
 def test_no_requirement_is_called_mmseg():
     files = glob(f'{ROOT}/requirements/*.txt') + [f'{ROOT}/requirements.txt']
     assert len(files) >= 8
-    names = set()
-    for path in files:
-        with open(path) as file:
-            names |= {
-                re.match(r'[\w.-]+', line)[0].lower()
-                for line in file if re.match(r'\w', line)
-            }
+    names = set().union(*(names_in(lines_of(path)) for path in files))
     assert 'mmseg' not in names and 'mmsegmentation' in names
 
 
@@ -280,23 +251,15 @@ def test_no_requirement_is_called_mmseg():
 def test_constraints_pin_everything_that_is_required(stack):
     pattern = re.compile(
         r'([\w.-]+)==[\w.+]+(; python_version [<>=]+ "3.11")?')
-    with open(f'{ROOT}/requirements/constraints-{stack}.txt') as file:
-        lines = [line.strip() for line in file if not line.startswith('#')]
-    matches = [pattern.fullmatch(line) for line in lines]
-    assert all(matches), [line for line in lines if not pattern.match(line)]
-
-    def plain(name):
-        return name.lower().replace('_', '-')
-
-    pinned = {plain(match[1]) for match in matches}
+    lines = lines_of(f'{ROOT}/requirements/constraints-{stack}.txt')
+    lines = [line for line in lines if not line.startswith('#')]
+    assert not [line for line in lines if not pattern.fullmatch(line)]
+    pinned = names_in(lines)
     suffix = '' if stack == 'upstream' else '-onedl'
-    required = set()
-    for name in ('runtime', 'optional', 'tests', f'mminstall{suffix}'):
-        with open(f'{ROOT}/requirements/{name}.txt') as file:
-            required |= {
-                plain(re.match(r'[\w.-]+', line)[0])
-                for line in file if line.strip()
-            }
+    files = 'runtime', 'optional', 'tests', f'mminstall{suffix}'
+    required = set().union(
+        *(names_in(lines_of(f'{ROOT}/requirements/{file}.txt'))
+          for file in files))
     assert required <= pinned, required - pinned
     # torch of the machine decides on these, and a desktop is not assumed.
     assert not [name for name in pinned if re.match('nvidia|cuda|trit', name)]

@@ -61,22 +61,16 @@ print(json.dumps(found))
 
 @pytest.fixture(scope='module')
 def helps():
-    done = subprocess.run([sys.executable, '-c', CODE,
-                           json.dumps(TOOLS)],
-                          capture_output=True,
-                          text=True)
+    words = [sys.executable, '-c', CODE, json.dumps(TOOLS)]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return {
-        osp.relpath(tool, ROOT): options
-        for tool, options in json.loads(done.stdout).items()
-    }
+    found = json.loads(done.stdout).items()
+    return {osp.relpath(tool, ROOT): options for tool, options in found}
 
 
-def test_help_comes_before_what_takes_seconds(helps):
+def test_every_argument_is_explained_at_once(helps):
+    """Help comes before what takes seconds."""
     assert len(helps) == len(TOOLS) > 25
-
-
-def test_every_argument_is_explained(helps):
     mute = [(tool, name) for tool, options in helps.items()
             for name, (text, _) in options.items()
             if not text or text.strip().startswith('default')]
@@ -89,18 +83,12 @@ def test_one_thing_has_one_spelling(helps):
         '--shape', '--height', '--width', '--tower', '--vocabulary', '--names',
         '--json', '--markdown', '--batch', '--text', 'out'
     }
-    shown = {(tool, name)
-             for tool, options in helps.items()
-             for name in options}
-    assert not [(tool, name) for tool, name in shown if name in old]
+    assert not [(t, old & {*o}) for t, o in helps.items() if old & {*o}]
     for name in ('--size', '--cfg-options', '--device', '--num-images',
                  '--max-pixels', '--model', '--batch-size', '--embeddings',
                  '--templates', '--pretrained'):
-        kinds = {
-            json.dumps(options[name][1])
-            for options in helps.values() if name in options
-        }
-        assert len(kinds) == 1, (name, kinds)
+        kinds = [o[name][1] for o in helps.values() if name in o]
+        assert kinds and kinds == kinds[:1] * len(kinds), (name, kinds)
 
 
 BUILT = {
@@ -121,14 +109,13 @@ def pages():
 def test_python_of_the_guides_imports_the_package_first():
     """Else MMSegmentation wants the compiled ops of mmcv, see the FAQ."""
     late, number = [], 0
+    stock = re.compile(r'^(?:from|import) mmseg\.(?:apis|models)\b', re.M)
     for page in pages():
         text = page.read_text(encoding='utf-8')
         code = ''.join(re.findall(r'```python\n(.*?)```', text, re.S))
-        found = re.search(r'^(?:from|import) mmseg\.(?:apis|models)\b', code,
-                          re.M)
-        if found:
+        before, *after = stock.split(code, 1)
+        if after:
             number += 1
-            before = code[:found.start()]
             if not re.search(r'^(?:from|import) mmseg_textkd', before, re.M):
                 late.append(str(page))
     assert not late and number > 4
@@ -141,9 +128,9 @@ def commands():
         blocks = re.findall(r'```(?:shell|bash)\n(.*?)```', text, re.S)
         for line in '\n'.join(blocks).replace('\\\n', ' ').splitlines():
             found = re.search(r'python ((?:tools|demo)/\S+\.py)(.*)', line)
-            if found and found[1] not in ('tools/stock_tool.py', ):
-                yield page.name, found[1], shlex.split(
-                    re.split(r' [|>]|&&', found[2])[0], comments=True)
+            if found and found[1] != 'tools/stock_tool.py':
+                words = re.split(r' [|>]|&&', found[2])[0]
+                yield page.name, found[1], shlex.split(words, comments=True)
 
 
 def test_commands_of_the_guides(tmp_path, monkeypatch, capsys):
@@ -167,9 +154,11 @@ def test_commands_of_the_guides(tmp_path, monkeypatch, capsys):
         except SystemExit:
             faults.append((page, path, words, capsys.readouterr().err))
             continue
-        faults += [(page, path, words, key)
-                   for key, value in vars(args).items()
-                   if key.startswith('old_') and value is not None]
+        old = [
+            k for k, v in vars(args).items()
+            if k[:4] == 'old_' and v is not None
+        ]
+        faults += [(page, path, words, key) for key in old]
         number += 1
     assert not faults, "\n".join(map(str, faults))
     assert number > 80
@@ -199,13 +188,11 @@ def test_settings_are_read_as_mmengine_does():
     assert cfg.a.b == 3
 
 
-@pytest.mark.parametrize('word', ['junk', '=1'])
-def test_a_setting_without_value_is_refused(word):
-    with pytest.raises(ValueError, match=f'--cfg-options {word}.*key=value'):
-        read_options([word])
-
-
-def test_a_setting_that_does_not_fit_is_refused():
+def test_bad_settings_are_refused():
+    for word in ('junk', '=1'):
+        with pytest.raises(
+                ValueError, match=f'--cfg-options {word}.*key=value'):
+            read_options([word])
     with pytest.raises(ValueError, match=r'--cfg-options a.b.c=1.*not fit'):
         merge_options(Config(dict(a=dict(b=[1, 2]))), ['a.b.c=1'])
 
@@ -215,11 +202,10 @@ def test_what_nobody_can_act_upon_is_not_said(tmp_path, capsys, monkeypatch):
     shorten_console()
     file = tmp_path / 'log'
     log = MMLogger('noise', log_file=str(file))
-    for text in ('"FileClient" will be deprecated in future.',
-                 'The prefix is not set in metric class IoUMetric.',
-                 'Failed to search registry with scope "mmseg" in the '
-                 '"function" registry tree.'):
-        log.warning(text)
+    log.warning('"FileClient" will be deprecated in future.')
+    log.warning('The prefix is not set in metric class IoUMetric.')
+    log.warning('Failed to search registry with scope "mmseg" in the '
+                '"function" registry tree.')
     log.warning('The prefix of your metric is odd.')
     log.info('Config:\nmodel = dict()')
     said = capsys.readouterr()
@@ -253,12 +239,10 @@ def test_logs_of_the_guide(tmp_path):
         found[values['vis_backends'][-1]['type']] = values['visualizer']
     assert sorted(found) == ['TensorboardVisBackend', 'WandbVisBackend']
     assert all(VISBACKENDS.get(name) for name in found)
-    text = RESIDUAL
     cfg = tiny_config(
-        tmp_path, text, dict(switch_at=2, log_interval=1), max_iters=3)
-    run(cfg,
-        visualizer=dict(
-            found['TensorboardVisBackend'], type='SegLocalVisualizer'))
+        tmp_path, RESIDUAL, dict(switch_at=2, log_interval=1), max_iters=3)
+    board = found['TensorboardVisBackend']
+    run(cfg, visualizer=dict(board, type='SegLocalVisualizer'))
     from tensorboard.backend.event_processing.event_accumulator import \
         EventAccumulator
     events, = tmp_path.glob('work/*/vis_data/events*')

@@ -1,46 +1,48 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """A real training run, small enough for a test."""
+import copy
 import itertools
 import os.path as osp
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from mmseg.registry import HOOKS
+from mmseg.registry import HOOKS, MODELS
 
+from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
 from mmseg_textkd.text import TextEmbeddings
 
 CLASSES = ('sky', 'building', 'road', 'sidewalk', 'pole', 'car', 'truck',
            'person')
 SIZE = (32, 64)
+NORM = dict(type='BN')
+# Without it convolutions would get no gradient at first.
+PLAIN = dict(zero_init_residual=False, norm_cfg=NORM)
+STAGE = dict(num_stages=1, strides=(1, ), dilations=(1, ), out_indices=(0, ))
 BACKBONE = dict(
-    type='ResNet',
-    depth=18,
-    num_stages=1,
-    stem_channels=8,
-    base_channels=8,
-    strides=(1, ),
-    dilations=(1, ),
-    out_indices=(0, ),
-    # Else convolutions get no gradient at first.
-    zero_init_residual=False,
-    norm_cfg=dict(type='BN'))
-# A stock auxiliary head of the tiny network.
-AUXILIARY = dict(
+    PLAIN, type='ResNet', depth=18, stem_channels=8, base_channels=8, **STAGE)
+# Dropout is random, and MMEngine does not save random states.
+HEAD = dict(
     type='FCNHead',
     in_channels=8,
     in_index=0,
-    channels=8,
+    channels=16,
     num_convs=1,
     concat_input=False,
     dropout_ratio=0.,
     num_classes=len(CLASSES),
-    norm_cfg=dict(type='BN'),
+    norm_cfg=NORM,
     align_corners=False,
+    loss_decode=dict(type='CrossEntropyLoss'))
+# A stock auxiliary head of the tiny network.
+AUXILIARY = dict(
+    HEAD,
+    channels=8,
     loss_decode=dict(type='CrossEntropyLoss', loss_weight=0.4))
 # Residual prompts that need no file.
 RESIDUAL = dict(
@@ -54,6 +56,12 @@ PIPELINE = [
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs')
 ]
+DATASET = dict(
+    type='BaseSegDataset',
+    img_suffix='.png',
+    seg_map_suffix='.png',
+    data_prefix=dict(img_path='img', seg_map_path='ann'),
+    pipeline=PIPELINE)
 _RUNS = itertools.count()
 
 
@@ -98,10 +106,11 @@ def write_vectors(file, shift=0.):
         CLASSES).save(file)
 
 
-def write_dataset(root, num_images=6):
+def write_dataset(root, num_images=6, colors=None):
     """Write images whose colors say their classes, more or less."""
     rng = np.random.default_rng(0)
-    colors = rng.integers(0, 256, (len(CLASSES), 3))
+    if colors is None:
+        colors = rng.integers(0, 256, (len(CLASSES), 3))
     for folder in ('img', 'ann'):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for i in range(num_images):
@@ -125,58 +134,37 @@ def tiny_config(tmp_path,
     root = tmp_path / 'data'
     if not root.exists():
         write_dataset(root)
-    norm_cfg = dict(type='BN')
-    head = dict(
-        type='FCNHead',
-        in_channels=8,
-        in_index=0,
-        channels=16,
-        num_convs=1,
-        concat_input=False,
-        # Random, and MMEngine does not save random states.
-        dropout_ratio=0.,
-        num_classes=len(CLASSES),
-        norm_cfg=norm_cfg,
-        align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss'))
+    head = copy.deepcopy(HEAD)
     if text is not None:
         head.update(type='TextFCNHead', text=text)
-    dataset = dict(
-        type='BaseSegDataset',
-        data_root=str(root),
-        img_suffix='.png',
-        seg_map_suffix='.png',
-        # Serializing begins with a garbage collection.
-        serialize_data=False,
-        metainfo=dict(classes=CLASSES, palette=[[i, i, i] for i in range(8)]),
-        data_prefix=dict(img_path='img', seg_map_path='ann'),
-        pipeline=PIPELINE)
+    metainfo = dict(classes=CLASSES, palette=[[i, i, i] for i in range(8)])
+    # Serializing begins with a garbage collection.
+    dataset = dict(DATASET, data_root=str(root), serialize_data=False)
+    dataset['metainfo'] = metainfo
+    preprocessor = dict(
+        type='SegDataPreProcessor', mean=[128.] * 3, std=[64.] * 3)
+    sgd = dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=5e-4)
+    undecayed = dict.fromkeys(['.text.', 'log_scale'], dict(decay_mult=0.))
+    decay = dict(type='PolyLR', eta_min=1e-4, power=0.9, begin=0)
+    saving = dict(type='CheckpointHook', by_epoch=False)
 
-    def loader(batch_size, sampler):
-        return dict(
-            batch_size=batch_size,
-            num_workers=0,
-            sampler=sampler,
-            dataset=dataset)
+    def loader(size, **sampler):
+        loader = dict(batch_size=size, num_workers=0, dataset=dataset)
+        return dict(loader, sampler=sampler)
 
     cfg = dict(
         default_scope='mmseg',
         custom_imports=dict(imports=['mmseg_textkd']),
         model=dict(
             type='EncoderDecoder',
-            data_preprocessor=dict(
-                type='SegDataPreProcessor',
-                mean=[128.] * 3,
-                std=[64.] * 3,
-                size=SIZE,
-                seg_pad_val=255),
+            data_preprocessor=dict(preprocessor, size=SIZE, seg_pad_val=255),
             backbone=BACKBONE,
             decode_head=head,
             train_cfg=dict(),
             test_cfg=dict(mode='whole')),
         work_dir=str(tmp_path / 'work'),
-        train_dataloader=loader(2, dict(type='InfiniteSampler')),
-        val_dataloader=loader(1, dict(type='DefaultSampler', shuffle=False)),
+        train_dataloader=loader(2, type='InfiniteSampler'),
+        val_dataloader=loader(1, type='DefaultSampler', shuffle=False),
         val_evaluator=dict(type='IoUMetric', iou_metrics=['mIoU']),
         train_cfg=dict(
             type='IterBasedTrainLoop',
@@ -185,27 +173,12 @@ def tiny_config(tmp_path,
         val_cfg=dict(type='ValLoop'),
         optim_wrapper=dict(
             type='OptimWrapper',
-            optimizer=dict(
-                type='SGD', lr=0.05, momentum=0.9, weight_decay=5e-4),
-            paramwise_cfg=dict(custom_keys={
-                '.text.': dict(decay_mult=0.),
-                'log_scale': dict(decay_mult=0.)
-            })),
-        param_scheduler=[
-            dict(
-                type='PolyLR',
-                eta_min=1e-4,
-                power=0.9,
-                begin=0,
-                end=max_iters,
-                by_epoch=False)
-        ],
+            optimizer=sgd,
+            paramwise_cfg=dict(custom_keys=undecayed)),
+        param_scheduler=[dict(decay, end=max_iters, by_epoch=False)],
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
-            checkpoint=dict(
-                type='CheckpointHook',
-                by_epoch=False,
-                interval=save_every or max_iters)),
+            checkpoint=dict(saving, interval=save_every or max_iters)),
         log_processor=dict(by_epoch=False),
         env_cfg=dict(dist_cfg=dict(backend='gloo')),
         find_unused_parameters=True,
@@ -221,6 +194,19 @@ def tiny_config(tmp_path,
     return cfg
 
 
+def without_loops(cfg):
+    """Leave out validation and test; in place."""
+    for key in [k for k in cfg if k.startswith(('val', 'test'))]:
+        cfg.pop(key)
+    cfg.train_cfg.pop('val_interval')
+
+
+def watch(cfg, *hooks):
+    """Let hooks of ``fate_hook`` watch a run, by default it; in place."""
+    cfg.custom_imports.imports.append('fate_hook')
+    cfg.custom_hooks[:0] = [dict(type=h) for h in ('FateHook', *hooks)]
+
+
 def run(cfg, **changes):
     """Train and return the runner."""
     cfg = cfg.copy()
@@ -231,6 +217,27 @@ def run(cfg, **changes):
     runner = Runner.from_cfg(cfg)
     runner.train()
     return runner
+
+
+def stop_and_resume(cfg, at, work_dir):
+    """Train as :func:`run`, with a stop before iteration ``at``."""
+    cut = cfg.copy()
+    cut.custom_hooks = [*cfg.custom_hooks, dict(type='StopHook', at=at)]
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, work_dir=str(work_dir))
+    return run(cfg, work_dir=str(work_dir), resume=True)
+
+
+def folded(cfg, model):
+    """The stock network of a config, with a trained model folded into it."""
+    stock = MODELS.build(to_stock_cfg(cfg).model).eval()
+    stock.load_state_dict(fold_state_dict(model.eval()), strict=True)
+    return stock
+
+
+def changed(before, after):
+    """Keys of two states where they differ."""
+    return {k for k in after if not torch.equal(before[k], after[k])}
 
 
 def assert_equal(a, b, where=''):

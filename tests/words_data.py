@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import PIPELINE, SIZE, residual, tiny_config
+from tiny import DATASET, SIZE, residual, tiny_config
 
 from mmseg_textkd.text import TextEmbeddings
 
@@ -23,15 +23,9 @@ DIM = 16
 
 def dataset_cfg(root, name, **changes):
     """One of the data sets."""
-    cfg = dict(
-        type='BaseSegDataset',
-        data_root=str(root / name),
-        img_suffix='.png',
-        seg_map_suffix='.png',
-        metainfo=dict(
-            classes=OWN[name], palette=[[40 * i, i, 9] for i in range(4)]),
-        data_prefix=dict(img_path='img', seg_map_path='ann'),
-        pipeline=PIPELINE)
+    palette = [[40 * i, i, 9] for i in range(4)]
+    cfg = dict(DATASET, data_root=str(root / name))
+    cfg['metainfo'] = dict(classes=OWN[name], palette=palette)
     return dict(cfg, **changes)
 
 
@@ -62,15 +56,9 @@ def data(tmp_path_factory):
                 path = root / name / kind / f'{i}.png'
                 path.parent.mkdir(parents=True, exist_ok=True)
                 cv2.imwrite(str(path), array.astype(np.uint8))
-    vectors = dict(
-        zip(
-            WORDS,
-            F.normalize(
-                torch.randn(
-                    len(WORDS),
-                    DIM,
-                    generator=torch.Generator().manual_seed(0)),
-                dim=1)))
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(len(WORDS), DIM, generator=generator)
+    vectors = dict(zip(WORDS, F.normalize(vectors, dim=1)))
     files = []
     for name, words in OWN.items():
         files.append(str(root / f'{name}.safetensors'))
@@ -98,10 +86,8 @@ def network_cfg(data, tmp_path):
         for loader in (cfg.train_dataloader, cfg.val_dataloader):
             loader.dataset = multi_cfg(data.root)
         cfg.test_dataloader = cfg.val_dataloader
-        cfg.val_evaluator = [
-            dict(type='DatasetIoUMetric', dataset=name, iou_metrics=['mIoU'])
-            for name in OWN
-        ]
+        metric = dict(type='DatasetIoUMetric', iou_metrics=['mIoU'])
+        cfg.val_evaluator = [dict(metric, dataset=name) for name in OWN]
         cfg.test_evaluator = cfg.val_evaluator
         cfg.merge_from_dict(options)
         return cfg

@@ -18,24 +18,17 @@ from mmseg_textkd.text.encode_classes import encode_classes
 
 UNSEEN = ['car', 'truck']
 SEEN = [name not in UNSEEN for name in CLASSES]
-TEACHER = dict(
-    type='FrozenCLIPTeacher',
-    model='toyclip',
-    embed_dims=64,
-    num_layers=3,
-    patch_size=8,
-    grid_size=4,
-    out_dims=64,
-    scale=1.,
-    surgery_blocks=1)
+SIZES = dict(embed_dims=64, num_layers=3, patch_size=8, grid_size=4)
+TOWER = dict(SIZES, model='toyclip', out_dims=64, scale=1., surgery_blocks=1)
+TEACHER = dict(TOWER, type='FrozenCLIPTeacher')
 
 
 def config(root):
     """Two iterations with two hidden classes."""
     file = root / 'toy.safetensors'
     encode_classes(list(CLASSES), 'toyclip', 'photo').save(file)
-    cfg = tiny_config(root, dict(type='ClassEmbeddings', file=str(file)), {},
-                      2)
+    text = dict(type='ClassEmbeddings', file=str(file))
+    cfg = tiny_config(root, text, {}, 2)
     branch, cfg.train_dataloader, cfg.val_evaluator = zero_shot(
         cfg.train_dataloader, 'toy_scenes', UNSEEN, before='PackSegInputs')
     cfg.test_evaluator = cfg.val_evaluator
@@ -44,7 +37,6 @@ def config(root):
     cfg.model.decode_head.text_branch = dict(
         branch, type='BalancedTextClassifier', clip_scale=15.88)
     cfg.custom_hooks.append(dict(type='TeacherHook'))
-    cfg.default_hooks.checkpoint.interval = 2
     cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
     return cfg
 
@@ -68,10 +60,8 @@ def test_run(trained):
     assert {'mIoU_seen', 'mIoU_unseen'} <= metrics
     # The teacher is nowhere, and as it was.
     model, tower = runner.model, runner.model.teacher.tower
-    params = {
-        id(p)
-        for p in (*tower.parameters(), *tower.network.parameters())
-    }
+    params = *tower.parameters(), *tower.network.parameters()
+    params = {id(p) for p in params}
     groups = runner.optim_wrapper.param_groups
     assert not params & {id(p) for g in groups for p in g['params']}
     assert not params & {id(p) for p in model.parameters()}
@@ -113,13 +103,14 @@ def test_new_words_are_balanced(trained):
     # By hand, from the weights of the checkpoint.
     classifier = model.decode_head.conv_seg
     feat = torch.randn(1, 16, 3, 4)
+
+    def shares(scale, pixels):
+        logits = torch.einsum('kd,ndhw->nkhw', mine.vectors, pixels)
+        return (scale * logits).softmax(1)
+
     with torch.no_grad():
-        a = (classifier.scale() *
-             torch.einsum('kd,ndhw->nkhw', mine.vectors,
-                          classifier.projection(feat))).softmax(1)
-        d = (15.88 *
-             torch.einsum('kd,ndhw->nkhw', mine.vectors,
-                          classifier.image_projection(feat))).softmax(1)
+        a = shares(classifier.scale(), classifier.projection(feat))
+        d = shares(15.88, classifier.image_projection(feat))
         scores = conv(feat).exp()
     torch.testing.assert_close(
         scores[:, 0], a[:, 0]**.7 * d[:, 0]**.3, rtol=1e-3, atol=1e-5)
@@ -134,11 +125,9 @@ def test_release_is_stock(trained, tmp_path, capsys):
     cfg = Config.fromfile(root / 'config.py')
     stock = to_stock_cfg(cfg)
     assert stock.model == to_stock_cfg(tiny_config(root)).model
-    load_tool('model_converters/textkd2mmseg.py').main([
-        str(root / 'config.py'),
-        str(root / 'work/iter_2.pth'),
-        str(tmp_path / 'stock.pth'), '--device', 'cpu', '--num-images', '2'
-    ])
+    made = str(tmp_path / 'stock.pth'), '--device', 'cpu', '--num-images', '2'
+    load_tool('model_converters/textkd2mmseg.py').main(
+        [f'{root}/config.py', f'{root}/work/iter_2.pth', *made])
     said = capsys.readouterr().out
     assert 'The balance for the classes without labels is left out' in said
     state = load(tmp_path / 'stock.pth')['state_dict']

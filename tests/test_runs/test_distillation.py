@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Both teachers in real runs: stages, resuming, AMP, ranks, release."""
 import copy
-import os.path as osp
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +11,9 @@ from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS, HOOKS, MODELS
-from processes import TOOLS, load, start_ranks
-from tiny import CLASSES, SIZE, assert_equal, residual, run, tiny_config
+from processes import TRAIN, load, start_ranks
+from tiny import (CLASSES, SIZE, assert_equal, folded, residual, run,
+                  stop_and_resume, tiny_config, without_loops)
 
 from mmseg_textkd import add_region_embeddings
 from mmseg_textkd.clip.image_tower import ImageTower
@@ -30,28 +31,24 @@ TEXT_LOSSES = [
         loss_name='loss_text_prototypes'),
     dict(type='TextSimilarityDistillationLoss')
 ]
+CWD = dict(type='ChannelWiseDistillationLoss')
+FEATURES = dict(CWD, on='features', align=(16, 12))
 DISTILL_LOSSES = [
-    dict(type='LogitDistillationLoss'),
-    dict(type='ChannelWiseDistillationLoss'),
-    dict(
-        type='ChannelWiseDistillationLoss',
-        on='features',
-        align=(16, 12),
-        loss_name='loss_cwd_features')
+    dict(type='LogitDistillationLoss'), CWD,
+    dict(FEATURES, loss_name='loss_cwd_features')
 ]
+DISTILLED = {f'distill.loss_{n}' for n in ('kd', 'cwd', 'cwd_features')}
+NAMES = DISTILLED | {
+    GUIDED, 'decode.loss_text_prototypes', 'decode.loss_text_similarity'
+}
 
 
 @HOOKS.register_module()
 class NoteHook(Hook):
-    """Keep the losses, and end the run before iteration ``stop``."""
-    priority = 'HIGHEST'
+    """Keep the losses."""
 
-    def __init__(self, stop=None):
-        self.stop, self.losses = stop, []
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if runner.iter == self.stop:
-            raise KeyboardInterrupt
+    def __init__(self):
+        self.losses = []
 
     def after_train_iter(self, runner, outputs, **kwargs):
         self.losses.append({k: v.item() for k, v in outputs.items()})
@@ -108,8 +105,14 @@ def stock_student(root, losses=DISTILL_LOSSES):
     return cfg
 
 
-def notes(runner):
+def notes(runner, names=NAMES):
+    """The losses of each iteration, of which all are optimized."""
     hook, = (h for h in runner.hooks if isinstance(h, NoteHook))
+    for values in hook.losses:
+        assert names <= set(values)
+        assert all(0 < values[n] < float('inf') for n in NAMES)
+        total = sum(v for k, v in values.items() if 'loss_' in k)
+        assert values['loss'] == pytest.approx(total, rel=1e-5)
     return hook.losses
 
 
@@ -124,20 +127,9 @@ def whole(root):
 
 @pytest.mark.stacks
 def test_all_losses_go_through_both_stages(root, whole):
-    losses = notes(whole)
-    names = {
-        GUIDED, 'decode.loss_text_prototypes', 'decode.loss_text_similarity',
-        'distill.loss_kd', 'distill.loss_cwd', 'distill.loss_cwd_features'
-    }
-    assert len(losses) == 4
-    for values in losses:
-        assert names <= set(values)
-        assert all(0 < values[n] < float('inf') for n in names)
-        # All of them are optimized.
-        total = sum(v for k, v in values.items() if 'loss_' in k)
-        assert values['loss'] == pytest.approx(total, rel=1e-5)
+    assert len(notes(whole)) == 4
     states = [
-        load(root / 'whole' / f'iter_{i}.pth')['ema_state_dict']
+        load(root / f'whole/iter_{i}.pth')['ema_state_dict']
         for i in (1, 2, 3, 4)
     ]
     gamma = 'module.decode_head.text_losses.0.gamma.log_scale'
@@ -180,78 +172,53 @@ def test_a_resumed_run_is_the_uninterrupted_one(root, whole, monkeypatch):
     cfg = config(root)
     assert ensure_regions(cfg) == 0
     cfg.custom_hooks.append(dict(type='EMAHook', momentum=.3))
-    work_dir = str(root / 'cut')
-    cut = copy.deepcopy(cfg)
-    cut.custom_hooks[-2].stop = 3
-    with pytest.raises(KeyboardInterrupt):
-        run(cut, work_dir=work_dir)
-    resumed = run(cfg, work_dir=work_dir, resume=True)
+    resumed = stop_and_resume(cfg, 3, root / 'cut')
     assert notes(resumed) == notes(whole)[3:]
-    expected, got = (
-        load(root / name / 'iter_4.pth') for name in ('whole', 'cut'))
+    expected, got = (load(root / n / 'iter_4.pth') for n in ('whole', 'cut'))
     for part in ('state_dict', 'ema_state_dict', 'optimizer'):
         assert_equal(got[part], expected[part], part)
 
 
-@pytest.mark.stacks
-@each_case('role', ['classifier', 'auxiliary'])
-def test_what_is_deployed_is_stock(root, role):
-    cfg = config(root, role, **{'optim_wrapper.type': 'CPUAmpOptimWrapper'})
-    runner = run(cfg, work_dir=str(root / role))
-    assert all(v['loss'] < float('inf') for v in notes(runner))
-    stock_cfg = to_stock_cfg(cfg)
-    expected = to_stock_cfg(tiny_config(root, max_iters=4))
-    assert stock_cfg.model == expected.model
-    assert stock_cfg.train_dataloader == expected.train_dataloader
-    assert stock_cfg.custom_hooks == [dict(type='NoteHook')]
-    stock = MODELS.build(stock_cfg.model)
-    model = runner.model.eval()
-    stock.load_state_dict(fold_state_dict(model), strict=True)
-    inputs = torch.randn(2, 3, *SIZE)
-    with torch.no_grad():
-        logits = stock.eval()(inputs), model(inputs)
-    assert (logits[0] - logits[1]).abs().max() < 1e-4
-    assert torch.equal(logits[0].argmax(1), logits[1].argmax(1))
-
-
-def test_goes_with_all_other_text_knowledge(root):
+def add_everything(root, cfg):
     """Synonyms, structure loss and a bridge beside both teachers."""
-    cfg = config(root)
+    build = dict(model='toyclip', templates='photo', keep_bank=True)
+    build['vocabulary'] = {name: [name, f'a {name}'] for name in CLASSES}
     head = cfg.model.decode_head
     head.text.embeddings = dict(
-        type='SynonymSampler',
-        file=str(root / 'phrases.safetensors'),
-        build=dict(
-            model='toyclip',
-            vocabulary={name: [name, f'a {name}']
-                        for name in CLASSES},
-            templates='photo',
-            keep_bank=True))
+        type='SynonymSampler', file=f'{root}/phrases.safetensors', build=build)
     head.text_losses += [
         dict(type='SemanticStructureLoss', min_pixels=1),
         dict(type='TextAlignmentLoss', loss_weight=0.4)
     ]
     head.fusion = dict(type='TwoWayBridge', width=8, num_heads=2)
     ensure_embeddings(cfg)
-    runner = run(cfg, work_dir=str(root / 'together'))
-    names = {
-        GUIDED, 'decode.loss_text_prototypes', 'decode.loss_text_similarity',
-        'decode.loss_structure', 'decode.loss_text_align',
-        'decode.loss_bridge_ce', 'decode.loss_bridge_kl', 'distill.loss_kd',
-        'distill.loss_cwd', 'distill.loss_cwd_features'
+    return {
+        f'decode.loss_{name}'
+        for name in ('structure', 'text_align', 'bridge_ce', 'bridge_kl')
     }
-    for values in notes(runner):
-        assert names <= set(values)
-        total = sum(v for k, v in values.items() if 'loss_' in k)
-        assert values['loss'] == pytest.approx(total, rel=1e-5)
-    assert runner.model.decode_head.text_branch.text.offset.abs().max() > 0
-    stock = MODELS.build(to_stock_cfg(cfg).model)
-    model = runner.model.eval()
-    stock.load_state_dict(fold_state_dict(model), strict=True)
-    inputs = torch.randn(2, 3, *SIZE)
+
+
+@pytest.mark.stacks
+@each_case('role', ['classifier', 'auxiliary'])
+def test_what_is_deployed_is_stock(root, role):
+    """In mixed precision, as a classifier with all other text knowledge."""
+    cfg = config(root, role, **{'optim_wrapper.type': 'CPUAmpOptimWrapper'})
+    more = add_everything(root, cfg) if role == 'classifier' else set()
+    runner = run(cfg, work_dir=str(root / role))
+    notes(runner, NAMES | more)
+    model = runner.model
+    offset = model.decode_head.text_branch.text.offset
+    assert role == 'auxiliary' or offset.abs().max() > 0
+    stock_cfg = to_stock_cfg(cfg)
+    expected = to_stock_cfg(tiny_config(root, max_iters=4))
+    assert stock_cfg.model == expected.model
+    assert stock_cfg.train_dataloader == expected.train_dataloader
+    assert stock_cfg.custom_hooks == [dict(type='NoteHook')]
+    inputs, stock = torch.randn(2, 3, *SIZE), folded(cfg, model)
     with torch.no_grad():
-        logits = stock.eval()(inputs), model(inputs)
+        logits = stock(inputs), model(inputs)
     assert (logits[0] - logits[1]).abs().max() < 1e-4
+    assert torch.equal(logits[0].argmax(1), logits[1].argmax(1))
 
 
 def first_batch(cfg):
@@ -289,9 +256,7 @@ def test_a_stock_network_learns_from_the_teacher_too(root):
     # The network's own losses are those of the plain network.
     distilled, alone, plain = losses
     assert alone == plain
-    assert set(distilled) - set(plain) == {
-        'distill.loss_kd', 'distill.loss_cwd', 'distill.loss_cwd_features'
-    }
+    assert set(distilled) - set(plain) == DISTILLED
     assert distilled['decode.loss_ce'] == plain['decode.loss_ce']
 
 
@@ -301,10 +266,8 @@ def test_the_student_gets_nearer_to_the_teacher(root):
     cfg.model.decode_head.loss_decode.loss_weight = 0.
     model, batch = fresh(cfg), first_batch(cfg)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
-    losses = [
-        step(model, batch, optimizer)['distill.loss_kd'].item()
-        for _ in range(8)
-    ]
+    losses = [step(model, batch, optimizer) for _ in range(8)]
+    losses = [values['distill.loss_kd'].item() for values in losses]
     assert losses[-1] < .7 * losses[0]
 
 
@@ -351,35 +314,32 @@ def test_bad_teachers(root, tmp_path):
     cfg = stock_student(root)
     good = cfg.model.teacher.checkpoint
 
-    def fails(kind, message, **changes):
-        bad = copy.deepcopy(cfg)
-        bad.merge_from_dict(changes)
-        with pytest.raises(kind, match=message):
-            start_training(bad)
-
-    fails(FileNotFoundError, 'no checkpoint .*none.pth of the teacher',
-          **{'model.teacher.checkpoint': str(tmp_path / 'none.pth')})
-    with open(good, 'rb') as file:
-        data = file.read()
+    checkpoint = 'model.teacher.checkpoint'
+    data, saved = Path(good).read_bytes(), load(good)
     # A changed byte might be one between two tensors.
     (tmp_path / 'bad.pth').write_bytes(data[:len(data) // 2])
-    fails(ValueError, 'no checkpoint, a damaged one',
-          **{'model.teacher.checkpoint': str(tmp_path / 'bad.pth')})
-    fails(ValueError, 'is not of the network of the config',
-          **{'model.teacher.cfg_options': {
-              'model.decode_head.channels': 10
-          }})
-    saved = load(good)
     names = list(CLASSES)
     names[1:3] = names[2:0:-1]
     saved['meta']['dataset_meta']['classes'] = names
     torch.save(saved, tmp_path / 'others.pth')
-    fails(
-        ValueError, r"from number 1 on: \['road', 'building', 'sidewalk'\] "
-        r"instead of \['building', 'road', 'sidewalk'\]",
-        **{'model.teacher.checkpoint': str(tmp_path / 'others.pth')})
-    fails(ValueError, 'has 8 classes, but the student 9',
-          **{'model.decode_head.num_classes': 9})
+    for key, value, kind, message in [
+        (checkpoint, str(tmp_path / 'none.pth'), FileNotFoundError,
+         'no checkpoint .*none.pth of the teacher'),
+        (checkpoint, str(tmp_path / 'bad.pth'), ValueError,
+         'no checkpoint, a damaged one'),
+        ('model.teacher.cfg_options', {
+            'model.decode_head.channels': 10
+        }, ValueError, 'is not of the network of the config'),
+        (checkpoint, str(tmp_path / 'others.pth'), ValueError,
+         r"from number 1 on: \['road', 'building', 'sidewalk'\] "
+         r"instead of \['building', 'road', 'sidewalk'\]"),
+        ('model.decode_head.num_classes', 9, ValueError,
+         'has 8 classes, but the student 9')
+    ]:
+        bad = copy.deepcopy(cfg)
+        bad.merge_from_dict({key: value})
+        with pytest.raises(kind, match=message):
+            start_training(bad)
     plain = tiny_config(root)
     with pytest.raises(ValueError, match='found no teacher'):
         start_training(plain)
@@ -391,17 +351,11 @@ def test_two_ranks(root):
     cfg.train_dataloader.dataset.pipeline[2].folder = str(root / 'ranks')
     cfg.custom_hooks = cfg.custom_hooks[:-1]  # of this module
     cfg.default_hooks.checkpoint.interval = 4
-    for key in [k for k in cfg if k.startswith(('val', 'test'))]:
-        cfg.pop(key)
-    cfg.train_cfg.pop('val_interval')
+    without_loops(cfg)
     cfg.log_level = 'INFO'
     cfg.dump(str(root / 'ranks.py'))
-    done = start_ranks(
-        osp.join(TOOLS, 'train.py'),
-        root / 'ranks.py',
-        '--work-dir',
-        root / 'ranks_work',
-        cwd=root)
+    words = TRAIN, root / 'ranks.py', '--work-dir', root / 'ranks_work'
+    done = start_ranks(*words, cwd=root)
     assert done.status == 0, done.output[-4000:]
     assert done.output.count('Made the region embeddings of 6 images') == 1
     assert 'distill.loss_kd' in done.output and GUIDED in done.output

@@ -1,13 +1,12 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Two processes over gloo, through the switch of the stages."""
 import json
-import os.path as osp
 
 import numpy as np
 import pytest
 import torch
-from processes import TOOLS, free_port, load, start, start_ranks
-from tiny import CLASSES, residual, tiny_config
+from processes import TOOLS, TRAIN, free_port, load, start, start_ranks
+from tiny import CLASSES, residual, tiny_config, watch, without_loops
 
 pytestmark = pytest.mark.stacks
 
@@ -20,21 +19,12 @@ def write_config(root, name, batch_size=2, hooks=(), **options):
     file = root / 'text' / 'toy.safetensors'
     build = dict(model='toyclip', vocabulary=list(CLASSES), templates='photo')
     text = residual(file, build=build)
-    cfg = tiny_config(
-        root,
-        text,
-        dict(switch_at=SWITCH),
-        max_iters=ITERS,
-        log_level='INFO',
-        **options)
-    cfg.custom_imports.imports.append('fate_hook')
-    cfg.custom_hooks[:0] = [dict(type='FateHook')
-                            ] + [dict(type=hook) for hook in hooks]
+    hook, options['log_level'] = dict(switch_at=SWITCH), 'INFO'
+    cfg = tiny_config(root, text, hook, ITERS, **options)
+    watch(cfg, *hooks)
     cfg.default_hooks.checkpoint.interval = ITERS
     if name != 'with':
-        for key in [k for k in cfg if k.startswith(('val', 'test'))]:
-            cfg.pop(key)
-        cfg.train_cfg.pop('val_interval')
+        without_loops(cfg)
     cfg.train_dataloader.batch_size = batch_size
     cfg.dump(str(root / f'{name}.py'))
 
@@ -43,12 +33,8 @@ def write_config(root, name, batch_size=2, hooks=(), **options):
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp('ddp')
     # Stock configs have SyncBN, which torch has on GPUs only.
-    sync = {'type': 'SyncBN'}
-    write_config(
-        root, 'with', **{
-            'model.backbone.norm_cfg': sync,
-            'model.decode_head.norm_cfg': sync
-        })
+    norms = [f'model.{part}.norm_cfg' for part in ('backbone', 'decode_head')]
+    write_config(root, 'with', **dict.fromkeys(norms, dict(type='SyncBN')))
     write_config(root, 'without', find_unused_parameters=False)
     # Batches of the same four images, in two processes or in one; the
     # frozen norms do not normalize yet, so it takes large steps to learn.
@@ -59,24 +45,14 @@ def runs(tmp_path_factory):
     def train(name):
         words = root / f'{name}.py', '--work-dir', root / name
         if name == 'with':  # as a user does
-            script = osp.join(TOOLS, 'dist_train.sh')
-            return start(
-                'bash',
-                script,
-                words[0],
-                '2',
-                *words[1:],
-                cwd=root,
-                PORT=free_port())
-        words = osp.join(TOOLS, 'train.py'), *words
+            words = f'{TOOLS}/dist_train.sh', words[0], '2', *words[1:]
+            return start('bash', *words, cwd=root, PORT=free_port())
+        words = TRAIN, *words
         if name == 'one':
             return start('python', *words, cwd=root)
         return start_ranks(*words, cwd=root)
 
-    return root, {
-        name: train(name)
-        for name in ('with', 'without', 'two', 'one')
-    }
+    return root, {n: train(n) for n in ('with', 'without', 'two', 'one')}
 
 
 def reports(root, name):
@@ -147,18 +123,13 @@ def test_two_processes_train_as_one_with_their_batches(runs):
     curve = np.array(one['losses'])
     assert np.ptp(curve[:SWITCH]) > 0.02 and np.ptp(curve[SWITCH:]) > 0.02
     np.testing.assert_allclose(losses.mean(0), curve, rtol=1e-5)
-    states = [
+    two, one = (
         load(root / name / f'iter_{ITERS}.pth')['state_dict']
-        for name in ('two', 'one')
-    ]
-    assert states[0].keys() == states[1].keys()
-    for key, value in states[0].items():
+        for name in ('two', 'one'))
+    assert two.keys() == one.keys()
+    for key, value in two.items():
         torch.testing.assert_close(
-            value,
-            states[1][key],
-            rtol=1e-4,
-            atol=1e-6,
-            msg=lambda text, key=key: f'{key}: {text}')
+            value, one[key], rtol=1e-4, atol=1e-6, msg=f'{key}: {{}}'.format)
 
 
 def test_without_find_unused_parameters_the_hook_says_so(runs):

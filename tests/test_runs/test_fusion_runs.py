@@ -7,12 +7,12 @@ import pytest
 import torch
 from each_case import each_case
 from mmseg.models.decode_heads import FCNHead
-from mmseg.registry import MODELS
-from processes import load
-from tiny import RESIDUAL, SIZE, assert_equal, run, tiny_config
+from processes import states
+from tiny import (RESIDUAL, SIZE, assert_equal, changed, folded, run,
+                  tiny_config, without_loops)
 from tool_modules import load_tool
 
-from mmseg_textkd.deploy import fold, fold_state_dict, to_stock_cfg
+from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
 from mmseg_textkd.models.text_parameters import text_parameters
 
 pytestmark = pytest.mark.stacks
@@ -21,14 +21,14 @@ deploy = load_tool('deployment/deploy.py')
 textkd2mmseg = load_tool('model_converters/textkd2mmseg.py')
 ITERS, SWITCH = 6, 3
 BRIDGE = dict(type='TwoWayBridge', width=8, num_heads=2)
+# Without dropout, which is random: MMEngine does not save random states.
+CONTEXT = dict(type='ContextAwareText', width=8, num_heads=2, dropout=0.)
+# Fusion, role of the head, and what is in the log.
 RUNS = dict(
-    bridge=dict(fusion=BRIDGE),
-    bridge_aux=dict(fusion=BRIDGE, role='auxiliary'),
-    kept=dict(fusion=dict(BRIDGE, num_blocks=1, use='inference')),
-    context=dict(
-        # Random, and MMEngine does not save random states.
-        fusion=dict(type='ContextAwareText', width=8, num_heads=2,
-                    dropout=0.)))
+    bridge=(BRIDGE, 'classifier', {'bridge_ce', 'bridge_kl'}),
+    bridge_aux=(BRIDGE, 'auxiliary', {'bridge_ce', 'bridge_kl'}),
+    kept=(dict(BRIDGE, num_blocks=1, use='inference'), 'classifier', set()),
+    context=(CONTEXT, 'classifier', {'context_ce'}))
 
 
 def config(folder, fusion, role='classifier', learn=None):
@@ -38,9 +38,9 @@ def config(folder, fusion, role='classifier', learn=None):
     cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
     cfg.optim_wrapper.optimizer.lr = .2
     cfg.default_hooks.checkpoint.interval = 1
-    for key in [k for k in cfg if k.startswith('val')]:
-        cfg.pop(key)
-    cfg.train_cfg.pop('val_interval')
+    test = {k: v for k, v in cfg.items() if k.startswith('test')}
+    without_loops(cfg)
+    cfg.update(test)
     return cfg
 
 
@@ -52,29 +52,21 @@ def trained(tmp_path_factory):
     def get(name):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            cfg = config(folder, **RUNS[name])
-            runner = run(cfg)
+            cfg = config(folder, *RUNS[name][:2])
+            model = run(cfg).model.eval()
             cfg.dump(folder / 'config.py')
-            scalars, = (folder / 'work').glob('*/vis_data/scalars.json')
+            lines, = (folder / 'work').glob('*/vis_data/scalars.json')
             made[name] = SimpleNamespace(
-                folder=folder,
+                work=folder / 'work',
+                files=[f'{folder}/config.py', f'{folder}/work/iter_6.pth'],
                 cfg=cfg,
-                model=runner.model.eval(),
-                log=[
-                    json.loads(line)
-                    for line in scalars.read_text().splitlines()
-                ],
-                states=[
-                    load(folder / 'work' / f'iter_{i}.pth')['state_dict']
-                    for i in range(1, ITERS + 1)
-                ])
+                model=model,
+                log=list(map(json.loads,
+                             lines.read_text().splitlines())),
+                states=states(folder / 'work', *range(1, ITERS + 1)))
         return made[name]
 
     return get
-
-
-def changed(before, after):
-    return {k for k in after if not torch.equal(before[k], after[k])}
 
 
 @each_case('name', RUNS)
@@ -91,35 +83,25 @@ def test_two_stages_in_mixed_precision(trained, name):
     assert any(n.endswith('text.offset') for n in learned)
     assert not any('.fusion.' in n for n in learned)
     assert all(v.isfinite().all() for v in done.states[-1].values())
-
-
-@each_case('name, logged', [
-    ('bridge', {'bridge_ce', 'bridge_kl'}),
-    ('bridge_aux', {'bridge_ce', 'bridge_kl'}),
-    ('kept', set()),
-    ('context', {'context_ce'}),
-])
-def test_losses_are_in_the_log(trained, name, logged):
-    rows = [r for r in trained(name).log if 'loss' in r]
+    rows = [r for r in done.log if 'loss' in r]
     assert len(rows) == ITERS
     for row in rows:
-        found = {
-            k[len('decode.loss_'):]
-            for k in row if 'bridge' in k or 'context' in k
+        losses = {
+            k[12:]: v
+            for k, v in row.items() if k[:12] == 'decode.loss_'
         }
-        assert found == logged
-        total = sum(v for k, v in row.items() if k.startswith('decode.loss_'))
-        assert row['loss'] == pytest.approx(total, rel=1e-3)
+        found = {k for k in losses if 'bridge' in k or 'context' in k}
+        assert found == RUNS[name][2]
+        assert row['loss'] == pytest.approx(sum(losses.values()), rel=1e-3)
 
 
 @each_case('name', ['bridge', 'context'])
 def test_a_killed_run_goes_on_as_the_other(trained, name):
     done = trained(name)
     cfg = done.cfg.copy()
-    cfg.work_dir = str(done.folder / 'resumed')
+    cfg.work_dir = str(done.work.parent / 'resumed')
     # Between two iterations of stage 1: with gates that have moved.
-    cfg.load_from = str(done.folder / 'work' / 'iter_2.pth')
-    cfg.resume = True
+    cfg.load_from, cfg.resume = str(done.work / 'iter_2.pth'), True
     # The batches of an endless sampler are passed over one by one.
     again = run(cfg).model.state_dict()
     assert_equal(dict(again), dict(done.states[-1]))
@@ -128,10 +110,8 @@ def test_a_killed_run_goes_on_as_the_other(trained, name):
 @each_case('name', ['bridge', 'bridge_aux', 'context'])
 def test_deployed_network_is_a_stock_one(trained, name):
     done = trained(name)
-    stock = fold(done.model, done.cfg)
+    stock = folded(done.cfg, done.model)
     assert type(stock.decode_head) is FCNHead
-    plain = MODELS.build(to_stock_cfg(done.cfg).model)
-    plain.load_state_dict(fold_state_dict(done.model), strict=True)
     assert not any('fusion' in n for n, _ in stock.named_modules())
     inputs = torch.randn(1, 3, *SIZE)
     calls = []
@@ -156,11 +136,7 @@ def test_a_kept_bridge_does_not_fold_and_is_told_so(trained, tmp_path):
         assert 'deploy.py' in message and "use='training'" in message
     out = tmp_path / 'out.pth'
     with pytest.raises(SystemExit, match='does not fold'):
-        textkd2mmseg.main([
-            str(done.folder / 'config.py'),
-            str(done.folder / 'work' / 'iter_6.pth'),
-            str(out)
-        ])
+        textkd2mmseg.main([*done.files, str(out)])
     assert not out.exists()
 
 
@@ -168,20 +144,14 @@ def test_a_kept_bridge_runs_in_onnx_runtime(trained, tmp_path, capsys):
     done = trained('kept')
     gates = done.states[-1]['decode_head.conv_seg.fusion.pixel_gate']
     assert gates.abs().max() > 1e-4
-    files = [
-        str(done.folder / 'config.py'),
-        str(done.folder / 'work' / 'iter_6.pth')
-    ]
     # The tool compares the graph with PyTorch, or writes nothing.
-    deploy.main([
-        *files, '--out',
-        str(tmp_path / 'kept'), '--to', 'onnx', '--dynamic', '--no-preprocess'
-    ])
+    words = ['--to', 'onnx', '--dynamic', '--no-preprocess', '--out']
+    deploy.main([*done.files, *words, str(tmp_path / 'kept')])
     said = capsys.readouterr().out
     assert said.count('another class at 0 of') == 2
     import onnxruntime
-    session = onnxruntime.InferenceSession(
-        str(tmp_path / 'kept' / 'model.onnx'))
+    session = onnxruntime.InferenceSession(f'{tmp_path}/kept/model.onnx')
+    fusion = done.model.decode_head.text_branch.fusion
     for size in (SIZE, (48, 80)):
         inputs = torch.randn(1, 3, *size)
         with torch.no_grad():
@@ -192,20 +162,17 @@ def test_a_kept_bridge_runs_in_onnx_runtime(trained, tmp_path, capsys):
         assert (got - expected).abs().max() < bound
         # Not what the plain classifier would say.
         with torch.no_grad():
-            done.model.decode_head.text_branch.fusion.use = 'training'
+            fusion.use = 'training'
             plain = done.model.encode_decode(inputs, [dict(img_shape=size)])
-            done.model.decode_head.text_branch.fusion.use = 'inference'
+            fusion.use = 'inference'
         assert (plain - expected).abs().max() > 10 * bound
 
 
 def test_a_kept_bridge_can_learn_in_stage_2(tmp_path):
     learn = {r'\.text\.': 1., r'\.fusion\.': .5}
-    cfg = config(tmp_path, RUNS['kept']['fusion'], learn=learn)
+    cfg = config(tmp_path, RUNS['kept'][0], learn=learn)
     model = run(cfg).model
-    states = [
-        load(tmp_path / 'work' / f'iter_{i}.pth')['state_dict']
-        for i in (SWITCH, ITERS)
-    ]
-    learned = changed(*states) & set(dict(model.named_parameters()))
+    learned = changed(*states(tmp_path / 'work', SWITCH, ITERS))
+    learned &= set(dict(model.named_parameters()))
     fusion = {n for n, _ in model.named_parameters() if '.fusion.' in n}
     assert learned == fusion | {'decode_head.conv_seg.text.offset'}

@@ -5,10 +5,10 @@ import signal
 
 import numpy as np
 import pytest
-import torch
 from each_case import each_case
-from processes import STOCK_TRAIN, load, side_by_side, start
-from tiny import CLASSES, PROMPTS, assert_equal, tiny_config
+from processes import STOCK_TRAIN, load, side_by_side, train
+from tiny import (CLASSES, PROMPTS, assert_equal, changed, tiny_config, watch,
+                  without_loops)
 
 from mmseg_textkd.clip import TextTower
 from mmseg_textkd.text.encode_classes import encode_classes
@@ -35,20 +35,15 @@ def write_config(folder, kind):
     file = str(folder / 'text.safetensors')
     encode_classes(list(CLASSES), 'toyclip', 'photo').save(file)
     text = dict(PROMPTS, embeddings=dict(type='ClassEmbeddings', file=file))
+    learn = dict.fromkeys(('context', *LEARN[kind]), 1.)
+    schedule = [
+        dict(type='LinearLR', start_factor=0.5, end=2),
+        dict(type='CosineAnnealingLR', eta_min=0.)
+    ]
     hook = dict(
         switch_at=SWITCH,
-        learn={
-            'context': 1.,
-            'backbone': 0.1,
-            **{
-                key: 1.
-                for key in LEARN[kind]
-            }
-        },
-        param_scheduler=[
-            dict(type='LinearLR', start_factor=0.5, end=2),
-            dict(type='CosineAnnealingLR', eta_min=0.)
-        ],
+        learn=dict(learn, backbone=0.1),
+        param_scheduler=schedule,
         log_interval=1)
     if kind == 'classifier':
         cfg = tiny_config(folder, text, hook, max_iters=ITERS)
@@ -61,12 +56,9 @@ def write_config(folder, kind):
             text=text,
             feature='backbone',
             convs=['decode_head.convs.0.conv'])
-    cfg.custom_imports.imports.append('fate_hook')
-    cfg.custom_hooks.insert(0, dict(type='FateHook'))
+    watch(cfg)
     cfg.default_hooks.checkpoint.interval = INTERVAL
-    for name in [k for k in cfg if k.startswith(('val', 'test'))]:
-        cfg.pop(name)
-    cfg.train_cfg.pop('val_interval')
+    without_loops(cfg)
     cfg.log_level = 'INFO'
     cfg.dump(str(folder / f'{kind}.py'))
 
@@ -78,31 +70,23 @@ def runs(tmp_path_factory):
     for kind in CONTEXT:
         write_config(root, kind)
 
-    def train(name, kind, fate, *words):
-        work = root / name
-        done = start(
-            'python',
-            STOCK_TRAIN,
-            root / f'{kind}.py',
-            '--work-dir',
-            work,
-            *words,
-            cwd=root,
-            FATE=fate)
-        return done, sorted(p.name for p in work.glob('iter_*.pth'))
+    def run(name, kind, fate, *words):
+        config, fate = root / f'{kind}.py', dict(FATE=fate, tool=STOCK_TRAIN)
+        done = train(root, config, root / name, *words, **fate)
+        return done, sorted(p.name for p in (root / name).glob('iter_*.pth'))
 
     def story(kind):
         outcomes, words = [], []
         for fate, _ in FATES[kind]:
-            outcomes.append(train(kind, kind, fate, *words))
+            outcomes.append(run(kind, kind, fate, *words))
             words = ['--resume']
-        return outcomes + [train(kind, kind, 'none 0', *words)]
+        return outcomes + [run(kind, kind, 'none 0', *words)]
+
+    def whole(kind):
+        return [run(f'whole_{kind}', kind, 'none 0')]
 
     jobs = {kind: lambda kind=kind: story(kind) for kind in FATES}
-    for kind in FATES:
-        jobs[f'whole_{kind}'] = lambda kind=kind: [
-            train(f'whole_{kind}', kind, 'none 0')
-        ]
+    jobs.update({f'whole_{k}': lambda kind=k: whole(kind) for k in FATES})
     return root, side_by_side(jobs)
 
 
@@ -120,12 +104,16 @@ def test_the_run_that_nobody_kills(runs, kind):
     assert saved == [f'iter_{i}.pth' for i in range(2, ITERS + 1, INTERVAL)]
     facts, tower = report(whole), TextTower('toyclip')
     assert facts['iters'] == list(range(ITERS))
-    assert facts['open_clip'] == [False] * SWITCH + [
-        # The tower comes while iteration 4 is being prepared.
-        False
-    ] + [True] * (
-        ITERS - SWITCH - 1)
+    # The tower comes while the first iteration of stage 2 is being prepared.
+    without = SWITCH + 1
+    assert facts['open_clip'] == [False] * without + [True] * (ITERS - without)
+    # Bit for bit what a fresh one is, and nowhere.
     assert facts['towers'] == [tower.checksum()]
+    assert facts['tower_graded'] == []
+    assert 'ContextPromptLearner' in facts['inside']
+    assert not {'TextTower', 'Transformer', 'CLIP'} & set(facts['inside'])
+    assert 'UNKNOWN' not in facts['optimized']
+    assert context in facts['optimized']
     for i, learns in enumerate(facts['learns']):
         assert (context in learns) == (i >= SWITCH)
         assert any('decode_head.convs' in n for n in learns) == (i < SWITCH)
@@ -135,11 +123,16 @@ def test_the_run_that_nobody_kills(runs, kind):
         assert text.current() == stage
         assert state['state_dict'][context.replace('context', 'started')] == (
             stage == 2)
-    moved = {
-        k
-        for k, v in end['state_dict'].items()
-        if not torch.equal(v, at_switch['state_dict'][k])
-    }
+    keys = {k for k in end['state_dict'] if '.text.' in k}
+    names = 'class_embeddings', 'context', 'started'
+    assert keys == {context.replace('context', name) for name in names}
+    # One entry for each parameter that has ever had a step.
+    groups = end['optimizer']['param_groups']
+    assert sum(len(g['params']) for g in groups) == len(facts['optimized'])
+    size = sum(p.numel() for p in tower.parameters())
+    size += 3 * sum(v.numel() for v in end['state_dict'].values())
+    assert (whole / f'iter_{ITERS}.pth').stat().st_size < 4 * size
+    moved = changed(at_switch['state_dict'], end['state_dict'])
     assert context in moved
     assert context.replace('context', 'class_embeddings') in moved
     assert any('backbone' in k and 'running_var' in k for k in moved)
@@ -156,8 +149,7 @@ def test_fates_are_as_planned(runs):
         for (fate, go_on), (done, saved) in zip(fates, killed):
             assert done.status == -signal.SIGKILL, (name, done.output[-3000:])
             whole = [f'iter_{i}.pth' for i in range(2, go_on + 1, INTERVAL)]
-            half = [f'iter_{fate.split()[1]}.pth'
-                    ] if fate.startswith('write') else []
+            half = [f'iter_{fate[6:]}.pth'] if fate[:5] == 'write' else []
             assert saved == whole + half
         done, _ = last
         assert done.status == 0, (name, done.output[-3000:])

@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """The shipped configs through the tools, MMSegmentation's own and ours."""
 import json
-import os.path as osp
 import re
 import shutil
 
@@ -9,8 +8,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from processes import (ROOT, STOCK_TRAIN, TOOLS, load, options, side_by_side,
-                       start)
+import torch.nn.functional as F
+from processes import (ROOT, STOCK_TRAIN, TOOLS, loaders, options,
+                       side_by_side, start, states, train)
+from tiny import assert_equal
 
 from mmseg_textkd.datasets import CamVidDataset
 from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
@@ -19,23 +20,11 @@ from mmseg_textkd.text.encode_classes import encode_classes
 
 pytestmark = pytest.mark.stacks
 
-FOLDER = osp.join(ROOT, 'configs', 'text_classifier')
-TOY = osp.join(FOLDER,
-               'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py')
-CAMVID = osp.join(FOLDER,
-                  'textkd_bisenetv2_fcn_vit-b16_1xb8-10k_camvid-360x480.py')
+FOLDER = f'{ROOT}/configs/text_classifier/textkd_bisenetv2_fcn'
+TOY = f'{FOLDER}_toyclip_1xb8-200i_toy-scenes-128x256.py'
+CAMVID = f'{FOLDER}_vit-b16_1xb8-10k_camvid-360x480.py'
 TOY_FILE = 'data/text_embeddings/toy_scenes_toyclip.safetensors'
 CAMVID_FILE = 'data/text_embeddings/camvid_vit-b16-openai.safetensors'
-
-
-def loaders(*names):
-    """Load in the same process, two images at a time."""
-    values = {}
-    for name in names:
-        values[f'{name}_dataloader__num_workers'] = 0
-        values[f'{name}_dataloader__persistent_workers'] = False
-        values[f'{name}_dataloader__batch_size'] = 2
-    return values
 
 
 def short(size):
@@ -85,35 +74,28 @@ def runs(tmp_path_factory):
     vectors = encode_classes('toy_scenes', 'toyclip', 'photo')
     toy = short('(64,128)')
 
-    def train(tool, config, folder, **changes):
-        return start(
-            'python',
-            tool,
-            config,
-            '--work-dir',
-            'work',
-            *options(**changes),
-            cwd=root / folder)
-
     def ours_then_test():
-        ours = train(osp.join(TOOLS, 'train.py'), TOY, 'ours', **toy)
+        ours = train(root / 'ours', TOY, 'work', *options(**toy))
         made = TextEmbeddings.load(root / 'ours' / TOY_FILE)
         # As if on another machine: no vectors, no text tower's file.
         (root / 'ours' / TOY_FILE).unlink()
         checkpoint = root / 'ours' / 'work' / 'iter_3.pth'
-        test = start(
-            'python',
-            osp.join(TOOLS, 'test.py'),
+        changes = options(
+            **loaders('test'),
+            test_dataloader__dataset__data_root=scenes,
+            model__data_preprocessor__size='(64,128)')
+        test = train(
+            root / 'elsewhere',
             TOY,
-            checkpoint,
-            '--work-dir',
             'work',
-            *options(
-                **loaders('test'),
-                test_dataloader__dataset__data_root=scenes,
-                model__data_preprocessor__size='(64,128)'),
-            cwd=root / 'elsewhere')
+            checkpoint,
+            *changes,
+            tool=f'{TOOLS}/test.py')
         return ours, made, test
+
+    def stock():
+        changes = options(**toy, **told)
+        return train(root / 'stock', TOY, 'work', *changes, tool=STOCK_TRAIN)
 
     def camvid():
         write_camvid(root / 'camvid' / 'data' / 'camvid')
@@ -122,35 +104,19 @@ def runs(tmp_path_factory):
         rows = np.random.default_rng(0).normal(size=(11, 512))
         np.save(root / 'camvid' / 'v.npy', rows.astype(np.float32))
         (root / 'camvid' / 'n.json').write_text(json.dumps(classes))
-        imported = start(
-            'python',
-            osp.join(TOOLS, 'encode_text.py'),
-            'camvid',
-            '--import',
-            'v.npy',
-            '--names-file',
-            'n.json',
-            '--out',
-            CAMVID_FILE,
-            cwd=root / 'camvid')
-        done = train(
-            STOCK_TRAIN,
-            CAMVID,
-            'camvid',
+        words = 'python', f'{TOOLS}/encode_text.py', 'camvid', '--import'
+        words += 'v.npy', '--names-file', 'n.json', '--out', CAMVID_FILE
+        imported = start(*words, cwd=root / 'camvid')
+        changes = options(
             **short('(72,96)'),
             train_dataloader__dataset__pipeline__3__scale='(96,72)',
             train_dataloader__dataset__pipeline__4__crop_size='(72,96)',
             val_dataloader__dataset__pipeline__1__scale='(96,72)')
+        done = train(
+            root / 'camvid', CAMVID, 'work', *changes, tool=STOCK_TRAIN)
         return imported, rows[::-1], done
 
-    done = side_by_side({
-        'ours':
-        ours_then_test,
-        'stock':
-        lambda: train(STOCK_TRAIN, TOY, 'stock', **toy, **told),
-        'camvid':
-        camvid
-    })
+    done = side_by_side(dict(ours=ours_then_test, stock=stock, camvid=camvid))
     return root, vectors, done
 
 
@@ -172,22 +138,18 @@ def check_run(done, work, learned):
     assert log['step'][:3] == [1, 2, 3]
     assert len(log['loss']) == 3 and np.isfinite(log['loss']).all()
     assert log['mIoU'] and log['text_stage'][-1] == 2
-    state = load(work / 'iter_3.pth')['state_dict']
-    text = {k: v for k, v in state.items() if '.text.' in k}
-    prefix = 'decode_head.conv_seg.text.'
-    assert set(text) == {
-        prefix + key
-        for key in ('class_embeddings', 'started', learned)
-    }
-    assert text[prefix + 'started']
-    return text[prefix + 'class_embeddings'], text[prefix + learned], log
+    state, = states(work, 3)
+    text = {k.split('.text.')[1]: v for k, v in state.items() if '.text.' in k}
+    assert set(text) == {'class_embeddings', 'started', learned}
+    assert text['started']
+    return text['class_embeddings'], text[learned], log
 
 
 def test_toy_config_through_the_stock_tool(runs):
     """Which makes the vectors."""
     root, vectors, done = runs
-    embeddings, context, log = check_run(done['stock'],
-                                         root / 'stock' / 'work', 'context')
+    work = root / 'stock' / 'work'
+    embeddings, context, _ = check_run(done['stock'], work, 'context')
     made = TextEmbeddings.load(root / 'stock' / TOY_FILE)
     assert made.sha256 == vectors.sha256
     assert context.shape == (4, 64)
@@ -210,11 +172,8 @@ def test_our_tool_makes_the_embeddings(runs):
 
 def test_both_tools_train_the_same(runs):
     ours, stock = (
-        load(runs[0] / name / 'work' / 'iter_3.pth')['state_dict']
-        for name in ('ours', 'stock'))
-    assert ours.keys() == stock.keys()
-    for key, value in ours.items():
-        assert torch.equal(value, stock[key]), key
+        states(runs[0] / name / 'work', 3) for name in ('ours', 'stock'))
+    assert_equal(ours, stock)
 
 
 def test_a_checkpoint_is_tested_without_vectors(runs):
@@ -232,16 +191,14 @@ def test_a_checkpoint_is_tested_without_vectors(runs):
 
 def test_camvid_config_through_the_stock_tool(runs):
     root, _, done = runs
-    imported, rows, train = done['camvid']
+    imported, rows, trained = done['camvid']
     assert imported.status == 0, imported.output
     made = TextEmbeddings.load(root / 'camvid' / CAMVID_FILE)
     assert made.names == CamVidDataset.METAINFO['classes']
-    expected = torch.tensor(rows.copy()).float()
-    expected /= expected.norm(dim=1, keepdim=True)
+    expected = F.normalize(torch.tensor(rows.copy()).float(), dim=1)
     torch.testing.assert_close(made.vectors, expected)
-    embeddings, offset, _ = check_run(train, root / 'camvid' / 'work',
-                                      'offset')
+    work = root / 'camvid' / 'work'
+    embeddings, offset, _ = check_run(trained, work, 'offset')
     assert offset.shape == (11, 512) and offset.abs().max() > 0
-    torch.testing.assert_close(
-        embeddings,
-        torch.nn.functional.normalize(made.vectors + 0.5 * offset, dim=1))
+    expected = F.normalize(made.vectors + 0.5 * offset, dim=1)
+    torch.testing.assert_close(embeddings, expected)

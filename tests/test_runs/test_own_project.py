@@ -1,6 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """The snippets of the guides, as they stand there, in a user's project."""
-import os.path as osp
 import re
 from pathlib import Path
 
@@ -8,14 +7,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmseg.datasets import CityscapesDataset
 from mmseg.registry import MODELS
-from processes import (ROOT, STOCK_TRAIN, TOOLS, load, options, side_by_side,
-                       start)
+from processes import (ROOT, STOCK_TRAIN, load, loaders, options, side_by_side,
+                       train)
+from tiny import folded
 
-from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
 from mmseg_textkd.models.text_parameters import text_providers
 from mmseg_textkd.text.encode_classes import encode_classes
 
@@ -23,10 +23,9 @@ GUIDE = 'docs/en/user_guides/mixing_in.md'
 AUXILIARY = 'Text on auxiliary heads'
 OWN_DATA = 'Own data set, own class names'
 NAMES = ('sky', 'building', 'road', 'car', 'person')
-TRAIN = osp.join(TOOLS, 'train.py')
-TEST = osp.join(TOOLS, 'test.py')
 CITYSCAPES = ('leftImg8bit', '_leftImg8bit.png', 'gtFine',
               '_gtFine_labelTrainIds.png')
+SPLITS = ('train', 'val')
 OWN = ('img', '.jpg', 'ann', '.png')
 
 
@@ -48,30 +47,19 @@ def write_pictures(root, layout, num_classes):
             ids = np.kron(
                 rng.integers(0, num_classes, (2, 4)), np.ones((32, 32), int))
             image = ids[..., None] * 12 + rng.integers(0, 12, (64, 128, 3))
-            cv2.imwrite(
-                str(root / images / split / f'{i}{image_end}'),
-                image.astype(np.uint8))
-            cv2.imwrite(
-                str(root / labels / split / f'{i}{label_end}'),
-                ids.astype(np.uint8))
+            for folder, end, pixels in ((images, image_end, image),
+                                        (labels, label_end, ids)):
+                path = root / folder / split / f'{i}{end}'
+                cv2.imwrite(str(path), pixels.astype(np.uint8))
 
 
-def small(*splits, **changes):
+def small(**changes):
     """Small images in place of Cityscapes', loaded in the same process."""
-    values = dict(model__data_preprocessor__size='(64,128)', **changes)
-    for split in splits:
-        values.update({
-            f'{split}_dataloader__num_workers': 0,
-            f'{split}_dataloader__persistent_workers': False
-        })
-        dataset = f'{split}_dataloader__dataset__pipeline'
-        if split == 'train':
-            values[f'{split}_dataloader__batch_size'] = 2
-            values[f'{dataset}__2__scale'] = '(128,64)'
-            values[f'{dataset}__3__crop_size'] = '(64,128)'
-        else:
-            values[f'{dataset}__1__scale'] = '(128,64)'
-    return options(**values)
+    train, val = (f'{s}_dataloader__dataset__pipeline' for s in SPLITS)
+    scales = {f'{train}__2__scale': '(128,64)', f'{val}__1__scale': '(128,64)'}
+    scales[f'{train}__3__crop_size'] = '(64,128)'
+    size = dict(model__data_preprocessor__size='(64,128)')
+    return options(**loaders(*SPLITS), **size, **scales, **changes)
 
 
 SHORT = dict(
@@ -82,21 +70,19 @@ SHORT = dict(
 STAGES = dict(SHORT, custom_hooks__0__switch_at=2)
 # ToyCLIP in the place of a tower that would have to be fetched.
 EMBEDDINGS = 'model__decode_head__text__embeddings__'
-TOYCLIP = {
-    f'{EMBEDDINGS}dim': 64,
-    f'{EMBEDDINGS}build__model': 'toyclip',
-    f'{EMBEDDINGS}build__pretrained': None
-}
+TOYCLIP = dict(dim=64, build__model='toyclip', build__pretrained=None)
+TOYCLIP = {f'{EMBEDDINGS}{key}': value for key, value in TOYCLIP.items()}
 
 
-def learned_offset(path, num_classes, dim):
-    """Check the text in a checkpoint of stage 2; returns the offset."""
+def check_learned(path, vectors):
+    """Check the text in a checkpoint of stage 2."""
     state = load(path)['state_dict']
     prefix = 'decode_head.conv_seg.text.'
     assert state[prefix + 'started']
     offset = state[prefix + 'offset']
-    assert offset.shape == (num_classes, dim) and offset.abs().max() > 0
-    return offset, state[prefix + 'class_embeddings']
+    assert offset.shape == vectors.shape and offset.abs().max() > 0
+    expected = F.normalize(vectors + 0.5 * offset, dim=1)
+    torch.testing.assert_close(state[prefix + 'class_embeddings'], expected)
 
 
 def test_five_lines_of_the_readme(tmp_path):
@@ -106,22 +92,13 @@ def test_five_lines_of_the_readme(tmp_path):
     vectors = encode_classes('cityscapes', 'toyclip', 'photo')
     assert vectors.names == CityscapesDataset.METAINFO['classes']
     vectors.save(tmp_path / 'cityscapes.safetensors')
-    done = start(
-        'python',
-        STOCK_TRAIN,
-        'my_config.py',
-        '--work-dir',
-        'work',
-        *small('train', 'val', **STAGES),
-        cwd=tmp_path)
+    words = small(**STAGES)
+    done = train(tmp_path, 'my_config.py', 'work', *words, tool=STOCK_TRAIN)
     assert done.status == 0, done.output[-3000:]
     assert 'Stage 2 of text-knowledge training from iteration 2' in done.output
     assert 'mIoU' in done.output
-    offset, embeddings = learned_offset(tmp_path / 'work' / 'iter_3.pth', 19,
-                                        64)
-    torch.testing.assert_close(
-        embeddings,
-        torch.nn.functional.normalize(vectors.vectors + 0.5 * offset, dim=1))
+    assert vectors.vectors.shape == (19, 64)
+    check_learned(tmp_path / 'work' / 'iter_3.pth', vectors.vectors)
 
 
 STDC = """
@@ -138,15 +115,11 @@ def test_text_on_the_auxiliary_heads_of_a_list(tmp_path):
     (tmp_path / 'config.py').write_text("_base_ = 'base.py'\n" +
                                         snippet(GUIDE, AUXILIARY))
     model = Config.fromfile(tmp_path / 'config.py').model
-    assert [(h.type, h.num_classes)
-            for h in model.auxiliary_head] == [('TextFCNHead', 5),
-                                               ('TextFCNHead', 5),
-                                               ('STDCHead', 2)]
+    heads = [(h.type, h.num_classes) for h in model.auxiliary_head]
+    assert heads == [('TextFCNHead', 5), ('TextFCNHead', 5), ('STDCHead', 2)]
+    heads = 'decode_head', 'auxiliary_head.0', 'auxiliary_head.1'
     providers = text_providers(MODELS.build(model))
-    assert list(providers) == [
-        'decode_head.conv_seg.text', 'auxiliary_head.0.conv_seg.text',
-        'auxiliary_head.1.conv_seg.text'
-    ]
+    assert list(providers) == [f'{head}.conv_seg.text' for head in heads]
 
 
 def test_decode_heads_in_a_list(tmp_path, monkeypatch, make_embeddings):
@@ -165,16 +138,14 @@ def test_decode_heads_in_a_list(tmp_path, monkeypatch, make_embeddings):
     try:
         model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
         assert list(text_providers(model)) == ['decode_head.1.conv_seg.text']
-        state = fold_state_dict(model)
-        stock = revert_sync_batchnorm(MODELS.build(
-            to_stock_cfg(cfg).model)).eval()
+        stock = folded(cfg, model)
     finally:
         MODELS.module_dict.pop('TextOCRHead')
-    stock.load_state_dict(state, strict=True)
-    image = torch.randn(1, 3, 64, 64)
+    stock, image = revert_sync_batchnorm(stock).eval(), torch.randn(
+        1, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(
-            stock._forward(image), model._forward(image), rtol=1e-3, atol=1e-3)
+        found, expected = stock._forward(image), model._forward(image)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture
@@ -192,40 +163,25 @@ def project(tmp_path):
 
 @pytest.mark.stacks
 def test_own_data_without_python(project):
-    """Train stock and text, make the embeddings on the way, and test."""
-
-    def tool(path, *words):
-        return start('python', path, *words, cwd=project)
+    """Train stock and text, and make the embeddings on the way."""
 
     def text():
-        trained = tool(TRAIN, 'own_text.py', '--work-dir', 'text',
-                       *small('train', 'val', **STAGES, **TOYCLIP))
-        tested = tool(TEST, 'own_text.py', 'text/iter_3.pth', '--work-dir',
-                      'test', *small('test', **TOYCLIP))
-        return trained, tested
+        words = small(**STAGES, **TOYCLIP)
+        return train(project, 'own_text.py', 'text', *words)
 
-    done = side_by_side({
-        'text':
-        text,
-        'stock':
-        lambda: tool(TRAIN, 'own.py', '--work-dir', 'stock',
-                     *small('train', 'val', **SHORT))
-    })
-    for each in (*done['text'], done['stock']):
+    def stock():
+        return train(project, 'own.py', 'stock', *small(**SHORT))
+
+    done = side_by_side(dict(text=text, stock=stock))
+    for each in done.values():
         assert each.status == 0, each.output[-3000:]
         # The evaluation knows the names of the file.
         table = re.findall(r'^\|\s+(\w+)\s+\|.*\d', each.output, re.MULTILINE)
         assert table == list(NAMES)
     vectors = encode_classes(NAMES, 'toyclip')
-    offset, embeddings = learned_offset(project / 'text' / 'iter_3.pth', 5, 64)
-    torch.testing.assert_close(
-        embeddings,
-        torch.nn.functional.normalize(vectors.vectors + 0.5 * offset, dim=1))
+    assert vectors.vectors.shape == (5, 64)
+    check_learned(project / 'text' / 'iter_3.pth', vectors.vectors)
     stock = load(project / 'stock' / 'iter_3.pth')
     assert stock['state_dict']['decode_head.conv_seg.weight'].shape[0] == 5
     # The network's own, not the schedule's 0.01.
     assert stock['optimizer']['param_groups'][0]['initial_lr'] == 0.05
-    found = [
-        re.findall(r'mIoU: ([\d.]+)', each.output)[-1] for each in done['text']
-    ]
-    assert float(found[0]) == pytest.approx(float(found[1]), abs=0.02)

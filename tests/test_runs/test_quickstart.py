@@ -33,19 +33,17 @@ def test_images_that_are_there_are_taken(tmp_path, monkeypatch):
     tool.main()
     assert sorted((root / 'data').rglob('*.png')) == made
     out = elsewhere / 'out'
-    report = json.loads(
-        (out / 'report.json').read_text(),
-        parse_constant=pytest.fail)  # NaN is no JSON
+    text = (out / 'report.json').read_text()
+    report = json.loads(text, parse_constant=pytest.fail)  # NaN is no JSON
     assert report['iterations'] == 2
     for name in tool.ARMS:
         # Some classes are in neither of two images: as IoUMetric counts.
         text = (out / name / 'test.log').read_text()
         found = float(re.search(r'mIoU: ([\d.]+)', text)[1])
         assert report['miou'][name] == pytest.approx(found, abs=.011)
-        shapes = [
-            cv2.imread(str(p)).shape for p in (out / name).rglob('0*.png')
-        ]
-        assert shapes == [(128, 256, 3)] * 2
+        images = (out / name).rglob('0*.png')
+        assert [cv2.imread(str(p)).shape
+                for p in images] == [(128, 256, 3)] * 2
     assert cv2.imread(str(out / 'report.png')).std() > 10
     assert cv2.imread(str(out / 'demo.png')).std() > 10
 
@@ -57,9 +55,9 @@ def test_waiting_threads_leave_the_cores_to_others(tmp_path, monkeypatch):
     for own in (None, 'ACTIVE'):
         if own:
             monkeypatch.setenv('OMP_WAIT_POLICY', own)
-        tool.run(['-c', show], tmp_path / 'log')
-        assert (tmp_path /
-                'log').read_text().split() == [own or 'PASSIVE', '0']
+        log = tmp_path / 'log'
+        tool.run(['-c', show], log)
+        assert log.read_text().split() == [own or 'PASSIVE', '0']
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -104,9 +102,8 @@ def test_nothing_of_others_is_removed(tmp_path, monkeypatch):
     config = tmp_path / 'stock' / 'config.py'
     config.parent.mkdir()
     config.write_text('a = 1')
-    monkeypatch.setattr(sys, 'argv',
-                        ['quickstart.py', '--work-dir',
-                         str(tmp_path)])
+    words = ['quickstart.py', '--work-dir', str(tmp_path)]
+    monkeypatch.setattr(sys, 'argv', words)
     with pytest.raises(SystemExit, match='stock.*nothing was removed'):
         tool.main()
     assert config.read_text() == 'a = 1'

@@ -9,8 +9,8 @@ import signal
 import time
 
 import pytest
-from processes import TOOLS, load, start
-from tiny import RESIDUAL, assert_equal, tiny_config
+from processes import load, train
+from tiny import RESIDUAL, assert_equal, tiny_config, watch
 
 pytestmark = pytest.mark.slow
 
@@ -20,13 +20,9 @@ KILLS = 6  # of each kind, at least
 
 def write_config(root):
     """Two stages; checkpoints, validation and the best one of them."""
-    cfg = tiny_config(
-        root,
-        RESIDUAL,
-        dict(switch_at=SWITCH, log_interval=1),
-        max_iters=ITERS)
-    cfg.custom_imports.imports.append('fate_hook')
-    cfg.custom_hooks.insert(0, dict(type='FateHook'))
+    hook = dict(switch_at=SWITCH, log_interval=1)
+    cfg = tiny_config(root, RESIDUAL, hook, ITERS)
+    watch(cfg)
     cfg.train_cfg.val_interval = INTERVAL
     cfg.default_hooks.checkpoint.update(interval=INTERVAL, save_best='mIoU')
     cfg.default_hooks.logger.log_metric_by_epoch = False
@@ -45,33 +41,24 @@ def outcome(work):
                 assert curve.setdefault(line['step'], line['mIoU']) == (
                     line['mIoU'])
     parts = ('state_dict', 'optimizer', 'param_schedulers')
-    return dict({part: end[part]
-                 for part in parts},
-                curve=dict(sorted(curve.items())),
-                best=best.name,
-                best_state=load(best)['state_dict'])
+    found = {part: end[part] for part in parts}
+    found.update(best=best.name, best_state=load(best)['state_dict'])
+    return dict(found, curve=dict(sorted(curve.items())))
 
 
 def test_it_ends_as_if_nothing_had_happened(tmp_path):
     """Runs killed up to three times, at any moment and in validation."""
     write_config(tmp_path)
 
-    def train(name, *words, timeout=600., fate='none 0'):
-        return start(
-            'python',
-            f'{TOOLS}/train.py',
-            tmp_path / 'config.py',
-            '--work-dir',
-            tmp_path / name,
-            *words,
-            cwd=tmp_path,
-            timeout=timeout,
-            FATE=fate)
+    def run(name, *words, timeout=600., fate='none 0'):
+        options = dict(timeout=timeout, FATE=fate)
+        config = tmp_path / 'config.py'
+        return train(tmp_path, config, tmp_path / name, *words, **options)
 
     # The first also starts the server of forks.
     for name in ('whole', 'again'):
         began = time.monotonic()
-        done = train(name)
+        done = run(name)
         seconds = time.monotonic() - began
         assert done.status == 0, done.output[-3000:]
     whole = outcome(tmp_path / 'whole')
@@ -84,10 +71,10 @@ def test_it_ends_as_if_nothing_had_happened(tmp_path):
             try:
                 if how == 'moment':  # whatever it is at
                     at = seconds * rng.random()
-                    done = train(name, *words, timeout=at)
+                    done = run(name, *words, timeout=at)
                 else:
                     at = rng.randint(1, IMAGES * ITERS // INTERVAL)
-                    done = train(name, *words, fate=f'image {at}')
+                    done = run(name, *words, fate=f'image {at}')
             except TimeoutError:  # by signal 9
                 done = None
             if done and done.status == 0:
@@ -96,6 +83,6 @@ def test_it_ends_as_if_nothing_had_happened(tmp_path):
             kills[how] += 1
             words = ['--resume']
         else:
-            done = train(name, *words)
+            done = run(name, *words)
             assert done.status == 0, done.output[-3000:]
         assert_equal(outcome(tmp_path / name), whole, name)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from each_case import each_case
 from mmengine.hooks import Hook
-from mmseg.registry import HOOKS, MODELS
-from processes import load
-from tiny import SIZE, assert_equal, run, tiny_config
+from mmseg.registry import HOOKS
+from processes import states
+from tiny import SIZE, assert_equal, folded, run, stop_and_resume, tiny_config
 
-from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
+from mmseg_textkd.deploy import fold_state_dict
 from mmseg_textkd.models.text_providers import TextProvider
 from mmseg_textkd.text.encode_classes import encode_classes
 
@@ -46,24 +46,20 @@ def file(tmp_path_factory):
     return str(path)
 
 
-def config(tmp_path,
-           file,
-           text='ResidualPromptLearner',
-           mode='uniform',
-           role='classifier',
-           **options):
-    sampler = dict(
-        type='SynonymSampler', file=file, mode=mode, classes='toy_scenes')
+def config(tmp_path, file, text='ResidualPromptLearner', **options):
+    embeddings = dict(
+        type='SynonymSampler',
+        file=file,
+        mode=options.pop('mode', 'uniform'),
+        classes='toy_scenes')
+    role = options.pop('role', 'classifier')
     learn = {'.': .1}
     if text:
+        embeddings = dict(type=text, embeddings=embeddings)
         learn = {r'\.text\.': 1., **learn}
-    cfg = tiny_config(
-        tmp_path,
-        dict(type=text, embeddings=sampler) if text else sampler,
-        dict(switch_at=SWITCH, learn=learn),
-        max_iters=ITERS)
-    loss = dict(type='SemanticStructureLoss', min_pixels=1, **options)
-    losses = [loss]
+    cfg = tiny_config(tmp_path, embeddings,
+                      dict(switch_at=SWITCH, learn=learn), ITERS)
+    losses = [dict(type='SemanticStructureLoss', min_pixels=1, **options)]
     if role == 'auxiliary':
         losses.append(dict(type='TextAlignmentLoss', loss_weight=.4))
     cfg.model.decode_head.update(role=role, text_losses=losses)
@@ -103,16 +99,11 @@ def test_through_both_stages_to_the_stock_network(tmp_path, file, text, role):
     assert len(seen.losses) == ITERS and min(seen.losses) > 0
 
     # The stock network takes what is left, and computes the same.
-    model = runner.model.eval()
-    stock = MODELS.build(to_stock_cfg(cfg).model).eval()
+    stock = folded(cfg, runner.model)
     assert not [m for m in stock.modules() if 'mmseg_textkd' in str(type(m))]
-    stock.load_state_dict(fold_state_dict(model), strict=True)
     images = torch.randn(2, 3, *SIZE)
-    torch.testing.assert_close(
-        stock(images, mode='tensor'),
-        model(images, mode='tensor'),
-        rtol=1e-4,
-        atol=1e-4)
+    found, expected = (m(images, mode='tensor') for m in (stock, runner.model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_killed_and_resumed_with_memory(tmp_path, file):
@@ -120,26 +111,15 @@ def test_killed_and_resumed_with_memory(tmp_path, file):
     options = dict(mode='mean', momentum=.9, shape=(8, DIM))
     cfg = config(tmp_path, file, **options)
     cfg.default_hooks.checkpoint.interval = 2
-    whole = run(cfg, work_dir=str(tmp_path / 'whole'))
-    killed = cfg.copy()
-    killed.work_dir = str(tmp_path / 'killed')
-    first = killed.copy()
-    first.custom_hooks = [*first.custom_hooks, dict(type='StopHook', at=2)]
-    with pytest.raises(KeyboardInterrupt):
-        run(first)
+    model = run(cfg, work_dir=str(tmp_path / 'whole')).model.eval()
+    stop_and_resume(cfg, 2, tmp_path / 'killed')
+    first, resumed = states(tmp_path / 'killed', 2, ITERS)
     memory = 'decode_head.text_losses.0.memory'
-    at_2 = load(tmp_path / 'killed' / 'iter_2.pth')['state_dict'][memory]
-    assert at_2.any(dim=1).sum() > 2
-    run(killed, resume=True)
-    states = [
-        load(tmp_path / name / f'iter_{ITERS}.pth')['state_dict']
-        for name in ('whole', 'killed')
-    ]
-    assert_equal(*states)
-    assert not torch.equal(states[0][memory], at_2)
+    assert first[memory].any(dim=1).sum() > 2
+    assert_equal(states(tmp_path / 'whole', ITERS), [resumed])
+    assert not torch.equal(resumed[memory], first[memory])
     # It is no part of what is deployed.
-    folded = fold_state_dict(whole.model.eval())
-    assert memory not in folded and 'memory' not in ' '.join(folded)
+    assert 'memory' not in ' '.join(fold_state_dict(model))
 
 
 def test_max_with_amp_averages_and_context_prompts(tmp_path, file):

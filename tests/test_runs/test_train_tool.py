@@ -1,14 +1,13 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """What ``tools/train.py`` adds to MMSegmentation's: resume, and no GPU."""
 import json
-import os.path as osp
 
 import numpy as np
 import pytest
 import torch
 from each_case import each_case
-from processes import TOOLS, load, options, side_by_side, start
-from tiny import RESIDUAL, tiny_config
+from processes import load, options, side_by_side, train
+from tiny import RESIDUAL, tiny_config, watch, without_loops
 from tool_modules import load_tool
 
 pytestmark = pytest.mark.stacks
@@ -25,36 +24,22 @@ def tool():
 def runs(tmp_path_factory):
     """A run in mixed precision, and two that go on from it."""
     root = tmp_path_factory.mktemp('tool')
-    text = RESIDUAL
-    cfg = tiny_config(
-        root, text, dict(switch_at=3), ITERS, save_every=1, log_level='INFO')
-    cfg.custom_imports.imports.append('fate_hook')
-    cfg.custom_hooks.insert(0, dict(type='FateHook'))
-    for name in [k for k in cfg if k.startswith(('val', 'test'))]:
-        cfg.pop(name)
-    cfg.train_cfg.pop('val_interval')
+    hook = dict(switch_at=3)
+    cfg = tiny_config(root, RESIDUAL, hook, ITERS, 1, log_level='INFO')
+    watch(cfg)
+    without_loops(cfg)
     cfg.dump(str(root / 'config.py'))
 
-    def train(name, *words):
-        return start(
-            'python',
-            osp.join(TOOLS, 'train.py'),
-            *words,
-            '--work-dir',
-            root / name,
-            cwd=root)
+    def run(name, *words):
+        return train(root, root / 'config.py', root / name, *words)
 
-    done = {'amp': train('amp', 'config.py', '--amp')}
+    done = {'amp': run('amp', '--amp')}
     report(root, 'amp').rename(root / 'amp.json')
-    done.update(
-        side_by_side({
-            'auto':
-            lambda: train('amp', 'config.py', '--resume', 'auto',
-                          *options(train_cfg__max_iters=ITERS + 1)),
-            'path':
-            lambda: train('path', '--resume', 'amp/iter_2.pth', 'config.py')
-        }))
-    return root, done
+    longer = options(train_cfg__max_iters=ITERS + 1)
+    jobs = dict(
+        auto=lambda: run('amp', '--resume', 'auto', *longer),
+        path=lambda: run('path', '--resume', 'amp/iter_2.pth'))
+    return root, dict(done, **side_by_side(jobs))
 
 
 def report(root, name):
@@ -71,15 +56,14 @@ def test_amp_without_a_gpu_is_bfloat16(runs):
     assert len(facts['losses']) == ITERS
     assert np.isfinite(facts['losses']).all()
     saved = load(root / 'amp' / f'iter_{ITERS}.pth')
-    assert {
-        v.dtype
-        for v in saved['state_dict'].values() if v.is_floating_point()
-    } == {torch.float32}
-    momenta = [
-        s['momentum_buffer'] for s in saved['optimizer']['state'].values()
-        if s['momentum_buffer'] is not None
+    weights = [
+        v for v in saved['state_dict'].values() if v.is_floating_point()
     ]
-    assert momenta and {m.dtype for m in momenta} == {torch.float32}
+    steps = saved['optimizer']['state'].values()
+    momenta = [s['momentum_buffer'] for s in steps]
+    momenta = [m for m in momenta if m is not None]
+    for values in (weights, momenta):
+        assert {v.dtype for v in values} == {torch.float32}
 
 
 def test_resume_auto_goes_on_with_the_latest(runs):

@@ -39,25 +39,18 @@ def everywhere(home):
     for path in (home / 'data/toy_scenes/ann_dir/val').glob('*.png'):
         labels = mmcv.imread(path, flag='unchanged')
         counts += np.bincount(labels.ravel(), minlength=256)
-    counts = counts[:len(CLASSES)]
-    shares = 100 * counts / counts.sum()
+    shares = 100 * counts / counts[:len(CLASSES)].sum()
     return np.mean([shares[CLASSES.index(name)] for name in UNSEEN])
 
 
 def run(home, tool, config, *words):
     """Run a tool; get what it has measured."""
-    done = start(
-        'python',
-        f'{TOOLS}/{tool}.py',
-        CONFIGS / config,
-        *words,
-        cwd=home,
-        timeout=1800.)
+    words = 'python', f'{TOOLS}/{tool}.py', CONFIGS / config, *words
+    done = start(*words, cwd=home, timeout=1800.)
     assert done.status == 0, done.output
-    logs = sorted(
-        home.glob('work_dirs/**/2*.json'),
-        key=lambda path: path.stat().st_mtime)
-    return json.loads(logs[-1].read_text().splitlines()[-1])
+    logs = home.glob('work_dirs/**/2*.json')
+    last = max(logs, key=lambda path: path.stat().st_mtime)
+    return json.loads(last.read_text().splitlines()[-1])
 
 
 def test_ebseg(home):
