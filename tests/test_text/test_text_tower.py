@@ -223,8 +223,9 @@ def test_damaged_folders(folder):
     refused('not finite')
     weights.write_bytes(whole[:len(whole) // 2])
     assert refused('cannot be loaded').__cause__ is not None
+    weights.write_bytes(whole)
     vocabulary.unlink()
-    refused('521.*49408.*bpe_vocab.txt.gz')
+    refused('(?=.*521)(?=.*49408).*bpe_vocab.txt.gz')
     weights.unlink()
     # open_clip itself would go on with random weights here.
     refused('no weights')
