@@ -14,7 +14,7 @@ def test_each_probability_is_the_weighted_geometric_mean(alpha, beta, gamma):
     a, b, d = torch.rand(3, 2, 5, 4, dtype=torch.double)
     seen = torch.tensor([True, False, True, False])
     found = balance_probabilities(a, b, d, seen, alpha, beta, gamma)
-    share = torch.tensor([alpha, beta, alpha, beta]).double()
+    share = torch.tensor([alpha, beta, alpha, beta], dtype=a.dtype)
     logs = ((1 - share - gamma) * a.log() + share * d.log() + gamma * b.log())
     torch.testing.assert_close(found, logs.exp(), rtol=1e-9, atol=0)
 

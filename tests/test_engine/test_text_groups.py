@@ -3,13 +3,13 @@
 import re
 
 import pytest
-import torch
 from each_case import each_case
 from mmengine.optim import build_optim_wrapper
 from mmseg.models import ResNet
 from mmseg.registry import MODELS
-from processes import TOOLS
+from processes import load
 from tiny import RESIDUAL, run, tiny_config
+from tool_modules import load_tool
 
 from mmseg_textkd.engine.hooks.text_groups import group_faults
 
@@ -76,10 +76,8 @@ def test_an_optimizer_without_weight_decay(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='base_wd should not be None'):
         run(cfg)
     cfg.dump(tmp_path / 'config.py')
-    import runpy
-    import sys
-    monkeypatch.setattr(sys, 'argv', ['train.py', str(tmp_path / 'config.py')])
-    runpy.run_path(f'{TOOLS}/train.py', run_name='__main__')
-    saved = torch.load(tmp_path / 'work' / 'iter_2.pth', weights_only=True)
-    groups = saved['optimizer']['param_groups']
+    monkeypatch.setattr('sys.argv', ['train.py', str(tmp_path / 'config.py')])
+    load_tool('train.py').main()
+    groups = load(tmp_path / 'work' /
+                  'iter_2.pth')['optimizer']['param_groups']
     assert {g['weight_decay'] for g in groups} == {0}
