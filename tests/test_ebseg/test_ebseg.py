@@ -20,6 +20,7 @@ from network_tester import samples
 from processes import load
 from scipy.ndimage import map_coordinates
 from tiny import CLASSES, SIZE, assert_equal, run, tiny_config
+from torch.testing import assert_close
 
 from mmseg_textkd.deploy.stock_cfg import to_stock_cfg
 from mmseg_textkd.models.ebseg.attention_layers import (DeformableAttention,
@@ -139,7 +140,7 @@ def test_scores_are_the_balanced_sum_over_masks(model, toy_text):
     p = thing * p / p.sum(1, keepdim=True)
     masks = F.interpolate(found.masks, SIZE, mode='bilinear').sigmoid()
     expected = torch.einsum('qk,nqhw->nkhw', p, masks)
-    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+    assert_close(scores, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_mask_logits_are_resized_once_to_the_size_of_the_file(model):
@@ -152,7 +153,7 @@ def test_mask_logits_are_resized_once_to_the_size_of_the_file(model):
     expected = torch.einsum('nqk,nqhw->nkhw',
                             model.decode_head.balanced(found, scale), masks)
     result, = model.predict(images, data)
-    torch.testing.assert_close(result.seg_logits.data, expected[0])
+    assert_close(result.seg_logits.data, expected[0])
 
 
 def test_odd_sizes_are_padded_as_the_towers_see_it(model):
@@ -173,7 +174,7 @@ def test_odd_sizes_are_padded_as_the_towers_see_it(model):
         'nqk,nqhw->nkhw',
         model.decode_head.balanced(found, features.clip.logit_scale),
         masks[..., :50, :70].sigmoid())
-    torch.testing.assert_close(model(images), expected)
+    assert_close(model(images), expected)
     # Pixels' embeddings are those of the image alone, at half its size here.
     assert model.pixel_embeddings(images).shape[2:] == (25, 35)
     # In training what was padded is ignored.
@@ -192,7 +193,7 @@ def test_embeddings_have_the_lengths_that_they_should(model):
     # The learned length is at most 10.
     for name, length in (('supervised', 10.), ('attention', 1.)):
         norms = getattr(found, name).norm(dim=2)
-        torch.testing.assert_close(norms, torch.full_like(norms, length))
+        assert_close(norms, torch.full_like(norms, length))
     # A mean of vectors of unit length; over nothing it is 0.
     norms = found.frozen.norm(dim=2)
     assert norms[0, 0] == 0 and norms.max() <= 1 + 1e-5
@@ -217,7 +218,7 @@ def test_classes_may_change_and_come_back(model, model_cfg):
         assert own.network is copied.network
     # Order of the classes does not matter.
     model.set_classes(['truck, truck', 'zebra', 'sky'])
-    torch.testing.assert_close(model(images), other[:, [2, 0, 1]])
+    assert_close(model(images), other[:, [2, 0, 1]])
     model.set_classes(None)
     assert torch.equal(model(images), before)
     # The other classes are no part of a checkpoint.
@@ -235,7 +236,7 @@ def test_the_balance_knows_which_classes_are_new(model):
         model.set_classes(TextEmbeddings(vectors, names))
         scores.append(model(images))
     model.set_classes(None)
-    torch.testing.assert_close(scores[0], model(images))
+    assert_close(scores[0], model(images))
     assert not torch.allclose(scores[1], scores[0])
 
 
@@ -289,8 +290,7 @@ def test_images_reach_the_towers_as_pixels(model):
         with patch.object(tower, 'forward', wraps=tower.forward) as forward:
             model(data['inputs'])
         pixels, = forward.call_args.args
-        torch.testing.assert_close(
-            pixels[0], bgr.flip(0).float(), atol=1e-3, rtol=0)
+        assert_close(pixels[0], bgr.flip(0).float(), atol=1e-3, rtol=0)
 
 
 @torch.no_grad()
@@ -304,10 +304,9 @@ def test_it_can_teach(model):
     expected = torch.einsum('nqhw,nqd->ndhw', found.masks.sigmoid(),
                             found.attention)
     expected = F.normalize(expected, dim=1)
-    torch.testing.assert_close(pixels, expected)
+    assert_close(pixels, expected)
     text = model.decode_head.text()
-    torch.testing.assert_close(cosines,
-                               torch.einsum('kd,ndhw->nkhw', text, expected))
+    assert_close(cosines, torch.einsum('kd,ndhw->nkhw', text, expected))
 
 
 def test_its_cost_can_be_counted(model):
@@ -389,7 +388,7 @@ def test_pooling_is_the_mean_over_the_mask():
     assert not pooled.requires_grad
     for n, q in itertools.product(range(2), range(6)):
         inside = features[n][:, masks[n, q] > 0]
-        torch.testing.assert_close(pooled[n, q], inside.mean(dim=1))
+        assert_close(pooled[n, q], inside.mean(dim=1))
     assert not pool_by_masks(features, masks - 1e4).any()
 
 
@@ -402,7 +401,7 @@ def test_attention_bias_is_a_mask_of_its_own_features_for_each_head(model):
     expected = torch.einsum('nqc,nphc->nhqp', kernels, own)
     expected = embedder.bias_scale(expected[..., None])[..., 0]
     found = embedder._attention_bias(kernels, embedder.bias[:-1](tokens))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -412,7 +411,7 @@ def test_deformable_attention_against_scipy():
     # At the start, heads 0 and 1 look 1, 2, 3 pixels to the right and left.
     start = layer.offsets.bias.view(2, 2, 3, 2)
     rays = torch.tensor([[1., 0], [2, 0], [3, 0]]).expand(2, 3, 2)
-    torch.testing.assert_close(start, torch.stack([rays, -rays]))
+    assert_close(start, torch.stack([rays, -rays]))
     for part in (layer.offsets, layer.weights):
         part.weight.normal_(std=.5)
     found = layer(x, position, sizes)
@@ -434,7 +433,7 @@ def test_deformable_attention_against_scipy():
         share = weights[n, :, head, 3 * level + point]
         expected[n, :, channel] += share * torch.from_numpy(sampled)
     expected = layer.norm(x + layer.out(expected))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_positions_are_interleaved_sines_and_cosines():
@@ -445,7 +444,7 @@ def test_positions_are_interleaved_sines_and_cosines():
             f(angle / 100**i) for angle in (y, x) for i in range(2)
             for f in (math.sin, math.cos)
         ]
-        torch.testing.assert_close(found[row, column], torch.tensor(expected))
+        assert_close(found[row, column], torch.tensor(expected))
 
 
 @each_case('rgb', [True, False])

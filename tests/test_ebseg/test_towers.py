@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from each_case import each_case
 from safetensors.torch import save_file
 from tiny_clip import open_clip_model, save_model
+from torch.testing import assert_close
 from torchvision.transforms.functional import normalize
 
 from mmseg_textkd.clip import TextTower
@@ -80,7 +81,7 @@ def test_the_class_token_is_open_clips_image_embedding(found, pixels):
                        model.visual.image_std)
     with torch.no_grad():
         expected = model.encode_image(images)
-    torch.testing.assert_close(
+    assert_close(
         found._project(found.states[-1][:, 0]), expected, atol=1e-5, rtol=1e-4)
     assert found.logit_scale == pytest.approx(model.logit_scale.exp().item())
 
@@ -89,7 +90,7 @@ def test_without_surgery_the_patches_are_those_of_the_tower(found):
     dense = found.dense(0)
     assert dense.shape == (2, 64, 4, 4)
     expected = found._project(found.states[-1])[:, 1:]
-    torch.testing.assert_close(dense.flatten(2).mT, expected)
+    assert_close(dense.flatten(2).mT, expected)
     assert not torch.allclose(found.dense(2), dense)
 
 
@@ -122,7 +123,7 @@ def test_mask_attention_against_a_naive_computation(clip, pixels):
                                             torch.cat([query, patches]), bias)
             token = token + block.mlp(block.ln_2(token))
         expected = network.ln_post(token) @ network.proj
-        torch.testing.assert_close(
+        assert_close(
             embeddings[n, q].double(), expected[0], atol=1e-4, rtol=1e-4)
 
 
@@ -140,8 +141,7 @@ def test_surgery_against_a_naive_computation(clip, pixels):
                 p.copy_(torch.cat([p.chunk(3)[2]] * 3))
             stream = stream + naive_attention(block.attn, x, x)
         expected = network.ln_post(stream[1:]) @ network.proj
-        torch.testing.assert_close(
-            dense[n].double(), expected, atol=1e-4, rtol=1e-4)
+        assert_close(dense[n].double(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_mask_is_embedded_by_its_own_pixels_alone(found):
@@ -153,10 +153,10 @@ def test_a_mask_is_embedded_by_its_own_pixels_alone(found):
     states[2][:, 1:].unflatten(1, (4, 4))[:, :, 2:] = 7.
     found.states = tuple(states)
     other = found.mask_attention(masks, first_block=2)
-    torch.testing.assert_close(other[:, 0], embeddings[:, 0])
+    assert_close(other[:, 0], embeddings[:, 0])
     assert not torch.allclose(other[:, 1], embeddings[:, 1])
     alone = found.mask_attention(masks[:, :1], first_block=2)
-    torch.testing.assert_close(alone[:, 0], other[:, 0])
+    assert_close(alone[:, 0], other[:, 0])
 
 
 def test_positions_are_interpolated_and_trained(clip):
@@ -166,7 +166,7 @@ def test_positions_are_interpolated_and_trained(clip):
     assert wide.shape == (19, 64) and torch.equal(wide[0], position[0])
     grid = position[1:].T.reshape(1, 64, 4, 4)
     expected = F.interpolate(grid, (6, 3), mode='bicubic')
-    torch.testing.assert_close(wide[1:].T.reshape(1, 64, 6, 3), expected)
+    assert_close(wide[1:].T.reshape(1, 64, 6, 3), expected)
     wide.sum().backward()
     assert position.grad.abs().sum() > 0
     position.grad = None
@@ -183,9 +183,9 @@ def test_the_tower_sees_a_fraction_of_the_image():
     assert tower(pixels, cover=True).size == (6, 8)
     small = tower.normalize(pixels)
     expected = F.interpolate(small, None, .7, 'bilinear')
-    torch.testing.assert_close(taken[0], expected)
+    assert_close(taken[0], expected)
     expected = F.interpolate(small, (48, 64), mode='bilinear', antialias=True)
-    torch.testing.assert_close(taken[1], expected)
+    assert_close(taken[1], expected)
     assert tower(pixels[..., :3, :3], cover=True).size == (1, 1)
 
 
@@ -204,8 +204,7 @@ def test_sam_gives_its_blocks_of_global_attention(tmp_path):
             tower.normalize(pixels), [1, 2, 4, 5], intermediates_only=True)
     for own, theirs, scale in zip(tower(pixels), expected, (4, 2, 1, .5)):
         assert own.shape == (1, 16, 4 * scale, 4 * scale)
-        torch.testing.assert_close(
-            own, F.interpolate(theirs, None, scale, 'bilinear'))
+        assert_close(own, F.interpolate(theirs, None, scale, 'bilinear'))
     assert network.blocks[0].norm1.eps == 1e-6
     # The position is interpolated and learns.
     wide = tower(255 * torch.rand(1, 3, 32, 64))
@@ -306,7 +305,7 @@ def test_towers_are_not_in_the_module_tree_and_copies_share_them(clip):
 
 def test_a_loaded_checkpoint_keeps_its_positions(clip):
     position = clip.positional_embedding
-    torch.testing.assert_close(position, clip.network.positional_embedding)
+    assert_close(position, clip.network.positional_embedding)
     tower = clip_tower()
     tower.load_state_dict(dict(positional_embedding=position + 1))
     tower.init_weights()

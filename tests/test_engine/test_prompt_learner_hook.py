@@ -21,6 +21,7 @@ from mmseg.models import EncoderDecoder
 from mmseg.registry import HOOKS, METRICS, MODELS
 from processes import load
 from tiny import CLASSES, PROMPTS, StopHook, assert_equal, run, tiny_config
+from torch.testing import assert_close
 
 from mmseg_textkd.engine import PromptLearnerHook
 
@@ -123,7 +124,7 @@ def test_learned_embeddings_are_weights_of_the_network(tmp_path):
     ]
     assert own['weight_decay'] == 0
     saved = load(f'{cfg.work_dir}/iter_6.pth')['state_dict']
-    torch.testing.assert_close(saved[EMBEDDINGS], F.normalize(weight, dim=1))
+    assert_close(saved[EMBEDDINGS], F.normalize(weight, dim=1))
     # From the third iteration on again, with another seed of everything.
     again = run(cfg, resume=True, load_from=f'{cfg.work_dir}/iter_3.pth')
     assert_equal(again.model.state_dict(), runner.model.state_dict())
@@ -272,7 +273,7 @@ def test_learned_text_is_in_the_checkpoint(tmp_path, residual):
     path = tmp_path / 'work' / 'iter_6.pth'
     saved = load(path)['state_dict']
     expected = of_offset(provider, saved[OFFSET])
-    torch.testing.assert_close(saved[EMBEDDINGS], expected)
+    assert_close(saved[EMBEDDINGS], expected)
     assert provider.distance_from_start() > 0
     text = {key for key in saved if key.startswith(TEXT)}
     assert text == {EMBEDDINGS, OFFSET, f'{TEXT}started'}
@@ -417,10 +418,10 @@ def test_ema_is_evaluated_and_saved_with_its_own_text(tmp_path, residual):
     assert not torch.equal(averaged[OFFSET], raw[OFFSET])
     for state in (averaged, raw, runner.model.state_dict()):
         expected = of_offset(provider, state[OFFSET])
-        torch.testing.assert_close(state[EMBEDDINGS], expected)
+        assert_close(state[EMBEDDINGS], expected)
     seen, = (
         h.seen for h in runner.hooks if isinstance(h, TextSeenInValidation))
-    torch.testing.assert_close(seen, averaged[EMBEDDINGS])
+    assert_close(seen, averaged[EMBEDDINGS])
 
 
 @HOOKS.register_module()
@@ -549,7 +550,7 @@ def test_load_from_takes_the_text_of_the_config(tmp_path, residual,
     runner = run(
         cfg, load_from=f'{cfg.work_dir}/iter_2.pth', work_dir=f'{tmp_path}/2')
     provider = runner.model.decode_head.conv_seg.text
-    torch.testing.assert_close(provider.class_embeddings, provider.base)
+    assert_close(provider.class_embeddings, provider.base)
 
 
 def test_load_from_of_other_classes(tmp_path, residual, make_embeddings):
@@ -580,8 +581,7 @@ def test_load_from_of_other_classes(tmp_path, residual, make_embeddings):
                 assert not row.any(), key
     # The vectors are those of the config, for all classes.
     provider = runner.model.decode_head.conv_seg.text
-    torch.testing.assert_close(start[EMBEDDINGS],
-                               of_offset(provider, start[OFFSET]))
+    assert_close(start[EMBEDDINGS], of_offset(provider, start[OFFSET]))
     said = logs(second)
     assert '6 classes were found by name' in said
     assert "begin anew: ['river', 'tram', 'bus']" in said
@@ -671,8 +671,8 @@ def test_text_on_auxiliary_heads(tmp_path, residual):
             text.distance_from_start()) != 0
         # The checkpoint has the text of both.
         key = (TEXT, f'{AUXILIARY}text.')[i]
-        torch.testing.assert_close(saved[f'{key}class_embeddings'],
-                                   of_offset(text, saved[f'{key}offset']))
+        assert_close(saved[f'{key}class_embeddings'],
+                     of_offset(text, saved[f'{key}offset']))
     # Without the auxiliary heads, which do not run at inference, it predicts
     # the same.
     expected = evaluate(cfg, path, 'auxiliary')

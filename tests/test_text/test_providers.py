@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from each_case import each_case
 from mmseg.registry import MODELS
 from tiny import PROMPTS
+from torch.testing import assert_close
 
 from mmseg_textkd.clip import TextTower
 from mmseg_textkd.models.text_providers import TextProvider
@@ -49,7 +50,7 @@ def keys(provider):
 
 
 def near(a, b, atol=1e-6):
-    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+    assert_close(a, b, atol=atol, rtol=0)
 
 
 def write(file, seed=0):
@@ -104,7 +105,7 @@ def test_vectors_of_the_file(fixed, vectors):
     provider = build(**fixed)
     assert provider.filled and provider.dim == DIM
     assert provider.names == NAMES
-    torch.testing.assert_close(provider(), vectors)
+    assert_close(provider(), vectors)
     assert keys(provider) == ['class_embeddings']
     assert not list(provider.parameters()) and not provider.learnable()
     # In either mode and stage they stay what they are.
@@ -116,7 +117,7 @@ def test_vectors_of_the_file(fixed, vectors):
 
 def test_centering(fixed, vectors):
     provider = build(**fixed, center=True)
-    torch.testing.assert_close(provider(), center(vectors))
+    assert_close(provider(), center(vectors))
     # Not the trivial answer: the rows share a direction before, not after.
     assert F.cosine_similarity(vectors[0], vectors[1], dim=0) > 0.2
     assert provider().mean(0).norm() < vectors.mean(0).norm() / 4
@@ -132,7 +133,7 @@ def test_vectors_that_cannot_be_text(fixed, vectors):
         provider.fill(zero)
     with pytest.raises(ValueError, match=r'\(3, 16\).*\(4, 16\)'):
         provider.fill(vectors[:3])
-    torch.testing.assert_close(provider(), vectors)
+    assert_close(provider(), vectors)
     provider.load_state_dict(dict(class_embeddings=vectors * float('nan')))
     with pytest.raises(ValueError, match='must keep its text'):
         provider.check_loaded(resumed=True)
@@ -207,7 +208,7 @@ def test_shuffled_control_leaves_no_class_its_own(make_embeddings, num):
         shuffled = control('shuffled', seed=seed, **options)()
         # Which row of the source each row is; one of each.
         order = torch.cdist(shuffled, vectors).argmin(1)
-        torch.testing.assert_close(shuffled, vectors[order])
+        assert_close(shuffled, vectors[order])
         assert sorted(order.tolist()) == list(range(num))
         assert (order != torch.arange(num)).all()
         orders.add(tuple(order.tolist()))
@@ -283,7 +284,7 @@ def test_residual_gradient(fixed, vectors):
     direction = torch.randn(len(NAMES), DIM)
     (provider() * direction).sum().backward()
     along = (direction * vectors).sum(1, keepdim=True) * vectors
-    torch.testing.assert_close(provider.offset.grad, 0.7 * (direction - along))
+    assert_close(provider.offset.grad, 0.7 * (direction - along))
     assert list(provider.learnable()) == ['offset']
 
 
@@ -292,7 +293,7 @@ def test_learned_vectors():
     learned = dict(type='LearnedEmbeddings', dim=32, seed=3)
     first = control('random', dim=32, seed=3)()
     provider = build(**learned)
-    torch.testing.assert_close(provider(), first)
+    assert_close(provider(), first)
     assert keys(provider) == ['class_embeddings', 'vectors']
     assert provider.distance_from_start() < 1e-12 and not provider.learnable()
     provider.stop_learning()
@@ -301,18 +302,18 @@ def test_learned_vectors():
     direction = torch.randn(len(NAMES), 32)
     (provider() * direction).sum().backward()
     along = (direction * first).sum(1, keepdim=True) * first
-    torch.testing.assert_close(provider.vectors.grad, (direction - along) / 2)
+    assert_close(provider.vectors.grad, (direction - along) / 2)
     # What they have become is what evaluation and a checkpoint get.
     vectors = torch.randn(len(NAMES), 32)
     provider.vectors.data.copy_(vectors)
     rows = vectors / vectors.square().sum(1, keepdim=True).sqrt()
-    torch.testing.assert_close(provider.eval()(), rows)
+    assert_close(provider.eval()(), rows)
     drift = 1 - (rows * first).sum(1).mean().item()
     assert provider.distance_from_start() == pytest.approx(drift, abs=1e-6)
     provider.refresh()
     copy = build(**learned)
     copy.load_state_dict(provider.state_dict())
-    torch.testing.assert_close(copy.class_embeddings, rows)
+    assert_close(copy.class_embeddings, rows)
     assert torch.equal(copy(), provider()) and not copy.check_loaded(True)
 
 
@@ -329,10 +330,10 @@ def test_masked_entries_have_no_weight(fixed):
     provider.weights.data[0] = torch.tensor([1., -2., 0.5])
     share = torch.tensor([1., -2., 0.5]).exp()
     expected = F.normalize(share @ bank[0], dim=0)
-    torch.testing.assert_close(provider()[0], expected)
+    assert_close(provider()[0], expected)
     # All weight on one: it is that one.
     provider.weights.data[3] = torch.tensor([0., 200., 0.])
-    torch.testing.assert_close(provider()[3], bank[3, 1])
+    assert_close(provider()[3], bank[3, 1])
 
 
 def test_context_of_words_equals_the_sentence(toy, tower):
@@ -388,7 +389,7 @@ def test_context_goes_on_from_a_checkpoint(toy):
     provider.refresh()
     again = toy(init='a photo of a')
     again.load_state_dict(provider.state_dict())
-    torch.testing.assert_close(again.eval()(), provider.eval()())
+    assert_close(again.eval()(), provider.eval()())
     started(again)
     assert torch.equal(again.context, provider.context)
     # Taken from a checkpoint of stage 1 the words are still to come.
@@ -471,7 +472,7 @@ def test_learned_text_is_no_difference(fixed, toy):
         loaded.load_state_dict(provider.state_dict())
         for resumed in (True, False):
             assert loaded.check_loaded(resumed) is None
-        torch.testing.assert_close(loaded.eval()(), provider.eval()())
+        assert_close(loaded.eval()(), provider.eval()())
 
 
 def test_gradient_flows_in_float32_under_autocast(fixed, toy):

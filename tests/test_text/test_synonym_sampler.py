@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from each_case import each_case
 from mmseg.registry import MODELS
 from torch.nn.utils.rnn import pad_sequence
+from torch.testing import assert_close
 
 from mmseg_textkd.models.text_providers import phrase_bank
 from mmseg_textkd.text import TextEmbeddings
@@ -107,11 +108,11 @@ def counts(provider, file):
 
 def test_plain_names_everywhere_but_in_training(file, plain):
     provider = build(file)
-    torch.testing.assert_close(provider.class_embeddings, plain)
+    assert_close(provider.class_embeddings, plain)
     assert not torch.equal(provider(2)[0], provider.class_embeddings)
     state = torch.get_rng_state()
     for text in (provider.eval()(3), provider.expected()):
-        torch.testing.assert_close(text, plain)
+        assert_close(text, plain)
     # Only drawing moves the random state.
     assert torch.equal(state, torch.get_rng_state())
     # Neither bank nor draws are saved, nor change what is.
@@ -120,7 +121,7 @@ def test_plain_names_everywhere_but_in_training(file, plain):
     assert (plain - TextEmbeddings.load(file).vectors).abs().max() > .01
     # By itself it has them in stage 2 too.
     provider.train().start_learning()
-    torch.testing.assert_close(provider(3), provider.class_embeddings)
+    assert_close(provider(3), provider.class_embeddings)
     provider.stop_learning()
     assert provider(3).dim() == 3
 
@@ -129,11 +130,11 @@ def test_templates_are_averaged_within_a_phrase(file, vectors, plain):
     """And the confidence of a phrase is the probability of a classifier."""
     record = TextEmbeddings.load(file)
     rows, mask = phrase_vectors(record)
-    torch.testing.assert_close(rows, pad_sequence(vectors, batch_first=True))
+    assert_close(rows, pad_sequence(vectors, batch_first=True))
     assert mask.tolist() == [[r < len(v) for r in range(4)] for v in vectors]
     expected = (100 * rows @ plain.T).softmax(2).diagonal(0, 0, 2).T * mask
     scores = phrase_confidence(record)
-    torch.testing.assert_close(scores, expected)
+    assert_close(scores, expected)
     assert scores[0, 3] < .01 < .9 < scores[0, 1]
 
 
@@ -196,7 +197,7 @@ def test_weighted_draws(tmp_path):
         expected = weights.where(weights >= threshold, 0)
         expected = F.normalize(expected, p=1, dim=1)
         provider = build(file, mode='weighted', threshold=threshold)
-        torch.testing.assert_close(provider.phrase_bank.probability, expected)
+        assert_close(provider.phrase_bank.probability, expected)
     found = counts(provider, file) / 3000
     assert (found[expected == 0] == 0).all()
     # Standard deviation of a share: at most 0.0092.
@@ -211,13 +212,13 @@ def test_mean_and_max(file, vectors, plain, center):
     used = [v[torch.tensor(u[:len(v)]).bool()] for v, u in zip(vectors, USED)]
     mean = build(file, mode='mean', center=center)(7)
     expected = torch.stack([u.mean(0) for u in used])
-    torch.testing.assert_close(mean, F.normalize(expected, dim=1))
+    assert_close(mean, F.normalize(expected, dim=1))
     best = build(file, mode='max', center=center)(7)
     assert best.shape == (1, 4, 4, D)
     pixel = torch.randn(50, D)
     scores = torch.einsum('pd,rkd->pkr', pixel, best[0]).amax(2)
     expected = torch.stack([(pixel @ u.T).amax(1) for u in used], 1)
-    torch.testing.assert_close(scores, expected)
+    assert_close(scores, expected)
 
 
 def test_what_is_left_out_is_logged(file, log):
@@ -237,7 +238,7 @@ def test_only_training_needs_the_file(file, tmp_path):
     provider = build(tmp_path / 'gone.safetensors', dim=D)
     state = build(file).state_dict()
     provider.load_state_dict(state)
-    torch.testing.assert_close(provider.eval()(2), state['class_embeddings'])
+    assert_close(provider.eval()(2), state['class_embeddings'])
     with pytest.raises(RuntimeError, match='encode_text.py'):
         provider.train()(2)
 
@@ -245,7 +246,7 @@ def test_only_training_needs_the_file(file, tmp_path):
 @each_case('kind', ['ResidualPromptLearner', 'MixturePromptLearner'])
 def test_learners_draw_in_stage_1_and_learn_in_stage_2(file, plain, kind):
     provider = build(file, kind)
-    torch.testing.assert_close(provider.class_embeddings, plain)
+    assert_close(provider.class_embeddings, plain)
     drawn = seeded(provider, 500)
     assert torch.equal(drawn, seeded(build(file), 500))
     residual = kind == 'ResidualPromptLearner'
@@ -255,7 +256,7 @@ def test_learners_draw_in_stage_1_and_learn_in_stage_2(file, plain, kind):
     text = provider(5)
     assert text.shape == (4, D) and text.requires_grad
     if residual:
-        torch.testing.assert_close(text, plain)
+        assert_close(text, plain)
     provider.stop_learning()
     assert provider(5).shape == (5, 4, D)
 

@@ -68,8 +68,8 @@ def cached(cache, name, make):
 
 @each_case('variant', CUTTABLE + UNCUT)
 def test_parity_with_open_clip(clip_dirs, variant):
-    tower, expected = tower_of(clip_dirs,
-                               variant), reference(clip_dirs, variant)
+    tower = tower_of(clip_dirs, variant)
+    expected = reference(clip_dirs, variant)
     assert (expected[0] - expected[1]).abs().max() > 1e-2
     for cut, batch_size in itertools.product((True, False), (2, 256)):
         got = tower.encode_text(SENTENCES, batch_size=batch_size, cut=cut)
@@ -84,31 +84,24 @@ def test_parity_with_open_clip(clip_dirs, variant):
     tower.encode_text(['road', 'car'])
     # [start] road [end]: three tokens instead of 77, or 78 with a class token.
     assert lengths == [3 if tower.can_cut else 77 + (variant == 'cls')]
-
-
-def test_cutting_a_bidirectional_tower_would_be_wrong(clip_dirs):
-    """The detection matters: forcing the cut changes the vectors."""
-    tower = tower_of(clip_dirs, 'bidirectional')
-    expected = tower.encode_text(SENTENCES)
-    tower.can_cut = True
-    assert (tower.encode_text(SENTENCES) - expected).abs().max() > 1e-3
-
-
-@each_case('variant', [v for v in VARIANTS if v != 'cls'])
-def test_soft_prompts_equal_text(clip_dirs, variant):
-    tower = tower_of(clip_dirs, variant)
     ids = tower.tokenize(SENTENCES)
-    got = tower.encode_prompts(tower.embed_tokens(ids), ids)
-    assert (got - reference(clip_dirs, variant)).abs().max() <= 1e-5
+    if variant == 'cls':
+        with pytest.raises(TextTowerError, match='takes no soft prompts'):
+            tower.embed_tokens(ids)
+        return
+
+    def encode(ids):
+        """As soft prompts, which equal text."""
+        return tower.encode_prompts(tower.embed_tokens(ids), ids)
+
+    assert (encode(ids) - expected).abs().max() <= 1e-5
+    # Prompts may come with any length that holds the end tokens.
+    short = ids[:, :tower.end_positions(ids).max() + 1]
     if tower.can_cut:
-        # Prompts may come with any length that holds the end tokens.
-        num = int(tower.end_positions(ids).max()) + 1
-        short = tower.encode_prompts(
-            tower.embed_tokens(ids[:, :num]), ids[:, :num])
-        assert (short - got).abs().max() <= 1e-6
+        assert (encode(short) - encode(ids)).abs().max() <= 1e-6
     else:
         with pytest.raises(ValueError, match='exactly 77'):
-            tower.encode_prompts(tower.embed_tokens(ids[:, :9]), ids[:, :9])
+            encode(short)
 
 
 def test_gradient_reaches_prompts_and_not_weights(tower):
@@ -171,6 +164,13 @@ def test_tokenize(tower):
     start = EOS - 1
     assert tower.tokenize(['road'])[0, :4].tolist() == [start, 512 + 2, EOS, 0]
     assert tower.tokenize('road').shape == (1, TEXT_CFG['context_length'])
+    # Once, however long they are.
+    sentences = [*SENTENCES, ' '.join(['road'] * 75)]
+    expected = tower.tokenizer(sentences, context_length=tower.context_length)
+    tower.tokenizer = Mock(wraps=tower.tokenizer)
+    assert torch.equal(tower.tokenize(sentences), expected)
+    seen = sum((call.args[0] for call in tower.tokenizer.mock_calls), [])
+    assert seen == sentences
     road = ' '.join(['road'] * 76)
     with pytest.raises(ValueError, match='(?s)1 sentence.*78.*road road'):
         tower.tokenize(['car', road])
@@ -178,25 +178,12 @@ def test_tokenize(tower):
         tower.tokenize([])
 
 
-@each_case('variant', ['clip', 'eos', 'bidirectional'])
-def test_sentences_are_tokenized_once(clip_dirs, variant):
-    tower = tower_of(clip_dirs, variant)
-    sentences = [*SENTENCES, ' '.join(['road'] * 75)]
-    expected = tower.tokenizer(sentences, context_length=tower.context_length)
-    tower.tokenizer = Mock(wraps=tower.tokenizer)
-    assert torch.equal(tower.tokenize(sentences), expected)
-    seen = sum((call.args[0] for call in tower.tokenizer.mock_calls), [])
-    assert seen == sentences
-
-
-def test_prompts_that_do_not_fit(tower, clip_dirs):
+def test_prompts_that_do_not_fit(tower):
     ids = tower.tokenize(['road'])
     with pytest.raises(ValueError, match='width 32'):
         tower.encode_prompts(torch.zeros(1, 77, 31), ids)
     with pytest.raises(ValueError, match='up to 77'):
         tower.encode_prompts(torch.zeros(1, 78, 32), torch.zeros(1, 78).long())
-    with pytest.raises(TextTowerError, match='takes no soft prompts'):
-        tower_of(clip_dirs, 'cls').embed_tokens(ids)
 
 
 def test_load_tower_shares_and_lets_go(clip_name):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from each_case import each_case
 from mmengine.dataset import pseudo_collate
 from mmseg.registry import DATA_SAMPLERS, DATASETS, MODELS
+from torch.testing import assert_close
 from words_data import OWN, SPACES, WORDS, dataset_cfg, multi_cfg
 
 from mmseg_textkd.datasets.label_spaces import label_space, narrower_words
@@ -162,9 +163,9 @@ def test_own_logits_against_a_naive_loop():
         labels,
         ignore_index=255,
         reduction='sum')
-    torch.testing.assert_close(loss, expected)
+    assert_close(loss, expected)
     found, = torch.autograd.grad(loss, logits)
-    torch.testing.assert_close(found, wanted)
+    assert_close(found, wanted)
     # What an image's data set does not have is left alone.
     assert not found[1, [0, 2, 3]].any() and not found[0, 6].any()
     assert found[0, 4, 1:].all()  # a car is a vehicle
@@ -191,7 +192,7 @@ def test_every_head_learns_in_the_own_label_space(network_cfg, data, role):
 
     def check(name, logits, labels, number):
         loss = sum(map(naive, logits.double(), labels[:, 0], spaces)) / number
-        torch.testing.assert_close(losses[name], loss, rtol=1e-6, atol=0)
+        assert_close(losses[name], loss, rtol=1e-6, atol=0)
 
     for name, part in (('aux_0', model.auxiliary_head[0]), ('decode', head)):
         logits = F.interpolate(

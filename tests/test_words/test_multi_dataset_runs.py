@@ -16,6 +16,7 @@ from processes import load, run_ranks
 from scipy.linalg import block_diag
 from tiny import assert_equal, run
 from tool_modules import load_tool
+from torch.testing import assert_close
 from words_data import DIM, OWN, SPACES, WORDS
 
 from mmseg_textkd.analysis.compare import evaluate
@@ -125,7 +126,7 @@ def test_two_processes_have_the_gradients_of_one(network_cfg, tmp_path):
     assert len({i < 5 for i in images}) == 2
     assert any('text' not in name for name in one)
     for rank in (a, b):
-        torch.testing.assert_close(rank, one, rtol=1e-4, atol=1e-6)
+        assert_close(rank, one, rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture
@@ -183,7 +184,7 @@ def test_fold_for_any_list_of_words(network_cfg, tmp_path, fold, data):
     for found, expected in ((stock['all'], logits), (stock['lane'],
                                                      logits[rows]),
                             (stock['new'][[0, 2]], logits[[1, 4]])):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(stock['new'][1], logits[6], atol=.1)
     # One data set is trained and tested as ever; a list of words is not.
     lane, new = (

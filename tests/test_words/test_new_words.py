@@ -11,6 +11,7 @@ from mmseg.registry import DATASETS
 from text_runs import RUNS, make
 from tiny import CLASSES
 from tool_modules import ROOT, load_tool
+from torch.testing import assert_close
 
 from mmseg_textkd.analysis.new_words import measure_new_words
 from mmseg_textkd.apis import TextSegInferencer
@@ -26,20 +27,20 @@ def test_ways_against_least_squares():
         F.normalize(torch.randn(n, 12), dim=1).double() for n in (5, 3))
     expected = torch.linalg.lstsq(trained.T, new.T).solution.T @ trained
     projected = place_new_words(new, trained, 'projected')
-    torch.testing.assert_close(projected, expected)
+    assert_close(projected, expected)
     # What is left has nothing to do with any trained word.
     assert ((new - projected) @ trained.T).abs().max() < 1e-6
     unit = place_new_words(new, trained)
-    torch.testing.assert_close(unit, F.normalize(expected, dim=1))
+    assert_close(unit, F.normalize(expected, dim=1))
     # Ridge: least squares with a penalty on the weights.
     rows = torch.cat([trained.T, .1**.5 * torch.eye(5).double()])
     targets = F.pad(new.T, (0, 0, 0, 5))
     expected = torch.linalg.lstsq(rows, targets).solution.T @ trained
     ridge = place_new_words(new, trained, 'ridge')
-    torch.testing.assert_close(ridge, expected)
+    assert_close(ridge, expected)
     assert torch.equal(place_new_words(new, trained, 'raw'), new)
     # A trained word stays what it is.
-    torch.testing.assert_close(place_new_words(trained, trained), trained)
+    assert_close(place_new_words(trained, trained), trained)
     # Words without a direction are told.
     for how, message in (('unit', 'have nothing in common'),
                          ('best', 'must be one of')):
