@@ -21,13 +21,9 @@ NAME = (
     r'(_(?P<test>ade20k|ade20k-847|pascal-context59|pascal-context459|voc20'
     r'))?')
 NOT_DECAYED = ('positional_embedding', 'decoder.query.weight')
-TEST_CLASSES = {
-    'ade20k': 150,
-    'ade20k-847': 847,
-    'pascal-context59': 59,
-    'pascal-context459': 459,
-    'voc20': 20
-}
+TEST_CLASSES = dict(ade20k=150, voc20=20)
+TEST_CLASSES.update({'ade20k-847': 847, 'pascal-context59': 59})
+TEST_CLASSES.update({'pascal-context459': 459})
 MODEL_NAMES = {'vit-b16': 'ViT-B-16', 'vit-l14-336': 'ViT-L-14-336'}
 # What the two have otherwise: exponents of the balance, parameters, learning
 # rate, blocks of attention, heads, blocks of surgery (all but the first sixth)

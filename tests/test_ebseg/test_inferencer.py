@@ -31,10 +31,8 @@ def files(tmp_path_factory, model_cfg):
     cfg.model = model_cfg(balance=dict(alpha=.1, beta=.2, gamma=.1))
     head = cfg.model.decode_head
     head.decoder.num_queries = 6
-    cfg.optim_wrapper = dict(
-        type='OptimWrapper',
-        optimizer=dict(type='AdamW', lr=5e-3),
-        clip_grad=dict(max_norm=1.))
+    cfg.optim_wrapper = dict(type='OptimWrapper', clip_grad=dict(max_norm=1.))
+    cfg.optim_wrapper.optimizer = dict(type='AdamW', lr=5e-3)
     cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
     model = run(cfg).model.eval()
     model.cfg = cfg.copy()

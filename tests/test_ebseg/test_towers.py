@@ -19,17 +19,9 @@ from mmseg_textkd.models.ebseg import FrozenCLIPViT, FrozenSAMViT
 
 SIZES = dict(
     embed_dims=64, num_layers=3, patch_size=8, grid_size=4, out_dims=64)
-SAM = dict(
-    img_size=32,
-    patch_size=8,
-    embed_dim=16,
-    depth=6,
-    num_heads=2,
-    window_size=2,
-    global_attn_indexes=(1, 2, 4, 5),
-    use_rel_pos=True,
-    neck_chans=8,
-    num_classes=0)
+SAM = dict(img_size=32, patch_size=8, embed_dim=16, depth=6, num_heads=2)
+SAM.update(window_size=2, global_attn_indexes=(1, 2, 4, 5), use_rel_pos=True)
+SAM.update(neck_chans=8, num_classes=0)
 SAM_SIZES = dict(patch_size=8, embed_dims=16, grid_size=4)
 
 
@@ -40,20 +32,6 @@ def clip_tower(model='toyclip', **options):
 
 def sam_tower(seed=3):
     return FrozenSAMViT(SAM, seed=seed, **SAM_SIZES)
-
-
-SAM = dict(
-    img_size=32,
-    patch_size=8,
-    embed_dim=16,
-    depth=6,
-    num_heads=2,
-    window_size=2,
-    global_attn_indexes=(1, 2, 4, 5),
-    use_rel_pos=True,
-    neck_chans=8,
-    num_classes=0)
-SAM_SIZES = dict(patch_size=8, embed_dims=16, grid_size=4)
 
 
 @pytest.fixture(scope='module')

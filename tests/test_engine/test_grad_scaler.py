@@ -71,10 +71,8 @@ class ScaleHook(Hook):
 def train(folder, resume=False, stop_at=None, **options):
     cfg = tiny_config(folder, RESIDUAL, dict(switch_at=SWITCH), save_every=1)
     cfg.optim_wrapper.type = 'CPUFloat16OptimWrapper'
-    cfg.custom_hooks += [
-        dict(type='ScaleHook', **options),
-        dict(type='StopHook', at=stop_at)
-    ]
+    cfg.custom_hooks.append(dict(type='ScaleHook', **options))
+    cfg.custom_hooks.append(dict(type='StopHook', at=stop_at))
     runner = run(cfg, resume=resume)
     hook, = (h for h in runner.hooks if isinstance(h, ScaleHook))
     return runner, hook

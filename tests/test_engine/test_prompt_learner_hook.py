@@ -20,7 +20,8 @@ from mmengine.runner import Runner
 from mmseg.models import EncoderDecoder
 from mmseg.registry import HOOKS, METRICS, MODELS
 from processes import load
-from tiny import CLASSES, PROMPTS, StopHook, assert_equal, run, tiny_config
+from tiny import (CLASSES, PROMPTS, RESIDUAL, StopHook, assert_equal, run,
+                  tiny_config)
 from torch.testing import assert_close
 
 from mmseg_textkd.engine import PromptLearnerHook
@@ -38,14 +39,11 @@ class Recorder(Hook):
         params = dict(runner.model.named_parameters())
         groups = [g for g in runner.optim_wrapper.param_groups if g['params']]
         names = {param: name for name, param in params.items()}
-        self.rows.append(
-            dict(
-                iter=runner.iter,
-                learns={n
-                        for n, p in params.items() if p.requires_grad},
-                before=copy.deepcopy(runner.model.state_dict()),
-                lr={names[g['params'][0]]: g['lr']
-                    for g in groups}))
+        learns = {name for name, p in params.items() if p.requires_grad}
+        rates = {names[g['params'][0]]: g['lr'] for g in groups}
+        row = dict(iter=runner.iter, learns=learns, lr=rates)
+        row.update(before=copy.deepcopy(runner.model.state_dict()))
+        self.rows.append(row)
 
     def after_train_iter(self, runner, outputs, **kwargs):
         groups = runner.optim_wrapper.param_groups
@@ -118,11 +116,11 @@ def test_learned_embeddings_are_weights_of_the_network(tmp_path):
     for i, row in enumerate(recorder.rows):
         assert vectors in row['learns'] and vectors in recorder.changed(i)
     weight = runner.model.get_parameter(vectors)
-    own, = [
-        g for g in runner.optim_wrapper.param_groups
-        if any(p is weight for p in g['params'])
+    decay = [
+        group['weight_decay'] for group in runner.optim_wrapper.param_groups
+        if any(p is weight for p in group['params'])
     ]
-    assert own['weight_decay'] == 0
+    assert decay == [0]
     saved = load(f'{cfg.work_dir}/iter_6.pth')['state_dict']
     assert_close(saved[EMBEDDINGS], F.normalize(weight, dim=1))
     # From the third iteration on again, with another seed of everything.
@@ -153,36 +151,24 @@ def test_stage_2_as_a_run_of_its_own(tmp_path, residual):
 
 
 ROOT = Path(__file__).parents[2]
-STDC = dict(
-    type='STDCContextPathNet',
-    backbone_cfg=dict(
-        type='STDCNet',
-        stdc_type='STDCNet1',
-        in_channels=3,
-        channels=(8, 8, 16, 16, 16),
-        bottleneck_type='cat',
-        num_convs=4,
-        norm_cfg=dict(type='BN'),
-        act_cfg=dict(type='ReLU'),
-        with_final_conv=False),
-    last_in_channels=(16, 16),
-    out_channels=8,
-    ffm_cfg=dict(in_channels=24, out_channels=8, scale_factor=4))
+STDC = dict(type='STDCNet', stdc_type='STDCNet1', in_channels=3)
+STDC.update(channels=(8, 8, 16, 16, 16), bottleneck_type='cat', num_convs=4)
+STDC.update(norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU'))
+PATHS = dict(type='STDCContextPathNet', backbone_cfg=STDC, out_channels=8)
+PATHS.update(last_in_channels=(16, 16))
+PATHS.update(ffm_cfg=dict(in_channels=24, out_channels=8, scale_factor=4))
 
 
 def test_stage_2_as_published(tmp_path):
     """What learns, and whose batch norm statistics move."""
-    text = dict(
-        PROMPTS,
-        embeddings=dict(type='ControlEmbeddings', kind='random', dim=64),
-        class_specific=True,
-        vocabulary=list(CLASSES))
+    text = dict(PROMPTS, class_specific=True, vocabulary=list(CLASSES))
+    text.update(embeddings=dict(RESIDUAL['embeddings'], dim=64))
     base = tiny_config(tmp_path, max_iters=2)
     base.model.update(
         type='TextKD',
         score_map=dict(in_channels=16, projection=True, text=text),
         auxiliary_head=dict(base.model.decode_head, in_index=2))
-    base.model.backbone = STDC
+    base.model.backbone = PATHS
     base.model.decode_head.in_index = 3
     # `learn` of the published variants, as the guide has them.
     page = (ROOT / 'docs/en/user_guides/training.md').read_text()
@@ -252,10 +238,8 @@ def test_rates_of_stage_2(tmp_path, residual):
 def test_the_old_schedule_is_still_read(tmp_path, residual):
     """Its values, by hand: cosine from 1 to 0 and a rise over two steps."""
     with pytest.warns(UserWarning, match='`schedule`.*`param_scheduler`'):
-        cfg = tiny_config(
-            tmp_path, residual,
-            dict(switch_at=2, schedule=dict(type='cosine', warmup_iters=2)))
-        _, recorder = record(cfg)
+        hook = dict(schedule=dict(type='cosine', warmup_iters=2), switch_at=2)
+        _, recorder = record(tiny_config(tmp_path, residual, hook))
     lrs = [row['lr'][SCALE] / 0.05 for row in recorder.rows[2:]]
     half = 0.5 * (1 + 0.5**0.5)
     assert lrs == pytest.approx([0.5, half, 0.5, 1 - half])
@@ -383,10 +367,8 @@ def test_stage_2_from_the_best_checkpoint(tmp_path, residual, scores, best,
     # In the state of the optimizer is what has learned since.
     assert len(load(whole / 'iter_8.pth')['optimizer']['state']) == 3
     # Stage 2 has a best checkpoint of its own.
-    assert {p.name
-            for p in whole.glob('best*')
-            } == {f'best_score_iter_{number}.pth'
-                  for number in (best, 8)}
+    names = {f'best_score_iter_{number}.pth' for number in (best, 8)}
+    assert {path.name for path in whole.glob('best*')} == names
     for kind, at in stops:
         kill_and_resume(cfg, whole, kind, at)
 
@@ -406,10 +388,8 @@ def test_no_best_checkpoint(tmp_path, residual, key, value, message):
 def test_ema_is_evaluated_and_saved_with_its_own_text(tmp_path, residual):
     """The averaged parameters and the text must fit each other."""
     cfg = tiny_config(tmp_path, residual, dict(switch_at=2))
-    cfg.custom_hooks += [
-        dict(type='EMAHook', momentum=0.3),
-        dict(type='TextSeenInValidation')
-    ]
+    cfg.custom_hooks.append(dict(type='EMAHook', momentum=0.3))
+    cfg.custom_hooks.append(dict(type='TextSeenInValidation'))
     runner = run(cfg)
     provider = runner.model.decode_head.conv_seg.text
     saved = load(tmp_path / 'work' / 'iter_6.pth')

@@ -56,12 +56,9 @@ def test_layer_wise_rates_are_told_by_a_run(tmp_path):
     cfg.optim_wrapper = dict(
         type='OptimWrapper',
         constructor='LearningRateDecayOptimizerConstructor',
-        optimizer=dict(type='AdamW', lr=1e-3, weight_decay=.05),
-        paramwise_cfg=dict(
-            num_layers=2,
-            decay_rate=.9,
-            decay_type='layer_wise',
-            custom_keys=TEXT))
+        optimizer=dict(type='AdamW', lr=1e-3, weight_decay=.05))
+    keys = dict(num_layers=2, decay_rate=.9, decay_type='layer_wise')
+    cfg.optim_wrapper.paramwise_cfg = dict(keys, custom_keys=TEXT)
     run(cfg)
     logs = ''.join(p.read_text() for p in tmp_path.rglob('*.log'))
     assert re.search(

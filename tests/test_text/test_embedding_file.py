@@ -35,14 +35,11 @@ def set_one(value):
 
 
 def make(**kwargs):
-    fields = dict(
-        vectors=unit(4, 6),
-        names=NAMES,
-        phrases=(('sky', ), ('road', 'street'), ('sign', ), ('car', )),
-        templates=('a photo of a {}.', 'ünïcode {}'),
-        model='toyclip',
-        library='open_clip_torch 0')
-    return TextEmbeddings(**{**fields, **kwargs})
+    phrases = (('sky', ), ('road', 'street'), ('sign', ), ('car', ))
+    fields = dict(vectors=unit(4, 6), names=NAMES, phrases=phrases)
+    fields.update(model='toyclip', library='open_clip_torch 0')
+    fields.update(templates=('a photo of a {}.', 'ünïcode {}'))
+    return TextEmbeddings(**fields | kwargs)
 
 
 def with_bank():
@@ -242,19 +239,13 @@ def test_import(tmp_path, suffix):
 
 def test_import_with_names_file(tmp_path):
     file = write_vectors(tmp_path / 'v.npy', unit(4, 6).numpy())
-    known = dict(
-        names=NAMES,
-        phrases=['sky', ['road', 'street'], 'traffic sign', 'car'],
-        model='OpenAI CLIP ViT-B/16',
-        template='a photo of a {}',
-        license='MIT')
-    texts = {
-        'n.json': json.dumps(known),
-        'list.json': json.dumps(NAMES),
-        'n.txt': '\n'.join(NAMES) + '\n\n'
-    }
+    phrases = ['sky', ['road', 'street'], 'traffic sign', 'car']
+    known = dict(names=NAMES, phrases=phrases, model='OpenAI CLIP ViT-B/16')
+    known.update(template='a photo of a {}', license='MIT')
     imported = []
-    for name, text in texts.items():
+    for name, text in (('n.json', json.dumps(known)), ('list.json',
+                                                       json.dumps(NAMES)),
+                       ('n.txt', '\n'.join(NAMES) + '\n\n')):
         (tmp_path / name).write_text(text)
         imported.append(TextEmbeddings.from_vectors(file, tmp_path / name))
     assert {made.names for made in imported} == {NAMES}

@@ -188,17 +188,11 @@ def test_prefetch_from_a_hub(tool, tmp_path, capsys):
     server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
     Thread(target=server.serve_forever, daemon=True).start()
     words = f'--prefetch --model hf-hub:org/name --cache-dir {cache}'
+    hub = dict(HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}')
+    hub.update(HF_HUB_OFFLINE='0', no_proxy='127.0.0.1')
     try:
-        done = start(
-            'python',
-            '-c',
-            NEW_HUB,
-            *words.split(),
-            cwd=tmp_path,
-            fork=True,
-            HF_HUB_OFFLINE='0',
-            HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}',
-            no_proxy='127.0.0.1')
+        words = ('python', '-c', NEW_HUB, *words.split())
+        done = start(*words, cwd=tmp_path, fork=True, **hub)
     finally:
         server.shutdown()
         server.server_close()

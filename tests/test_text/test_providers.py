@@ -236,11 +236,9 @@ def test_texts_that_a_provider_refuses(make_embeddings, fixed):
     for scale in (0, -1, float('nan')):
         with pytest.raises(ValueError, match='`scale` must be positive'):
             residual(fixed, scale=scale)
-    for kind in ('ResidualPromptLearner', 'LearnedEmbeddings'):
-        cfg = dict(type=kind, dim=DIM)
-        if kind == 'ResidualPromptLearner':
-            cfg = dict(type=kind, embeddings=fixed)
-        with pytest.raises(TypeError, match=f'got {kind}'):
+    for cfg in (dict(type='LearnedEmbeddings', dim=DIM),
+                dict(type='ResidualPromptLearner', embeddings=fixed)):
+        with pytest.raises(TypeError, match=f'got {cfg["type"]}'):
             residual(cfg)
     bankless = dict(one, file=make_embeddings(4, DIM, names=NAMES))
     for cfg in (bankless, dict(type='ControlEmbeddings', kind='random')):

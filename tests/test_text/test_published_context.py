@@ -56,16 +56,10 @@ def tower(tmp_path_factory):
 
 
 def build(tower, **options):
-    cfg = dict(
-        type='ContextPromptLearner',
-        embeddings=dict(type='ControlEmbeddings', kind='random', dim=24),
-        num_classes=2,
-        model=tower.model,
-        token_dim=32,
-        vocabulary=WORDS,
-        context_length=CONTEXT_LENGTH,
-        class_specific=True,
-        suffix='')
+    text = dict(type='ControlEmbeddings', kind='random', dim=24)
+    cfg = dict(type='ContextPromptLearner', embeddings=text, num_classes=2)
+    cfg.update(model=tower.model, token_dim=32, vocabulary=WORDS, suffix='')
+    cfg.update(context_length=CONTEXT_LENGTH, class_specific=True)
     return MODELS.build(cfg | options).train()
 
 

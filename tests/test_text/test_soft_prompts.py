@@ -127,11 +127,8 @@ def test_context_of_words_is_the_sentence(make_tower, learner, text):
 
 def test_long_prompts_leave_room_for_the_end(make_tower, learner):
     """SigLIP's end token is padding, and the last place is what is pooled."""
-    tower = make_tower(
-        context_length=16,
-        pool_type='last',
-        no_causal_mask=True,
-        hf_tokenizer_name='SigLIP')
+    text = dict(context_length=16, pool_type='last', no_causal_mask=True)
+    tower = make_tower(**text, hf_tokenizer_name='SigLIP')
     longest = max(tower.find_word_tokens(list(PHRASES.values()))[2])
     fits = learner(tower, n_ctx=15 - longest)
     assert fits.prompts[0][:, -1].tolist() == [1, 1, 1]

@@ -39,13 +39,11 @@ def write(file, num_templates=T, noise=.05):
         other = torch.randn(*middle.shape, generator=generator)
         groups.append(F.normalize(middle + noise * other, dim=1))
     bank = pad_sequence(groups, batch_first=True)
-    TextEmbeddings(
-        vectors=F.normalize(torch.stack([g.mean(0) for g in groups]), dim=1),
-        names=tuple(PHRASES),
-        phrases=tuple(PHRASES.values()),
-        templates=tuple('{}' + '!' * i for i in range(num_templates)),
-        bank=bank,
-        bank_mask=bank.any(dim=2)).save(file)
+    vectors = F.normalize(torch.stack([g.mean(0) for g in groups]), dim=1)
+    templates = tuple('{}' + '!' * i for i in range(num_templates))
+    texts = (tuple(PHRASES), tuple(PHRASES.values()), templates)
+    bank = dict(bank=bank, bank_mask=bank.any(dim=2))
+    TextEmbeddings(vectors, *texts, **bank).save(file)
     return str(file)
 
 

@@ -158,11 +158,8 @@ def test_own_logits_against_a_naive_loop():
     labels[0, 0, 0] = 255
     expected = sum(map(naive, logits, labels, spaces))
     wanted, = torch.autograd.grad(expected, logits)
-    loss = F.cross_entropy(
-        own_logits(logits, torch.tensor(spaces)),
-        labels,
-        ignore_index=255,
-        reduction='sum')
+    own = own_logits(logits, torch.tensor(spaces))
+    loss = F.cross_entropy(own, labels, ignore_index=255, reduction='sum')
     assert_close(loss, expected)
     found, = torch.autograd.grad(loss, logits)
     assert_close(found, wanted)

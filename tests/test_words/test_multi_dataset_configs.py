@@ -81,18 +81,12 @@ def test_the_study_can_be_run():
 
 def test_hypotheses_about_one_data_set():
     """`b` is better on `x` by 2 and 4 points, and worse on `y`."""
-    entries = [
-        dict(
-            arm=arm,
-            seed=seed,
-            classes=[],
-            val=dict(
-                mIoU=0.,
-                datasets=dict(x=dict(mIoU=10. + gain),
-                              y=dict(mIoU=9. - gain))))
-        for seed, gains in enumerate((dict(a=0, b=2), dict(a=1, b=5)))
-        for arm, gain in gains.items()
-    ]
+    entries = []
+    for arm, seed, gain in (('a', 0, 0), ('b', 0, 2), ('a', 1, 1), ('b', 1,
+                                                                    5)):
+        datasets = dict(x=dict(mIoU=10. + gain), y=dict(mIoU=9. - gain))
+        val = dict(mIoU=0., datasets=datasets)
+        entries.append(dict(arm=arm, seed=seed, classes=[], val=val))
     (on_x, on_y), = check_hypotheses([Group(entries, 'val')],
                                      [['b', 'a', 'x'], ['b', 'a', 'y']])
     assert (on_x.dataset, on_y.dataset) == ('x', 'y')

@@ -22,16 +22,13 @@ from words_data import DIM, OWN, SPACES, WORDS
 from mmseg_textkd.analysis.compare import evaluate
 from mmseg_textkd.text import TextEmbeddings
 
-OPTIONS = {
-    'default_hooks.checkpoint.interval': 2,
-    'optim_wrapper.optimizer.lr': 0.3
-}
+FAST = {'optim_wrapper.optimizer.lr': 0.3}
 
 
 @pytest.fixture
 def trained(network_cfg, tmp_path):
     """A run through both stages, with its config as a file."""
-    cfg = network_cfg(**OPTIONS)
+    cfg = network_cfg(**FAST)
     cfg.dump(str(tmp_path / 'config.py'))
     return run(cfg)
 
@@ -75,7 +72,7 @@ def test_metrics_of_each_data_set_and_a_resumed_run(trained, network_cfg,
     again.mkdir()
     shutil.copy(tmp_path / 'work/iter_2.pth', again)
     (again / 'last_checkpoint').write_text(str(again / 'iter_2.pth'))
-    run(network_cfg(**OPTIONS, work_dir=str(again), resume=True))
+    run(network_cfg(**FAST, work_dir=str(again), resume=True))
     half, whole, resumed = (
         load(tmp_path / file)
         for file in ('work/iter_2.pth', 'work/iter_4.pth', 'again/iter_4.pth'))
