@@ -74,11 +74,10 @@ def test_without_surgery_the_patches_are_those_of_the_tower(found):
 
 def naive_attention(attn, query, keys, bias=None):
     """Multi-head attention of one image, of PyTorch's own function."""
-    q, k, v = (F.linear(x, weight, shift).unflatten(
-        1, (attn.num_heads, -1)) for x, weight, shift in zip((
-            query, keys,
-            keys), attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)))
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    weights, shifts = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
+    parts = map(F.linear, (query, keys, keys), weights, shifts)
+    heads = (x.unflatten(1, (attn.num_heads, -1)) for x in parts)
+    q, k, v = (x.transpose(0, 1) for x in heads)
     out = F.scaled_dot_product_attention(q, k, v, bias)
     return attn.out_proj(out.transpose(0, 1).flatten(1))
 

@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """The image tower, and the folder of what it has seen."""
+import functools
 import json
 import shutil
 
@@ -27,6 +28,11 @@ def scene():
         (20, 25))).astype(np.uint8)[:, :70]
     labels[3:7, 10:15] = 4
     return image, labels
+
+
+@pytest.fixture
+def new_store(tmp_path, clip_name):
+    return functools.partial(RegionStore, tmp_path, clip_name)
 
 
 @pytest.fixture
@@ -83,10 +89,10 @@ def test_the_tower_is_frozen(clip_name):
 
 
 @pytest.mark.stacks
-def test_regions_of_a_scene(scene, clip_name, tmp_path):
+def test_regions_of_a_scene(scene, clip_name, new_store):
     """Boxes, grayed pixels and vectors, each on its own."""
     image, labels = scene
-    store = RegionStore(tmp_path, clip_name, min_pixels=21)
+    store = new_store(min_pixels=21)
     regions = store.get(image, labels)
     # Class 4 is too small, 255 no class.
     assert regions.labels.tolist() == [0, 1, 2, 5]
@@ -99,18 +105,17 @@ def test_regions_of_a_scene(scene, clip_name, tmp_path):
         picture = tower.resize(torch.from_numpy(grayed[box]).permute(2, 0, 1))
         expected = F.normalize(tower.encode_image(picture[None]), dim=1)
         assert (expected[0] - vector).abs().max() <= 1e-5
-    larger = RegionStore(tmp_path, clip_name, min_pixels=20)
+    larger = new_store(min_pixels=20)
     assert larger.get(image, labels).labels.tolist() == [0, 1, 2, 4, 5]
     empty = store.get(image, np.full_like(labels, 255))
     assert empty.labels.shape == (0, ) and empty.vectors.shape == (0, 24)
 
 
 @pytest.mark.stacks
-def test_the_second_time_nothing_is_computed(scene, clip_name, tmp_path,
-                                             calls):
-    first = RegionStore(tmp_path, clip_name).get(*scene)
+def test_the_second_time_nothing_is_computed(scene, new_store, calls):
+    first = new_store().get(*scene)
     assert calls == [1, 4]  # a sample on loading, then the scene
-    store = RegionStore(tmp_path, clip_name)
+    store = new_store()
     store.check_weights()
     for regions in (store.get(*scene), store.get(*scene)):
         assert torch.equal(regions.vectors, first.vectors)
@@ -133,17 +138,14 @@ def damage(path, how):
 
 
 # Numbers: where in the tensors a bit flips; 0: in the length of the header.
-# Numbers: where in the tensors a bit flips; 0: in the length of the header.
 @each_case('how', [
     'truncated', b'', b'not a file of tensors, but as long as one may be',
     'swapped', 0., .2, .5, 1.
 ])
-def test_damaged_entries_are_made_anew(how, scene, clip_name, tmp_path, calls,
-                                       log):
+def test_damaged_entries_are_made_anew(how, scene, new_store, calls, log):
     image, labels = scene
-    store = RegionStore(tmp_path, clip_name)
-    first = store.get(image, labels)
-    key = store.key(image, labels)
+    store = new_store()
+    first, key = store.get(image, labels), store.key(image, labels)
     path = store.path(key)
     if how == 'swapped':  # a sound file in the wrong place
         store.get(image[:, ::-1], labels)
@@ -152,7 +154,7 @@ def test_damaged_entries_are_made_anew(how, scene, clip_name, tmp_path, calls,
         damage(path, how)
     count = len(calls)
     log.truncate(0)
-    again = RegionStore(tmp_path, clip_name).get(image, labels)
+    again = new_store().get(image, labels)
     assert torch.equal(again.vectors, first.vectors)
     assert len(calls) == count + 2
     healed = RegionEmbeddings.load(path, key)
@@ -163,9 +165,9 @@ def test_damaged_entries_are_made_anew(how, scene, clip_name, tmp_path, calls,
     assert RegionEmbeddings.load(path, key) is None
 
 
-def test_stale_entries_are_not_found(scene, clip_name, tmp_path, calls):
+def test_stale_entries_are_not_found(scene, new_store, calls):
     image, labels = scene
-    store = RegionStore(tmp_path, clip_name)
+    store = new_store()
     store.get(image, labels)
     changed_image, changed_labels = image.copy(), labels.copy()
     changed_image[0, 0, 0] ^= 1
@@ -176,8 +178,7 @@ def test_stale_entries_are_not_found(scene, clip_name, tmp_path, calls):
         store.get(*args)
         assert len(calls) == number + 1
     options = ({}, dict(min_pixels=3), dict(fill=0), dict(ignore_index=0))
-    stores = (RegionStore(tmp_path, clip_name, **o) for o in options)
-    assert len({other.key(image, labels) for other in stores}) == 4
+    assert len({new_store(**o).key(image, labels) for o in options}) == 4
 
 
 def test_another_tower_under_the_same_name(scene, tmp_path, calls):
@@ -222,8 +223,8 @@ def test_another_tower_under_the_same_name(scene, tmp_path, calls):
     assert len(calls) == number
 
 
-def test_bad_arguments(tmp_path):
+def test_bad_arguments(new_store):
     with pytest.raises(ValueError, match='`min_pixels` must be at least 1'):
-        RegionStore(tmp_path, 'toyclip', min_pixels=0)
+        new_store(min_pixels=0)
     with pytest.raises(ValueError, match='`fill` must be in'):
-        RegionStore(tmp_path, 'toyclip', fill=256)
+        new_store(fill=256)

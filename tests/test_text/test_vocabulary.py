@@ -11,12 +11,14 @@ from mmengine.config import Config, ConfigDict
 from mmseg.datasets import (ADE20KDataset, BDD100KDataset, CityscapesDataset,
                             COCOStuffDataset, PascalContextDataset59,
                             PascalVOCDataset)
+from mmseg.utils import get_predefined_templates
 
 from mmseg_textkd import stock_config
 from mmseg_textkd.datasets.camvid import CamVidDataset
 from mmseg_textkd.datasets.labelmefacade import LabelMeFacadeDataset
 from mmseg_textkd.datasets.toy_scenes import ToyScenesDataset
 from mmseg_textkd.datasets.vspw import VSPWDataset
+from mmseg_textkd.text.templates import get_templates
 from mmseg_textkd.text.vocabulary import ALIASES, VOCABULARY_DIR, Vocabulary
 
 FRAGMENTS = Path(__file__).resolve().parents[2] / 'configs/_base_/text'
@@ -270,32 +272,77 @@ def test_is_constant_and_wraps_a_lone_phrase():
      'missing/names.txt does not exist'),
     (3, TypeError, 'dataset key, a file, a dict or a list.* int'),
 ])
-def test_bad_specs(spec, error, message):
+def test_bad_vocabularies(spec, error, message):
     with pytest.raises(error, match=message):
         Vocabulary.from_spec(spec)
 
 
+@each_case('spec,error,message', [
+    ([], ValueError, 'The list of templates is empty'),
+    (['a photo'], ValueError, "exactly one '{}'.* 'a photo'"),
+    (['{} and {}'], ValueError, "exactly one '{}'.* '{} and {}'"),
+    (['a {} {name}'], ValueError, "exactly one '{}'"),
+    (['a {0}'], ValueError, "exactly one '{}'"),
+    (['{}', 3], TypeError, 'a template is a text, but got 3'),
+    ('vilt', ValueError, "Unknown templates 'vilt': .*'vild'"),
+    ('missing.txt', FileNotFoundError, 'missing.txt does not exist'),
+    (3, TypeError, 'a name, a file or a list of texts, but got int'),
+])
+def test_bad_templates(spec, error, message):
+    with pytest.raises(error, match=message):
+        get_templates(spec)
+
+
 @each_case('name,content,message', [
-    ('a.txt', '\n# nothing\n', 'names no class'),
-    ('a.txt', 'car\ncar: van\n', "'car' occurs twice"),
-    ('a.txt', 'car: van,\n', "'car' has an empty phrase"),
-    ('a.txt', 'car:\n', "'car' has an empty phrase"),
-    ('a.txt', ': van\n', 'Class 0 .* empty name'),
-    ('a.json', '{"car": "van", "car": "bus"}', "'car' occurs twice"),
-    ('a.json', '{"car": {"van": 1}}', "'car': expected a phrase"),
-    ('a.json', '{"car": null, "van"}', 'Expecting'),
-    ('a.json', '3', 'expected a dict .* found int'),
-    ('a.json', '[1, 2]', 'Class 0 .* no text: 1'),
-    ('a.txt', 'Straße'.encode('latin-1'), 'not UTF-8 .*iconv'),
-    ('a.json', '["car"]'.encode('utf-16'), 'not UTF-8 .*iconv'),
-    ('a.txt', 'car'.encode('utf-16-le'), 'control character'),
+    ('vocabulary.txt', '\n# nothing\n', 'names no class'),
+    ('vocabulary.txt', 'car\ncar: van\n', "'car' occurs twice"),
+    ('vocabulary.txt', 'car: van,\n', "'car' has an empty phrase"),
+    ('vocabulary.txt', 'car:\n', "'car' has an empty phrase"),
+    ('vocabulary.txt', ': van\n', 'Class 0 .* empty name'),
+    ('vocabulary.json', '{"car": "van", "car": ""}', "'car' occurs twice"),
+    ('vocabulary.json', '{"car": {"van": 1}}', "'car': expected a phrase"),
+    ('vocabulary.json', '{"car": null, "van"}', 'Expecting'),
+    ('vocabulary.json', '3', 'expected a dict .* found int'),
+    ('vocabulary.json', '[1, 2]', 'Class 0 .* no text: 1'),
+    ('vocabulary.txt', 'Straße'.encode('latin-1'), 'not UTF-8 .*iconv'),
+    ('vocabulary.json', '["car"]'.encode('utf-16'), 'not UTF-8 .*iconv'),
+    ('vocabulary.txt', 'car'.encode('utf-16-le'), 'control character'),
+    ('template.txt', '\n\n', 'is empty'),
+    ('template.txt', 'a {}\nno place\n', "exactly one '{}'.* 'no place'"),
+    ('template.json', '[]', 'is empty'),
+    ('template.json', '["a {}"', 'delimiter'),
+    ('template.json', '{"a": "{}"}', 'expected a list of texts, found dict'),
+    ('template.txt', 'a {} Straße'.encode('latin-1'), 'not UTF-8 .*iconv'),
 ])
 def test_bad_files_are_named(tmp_path, name, content, message):
     file = tmp_path / name
     file.write_bytes(content.encode() if isinstance(content, str) else content)
+    read = dict(vocabulary=Vocabulary.from_spec, template=get_templates)
     with pytest.raises(ValueError, match=message) as error:
-        Vocabulary.from_spec(file)
-    assert f'Vocabulary file {file}' in str(error.value)
+        read[file.stem](file)
+    assert f'{file.stem.title()} file {file}' in str(error.value)
+
+
+def test_templates(tmp_path):
+    assert get_templates('photo') == ['a photo of a {}.']
+    assert get_templates('none') == ['{}']
+    assert get_templates(('a {}', 'the {}')) == ['a {}', 'the {}']
+    assert get_templates('a toy {}.') == ['a toy {}.']
+    for name, count in (('vild', 14), ('imagenet', 31)):
+        templates = get_templates(name)
+        assert templates == get_predefined_templates(name)
+        assert all(t.format('quux').count('quux') == 1 for t in templates)
+        assert len(templates) >= count
+    # The answer may be changed without harm.
+    for name in ('photo', 'none', 'vild'):
+        before = list(get_templates(name))
+        get_templates(name).append('spoilt')
+        assert get_templates(name) == before
+    text, listed = tmp_path / 'templates.txt', tmp_path / 'templates.json'
+    text.write_bytes('\ufeffa photo of a {}.\r\n\r\n  the {} \r\n'.encode())
+    assert get_templates(str(text)) == ['a photo of a {}.', 'the {}']
+    listed.write_text('["{}", "a {}"]')
+    assert get_templates(listed) == ['{}', 'a {}']
 
 
 def test_names_and_phrases_must_be_as_many():
