@@ -19,6 +19,7 @@ import pytest
 from each_case import each_case
 
 from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
+from mmseg_textkd.deploy import to_stock_cfg
 
 ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
 DATA = ('text/vocabularies', 'clip/toy_clip')
@@ -175,13 +176,9 @@ def test_wheel_trains_and_tests(site, tmp_path):
         width=128)
     name = 'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py'
     inside = f'{site}/mmseg_textkd/.mim'
-    (tmp_path /
-     'a.py').write_text("_base_ = 'mmseg_textkd::_base_/default_runtime.py'")
     (tmp_path / 'own.py').write_text(
-        f"_base_ = '{inside}/configs/text_classifier/{name}'\n"
-        "imported_from = __import__('mmseg_textkd').__file__\n"
-        "found = __import__('mmengine').Config.fromfile('a.py')\n"
-        'scope = found.default_scope\ndel found\n')
+        f"_base_ = 'mmseg_textkd::text_classifier/{name}'\n"
+        "imported_from = __import__('mmseg_textkd').__file__\n")
 
     def call(command, name, *args, **checkpoint):
         words = [sys.executable, '-m', 'mim', command, 'mmseg_textkd', name]
@@ -209,7 +206,9 @@ def test_wheel_trains_and_tests(site, tmp_path):
          'default_hooks.checkpoint.interval=2')
     cfg = mmengine.Config.fromfile(tmp_path / 'work/own.py')
     assert cfg.imported_from == f'{site}/mmseg_textkd/__init__.py'
-    assert cfg.scope == 'mmseg'
+    assert cfg.model._scope_ == 'mmseg_textkd'
+    same = mmengine.Config.fromfile(f'{ROOT}/configs/text_classifier/{name}')
+    assert to_stock_cfg(cfg).model == to_stock_cfg(same).model
     # Vectors were made, and the two scores are of the same weights.
     assert (tmp_path / 'data/text_embeddings').is_dir()
     call('test', name, checkpoint=str(tmp_path / 'work/iter_2.pth'))

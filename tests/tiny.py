@@ -17,6 +17,18 @@ from mmseg_textkd.text import TextEmbeddings
 CLASSES = ('sky', 'building', 'road', 'sidewalk', 'pole', 'car', 'truck',
            'person')
 SIZE = (32, 64)
+BACKBONE = dict(
+    type='ResNet',
+    depth=18,
+    num_stages=1,
+    stem_channels=8,
+    base_channels=8,
+    strides=(1, ),
+    dilations=(1, ),
+    out_indices=(0, ),
+    # Else convolutions get no gradient at first.
+    zero_init_residual=False,
+    norm_cfg=dict(type='BN'))
 # A stock auxiliary head of the tiny network.
 AUXILIARY = dict(
     type='FCNHead',
@@ -158,18 +170,7 @@ def tiny_config(tmp_path,
                 std=[64.] * 3,
                 size=SIZE,
                 seg_pad_val=255),
-            backbone=dict(
-                type='ResNet',
-                depth=18,
-                num_stages=1,
-                stem_channels=8,
-                base_channels=8,
-                strides=(1, ),
-                dilations=(1, ),
-                out_indices=(0, ),
-                # Else convolutions get no gradient at first.
-                zero_init_residual=False,
-                norm_cfg=norm_cfg),
+            backbone=BACKBONE,
             decode_head=head,
             train_cfg=dict(),
             test_cfg=dict(mode='whole')),

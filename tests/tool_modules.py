@@ -2,6 +2,7 @@
 """Load and run tools in this process."""
 import importlib.util
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -34,3 +35,12 @@ def fails(tool, capsys, *argv):
         tool.main([str(arg) for arg in argv])
     assert info.value.code not in (0, None)
     return f'{info.value.code} {capsys.readouterr().err}'
+
+
+def exit_of(path, monkeypatch, capsys, *argv):
+    """Run a tool as a script; return its exit code, and what it printed."""
+    path = str(ROOT / 'tools' / path)
+    monkeypatch.setattr(sys, 'argv', [path, *argv])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(path, run_name='__main__')
+    return end.value.code, *capsys.readouterr()

@@ -1,8 +1,9 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Visualization of label maps and of similarities."""
 import colorsys
+import functools
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 import cv2
 import matplotlib
@@ -50,7 +51,8 @@ def draw_labels(image: np.ndarray,
         image (np.ndarray): The image, uint8, RGB, shape (H, W, 3).
         labels (np.ndarray): Class numbers, shape (H, W).
         classes (Sequence[str]): Names of the classes.
-        palette (Sequence[Sequence[int]]): Their colors, RGB.
+        palette (Sequence[Sequence[int]]): Their colors, RGB. With those of
+            an image in BGR in that order, so is what is returned.
         opacity (float): Weight of the colors, in [0, 1]. Defaults to 0.5.
         legend (bool): Whether the names of the classes that are seen stand
             to the right, in the order of the classes, so that those of a
@@ -65,27 +67,37 @@ def draw_labels(image: np.ndarray,
         (H, W + 180, 3), wider by H / 540 if that is more than 1.
     """
     colors = np.array(palette, np.uint8)
-    shown = (1 - opacity) * image + opacity * colors[labels]
-    shown = shown.astype(np.uint8)
+    shown = cv2.addWeighted(
+        colors.take(labels, axis=0), opacity, np.ascontiguousarray(image),
+        1 - opacity, 0)
     if not legend:
         return shown
-    scale = max(1., len(image) / HEIGHT)
-    row = round(scale * ROW)
-    column, draw, font = _column(len(image), font)
+    rows = len(image) // round(max(1., len(image) / HEIGHT) * ROW)
     counts = np.bincount(labels.ravel(), minlength=len(classes))
     order = [k for k in np.argsort(-counts, kind='stable') if counts[k]]
-    for number, k in enumerate(sorted(order[:len(image) // row])):
+    entries = tuple(
+        (classes[k], *colors[k].tolist()) for k in sorted(order[:rows]))
+    return np.hstack([shown, _legend(len(image), entries, font)])
+
+
+@functools.lru_cache(maxsize=64)
+def _legend(height: int, entries: Tuple[Tuple, ...],
+            font: Optional[str]) -> np.ndarray:
+    """Draw a legend of names, each with its color; kept for videos."""
+    scale = max(1., height / HEIGHT)
+    row = round(scale * ROW)
+    column, draw, font = _column(height, font)
+    for number, (name, *color) in enumerate(entries):
         y = number * row
         draw.rectangle(
             (round(6 * scale), y + round(4 * scale), round(
-                30 * scale), y + round(18 * scale)), tuple(colors[k].tolist()))
-        name = _shorten(classes[k], font, scale)
+                30 * scale), y + round(18 * scale)), tuple(color))
         draw.text((round(NAME_X * scale), y + row // 2),
-                  name,
+                  _shorten(name, font, scale),
                   'black',
                   font,
                   anchor='lm')
-    return np.hstack([shown, np.asarray(column)])
+    return np.asarray(column)
 
 
 def _column(height: int, font: Optional[str] = None) -> tuple:

@@ -337,12 +337,12 @@ def segment_video(inferencer: 'TextSegInferencer',
     bar = track(None, 'Segmenting', 'frame', expected or None, progress)
     ended = threading.Event()
 
+    palette = [color[::-1] for color in meta['palette']]  # BGR, as frames are
+
     def drawn(items: Iterable[Segmented]) -> Iterator[np.ndarray]:
         for item in items:
-            image = draw_labels(item.frame[..., ::-1], item.labels,
-                                meta['classes'], meta['palette'], opacity,
-                                legend, inferencer.font)
-            yield np.ascontiguousarray(image[..., ::-1])
+            yield draw_labels(item.frame, item.labels, meta['classes'],
+                              palette, opacity, legend, inferencer.font)
 
     def encoded(images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         writer = None

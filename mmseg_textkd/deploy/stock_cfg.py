@@ -45,6 +45,9 @@ def to_stock_cfg(cfg: Config,
             it is.
     """
     stock = cfg.to_dict()
+    for part in dicts(stock):  # of what was inherited as `mmseg_textkd::`
+        if part.get('_scope_') == PLUGIN:
+            del part['_scope_']
     imports = (stock.pop('custom_imports', None) or {}).get('imports', [])
     imports = [imports] if isinstance(imports, str) else imports
     converter = StockConverter(imports, keep_l2)

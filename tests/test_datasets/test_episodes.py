@@ -1,13 +1,12 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Episodes of few-shot work: which ones, and their labels."""
-import copy
 import pickle
 from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from each_case import each_case
+from images import noise, write
 from mmseg.datasets import COCOStuffDataset, PascalVOCDataset
 from mmseg.registry import DATASETS, TRANSFORMS
 from network_tester import CONFIGS, load_config
@@ -21,22 +20,26 @@ pytestmark = pytest.mark.stacks
 PREFIX = dict(img_path='img', seg_map_path='ann')
 
 
-def write_coco(folder, fold=0, **pictures):
+def write_coco(folder):
+    """The list of fold 0."""
     names = {k: [] for k in range(80)}
-    for k in range(fold, 80, 4):
+    for k in range(0, 80, 4):
         names[k] = [f'val2014/{k}_{i}.jpg' for i in range(3 + k % 5)]
-    path = folder / f'fold{fold}.pkl'
-    path.write_bytes(pickle.dumps(names, 3))
+    (folder / 'fold0.pkl').write_bytes(pickle.dumps(names, 3))
     return names
 
 
-def coco(folder, **options):
-    options.setdefault('num_episodes', 200)
-    return COCO20iEpisodes(
-        ann_file=str(folder / 'fold{fold}.pkl'),
+def build(kind, folder, **options):
+    suffix = 'txt' if kind is PASCAL5iEpisodes else 'pkl'
+    return kind(
+        ann_file=str(folder / f'fold{{fold}}.{suffix}'),
         data_prefix=PREFIX,
         serialize_data=False,
         **options)
+
+
+def coco(folder, **options):
+    return build(COCO20iEpisodes, folder, num_episodes=200, **options)
 
 
 @each_case('shot', [0, 2])
@@ -74,13 +77,11 @@ class Harmful:
         return print, ('imported', )
 
 
-@pytest.mark.parametrize('content, fault', [
+@each_case('content, fault', [
     (Harmful(), 'imports builtins.print'),
     ([1, 2], 'no list of file names by class'),
-    ({
-        k: ['a.jpg', 'b.jpg']
-        for k in range(1, 80, 4)
-    }, 'no .* of class 0; it may be the list of another fold'),
+    (dict.fromkeys(range(1, 80, 4), ['a.jpg', 'b.jpg']),
+     'no .* of class 0; it may be the list of another fold'),
 ])
 def test_a_list_that_is_none_of_coco(tmp_path, content, fault, capsys):
     (tmp_path / 'fold0.pkl').write_bytes(pickle.dumps(content))
@@ -93,21 +94,13 @@ def test_a_list_that_is_none_of_coco(tmp_path, content, fault, capsys):
         coco(tmp_path, fold=4)
 
 
-def pascal(folder, lines, **options):
-    (folder / 'fold1.txt').write_text('\n'.join(lines) + '\n')
-    return PASCAL5iEpisodes(
-        fold=1,
-        ann_file=str(folder / 'fold{fold}.txt'),
-        data_prefix=PREFIX,
-        serialize_data=False,
-        **options)
-
-
 def test_pascal_goes_round_its_list(tmp_path):
-    found = pascal(tmp_path, ['2007_01__06', '2007_01__10', '2008_02__08'])
+    file = tmp_path / 'fold1.txt'
+    file.write_text('2007_01__06\n2007_01__10\n2008_02__08\n')
+    found = build(PASCAL5iEpisodes, tmp_path, fold=1)
     assert len(found) == 1000
-    counts = Counter((e['img_path'], e['class_id'], e['foreground'])
-                     for e in found.data_list)
+    keys = ('img_path', 'class_id', 'foreground')
+    counts = Counter(tuple(e[k] for k in keys) for e in found.data_list)
     assert counts == {
         ('img/2007_01.jpg', 5, 6): 334,
         ('img/2007_01.jpg', 9, 10): 333,
@@ -116,8 +109,9 @@ def test_pascal_goes_round_its_list(tmp_path):
     assert found.metainfo['class_ids'] == [5, 6, 7, 8, 9]
     names = PascalVOCDataset.METAINFO['classes']
     assert found.metainfo['classes'] == ('others', *names[1:])
+    file.write_text('a__06\na__05\n')
     with pytest.raises(ValueError, match="'a__05'.*list of another fold"):
-        pascal(tmp_path, ['a__06', 'a__05'])
+        build(PASCAL5iEpisodes, tmp_path, fold=1)
 
 
 def test_fss_has_ten_pictures_of_a_class(tmp_path):
@@ -136,72 +130,60 @@ def test_fss_has_ten_pictures_of_a_class(tmp_path):
     assert len(found) == 2400 and len(build(shot=1)) == 2160
     assert found.metainfo['class_ids'] == list(range(760, 1000))
     # In the order of the file names; the first is HSNet's support.
-    assert [e['img_path'].split('/')[-1]
-            for e in found.data_list[:3]] == ['1.jpg', '10.jpg', '2.jpg']
-    assert not any(e['img_path'].endswith('/1.jpg')
-                   for e in build(shot=1).data_list)
-    assert found.data_list[-1]['seg_map_path'] == str(tmp_path / names[-1] /
-                                                      '9.png')
+    first, one_shot = ([e['img_path'].rsplit('/', 1)[1] for e in d.data_list]
+                       for d in (found, build(shot=1)))
+    assert first[:3] == ['1.jpg', '10.jpg', '2.jpg']
+    assert '1.jpg' not in one_shot
+    last = str(tmp_path / names[-1] / '9.png')
+    assert found.data_list[-1]['seg_map_path'] == last
     with pytest.raises(FileNotFoundError, match='520 of 520 folders'):
         build(split='train')
     with pytest.raises(ValueError, match="'train', 'val', 'test'"):
         build(split='trn')
 
 
-def test_labels_are_of_the_class_at_the_size_of_the_input():
+LABELS = np.array([[7, 3, 255], [7, 7, 0]], np.uint8)
+TWICE = np.array([[1, 0, 255], [1, 1, 0]]).repeat(2, 0).repeat(2, 1)
+COLORS = np.array([[127, 128, 255]], np.uint8)[..., None].repeat(3, 2)
+
+
+# COCO-20i has no pixels that are not scored. Of a smaller one the pixel counts
+# that a place begins in. FSS-1000's masks are colored.
+@each_case('labels, size, foreground, ignored, expected', [
+    (LABELS, (4, 6), 7, 255, TWICE),
+    (LABELS, (4, 6), 7, None, TWICE % 255),
+    (LABELS, (1, 2), 7, 255, [[1, 0]]),
+    (COLORS, (1, 3), None, None, [[0, 1, 1]]),
+])
+def test_labels_are_of_the_class_at_the_size_of_the_input(
+        labels, size, foreground, ignored, expected):
     transform = TRANSFORMS.build(dict(type='EpisodeLabels'))
-    labels = np.array([[7, 3, 255], [7, 7, 0]], np.uint8)
-    base = dict(gt_seg_map=labels, img_shape=(4, 6), class_id=6)
-    mine = transform(dict(base, foreground=7, ignored=255))
-    expected = np.array([[1, 0, 255], [1, 1, 0]]).repeat(2, 0).repeat(2, 1)
-    assert (mine['gt_seg_map'] == expected).all()
-    assert mine['ori_shape'] == (4, 6)
-    # COCO-20i has no pixels that are not scored.
-    mine = transform(dict(base, foreground=7, ignored=None))
-    assert (mine['gt_seg_map'] == expected % 255).all()
-    # Smaller: the pixel that a place begins in.
-    mine = transform(dict(base, foreground=7, ignored=255, img_shape=(1, 2)))
-    assert mine['gt_seg_map'].tolist() == [[1, 0]]
-    # FSS-1000's masks are colored.
-    gray = np.array([[127, 128, 255]], np.uint8)
-    mine = transform(
-        dict(
-            gt_seg_map=gray[..., None].repeat(3, 2),
-            img_shape=(1, 3),
-            foreground=None,
-            ignored=None))
-    assert mine['gt_seg_map'].tolist() == [[0, 1, 1]]
+    sample = dict(gt_seg_map=labels, img_shape=size, class_id=6)
+    mine = transform(dict(sample, foreground=foreground, ignored=ignored))
+    np.testing.assert_array_equal(mine['gt_seg_map'], expected)
+    assert mine['ori_shape'] == size
 
 
 def test_pipeline_reads_pictures_as_torchvision_does(tmp_path):
     """Whole: what the config makes of an image and its label map."""
-    rng = np.random.default_rng(0)
-    for folder in ('img', 'ann'):
-        (tmp_path / folder).mkdir()
-    picture = Image.fromarray(rng.integers(0, 256, (60, 90, 3), np.uint8))
-    picture.save(tmp_path / 'img/a.jpg')
-    Image.fromarray(rng.integers(5, 8, (60, 90),
-                                 np.uint8)).save(tmp_path / 'ann/a.png')
+    labels = np.random.default_rng(0).integers(5, 8, (60, 90), np.uint8)
+    write(tmp_path / 'img/a.jpg', noise(60, 90))
+    write(tmp_path / 'ann/a.png', labels)
     (tmp_path / 'fold1.txt').write_text('a__06\n')
     path = 'lseg/lseg_dpt_r101_vit-b32_pascal-5i-episodes-480x480.py'
-    cfg = copy.deepcopy(load_config(CONFIGS / path))
-    cfg.test_dataloader.dataset.update(
+    dataset = load_config(CONFIGS / path).test_dataloader.dataset
+    dataset.update(
         fold=1,
         data_root=str(tmp_path),
         ann_file='fold{fold}.txt',
         data_prefix=PREFIX,
         num_episodes=2)
-    data = DATASETS.build(cfg.test_dataloader.dataset)[1]
+    data = DATASETS.build(dataset)[1]
     with Image.open(tmp_path / 'img/a.jpg') as file:
-        expected = np.array(
-            file.convert('RGB').resize((480, 480), Image.BILINEAR))
+        expected = file.convert('RGB').resize((480, 480), Image.BILINEAR)
     assert np.array_equal(data['inputs'].numpy()[::-1].transpose(1, 2, 0),
-                          expected)
-    sample = data['data_samples']
+                          np.array(expected))
+    sample, places = data['data_samples'], np.arange(480)
     assert sample.class_id == 5 and sample.ori_shape == (480, 480)
-    with Image.open(tmp_path / 'ann/a.png') as file:
-        labels = torch.from_numpy(np.array(file))
-    expected = labels[torch.arange(480) * 60 // 480][:,
-                                                     torch.arange(480) * 90 //
-                                                     480] == 6
-    assert torch.equal(sample.gt_sem_seg.data[0].bool(), expected)
+    expected = labels[places * 60 // 480][:, places * 90 // 480] == 6
+    assert np.array_equal(sample.gt_sem_seg.data[0].numpy(), expected)

@@ -1,8 +1,8 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """From the published folder to samples, on generated files."""
-import cv2
 import numpy as np
 import pytest
+from images import write
 from mmseg.registry import DATASETS
 from tool_modules import fails, load_tool
 
@@ -23,33 +23,26 @@ def labels(seed):
 @pytest.fixture
 def source(tmp_path):
     root = tmp_path / 'source'
-    (root / 'images').mkdir(parents=True)
-    (root / 'labels').mkdir()
     colors = np.array([*META['palette'], [0, 0, 0]], np.uint8)
     for split, names in NAMES.items():
+        for name in names:
+            image = np.full((6, 9, 3), len(name), np.uint8)
+            write(root / f'images/{name}.jpg', image)
+            write(root / f'labels/{name}.png', colors[labels(len(name))])
         (root / f'{split}.txt').write_text('\n'.join(f'images/{name}.jpg'
                                                      for name in names))
-        for name in names:
-            cv2.imwrite(
-                str(root / f'images/{name}.jpg'),
-                np.full((6, 9, 3), len(name), np.uint8))
-            cv2.imwrite(
-                str(root / f'labels/{name}.png'),
-                colors[labels(len(name))][..., ::-1])
     return root
 
 
 def build(root, split='train'):
+    prefix = dict(img_path=f'img/{split}', seg_map_path=f'ann/{split}')
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
     return DATASETS.build(
         dict(
             type='LabelMeFacadeDataset',
             data_root=str(root),
-            data_prefix=dict(
-                img_path=f'img/{split}', seg_map_path=f'ann/{split}'),
-            pipeline=[
-                dict(type='LoadImageFromFile'),
-                dict(type='LoadAnnotations')
-            ]))
+            data_prefix=prefix,
+            pipeline=pipeline))
 
 
 def test_from_the_published_folder_to_samples(source, tmp_path, capsys):
@@ -76,8 +69,7 @@ def test_what_is_missing_or_wrong_is_named(source, tmp_path, capsys):
     (out / 'img/test/d__p3.jpg').unlink()
     with pytest.raises(FileNotFoundError, match='no image'):
         build(out, 'test')
-    cv2.imwrite(
-        str(source / 'labels/a__p1.png'), np.full((6, 9, 3), 7, np.uint8))
+    write(source / 'labels/a__p1.png', np.full((6, 9, 3), 7, np.uint8))
     assert 'a__p1.png has colors of no class, such as [7, 7, 7]' in fails(
         TOOL, capsys, source, out)
     (source / 'train.txt').unlink()

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from mmengine.config import Config
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 from tiny import SIZE, tiny_config
-from tool_modules import load_tool
+from tool_modules import fails, load_tool
 from torch.utils.data import DataLoader
 
 from mmseg_textkd import add_region_embeddings
@@ -22,7 +21,7 @@ from mmseg_textkd.clip.image_tower import ImageTower
 from mmseg_textkd.clip.region_embeddings import RegionEmbeddings
 from mmseg_textkd.datasets.encode_regions import ensure_regions
 
-ROOT = Path(__file__).resolve().parents[2]
+LOAD = dict(type='LoadRegionEmbeddings', model='toyclip')
 # Processes are forked: a new interpreter would take seconds to start.
 fork = multiprocessing.get_context('fork')
 
@@ -37,11 +36,7 @@ def cfg(tmp_path):
     ]
     loader = add_region_embeddings(
         cfg.train_dataloader.to_dict(),
-        dict(
-            type='LoadRegionEmbeddings',
-            folder=str(tmp_path / 'regions'),
-            model='toyclip',
-            min_pixels=1))
+        dict(LOAD, folder=str(tmp_path / 'regions'), min_pixels=1))
     return Config(dict(train_dataloader=loader))
 
 
@@ -63,27 +58,32 @@ def build(cfg):
     return DATASETS.build(cfg.train_dataloader.dataset)
 
 
+def regions(dataset):
+    return [sample['data_samples'].region_embeddings for sample in dataset]
+
+
 def entries(tmp_path):
     return sorted((tmp_path / 'regions').glob('??/*.safetensors'))
 
 
-def assert_same(got, expected):
-    assert torch.equal(got.labels, expected.labels)
-    assert torch.equal(got.vectors, expected.vectors)
+def assert_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.vectors, other.vectors)
 
 
 def test_the_config_helper(tmp_path):
     loader = tiny_config(tmp_path).train_dataloader.to_dict()
     before = copy.deepcopy(loader)
-    transform = dict(type='LoadRegionEmbeddings', folder='f', model='toyclip')
+    transform = dict(LOAD, folder='f')
     changed = add_region_embeddings(
         dict(dataset=dict(datasets=[loader, loader])), transform)
     assert loader == before
     for part in changed['dataset']['datasets']:
-        assert [t['type'] for t in part['dataset']['pipeline']] == [
-            'LoadImageFromFile', 'LoadAnnotations', 'LoadRegionEmbeddings',
-            'PackRegionInputs'
-        ]
+        names = [t['type'] for t in part['dataset']['pipeline']]
+        assert ' '.join(names) == (
+            'LoadImageFromFile LoadAnnotations LoadRegionEmbeddings '
+            'PackRegionInputs')
     with pytest.raises(ValueError, match="'LoadAnnotations' and"):
         add_region_embeddings(changed, transform)
 
@@ -99,39 +99,35 @@ def test_what_a_sample_brings(cfg, tmp_path):
     assert sample['inputs'].shape == (3, 20, 40)
     expected = store.get(image, labels)
     assert store._tower is None
-    assert_same(sample['data_samples'].region_embeddings, expected)
+    assert_same([sample['data_samples'].region_embeddings], [expected])
     assert expected.labels.tolist() == np.unique(labels).tolist()
     # They go where the labels go, through the preprocessor.
-    preprocessor = MODELS.build(
-        dict(
-            type='SegDataPreProcessor', mean=[0.] * 3, std=[1.] * 3,
-            size=SIZE))
-    batch = preprocessor(
-        dict(inputs=[sample['inputs']], data_samples=[sample['data_samples']]),
-        training=True)
+    kind = dict(type='SegDataPreProcessor', size=SIZE)
+    preprocessor = MODELS.build(dict(kind, mean=[0.] * 3, std=[1.] * 3))
+    batch = preprocessor({k: [v] for k, v in sample.items()}, training=True)
     moved = batch['data_samples'][0]
-    assert_same(moved.region_embeddings, expected)
+    assert_same([moved.region_embeddings], [expected])
     assert moved.to('meta').region_embeddings.vectors.is_meta
 
 
-def test_bad_pipelines(cfg):
+@pytest.mark.parametrize('parts, first, error, match', [
+    ([0, 1, 3, 4, 5], {}, KeyError, 'put LoadRegionEmbeddings behind'),
+    ([0, 2, 3, 4, 5], {}, ValueError, 'none for.*directly behind Load'),
+    (range(6), dict(to_float32=True), ValueError,
+     r'float32 \(32, 64, 3\) and uint8'),
+])
+def test_bad_pipelines(cfg, parts, first, error, match):
     dataset = cfg.train_dataloader.dataset
-    pipeline = dataset.pipeline
-    dataset.pipeline = [*pipeline[:2], *pipeline[3:]]
-    with pytest.raises(KeyError, match='put LoadRegionEmbeddings behind'):
-        build(cfg)[0]
-    dataset.pipeline = [pipeline[0], *pipeline[2:]]
-    with pytest.raises(ValueError, match='none for.*directly behind Load'):
-        build(cfg)[0]
-    dataset.pipeline = [dict(pipeline[0], to_float32=True), *pipeline[1:]]
-    with pytest.raises(ValueError, match=r'float32 \(32, 64, 3\) and uint8'):
+    dataset.pipeline = [dataset.pipeline[i] for i in parts]
+    dataset.pipeline[0].update(first)
+    with pytest.raises(error, match=match):
         build(cfg)[0]
 
 
 @pytest.mark.stacks
 def test_a_data_set_is_gone_through_once(cfg, tmp_path, calls, monkeypatch):
     assert ensure_regions(cfg) == 6 == len(calls) == len(entries(tmp_path))
-    samples = [s['data_samples'].region_embeddings for s in build(cfg)]
+    expected = regions(build(cfg))
     # Not even images are read.
     with monkeypatch.context() as patch:
         patch.setattr(cv2, 'imdecode', None)
@@ -144,8 +140,7 @@ def test_a_data_set_is_gone_through_once(cfg, tmp_path, calls, monkeypatch):
     assert ensure_regions(cfg, everything=True) == 1 and len(calls) == 7
     path.write_bytes(b'')
     assert ensure_regions(cfg) == 0  # by the names of files all is there
-    for sample, expected in zip(build(cfg), samples):
-        assert_same(sample['data_samples'].region_embeddings, expected)
+    assert_same(regions(build(cfg)), expected)
     assert len(calls) == 8 and len(entries(tmp_path)) == 6
 
     # A changed label map; another data set in the same folder.
@@ -153,7 +148,7 @@ def test_a_data_set_is_gone_through_once(cfg, tmp_path, calls, monkeypatch):
     labels = cv2.imread(path, cv2.IMREAD_UNCHANGED)
     cv2.imwrite(path, (labels + 1) % 8)
     assert ensure_regions(cfg) == 1 and len(calls) == 9
-    changed = build(cfg)[3]['data_samples'].region_embeddings
+    changed = regions(build(cfg))[3]
     assert changed.labels.tolist() == np.unique((labels + 1) % 8).tolist()
     cfg.train_dataloader.dataset.reduce_zero_label = True
     assert ensure_regions(cfg) == 6
@@ -203,15 +198,10 @@ def test_killed_and_gone_on_with_two_at_once(cfg, tmp_path, calls):
 @pytest.mark.skipif(sys.platform != 'linux', reason='forks')
 def test_workers_make_what_is_missing(cfg, tmp_path, calls):
     """An empty folder, two workers, and no preparation."""
-    loader = DataLoader(
-        build(cfg),
-        batch_size=None,
-        num_workers=2,
-        multiprocessing_context='fork')
-    samples = [s['data_samples'].region_embeddings for s in loader]
+    options = dict(num_workers=2, multiprocessing_context='fork')
+    found = regions(DataLoader(build(cfg), batch_size=None, **options))
     assert not calls and len(entries(tmp_path)) == 6
-    for sample, again in zip(samples, build(cfg)):
-        assert_same(again['data_samples'].region_embeddings, sample)
+    assert_same(regions(build(cfg)), found)
     assert not calls
     for path in entries(tmp_path):
         assert RegionEmbeddings.load(path, path.stem) is not None
@@ -221,19 +211,14 @@ def test_the_tool(cfg, tmp_path, capsys):
     tool = load_tool('encode_regions.py')
     path = tmp_path / 'config.py'
     cfg.dump(path)
-    tool.main([str(path)])
-    out, err = capsys.readouterr()
-    assert out.endswith('6 images encoded; all others were there\n')
-    # The bar is for terminals.
-    assert 'Encoding regions' not in err
-    tool.main([str(path)])
-    assert capsys.readouterr().out.endswith('0 images encoded; all others '
-                                            'were there\n')
-    for words, message in (
-        ([str(tmp_path / 'none.py')], 'Error: '),
-        ([str(path), '--cfg-options',
-          'train_dataloader=0'], 'has a LoadRegionEmbeddings'),
-    ):
-        with pytest.raises(SystemExit) as info:
-            tool.main(words)
-        assert message in str(info.value.code)
+    for number in (6, 0):
+        tool.main([str(path)])
+        out, err = capsys.readouterr()
+        assert out.endswith(f'{number} images encoded; all others were '
+                            'there\n')
+        # The bar is for terminals.
+        assert 'Encoding regions' not in err
+    assert 'Error: ' in fails(tool, capsys, tmp_path / 'none.py')
+    assert 'has a LoadRegionEmbeddings' in fails(tool, capsys, path,
+                                                 '--cfg-options',
+                                                 'train_dataloader=0')

@@ -6,23 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 from each_case import each_case
+from heads import ALIGN, CONTROL, backward, without_gradient
 from mmengine.config import ConfigDict
-from mmengine.structures import PixelData
 from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from mmseg.models import decode_heads
 from mmseg.models.decode_heads import FCNHead
 from mmseg.registry import MODELS
-from mmseg.structures import SegDataSample
+from network_tester import samples
+from tiny import BACKBONE
 from torch import nn
 
 from mmseg_textkd.models import TextFCNHead, TextHeadMixin, TextLightHamHead
 
 K = 4
-CONTROL = dict(type='ControlEmbeddings', kind='random', dim=16)
 ONE = dict(in_channels=8, channels=8, num_classes=K, dropout_ratio=0.)
 TWO = dict(ONE, in_channels=[8, 8], in_index=[0, 1])
 PYRAMID = dict(ONE, in_channels=[8] * 4, in_index=[0, 1, 2, 3])
 BN = dict(type='BN')
+GN = dict(type='GN', num_groups=4)
+SELECT = dict(input_transform='multiple_select')
 # Two lines of code are all that these need; see the guide `mixing in`.
 TAKE = dict(
     # It calls its dropout even where there is none.
@@ -34,10 +36,7 @@ TAKE = dict(
     DMHead=dict(ONE, filter_sizes=(1, 3)),
     DNLHead=ONE,
     DPTHead=dict(
-        PYRAMID,
-        embed_dims=8,
-        post_process_channels=[8] * 4,
-        input_transform='multiple_select'),
+        PYRAMID, embed_dims=8, post_process_channels=[8] * 4, **SELECT),
     EMAHead=dict(ONE, ema_channels=8, num_bases=4, num_stages=2),
     EncHead=dict(TWO, num_codes=4),
     FPNHead=dict(PYRAMID, feature_strides=[4, 8, 16, 32]),
@@ -47,8 +46,8 @@ TAKE = dict(
         ONE,
         in_channels=[8] * 3,
         in_index=[0, 1, 2],
-        input_transform='multiple_select',
-        branch_channels=(4, 4)),
+        branch_channels=(4, 4),
+        **SELECT),
     NLHead=ONE,
     OCRHead=dict(ONE, ocr_channels=4),
     PSPHead=ONE,
@@ -56,20 +55,27 @@ TAKE = dict(
     SETRUPHead=dict(ONE, norm_cfg=BN),
     UPerHead=PYRAMID)
 GENERATE = dict(ONE, type='FCNHead', num_convs=1)
-SIDE = ConfigDict(
-    in_channels=3,
-    embed_dims=24,
-    clip_channels=24,
-    num_queries=2,
-    cfg_encoder=dict(num_encode_layer=1, num_heads=2, mlp_ratio=1),
-    fusion_index=[0],
-    cfg_decoder=dict(
-        num_heads=2,
-        num_layers=1,
-        embed_channels=8,
-        mlp_channels=8,
-        num_mlp=1,
-        rescale=True))
+DECODER = dict(
+    num_heads=2,
+    num_layers=1,
+    embed_channels=8,
+    mlp_channels=8,
+    num_mlp=1,
+    rescale=True)
+SIDE = dict(
+    num_classes=K,
+    san_cfg=ConfigDict(
+        in_channels=3,
+        embed_dims=24,
+        clip_channels=24,
+        num_queries=2,
+        cfg_encoder=dict(num_encode_layer=1, num_heads=2, mlp_ratio=1),
+        fusion_index=[0],
+        cfg_decoder=DECODER),
+    maskgen_cfg=ConfigDict(
+        sos_token_num=2, num_layers=1, embed_dims=24, num_heads=2),
+    deep_supervision_idxs=[],
+    train_cfg=None)
 REFUSED = dict(
     IterativeDecodeHead=dict(
         num_stages=0, kernel_generate_head=GENERATE, kernel_update_head=[]),
@@ -80,13 +86,7 @@ REFUSED = dict(
     PointHead=dict(ONE, in_channels=[8], in_index=[0]),
     SegmenterMaskTransformerHead=dict(
         ONE, num_layers=1, num_heads=2, embed_dims=8),
-    SideAdapterCLIPHead=dict(
-        num_classes=K,
-        san_cfg=SIDE,
-        maskgen_cfg=ConfigDict(
-            sos_token_num=2, num_layers=1, embed_dims=24, num_heads=2),
-        deep_supervision_idxs=[],
-        train_cfg=None),
+    SideAdapterCLIPHead=SIDE,
     VPDDepthHead=dict(
         in_channels=[16] * 4,
         embed_dim=2,
@@ -131,21 +131,9 @@ def previous(name):
     return [torch.randn(2, K, 16, 16)] if name == 'OCRHead' else []
 
 
-def labels(size=(32, 32)):
-    torch.manual_seed(3)
-    samples = []
-    for _ in range(2):
-        sample = SegDataSample(metainfo=dict(img_shape=size))
-        ids = torch.randint(0, K, (1, *size))
-        ids[:, :3] = 255
-        sample.gt_sem_seg = PixelData(data=ids)
-        samples.append(sample)
-    return samples
-
-
 def losses(name, head):
     torch.manual_seed(4)
-    return head.loss(features(name), *previous(name), labels(), {})
+    return head.loss(features(name), *previous(name), samples((32, 32), K), {})
 
 
 def logits(name, head):
@@ -164,15 +152,12 @@ def test_every_stock_head_has_been_tried():
 
 @each_case('name', TAKE)
 def test_classifier_learns_and_folds(name):
-    head = build(
-        name, text=CONTROL, text_losses=[dict(type='TextAlignmentLoss')])
+    head = build(name, text=CONTROL, text_losses=[ALIGN])
     found = losses(name, head)
     assert found['loss_text_align'] > 0
-    sum(v for k, v in found.items() if 'loss' in k).backward()
-    assert not [
-        n for n, p in head.named_parameters()
-        if p.requires_grad and p.grad is None
-    ]
+    backward(found)
+    frozen = {n for n, p in head.named_parameters() if not p.requires_grad}
+    assert set(without_gradient(head)) <= frozen
     expected = logits(name, head.eval())
     head.conv_seg, head.text_losses = head.conv_seg.as_conv(), nn.ModuleList()
     stock = build(name)
@@ -199,6 +184,24 @@ def test_others_are_refused(name):
         text_class(name)(text=CONTROL, **copy.deepcopy(REFUSED[name]))
 
 
+class CallsNone(FCNHead):
+
+    def forward(self, inputs):
+        return self._forward_feature(inputs)[:, :K]
+
+
+class CallsTwice(FCNHead):
+
+    def forward(self, inputs):
+        return super().forward(inputs) + super().forward(inputs)
+
+
+def of(head, **kwargs):
+    """A text head by inheritance from another."""
+    kind = type('TextOwn', (TextHeadMixin, head), {})
+    return kind(text=CONTROL, **ONE, **kwargs)
+
+
 @each_case('kernel, message', [(3, r'kernel_size=\(3, 3\)'),
                                (None, 'found None')])
 def test_another_classifier_is_refused(kernel, message):
@@ -209,73 +212,42 @@ def test_another_classifier_is_refused(kernel, message):
             super().__init__(**kwargs)
             self.conv_seg = kernel and nn.Conv2d(8, K, kernel)
 
-    class TextOwn(TextHeadMixin, Own):
-        pass
-
     with pytest.raises(TypeError, match=f'TextOwn cannot.*1x1.*{message}'):
-        TextOwn(text=CONTROL, **ONE)
+        of(Own)
 
 
-@each_case('role', ['classifier', 'auxiliary'])
-def test_a_classifier_that_is_never_called_is_refused(role):
-
-    class Own(FCNHead):
-
-        def forward(self, inputs):
-            return self._forward_feature(inputs)[:, :K]
-
-    class TextOwn(TextHeadMixin, Own):
-        pass
-
-    head = TextOwn(text=CONTROL, role=role, **ONE)
-    with pytest.raises(RuntimeError, match='TextOwn cannot.*not call.*conv_s'):
-        losses('ASPPHead', head)
-
-
-def test_a_classifier_without_text_losses_may_be_called_twice():
-
-    class Twice(TextFCNHead):
-
-        def forward(self, inputs):
-            return super().forward(inputs) + super().forward(inputs)
-
-    head = Twice(text=CONTROL, **ONE)
-    assert losses('ASPPHead', head)['loss_ce'] > 0
+@each_case('head, options, match', [
+    (CallsNone, dict(role='classifier'), 'TextOwn cannot.*not call.*conv_s'),
+    (CallsNone, dict(role='auxiliary'), 'TextOwn cannot.*not call.*conv_s'),
+    (CallsTwice, dict(text_losses=[ALIGN]), '2 times in one forward'),
+])
+def test_a_classifier_is_called_once(head, options, match):
+    with pytest.raises(RuntimeError, match=match):
+        losses('ASPPHead', of(head, **options))
+    # Without text losses it may be called twice.
+    assert losses('ASPPHead', of(CallsTwice))['loss_ce'] > 0
 
 
 def test_any_head_of_a_cascade_can_have_text():
     first = dict(ONE, type='TextFCNHead', text=CONTROL, num_convs=1)
     last = dict(TAKE['OCRHead'], type='TextOCRHead', text=CONTROL)
+    cfg = dict(
+        type='CascadeEncoderDecoder',
+        num_stages=2,
+        backbone=BACKBONE,
+        decode_head=[first, last],
+        test_cfg=dict(mode='whole'))
     MODELS.register_module(name='TextOCRHead', module=text_class('OCRHead'))
     try:
-        model = MODELS.build(
-            dict(
-                type='CascadeEncoderDecoder',
-                num_stages=2,
-                backbone=dict(
-                    type='FastSCNN',
-                    downsample_dw_channels=(8, 8),
-                    global_in_channels=8,
-                    global_block_channels=(8, 8, 8),
-                    global_out_channels=8,
-                    higher_in_channels=8,
-                    lower_in_channels=8,
-                    fusion_out_channels=8,
-                    out_indices=(2, )),
-                decode_head=[first, last],
-                train_cfg={},
-                test_cfg=dict(mode='whole')))
+        model = MODELS.build(cfg)
     finally:
         MODELS.module_dict.pop('TextOCRHead')
-    found = model.loss(torch.randn(2, 3, 64, 64), labels((64, 64)))
-    sum(v for k, v in found.items() if 'loss' in k).backward()
+    found = model.loss(torch.randn(2, 3, 64, 64), samples((64, 64), K))
+    backward(found)
     assert {'decode_0.loss_ce', 'decode_1.loss_ce'} <= set(found)
     for head in model.decode_head:
         assert head.text_branch.projection.conv.weight.grad.abs().max() > 0
     assert model.eval()._forward(torch.randn(1, 3, 64, 64)).shape[1] == K
-
-
-GN = dict(type='GN', num_groups=4)
 
 
 @each_case('norm_cfg, kind, eps', [
@@ -286,16 +258,16 @@ GN = dict(type='GN', num_groups=4)
 ])
 @each_case('role', ['classifier', 'auxiliary'])
 def test_norm_is_the_heads_own_where_it_folds(role, norm_cfg, kind, eps):
-    head = TextFCNHead(text=CONTROL, role=role, norm_cfg=norm_cfg, **ONE)
-    bn = head.text_branch.projection.bn
+    args = dict(ONE, norm_cfg=norm_cfg)
+    bn = TextFCNHead(text=CONTROL, role=role, **args).text_branch.projection.bn
     assert type(bn) is kind and bn.eps == eps
 
 
 def test_a_norm_that_does_not_fold_is_refused_where_it_is_asked_for():
-    hamburger = dict(TWO, ham_channels=8, ham_kwargs=dict(MD_R=4), norm_cfg=GN)
-    head = TextLightHamHead(text=CONTROL, **hamburger)
+    args = dict(TWO, ham_channels=8, ham_kwargs=dict(MD_R=4), norm_cfg=GN)
+    head = TextLightHamHead(text=CONTROL, **args)
     assert isinstance(head.squeeze.norm, nn.GroupNorm)
     assert type(head.text_branch.projection.bn) is nn.BatchNorm2d
+    branch = dict(norm_cfg=GN)
     with pytest.raises(ValueError, match='needs BN or SyncBN.*GN'):
-        TextLightHamHead(
-            text=CONTROL, text_branch=dict(norm_cfg=GN), **hamburger)
+        TextLightHamHead(text=CONTROL, text_branch=branch, **args)

@@ -4,17 +4,14 @@ import mmengine.registry
 import pytest
 import torch
 from each_case import each_case
+from heads import ALIGN, ARGS, CONTROL, data
 from mmengine.model import BaseModule
 from mmengine.registry import DefaultScope, Registry
 from mmseg.models.decode_heads import FCNHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-from network_tester import samples
 
 from mmseg_textkd.models import (TextBranch, TextClassifier, TextFCNHead,
                                  TextHeadMixin)
-
-CONTROL = dict(type='ControlEmbeddings', kind='random', dim=16)
-ARGS = dict(in_channels=8, channels=8, num_classes=4, num_convs=1)
 
 
 def test_roles_put_the_branch_in_its_place():
@@ -33,45 +30,30 @@ def test_roles_put_the_branch_in_its_place():
 
 
 def test_text_losses_see_what_the_classifier_saw():
-    """Embeddings are those of the forward, not computed a second time."""
-    head = TextFCNHead(
-        text=CONTROL, text_losses=[dict(type='TextAlignmentLoss')], **ARGS)
-    calls = []
+    """Embeddings of the forward, and labels of the nearest pixels."""
+    head = TextFCNHead(text=CONTROL, text_losses=[ALIGN], **ARGS)
+    calls, seen = [], []
     head.conv_seg.projection.register_forward_hook(
         lambda *args: calls.append(args[2]))
-    seen = []
-    loss = head.text_losses[0]
-    loss.register_forward_pre_hook(lambda m, args: seen.append(args))
-    head.loss([torch.randn(2, 8, 4, 8)], samples((32, 64), 4), {})
-    assert len(calls) == 1 and seen[0][0] is calls[0]
-    assert seen[0][1] is head.text_branch.text.class_embeddings
-    labels = seen[0][2]
-    assert labels.shape == (2, 4, 8) and labels.dtype == torch.int64
-
-
-def test_labels_are_those_of_the_nearest_pixel():
-    head = TextFCNHead(
-        text=CONTROL, text_losses=[dict(type='TextAlignmentLoss')], **ARGS)
-    seen = []
     head.text_losses[0].register_forward_pre_hook(
-        lambda m, args: seen.append(args[2]))
-    data = samples((32, 64), 4)
-    head.loss([torch.randn(2, 8, 4, 8)], data, {})
-    full = torch.cat([s.gt_sem_seg.data for s in data])
-    assert torch.equal(seen[0], full[:, ::8, ::8])
+        lambda module, args: seen.append(args))
+    inputs, samples = data()
+    head.loss(inputs, samples, {})
+    (embeddings, ), ((found, text, labels), ) = calls, seen
+    assert found is embeddings
+    assert text is head.text_branch.text.class_embeddings
+    full = torch.cat([s.gt_sem_seg.data for s in samples])
+    assert labels.dtype == torch.int64
+    assert torch.equal(labels, full[:, ::8, ::8])
 
 
 def test_losses_of_one_name_add_up():
-    one = TextFCNHead(
-        text=CONTROL, text_losses=[dict(type='TextAlignmentLoss')], **ARGS)
-    two = TextFCNHead(
-        text=CONTROL, text_losses=[dict(type='TextAlignmentLoss')] * 2, **ARGS)
+    one, two = (
+        TextFCNHead(text=CONTROL, text_losses=[ALIGN] * number, **ARGS)
+        for number in (1, 2))
     two.load_state_dict(one.state_dict(), strict=False)
-    data, feat = samples((32, 64), 4), [torch.randn(2, 8, 4, 8)]
-    torch.manual_seed(3)
-    single = one.loss(feat, data, {})['loss_text_align']
-    torch.manual_seed(3)
-    double = two.loss(feat, data, {})['loss_text_align']
+    single, double = (
+        h.loss(*data(), {})['loss_text_align'] for h in (one, two))
     torch.testing.assert_close(double, 2 * single)
 
 
@@ -95,7 +77,7 @@ def test_a_copy_of_the_base_head_is_as_good():
     TextOwnHead = type('TextOwnHead', (TextHeadMixin, OwnHead), {})
     head = TextOwnHead(text=CONTROL, **ARGS)
     assert isinstance(head.conv_seg, TextClassifier)
-    losses = head.loss([torch.randn(2, 8, 4, 8)], samples((32, 64), 4), {})
+    losses = head.loss(*data(), {})
     assert losses['loss_ce'].item() > 0
 
 
@@ -116,7 +98,7 @@ def test_losses_of_ignored_pixels_have_a_graph(role):
     if role == 'auxiliary':
         head.conv_seg.requires_grad_()
         head.text_losses = torch.nn.ModuleList()
-    losses = head.loss([torch.randn(2, 8, 4, 8)], samples((32, 64), 4), {})
+    losses = head.loss(*data(), {})
     assert losses['loss_ce'].item() == 0
     losses['loss_ce'].backward()
     learned = [p for p in head.parameters() if p.grad is not None]
@@ -133,46 +115,26 @@ def test_a_project_with_a_scope_of_its_own():
                 mmengine.registry.HOOKS.build(dict(type='PromptLearnerHook'))
             mmengine.registry.HOOKS.build(
                 dict(type='mmseg.PromptLearnerHook', switch_at=3))
+            text = dict(CONTROL, type='mmseg.ControlEmbeddings')
+            loss = dict(type='mmseg.CrossEntropyLoss')
+            kind = dict(type='mmseg.TextFCNHead', role='auxiliary')
             head = mmengine.registry.MODELS.build(
-                dict(
-                    ARGS,
-                    type='mmseg.TextFCNHead',
-                    role='auxiliary',
-                    loss_decode=dict(type='mmseg.CrossEntropyLoss'),
-                    text=dict(CONTROL, type='mmseg.ControlEmbeddings')))
+                dict(ARGS, **kind, loss_decode=loss, text=text))
     finally:
         for parent in (mmengine.registry.MODELS, mmengine.registry.HOOKS):
             del parent.children['project']
-    losses = head.loss([torch.randn(2, 8, 4, 8)], samples((32, 64), 4), {})
+    losses = head.loss(*data(), {})
     assert losses['loss_text_align'].item() > 0
 
 
 @each_case('kwargs, message', [
     (dict(role='teacher'), "role.*must be one of.*'teacher'"),
     (dict(role='auxiliary', text_losses=[]), 'at least one loss'),
+    (dict(num_classes=5), '6 classes.*num_classes=5'),
 ])
-def test_bad_arguments(kwargs, message):
+def test_bad_arguments(kwargs, message, text):
     with pytest.raises(ValueError, match=message):
-        TextFCNHead(text=CONTROL, **{**ARGS, **kwargs})
-
-
-def test_wrong_number_of_classes(make_embeddings):
-    text = dict(type='ClassEmbeddings', file=make_embeddings(5))
-    with pytest.raises(ValueError, match='5 classes.*num_classes=4'):
-        TextFCNHead(text=text, **ARGS)
-
-
-def test_a_classifier_called_twice_is_refused():
-
-    class Twice(TextFCNHead):
-
-        def forward(self, inputs):
-            return super().forward(inputs) + super().forward(inputs)
-
-    head = Twice(
-        text=CONTROL, text_losses=[dict(type='TextAlignmentLoss')], **ARGS)
-    with pytest.raises(RuntimeError, match='2 times in one forward'):
-        head.loss([torch.randn(2, 8, 4, 8)], samples((32, 64), 4), {})
+        TextFCNHead(text=text, **{**ARGS, 'num_classes': 6, **kwargs})
 
 
 def test_init_of_the_text_branch_is_sound():

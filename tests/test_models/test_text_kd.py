@@ -2,12 +2,12 @@
 """The score map in the network, as its authors built it."""
 import copy
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from each_case import each_case
+from heads import SIX
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
@@ -15,58 +15,46 @@ from mmengine.structures import PixelData
 from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
+from network_tester import CONFIGS
 
 from mmseg_textkd.deploy import fold, to_stock_cfg
 from mmseg_textkd.deploy.export import to_onnx
 from mmseg_textkd.deploy.exportable import ExportableSegmentor
-from mmseg_textkd.models import TextAlignmentLoss
 
-CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 K, C = 3, 32
-SAMPLER = dict(type='OHEMPixelSampler', thresh=0.7, min_kept=100)
+BN = dict(type='BN')
+DECODER = dict(convs=['decode_head.convs.0.conv'])
+LINEAR = dict(norm='rms', projection=True, width=16)
 
 
-def stdc(sampler=SAMPLER, width=C, **score_map):
+def control(width):
+    return dict(type='ControlEmbeddings', kind='random', dim=width)
+
+
+def stdc(width=C, **score_map):
     """Config of a narrow STDC1 with a score map."""
-    norm_cfg = dict(type='BN')
+    stdc1 = dict(
+        type='STDCNet',
+        stdc_type='STDCNet1',
+        in_channels=3,
+        channels=(4, 4, 8, 16, C),
+        bottleneck_type='cat',
+        norm_cfg=BN,
+        act_cfg=dict(type='ReLU'))
+    backbone = dict(
+        type='STDCContextPathNet',
+        backbone_cfg=stdc1,
+        last_in_channels=(C, 16),
+        out_channels=8,
+        ffm_cfg=dict(in_channels=16, out_channels=8, scale_factor=4))
+    sampler = dict(type='OHEMPixelSampler', thresh=0.7, min_kept=100)
+    head = dict(SIX, type='FCNHead', num_classes=K, in_index=3)
     return dict(
         type='TextKD',
-        score_map=dict(
-            dict(
-                in_channels=C,
-                text=dict(type='ControlEmbeddings', kind='random', dim=width)),
-            **score_map),
-        backbone=dict(
-            type='STDCContextPathNet',
-            backbone_cfg=dict(
-                type='STDCNet',
-                stdc_type='STDCNet1',
-                in_channels=3,
-                channels=(4, 4, 8, 16, C),
-                bottleneck_type='cat',
-                norm_cfg=norm_cfg,
-                act_cfg=dict(type='ReLU')),
-            last_in_channels=(C, 16),
-            out_channels=8,
-            ffm_cfg=dict(in_channels=16, out_channels=8, scale_factor=4)),
-        decode_head=dict(
-            type='FCNHead',
-            in_channels=8,
-            channels=8,
-            num_convs=1,
-            num_classes=K,
-            in_index=3,
-            concat_input=False,
-            dropout_ratio=0.,
-            norm_cfg=norm_cfg,
-            align_corners=True,
-            sampler=sampler,
-            loss_decode=dict(type='CrossEntropyLoss')),
-        train_cfg=dict(),
+        score_map=dict(dict(in_channels=C, text=control(width)), **score_map),
+        backbone=backbone,
+        decode_head=dict(head, align_corners=True, sampler=sampler),
         test_cfg=dict(mode='whole'))
-
-
-DECODER = dict(convs=['decode_head.convs.0.conv'])
 
 
 def noise(shape, phase):
@@ -76,12 +64,14 @@ def noise(shape, phase):
     return (2 * (x - x.floor()) - 1).view(shape)
 
 
-def labels_of(data):
-    return [SegDataSample(gt_sem_seg=PixelData(data=d)) for d in data]
+def losses_of(model, image, labels):
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=d)) for d in labels]
+    return model(image, samples, mode='loss')
 
 
-def randomize(model):
-    """Give the weights on the scores other values than 0."""
+def randomized(**options):
+    """A network whose weights on the scores have other values than 0."""
+    model = MODELS.build(stdc(**options))
     for conv in model.score_map.convs.values():
         torch.nn.init.normal_(conv.weight, std=0.5)
     return model
@@ -112,90 +102,63 @@ READERS = ('backbone.conv_avg.conv', 'backbone.arms.0.conv_layer.conv',
            'decode_head.convs.0.conv', 'backbone.backbone.stages.0.conv')
 
 
-@each_case('kind', GOLDEN)
-def test_the_authors_network(kind):
-    options, logits, loss, alignment, gradients = GOLDEN[kind]
-    model = MODELS.build(stdc(**options)).double().eval()
-    own = {n.replace('/', '.') for n in model.score_map.convs}
-    # Their checkpoint: wider convolutions, and the text beside the trunk.
+def numbered(model):
+    """Weights of the authors' checkpoint, as those of ours.
+
+    Theirs has wider convolutions, and the text beside the trunk.
+    """
+    own = {n.replace('/', '.') + '.weight': n for n in model.score_map.convs}
     theirs = {
-        name: value
+        name: value.shape
         for name, value in model.state_dict().items()
         if not name.startswith('score_map')
     }
     for name in own:
-        wide = f'{name}.weight'
-        shape = list(theirs[wide].shape)
-        shape[1] += K
-        theirs[wide] = torch.empty(shape)
-    theirs['backbone.text_embeddings'] = torch.empty(K, C)
-    state = {}
-    for i, (name, value) in enumerate(sorted(theirs.items())):
-        if name.endswith('num_batches_tracked'):
-            state[name] = value
-            continue
+        out, wide, *kernel = theirs[name]
+        theirs[name] = (out, wide + K, *kernel)
+    theirs['backbone.text_embeddings'] = (K, C)
+    text = F.normalize(noise((K, C), 1), dim=1)
+    state = {'score_map.text.class_embeddings': text}
+    for i, (name, shape) in enumerate(sorted(theirs.items())):
         one = name.endswith(('running_var', 'bn.weight'))
-        value = noise(value.shape, i) * 0.4 + float(one)
-        base = name[:-len('.weight')]
-        if name == 'backbone.text_embeddings':
-            text = noise((K, C), 1)
-            state['score_map.text.class_embeddings'] = F.normalize(text, dim=1)
-        elif base in own:
+        value = noise(shape, i) * 0.4 + float(one)
+        if name.endswith('num_batches_tracked'):
+            state[name] = torch.tensor(0)
+        elif name in own:
             state[name], extra = value[:, :-K], value[:, -K:]
-            state[f'score_map.convs.{base.replace(".", "/")}.weight'] = extra
-        else:
+            state[f'score_map.convs.{own[name]}.weight'] = extra
+        elif name != 'backbone.text_embeddings':
             state[name] = value
-    model.load_state_dict(state, strict=True)
+    return state
+
+
+@each_case('kind', GOLDEN)
+def test_the_authors_network(kind):
+    options, logits, loss, alignment, gradients = GOLDEN[kind]
+    model = MODELS.build(stdc(**options)).double().eval()
+    model.load_state_dict(numbered(model), strict=True)
     image = noise((2, 3, 64, 96), 2)
     labels = (torch.arange(2 * 64 * 96).view(2, 1, 64, 96) // 7) % K
     labels[:, :, :5] = 255
 
     taken = []
-    handle = model.score_map.register_forward_hook(
+    model.score_map.register_forward_hook(
         lambda module, args, output: taken.append(output))
     out = model(image, mode='tensor')
-    handle.remove()
-    close = dict(rtol=1e-7, atol=1e-9)
-    tensor = torch.tensor
-    torch.testing.assert_close(
-        taken[0][0, :, 0, 0], tensor(SCORES).double(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(out[0, :, 0, :2].flatten(),
-                               tensor(logits, dtype=torch.float64), **close)
-    losses = model(image, labels_of(labels), mode='loss')
+    for found, expected in ((taken[0][0, :, 0, 0], SCORES),
+                            (out[0, :, 0, :2].flatten(), logits)):
+        assert found.tolist() == pytest.approx(expected, rel=1e-7, abs=1e-9)
+    losses = losses_of(model, image, labels)
     assert losses['decode.loss_ce'].item() == pytest.approx(loss, rel=1e-8)
     assert losses['align.loss_ce'].item() == pytest.approx(alignment, rel=1e-8)
     (losses['decode.loss_ce'] + losses['align.loss_ce']).backward()
     convs = model.score_map.convs
     for name, expected in zip(READERS, gradients):
-        found = model.get_submodule(name).weight.grad.abs().sum()
-        if name in own:
-            found = found + convs[name.replace('.',
-                                               '/')].weight.grad.abs().sum()
-        assert found.item() == pytest.approx(expected, rel=1e-7)
-
-
-def test_reading_is_concatenation():
-    """Against the stock class, built wider, on concatenated features."""
-    torch.manual_seed(0)
-    model = randomize(MODELS.build(stdc())).train()
-    cfg = stdc()['backbone']
-    cfg['last_in_channels'] = (C + K, 16)
-    wide = MODELS.build(cfg).train()
-    state = model.backbone.state_dict()
-    for name, conv in model.score_map.convs.items():
-        key = name.replace('/', '.')[len('backbone.'):] + '.weight'
-        state[key] = torch.cat([state[key], conv.weight], dim=1)
-    wide.load_state_dict(state, strict=True)
-    text = model.score_map.text.class_embeddings
-
-    def concatenate(module, args, output):
-        scores = torch.einsum('nchw,kc->nkhw', F.normalize(output[-1]), text)
-        return (*output[:-1], torch.cat([output[-1], scores], dim=1))
-
-    wide.backbone.register_forward_hook(concatenate)
-    image = torch.randn(2, 3, 64, 96)
-    for ours, theirs in zip(model.extract_feat(image), wide(image)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        parts = [model.get_submodule(name)]
+        if name.replace('.', '/') in convs:
+            parts.append(convs[name.replace('.', '/')])
+        found = sum(part.weight.grad.abs().sum().item() for part in parts)
+        assert found == pytest.approx(expected, rel=1e-7)
 
 
 @each_case('network, channels', [
@@ -217,15 +180,9 @@ def test_step_0_is_the_stock_network(network, channels):
     torch.manual_seed(0)
     stock = MODELS.build(copy.deepcopy(cfg)).eval()
     torch.manual_seed(0)
-    model = MODELS.build(
-        dict(
-            cfg,
-            type='TextKD',
-            score_map=dict(
-                in_channels=channels,
-                projection=channels != 512,
-                text=dict(type='ControlEmbeddings', kind='random',
-                          dim=512)))).eval()
+    score_map = dict(
+        in_channels=channels, projection=channels != 512, text=control(512))
+    model = MODELS.build(dict(cfg, type='TextKD', score_map=score_map)).eval()
     state = model.state_dict()
     for name, value in stock.state_dict().items():
         assert torch.equal(state.pop(name), value), name
@@ -234,48 +191,25 @@ def test_step_0_is_the_stock_network(network, channels):
     with torch.no_grad():
         expected = stock(image, mode='tensor')
         assert torch.equal(model(image, mode='tensor'), expected)
-        randomize(model)
+        for conv in model.score_map.convs.values():
+            conv.weight.normal_(std=.5)
         assert not torch.allclose(model(image, mode='tensor'), expected)
     assert model._scores is model._largest is None
-    # Weights of the stock network lack nothing but what is new.
-    missing = model.load_state_dict(stock.state_dict(), strict=False)
-    assert not missing.unexpected_keys
-    assert all(k.startswith('score_map.') for k in missing.missing_keys)
-
-
-def test_alignment_is_that_of_the_text_alignment_loss():
-    torch.manual_seed(0)
-    model = MODELS.build(stdc(sampler=None))
-    image, labels = torch.randn(2, 3, 64,
-                                96), torch.randint(0, K, (2, 1, 64, 96))
-    features = []
-    model.score_map.register_forward_pre_hook(
-        lambda module, args: features.append(args[0]))
-    found = model(image, labels_of(labels), mode='loss')['align.loss_ce']
-    loss = TextAlignmentLoss(
-        scale=dict(init=1 / 0.07, learnable=False), upsample=True)
-    expected = loss(features[0], model.score_map.text.class_embeddings,
-                    labels.squeeze(1))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_linear_score_map_folds_into_stock():
-    torch.manual_seed(0)
-    model = MODELS.build(stdc(norm='rms', projection=True, width=16))
-    image = torch.randn(2, 3, 64, 96)
-    randomize(model)
+    model, image = randomized(**LINEAR), torch.randn(2, 3, 64, 96)
     for _ in range(3):
         model(image, mode='tensor')
     # The root mean square of the lengths, and its running average.
     assert model.score_map.length.item() != 1
-    model.eval()
-    cfg = Config(dict(model=stdc(norm='rms', projection=True, width=16)))
-    stock = fold(model, cfg)
+    stock = fold(model.eval(), Config(dict(model=stdc(**LINEAR))))
     assert type(stock) is EncoderDecoder
-    with torch.no_grad():
-        expected = model(image, mode='tensor')
-        torch.testing.assert_close(
-            stock(image, mode='tensor'), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        stock(image, mode='tensor'),
+        model(image, mode='tensor'),
+        rtol=1e-4,
+        atol=1e-5)
     with pytest.raises(RuntimeError, match='evaluation'):
         model.train().fold()
     with pytest.raises(ValueError, match='does not fold into a convolution'):
@@ -287,9 +221,9 @@ def test_a_linear_score_map_folds_into_stock():
 
 
 def test_a_graph_without_the_plugin():
-    torch.manual_seed(0)
-    cfg = dict(stdc(), data_preprocessor=dict(type='SegDataPreProcessor'))
-    network = ExportableSegmentor(randomize(MODELS.build(cfg)).eval())
+    model = randomized()
+    model.data_preprocessor = MODELS.build(dict(type='SegDataPreProcessor'))
+    network = ExportableSegmentor(model.eval())
     image = network.example((64, 96))
     with torch.no_grad():
         expected = network.reference(image)
@@ -299,9 +233,7 @@ def test_a_graph_without_the_plugin():
 
 def test_a_copy_has_its_own_score_map():
     """As EMAHook makes one."""
-    torch.manual_seed(0)
-    model = randomize(MODELS.build(stdc())).eval()
-    image = torch.randn(1, 3, 64, 64)
+    model, image = randomized().eval(), torch.randn(1, 3, 64, 64)
     before = model(image, mode='tensor')
     twin = copy.deepcopy(model)
     assert torch.equal(twin(image, mode='tensor'), before)
@@ -312,9 +244,8 @@ def test_a_copy_has_its_own_score_map():
 
 
 def test_init_as_published():
-    torch.manual_seed(0)
-    model = MODELS.build(stdc(init='kaiming'))
-    weight = model.score_map.convs['backbone/arms/0/conv_layer/conv'].weight
+    convs = MODELS.build(stdc(init='kaiming')).score_map.convs
+    weight = convs['backbone/arms/0/conv_layer/conv'].weight
     # He et al., fan out: 8 channels x 3 x 3.
     assert weight.std().item() == pytest.approx((2 / 72)**0.5, rel=0.2)
 
@@ -336,14 +267,15 @@ def test_what_does_not_fit_is_refused(options, words):
         model(torch.randn(1, 3, 64, 64), mode='tensor')
 
 
-def test_an_unknown_backbone_needs_the_names():
-    cfg = stdc()
-    cfg.update(backbone=dict(type='ERFNet'))
+@each_case('changes, words', [
+    (dict(backbone=dict(type='ERFNet')), 'has no sites for ERFNet'),
+    (dict(alignment_head=dict(temperature=0.)), 'temperature'),
+])
+def test_what_the_network_must_have(changes, words):
+    cfg = dict(stdc(), **changes)
     cfg['decode_head'].update(in_channels=16, in_index=0)
-    with pytest.raises(ValueError, match='has no sites for ERFNet'):
+    with pytest.raises(ValueError, match=words):
         MODELS.build(cfg)
-    with pytest.raises(ValueError, match='temperature'):
-        MODELS.build(dict(stdc(), alignment_head=dict(temperature=0.)))
 
 
 def poly_with_warmup(base, step, total, warmup, eta_min=1e-6):
@@ -360,17 +292,15 @@ def test_the_published_schedule():
     cfg = Config.fromfile(CONFIGS / 'textkd' / path)
     wrapper = build_optim_wrapper(MODELS.build(stdc()), cfg.optim_wrapper)
     # One group for each rate, and not one for each parameter.
-    bases = sorted({g['lr'] for g in wrapper.param_groups})
+    groups = {g['lr']: g for g in wrapper.param_groups}
+    bases = sorted(groups)
     assert bases == pytest.approx([0.01, 0.1])
-    wrapper.param_groups[:] = [
-        next(g for g in wrapper.param_groups if g['lr'] == base)
-        for base in bases
-    ]
+    wrapper.param_groups[:] = [groups[base] for base in bases]
     assert max(s.end for s in cfg.param_scheduler) == 10000
+    # A tenth of the steps says the same; MMEngine's rate is lowest in the last
+    # step, not after it.
     schedulers = [
         PARAM_SCHEDULERS.build(
-            # A tenth of the steps says the same; MMEngine's rate is lowest
-            # in the last step, not after it.
             dict(scheduler, end=min(scheduler.end, 1001)),
             default_args=dict(optimizer=wrapper))
         for scheduler in cfg.param_scheduler

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from each_case import each_case
+from heads import ARGS, data
 from mmseg.registry import MODELS
 from network_tester import samples
+from tiny import BACKBONE
 
 from mmseg_textkd.models import TextFCNHead
 from mmseg_textkd.models.losses import TextToTextContrastiveLoss
@@ -27,65 +29,48 @@ def test_published_loss(temperature, value, gradient):
     torch.testing.assert_close(learned.grad[:, 0] / 2, torch.tensor(gradient))
 
 
-def test_it_is_for_stage_2_of_text_kd(make_embeddings):
-    fixed = dict(type='ClassEmbeddings', file=make_embeddings(4, 16))
-    norm_cfg = dict(type='BN')
-    cfg = dict(
-        type='TextKD',
-        score_map=dict(
-            in_channels=8,
-            projection=True,
-            text=dict(type='ResidualPromptLearner', embeddings=fixed)),
-        text_loss=dict(type='TextToTextContrastiveLoss'),
-        backbone=dict(
-            type='BiSeNetV2',
-            detail_channels=(4, 4, 8),
-            semantic_channels=(4, 4, 8, 8),
-            semantic_expansion_ratio=1,
-            bga_channels=8,
-            norm_cfg=norm_cfg),
-        decode_head=dict(
-            type='FCNHead',
-            in_channels=8,
-            in_index=0,
-            channels=8,
-            num_convs=1,
-            num_classes=4,
-            norm_cfg=norm_cfg))
-    model = MODELS.build(cfg).train()
-    provider = model.score_map.text
-    images, data = torch.randn(2, 3, 32, 64), samples((32, 64), 4)
-    assert 'loss_text_to_text' not in model.loss(images, data)
+def check(provider, losses):
+    """There is no loss before stage 2, and then it is that of the prompts."""
+    assert 'loss_text_to_text' not in losses()
     provider.start_learning()
     provider.offset.data.normal_()
-    value = model.loss(images, data)['loss_text_to_text']
-    assert value == TextToTextContrastiveLoss()(provider(), provider.base) > 0
-    cfg['score_map']['text'] = fixed
-    with pytest.raises(ValueError, match='prompts that learn.*ClassEmbedd'):
-        MODELS.build(cfg)
-
-
-def test_it_is_for_stage_2_of_prompts(make_embeddings):
-    fixed = dict(type='ClassEmbeddings', file=make_embeddings(4, 16))
-    args = dict(
-        in_channels=8,
-        channels=8,
-        num_classes=4,
-        num_convs=1,
-        text_losses=[dict(type='TextToTextContrastiveLoss')])
-    head = TextFCNHead(
-        text=dict(type='ResidualPromptLearner', embeddings=fixed), **args)
-    provider, = (m for m in head.modules() if hasattr(m, 'offset'))
-    features, data = [torch.randn(2, 8, 4, 8)], samples((32, 64), 4)
-    assert 'loss_text_to_text' not in head.loss(features, data, {})
-    provider.start_learning()
-    provider.offset.data.normal_()
-    value = head.loss(features, data, {})['loss_text_to_text']
+    value = losses()['loss_text_to_text']
     expected = TextToTextContrastiveLoss()(provider(), provider.base)
     assert value == expected > 0.01
     value.backward()
     assert provider.offset.grad.abs().max() > 0
-    with pytest.raises(ValueError, match='prompts that learn.*ClassEmbedd'):
-        TextFCNHead(text=fixed, **args).loss(features, data, {})
+
+
+def prompts(embeddings):
+    return dict(type='ResidualPromptLearner', embeddings=embeddings)
+
+
+REFUSED = 'prompts that learn.*ClassEmbedd'
+
+
+def test_it_is_for_stage_2_of_text_kd(text):
+    sites = dict(feature='backbone', convs=['decode_head.convs.0.conv'])
+    score_map = dict(sites, in_channels=8, text=prompts(text))
+    cfg = dict(
+        type='TextKD',
+        score_map=dict(score_map, projection=True),
+        text_loss=dict(type='TextToTextContrastiveLoss'),
+        backbone=BACKBONE,
+        decode_head=dict(ARGS, type='FCNHead', in_index=0, num_classes=6))
+    model = MODELS.build(cfg).train()
+    images, labels = torch.randn(2, 3, 32, 64), samples((32, 64), 6)
+    check(model.score_map.text, lambda: model.loss(images, labels))
+    cfg['score_map']['text'] = text
+    with pytest.raises(ValueError, match=REFUSED):
+        MODELS.build(cfg)
+
+
+def test_it_is_for_stage_2_of_prompts(text):
+    args = dict(ARGS, num_classes=6)
+    args['text_losses'] = [dict(type='TextToTextContrastiveLoss')]
+    head = TextFCNHead(text=prompts(text), **args)
+    check(head.text_branch.text, lambda: head.loss(*data(), {}))
+    with pytest.raises(ValueError, match=REFUSED):
+        TextFCNHead(text=text, **args).loss(*data(), {})
     with pytest.raises(ValueError, match='`temperature` must be positive'):
         TextToTextContrastiveLoss(temperature=0)
