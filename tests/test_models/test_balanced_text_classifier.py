@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg_textkd.apis import label_maps
 from mmseg_textkd.apis.label_maps import select_classes
-from mmseg_textkd.deploy import BalancedConvSeg, L2ConvSeg, fold_state_dict
+from mmseg_textkd.deploy import BalancedConvSeg, L2ConvSeg
 from mmseg_textkd.deploy.balanced_conv_seg import fold_balanced
 from mmseg_textkd.deploy.l2_conv_seg import fuse_l2
 from mmseg_textkd.models import (BalancedTextClassifier, FrozenCLIPTeacher,
@@ -232,16 +232,6 @@ def test_parts_of_the_classes_are_those_of_the_whole(text, monkeypatch):
                     part, expected[:, rows], rtol=1e-4, atol=1e-4)
 
 
-def test_release_is_the_supervised_part(text):
-    head = TextFCNHead(text=text, text_branch=BALANCED, **SIX)
-    settled(head.conv_seg)
-    stock = MODELS.build(dict(SIX, type='FCNHead')).eval()
-    stock.load_state_dict(fold_state_dict(head.eval()), strict=True)
-    feat = [torch.randn(2, 8, 5, 4)]
-    head.conv_seg.balance = dict(alpha=0., beta=0.)
-    torch.testing.assert_close(stock(feat), head(feat), rtol=1e-4, atol=1e-4)
-
-
 def preprocessor(**options):
     kind = dict(type='SegDataPreProcessor', size=(32, 48))
     stats = dict(mean=[100., 110., 120.], std=[50., 60., 70.])
@@ -263,21 +253,12 @@ def test_teacher_sees_the_pictures_as_clip_does():
         assert found.keys() == {'embeddings'}
         torch.testing.assert_close(
             found['embeddings'], expected, rtol=1e-3, atol=1e-4)
+        assert not found['embeddings'].requires_grad
     assert expected.shape == (2, 64, 4, 6)
     small = FrozenCLIPTeacher(**TOY, surgery_blocks=1, scale=.5)
     assert small(rgb, own)['embeddings'].shape == (2, 64, 2, 3)
-
-
-def test_teacher_is_frozen():
-    teacher = MODELS.build(
-        dict(TOY, type='FrozenCLIPTeacher', surgery_blocks=1))
-    before = teacher.checksum()
-    inputs = torch.randn(1, 3, 32, 32, requires_grad=True)
-    assert not teacher(inputs, preprocessor())['embeddings'].requires_grad
-    for part in (teacher.tower, teacher.tower.network):
-        assert not any(p.requires_grad for p in part.parameters())
     assert copy.deepcopy(teacher) is teacher
-    assert teacher.checksum() == before
+    before = teacher.checksum()
     with torch.no_grad():
         teacher.tower.positional_embedding[0, 0] += 1
     assert teacher.checksum() != before

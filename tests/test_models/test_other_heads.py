@@ -11,9 +11,7 @@ from mmengine.config import ConfigDict
 from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from mmseg.models import decode_heads
 from mmseg.models.decode_heads import FCNHead
-from mmseg.registry import MODELS
 from network_tester import samples
-from tiny import BACKBONE
 from torch import nn
 
 from mmseg_textkd.models import TextFCNHead, TextHeadMixin, TextLightHamHead
@@ -226,28 +224,6 @@ def test_a_classifier_is_called_once(head, options, match):
         losses('ASPPHead', of(head, **options))
     # Without text losses it may be called twice.
     assert losses('ASPPHead', of(CallsTwice))['loss_ce'] > 0
-
-
-def test_any_head_of_a_cascade_can_have_text():
-    first = dict(ONE, type='TextFCNHead', text=CONTROL, num_convs=1)
-    last = dict(TAKE['OCRHead'], type='TextOCRHead', text=CONTROL)
-    cfg = dict(
-        type='CascadeEncoderDecoder',
-        num_stages=2,
-        backbone=BACKBONE,
-        decode_head=[first, last],
-        test_cfg=dict(mode='whole'))
-    MODELS.register_module(name='TextOCRHead', module=text_class('OCRHead'))
-    try:
-        model = MODELS.build(cfg)
-    finally:
-        MODELS.module_dict.pop('TextOCRHead')
-    found = model.loss(torch.randn(2, 3, 64, 64), samples((64, 64), K))
-    backward(found)
-    assert {'decode_0.loss_ce', 'decode_1.loss_ce'} <= set(found)
-    for head in model.decode_head:
-        assert head.text_branch.projection.conv.weight.grad.abs().max() > 0
-    assert model.eval()._forward(torch.randn(1, 3, 64, 64)).shape[1] == K
 
 
 @each_case('norm_cfg, kind, eps', [
