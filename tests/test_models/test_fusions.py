@@ -226,8 +226,9 @@ def test_training_only_leaves_the_plain_part_alone(role, fusion):
     dict(temperature=3., ce_weight=1., kl_weight=.3, detach_teacher=False),
 ])
 def test_losses_of_the_bridge(options):
-    module = head(role='auxiliary', fusion=dict(BRIDGE, **options))
-    stir(module)
+    # With a fusion the branch has a use without other losses.
+    fusion = dict(BRIDGE, **options)
+    module = stir(head(role='auxiliary', text_losses=[], fusion=fusion))
     stir(module.conv_seg, 1.)
     inputs, labels = data()
     module.loss(inputs, labels, {})
@@ -369,6 +370,7 @@ def test_norms_of_the_bridge_are_those_of_the_head(kind, norm, has, has_not):
 
 @each_case('fusion, kwargs, message', [
     ('bridge', dict(use='testing'), "use.*must be one of.*'testing'"),
+    ('bridge', KEPT, "needs role='classifier'"),
     ('bridge', dict(num_heads=3), 'num_heads=3'),
     ('bridge', dict(stride=4), 'stride=4'),
     ('bridge', dict(num_blocks=0), 'num_blocks=0'),
@@ -383,14 +385,7 @@ def test_norms_of_the_bridge_are_those_of_the_head(kind, norm, has, has_not):
 ])
 def test_bad_arguments(fusion, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        head(fusion=dict(FUSIONS[fusion], **kwargs))
-
-
-def test_bad_places():
-    with pytest.raises(ValueError, match="needs role='classifier'"):
-        head(fusion=dict(BRIDGE, **KEPT), role='auxiliary')
-    # With a fusion the branch has a use without other losses.
-    head(fusion=BRIDGE, role='auxiliary', text_losses=[])
+        head(fusion=dict(FUSIONS[fusion], **kwargs), role='auxiliary')
 
 
 @each_case('use', ['training', 'inference'])
