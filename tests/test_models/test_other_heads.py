@@ -7,13 +7,14 @@ import pytest
 import torch
 from each_case import each_case
 from heads import ALIGN, CONTROL, backward, without_gradient
-from mmengine.config import ConfigDict
+from mmengine.config import Config
 from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from mmseg.models import decode_heads
 from mmseg.models.decode_heads import FCNHead
 from network_tester import samples
 from torch import nn
 
+from mmseg_textkd import stock_config
 from mmseg_textkd.models import TextFCNHead, TextHeadMixin, TextLightHamHead
 
 K = 4
@@ -53,27 +54,9 @@ TAKE = dict(
     SETRUPHead=dict(ONE, norm_cfg=BN),
     UPerHead=PYRAMID)
 GENERATE = dict(ONE, type='FCNHead', num_convs=1)
-DECODER = dict(
-    num_heads=2,
-    num_layers=1,
-    embed_channels=8,
-    mlp_channels=8,
-    num_mlp=1,
-    rescale=True)
-SIDE = dict(
-    num_classes=K,
-    san_cfg=ConfigDict(
-        in_channels=3,
-        embed_dims=24,
-        clip_channels=24,
-        num_queries=2,
-        cfg_encoder=dict(num_encode_layer=1, num_heads=2, mlp_ratio=1),
-        fusion_index=[0],
-        cfg_decoder=DECODER),
-    maskgen_cfg=ConfigDict(
-        sos_token_num=2, num_layers=1, embed_dims=24, num_heads=2),
-    deep_supervision_idxs=[],
-    train_cfg=None)
+SIDE = Config.fromfile(stock_config('_base_/models/san_vit-b16.py'))
+SIDE = dict(SIDE.model.decode_head, deep_supervision_idxs=[], train_cfg=None)
+SIDE.pop('type')
 REFUSED = dict(
     IterativeDecodeHead=dict(
         num_stages=0, kernel_generate_head=GENERATE, kernel_update_head=[]),
