@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from each_case import each_case
-from heads import ALIGN, ARGS, CONTROL, backward, data, without_gradient
-from tiny import PROMPTS, stir
+from heads import ALIGN, ARGS, backward, data, without_gradient
+from tiny import CONTROL, PROMPTS, stir
 from torch import nn
 
 from mmseg_textkd.models import (ContextAwareText, TextClassifier, TextDDRHead,

@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from each_case import each_case
-from heads import (ALIGN, BALANCED, CONTROL, SEEN, SIX, UNSEEN, gradients,
-                   labeled)
+from heads import ALIGN, BALANCED, SEEN, SIX, UNSEEN, gradients, labeled
 from mmengine.structures import PixelData
-from tiny import stir
+from tiny import CONTROL, stir
 
 from mmseg_textkd.models import TextClassifier, TextFCNHead
 

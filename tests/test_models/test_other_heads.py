@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from each_case import each_case
-from heads import ALIGN, CONTROL, backward, without_gradient
+from heads import ALIGN, backward, without_gradient
 from mmengine.config import Config
 from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from mmseg.models import decode_heads
 from mmseg.models.decode_heads import FCNHead
 from network_tester import samples
+from tiny import CONTROL
 from torch import nn
 
 from mmseg_textkd import stock_config

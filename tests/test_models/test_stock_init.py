@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from each_case import each_case
-from heads import CONTROL
 from mmengine.config import Config
 from mmseg.registry import MODELS
+from tiny import CONTROL
 
 import mmseg_textkd
 from mmseg_textkd.models import TextClassifier
