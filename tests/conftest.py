@@ -17,11 +17,11 @@ from mmseg_textkd.text import TextEmbeddings  # registers everything
 pytest.register_assert_rewrite('network_tester')
 # What takes longest comes first: no worker waits for another at the end.
 SLOW_FILES = ('test_packaging', 'test_distributed', 'test_study',
-              'test_training_options', 'test_export', 'test_export_networks',
-              'test_compat', 'test_networks', 'test_networks_table',
-              'test_textkd2mmseg', 'test_configs', 'test_prompt_learner_hook',
-              'test_mmseg_tools', 'test_methods', 'test_stage1_is_light',
-              'test_fusion_runs', 'test_kill_and_resume', 'test_distillation',
+              'test_training_options', 'test_export', 'test_compat',
+              'test_networks', 'test_networks_table', 'test_textkd2mmseg',
+              'test_configs', 'test_prompt_learner_hook', 'test_mmseg_tools',
+              'test_methods', 'test_stage1_is_light', 'test_fusion_runs',
+              'test_kill_and_resume', 'test_distillation',
               'test_encode_text_tool', 'test_text_kd')
 
 

@@ -4,7 +4,6 @@ import torch
 from mmengine.structures import PixelData
 from network_tester import samples
 
-CONTROL = dict(type='ControlEmbeddings', kind='random', dim=16)
 ALIGN = dict(type='TextAlignmentLoss')
 ARGS = dict(
     in_channels=8, channels=8, num_classes=4, num_convs=1, dropout_ratio=0.)

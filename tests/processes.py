@@ -1,9 +1,11 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Run tools as a user does: in processes of their own."""
+import contextlib
 import gc
 import multiprocessing
 import os
 import os.path as osp
+import resource
 import runpy
 import socket
 import subprocess
@@ -201,6 +203,17 @@ def train(cwd: str, config: str, work: str, *words: str, **options) -> Done:
     tool = options.pop('tool', TRAIN)
     words = ('python', tool, config, '--work-dir', work, *words)
     return start(*words, cwd=cwd, **options)
+
+
+@contextlib.contextmanager
+def full_disk(size: int):
+    """Let this process write files of a number of bytes at most."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def load(path: str) -> Dict:

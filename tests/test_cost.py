@@ -6,7 +6,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from network_tester import CONFIGS
-from tiny import tiny_config
+from tiny import CONTROL, tiny_config
 from tool_modules import load_tool
 
 from mmseg_textkd.deploy import to_stock_cfg
@@ -62,8 +62,7 @@ def test_ebseg_with_its_towers(capsys):
     assert found[2:] == [None, None]
     cfg = Config.fromfile(path).model
     with DefaultScope.overwrite_default_scope('mmseg'):
-        text = dict(type='ControlEmbeddings', kind='random', dim=64)
-        cfg.decode_head.text = text
+        cfg.decode_head.text = dict(CONTROL, dim=64)
         cfg.decode_head.pop('test_text')
         model = MODELS.build(cfg).eval()
     trained = sum(p.numel() for p in model.parameters())
@@ -89,8 +88,7 @@ def test_times_are_those_of_the_deployed(capsys):
 
 def test_cost_of_a_fusion_is_that_of_the_arithmetic(tmp_path, capsys):
     fusion_cost = load_tool('analysis_tools/fusion_cost.py')
-    text = dict(type='ControlEmbeddings', kind='random', dim=16)
-    cfg = tiny_config(tmp_path, text)
+    cfg = tiny_config(tmp_path, CONTROL)
     c, d, k, dim, size = 16, 8, 8, 16, (64, 128)
     pixels = 8 * 16  # of the map at 1/8
     block = (

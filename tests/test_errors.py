@@ -2,7 +2,6 @@
 """Each error says where it is and what to do: a table of bad input."""
 import argparse
 import os
-import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmseg.registry import TRANSFORMS
+from processes import full_disk
 from tiny import RESIDUAL, run, tiny_config
 from tool_modules import load_tool
 
@@ -261,14 +261,10 @@ def test_a_disk_that_is_full_costs_no_line(tmp_path):
     path = tmp_path / 'l.jsonl'
     ledger = Ledger(path)
     ledger.append(ENTRY)
-    before, size = path.read_bytes(), resource.RLIMIT_FSIZE
-    limits = resource.getrlimit(size)
-    resource.setrlimit(size, (len(before) + 9, limits[1]))
-    try:
-        with pytest.raises(OSError, match='no space|large'):
-            ledger.append(dict(ENTRY, seed=1))
-    finally:
-        resource.setrlimit(size, limits)
+    before = path.read_bytes()
+    with full_disk(len(before) + 9), pytest.raises(
+            OSError, match='no space|large'):
+        ledger.append(dict(ENTRY, seed=1))
     assert path.read_bytes() == before
     assert ledger.append(dict(ENTRY, seed=1)) and len(ledger.entries) == 2
 

@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Text on every network that configs are shipped for.
 
-Exported to ONNX or, where ``test_deploy/test_export_networks.py`` does that,
+Exported to ONNX or, where ``test_deploy/test_export.py`` does that,
 to TorchScript.
 """
 from each_case import each_case

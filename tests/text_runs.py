@@ -3,9 +3,13 @@
 import copy
 from types import SimpleNamespace
 
+import cv2
 import torch
+import torch.nn.functional as F
+from mmseg.apis import init_model
 from mmseg.registry import MODELS
-from tiny import CLASSES, PROMPTS, stir, tiny_config
+from processes import load
+from tiny import CLASSES, PROMPTS, save_weights, stir, tiny_config
 
 from mmseg_textkd.text.encode_classes import encode_classes
 
@@ -45,14 +49,39 @@ def make(folder, text, head):
         if provider.learnable():
             provider.start_learning()
             provider.refresh()
-    torch.save(
-        dict(
-            state_dict=model.state_dict(),
-            meta=dict(
-                dataset_meta=cfg.test_dataloader.dataset.metainfo.to_dict())),
-        folder / 'weights.pth')
     return SimpleNamespace(
         file=file,
         config=str(folder / 'config.py'),
-        weights=str(folder / 'weights.pth'),
+        weights=save_weights(folder / 'weights.pth', model),
         images=[str(folder / 'data/img' / f'{i}.png') for i in range(6)])
+
+
+def logits_by_hand(run, picture, vectors=None, bias=None):
+    """Logits and cosines (K, H, W) from the tensors in a run's file."""
+    model = init_model(run.config, run.weights, device='cpu')
+    state = {
+        k.removeprefix('decode_head.conv_seg.'): v.double()
+        for k, v in load(run.weights)['state_dict'].items()
+    }
+    image = torch.tensor(cv2.imread(picture)).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        feat = model.extract_feat((image.float() - 128) / 64)[0]
+        pixels = model.decode_head.convs(feat).double()
+    pixels = F.conv2d(pixels, state['projection.conv.weight'],
+                      state.get('projection.conv.bias'))
+    if 'projection.bn.weight' in state:
+        norm = 'running_mean', 'running_var', 'weight', 'bias'
+        norm = (state[f'projection.bn.{key}'] for key in norm)
+        pixels = F.batch_norm(pixels, *norm)
+    else:
+        pixels = F.normalize(pixels, dim=1)
+    if vectors is None:
+        vectors, bias = state['text.class_embeddings'], state['logit_bias']
+    vectors = vectors.double()[..., None, None]
+    logits = F.conv2d(pixels, state['scale.log_scale'].exp() * vectors, bias)
+    cosine = F.conv2d(F.normalize(pixels, dim=1), vectors)
+    size = image.shape[2:]
+    return [
+        F.interpolate(v, size, mode='bilinear', align_corners=False)[0]
+        for v in (logits, cosine)
+    ]

@@ -44,10 +44,9 @@ AUXILIARY = dict(
     HEAD,
     channels=8,
     loss_decode=dict(type='CrossEntropyLoss', loss_weight=0.4))
-# Residual prompts that need no file.
-RESIDUAL = dict(
-    type='ResidualPromptLearner',
-    embeddings=dict(type='ControlEmbeddings', kind='random', dim=16))
+# Text and residual prompts that need no file.
+CONTROL = dict(type='ControlEmbeddings', kind='random', dim=16)
+RESIDUAL = dict(type='ResidualPromptLearner', embeddings=CONTROL)
 # A learned context of ToyCLIP's; `embeddings` or `vocabulary` is to be added.
 PROMPTS = dict(
     type='ContextPromptLearner', model='toyclip', token_dim=64, n_ctx=4)
@@ -104,6 +103,29 @@ def write_vectors(file, shift=0.):
     TextEmbeddings(
         torch.nn.functional.normalize(vectors + shift, dim=1),
         CLASSES).save(file)
+
+
+def save_weights(path, model, classes=CLASSES):
+    """Save a model, or its state dict, as a run does; returns the path."""
+    state = model if isinstance(model, dict) else model.state_dict()
+    colors = [[i, i, i] for i in range(len(classes))]
+    meta = dict(dataset_meta=dict(classes=tuple(classes), palette=colors))
+    torch.save(dict(state_dict=state, meta=meta), path)
+    return str(path)
+
+
+def predict_logits(model, inputs):
+    """Logits of normalized images, at their size."""
+    with torch.no_grad():
+        return model.encode_decode(inputs, [dict(img_shape=inputs.shape[2:])])
+
+
+def write_video(path, images, fps):
+    codec, size = cv2.VideoWriter_fourcc(*'MJPG'), images[0].shape[1::-1]
+    writer = cv2.VideoWriter(path, codec, fps, size)
+    for image in images:
+        writer.write(image)
+    writer.release()
 
 
 def write_dataset(root, num_images=6, colors=None):

@@ -70,3 +70,12 @@ def save_model(folder: Path,
         return
     with gzip.open(folder / 'bpe_vocab.txt.gz', 'wt') as file:
         file.write('\n'.join(['#version: 0.2', *MERGES]))
+
+
+def open_clip_model(folder: Path) -> tuple:
+    """The model and its tokenizer, by open_clip's own loading."""
+    import open_clip
+    name = f'local-dir:{folder}'
+    bpe = str(folder / 'bpe_vocab.txt.gz')
+    tokenizer = open_clip.get_tokenizer(name, bpe_path=bpe)
+    return open_clip.create_model(name).eval(), tokenizer

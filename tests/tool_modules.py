@@ -22,17 +22,23 @@ def load_tool(path):
     return module
 
 
+def call(tool, *words):
+    """Run a tool, or the one of a path, with words of any type."""
+    tool = load_tool(tool) if isinstance(tool, str) else tool
+    return tool.main([str(word) for word in words])
+
+
 def run(tool, folder, *argv):
     """Run a benchmark; return its results and its page."""
     paths = folder / 'out.json', folder / 'out.md'
-    tool.main([*map(str, argv), '--out', str(paths[0]), str(paths[1])])
+    call(tool, *argv, '--out', *paths)
     return json.loads(paths[0].read_text()), paths[1].read_text()
 
 
 def fails(tool, capsys, *argv):
     """Run a tool where it must fail; return what it says."""
     with pytest.raises(SystemExit) as info:
-        tool.main([str(arg) for arg in argv])
+        call(tool, *argv)
     assert info.value.code not in (0, None)
     return f'{info.value.code} {capsys.readouterr().err}'
 

@@ -1,33 +1,20 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """A trained text network, as its config and its weights."""
-from pathlib import Path
-from typing import List, NamedTuple
+from types import SimpleNamespace
 
 import pytest
 from tiny import residual, run, tiny_config, write_vectors
 
 
-class Trained(NamedTuple):
-    """Files of a run whose class vectors are gone."""
-    config: str
-    weights: str
-    images: List[str]
-
-
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
-    """Train a tiny text network through both stages."""
+    """A tiny text network after both stages; its class vectors are gone."""
     root = tmp_path_factory.mktemp('trained')
     file = root / 'text.safetensors'
     write_vectors(file)
-    cfg = tiny_config(
-        root,
-        residual(file, dim=16),
-        dict(switch_at=9),
-        max_iters=12,
-        visualizer=dict(
-            type='SegLocalVisualizer',
-            vis_backends=[dict(type='LocalVisBackend')]))
+    cfg = tiny_config(root, residual(file, dim=16), dict(switch_at=9), 12)
+    backends = [dict(type='LocalVisBackend')]
+    cfg.visualizer = dict(type='SegLocalVisualizer', vis_backends=backends)
     # Where `inference_model` looks for it.
     cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
     cfg.default_hooks.checkpoint.interval = 12
@@ -36,7 +23,8 @@ def trained(tmp_path_factory):
     run(cfg)
     file.unlink()
     cfg.dump(root / 'config.py')
-    return Trained(
-        str(root / 'config.py'), str(root / 'work' / 'iter_12.pth'),
-        sorted(map(str,
-                   Path(root, 'data', 'img').iterdir())))
+    images = sorted(str(path) for path in (root / 'data/img').iterdir())
+    return SimpleNamespace(
+        config=f'{root}/config.py',
+        weights=f'{root}/work/iter_12.pth',
+        images=images)

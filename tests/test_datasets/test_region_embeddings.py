@@ -155,30 +155,30 @@ def test_a_data_set_is_gone_through_once(cfg, tmp_path, calls, monkeypatch):
     assert ensure_regions(Config(dict())) == 0
 
 
-def go(cfg, queue=None, kill_at=None):
-    """Fill the folder in a process of its own, or die on the way."""
+def go(cfg, queue=None):
+    """Fill the folder in a process of its own."""
     torch.set_num_threads(1)
-    if kill_at is not None:
-        replace, done = os.replace, []
-
-        def dying(source, target):
-            if str(target).endswith('.safetensors'):
-                done.append(target)
-                if len(done) == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            replace(source, target)
-
-        os.replace = dying
     made = ensure_regions(cfg)
     if queue is not None:
         queue.put(made)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='forks')
-def test_killed_and_gone_on_with_two_at_once(cfg, tmp_path, calls):
-    process = fork.Process(target=go, args=(cfg, ), kwargs=dict(kill_at=3))
-    process.start()
-    process.join(60)
+def test_killed_and_gone_on_with_two_at_once(cfg, tmp_path, calls,
+                                             monkeypatch):
+    replace, done = os.replace, []
+
+    def dying(source, target):
+        done.extend([target] * str(target).endswith('.safetensors'))
+        if len(done) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', dying)
+        process = fork.Process(target=go, args=(cfg, ))
+        process.start()
+        process.join(60)
     assert process.exitcode == -signal.SIGKILL
     # Two are whole, of the third there is only what nobody reads.
     assert len(entries(tmp_path)) == 2
@@ -218,7 +218,8 @@ def test_the_tool(cfg, tmp_path, capsys):
                             'there\n')
         # The bar is for terminals.
         assert 'Encoding regions' not in err
-    assert 'Error: ' in fails(tool, capsys, tmp_path / 'none.py')
-    assert 'has a LoadRegionEmbeddings' in fails(tool, capsys, path,
-                                                 '--cfg-options',
-                                                 'train_dataloader=0')
+    for argv, said in (
+        ([tmp_path / 'none.py'], 'Error: '),
+        ([path, '--cfg-options', 'train_dataloader=0'], 'has a LoadRegionEm'),
+    ):
+        assert said in fails(tool, capsys, *argv)

@@ -1,6 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Trained text networks to fold."""
-import copy
+import functools
 from types import SimpleNamespace
 
 import cv2
@@ -15,34 +15,31 @@ from tiny import AUXILIARY, residual, run, tiny_config, write_vectors
 RUNS = dict(
     plain=dict(),
     auxiliary={'model.decode_head.role': 'auxiliary'},
-    ema=dict(custom_hooks=dict(type='EMAHook', momentum=0.3)),
+    ema=dict(custom_hooks=[dict(type='EMAHook', momentum=0.3)]),
     bf16={'optim_wrapper.type': 'CPUAmpOptimWrapper'},
     l2={'model.decode_head.text_branch': dict(norm='l2')})
 
 
 def train(folder, options):
     """Train for six iterations and forget the class vectors."""
-    file = folder / 'text.safetensors'
+    file, config = folder / 'text.safetensors', folder / 'config.py'
     write_vectors(file)
-    cfg = tiny_config(folder, residual(file, dim=16), dict(switch_at=3))
+    cfg = tiny_config(
+        folder, residual(file, dim=16), dict(switch_at=3), save_every=3)
     cfg.model.auxiliary_head = [AUXILIARY]
     cfg.optim_wrapper.optimizer.lr = .2
-    cfg.default_hooks.checkpoint.interval = 3
-    options = copy.deepcopy(options)
-    hook = options.pop('custom_hooks', None)
+    options = dict(options)
+    cfg.custom_hooks += options.pop('custom_hooks', [])
     cfg.merge_from_dict(options)
-    if hook:
-        cfg.custom_hooks.append(hook)
     runner = run(cfg)
     file.unlink()
-    cfg.dump(folder / 'config.py')
+    cfg.dump(config)
     averaged = [
         h.ema_model.module for h in runner.hooks if isinstance(h, EMAHook)
     ]
     return SimpleNamespace(
-        folder=folder,
-        cfg=Config.fromfile(folder / 'config.py'),
-        config=folder / 'config.py',
+        cfg=Config.fromfile(config),
+        config=config,
         stage1=folder / 'work' / 'iter_3.pth',
         weights=folder / 'work' / 'iter_6.pth',
         model=runner.model.eval(),
@@ -52,15 +49,13 @@ def train(folder, options):
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
     """Get a function that gives one of the ``RUNS``, made when asked for."""
-    made = {}
 
-    def get(name='plain'):
-        if name not in made:
-            with DefaultScope.overwrite_default_scope('mmseg'):
-                made[name] = train(tmp_path_factory.mktemp(name), RUNS[name])
-        return made[name]
+    def get(name):
+        with DefaultScope.overwrite_default_scope('mmseg'):
+            return train(tmp_path_factory.mktemp(name), RUNS[name])
 
-    return get
+    get = functools.cache(get)
+    return lambda name='plain': get(name)
 
 
 @pytest.fixture
@@ -69,11 +64,11 @@ def write_camvid():
 
     def write(root, suffix='.png'):
         rng = np.random.default_rng(0)
-        for folder, end in (('test', suffix), ('testannot', '.png')):
-            (root / folder).mkdir(parents=True)
+        for name, shape in ((f'test/%d{suffix}', (36, 48, 3)),
+                            ('testannot/%d.png', (36, 48))):
+            (root / name).parent.mkdir(parents=True)
             for i in range(2):
-                shape = (36, 48, 3) if folder == 'test' else (36, 48)
                 values = rng.integers(0, 12, shape, np.uint8)
-                cv2.imwrite(str(root / folder / f'{i}{end}'), values)
+                cv2.imwrite(f'{root}/{name % i}', values)
 
     return write

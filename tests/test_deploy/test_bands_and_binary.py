@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Images of other bands, and heads of one logit, as their users have them."""
+"""Images of other bands and orders, and heads of one logit."""
 import re
 import sys
 
@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from each_case import each_case
 from mmcv.transforms import BaseTransform
 from mmengine.analysis import get_model_complexity_info
@@ -16,19 +17,18 @@ from mmseg.apis import inference_model, init_model
 from mmseg.models.backbones import ResNet
 from mmseg.registry import MODELS, TRANSFORMS
 from network_tester import samples
-from tiny import SIZE, run, tiny_config
-from tool_modules import load_tool
+from tiny import (CLASSES, CONTROL, SIZE, predict_logits, run, save_weights,
+                  stir, tiny_config)
+from tool_modules import call, load_tool
 
 from mmseg_textkd.apis import TextSegInferencer
-from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg, verify
+from mmseg_textkd.deploy import fold, fold_state_dict, to_stock_cfg, verify
 from mmseg_textkd.deploy.export import to_torchscript
 from mmseg_textkd.deploy.exportable import ExportableSegmentor
 from mmseg_textkd.deploy.run import Network
 from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.utils.config import REGISTRIES, load_config
 from mmseg_textkd.utils.io import UnknownImageError
-
-CONTROL = dict(type='ControlEmbeddings', kind='random', dim=16)
 
 
 @pytest.fixture(autouse=True)
@@ -37,36 +37,36 @@ def scope():
         yield
 
 
+def bands_config(folder, bands, seen=None, **options):
+    """A network for images of some bands."""
+    cfg = tiny_config(folder, CONTROL, **options)
+    cfg.model.backbone.in_channels = seen or bands
+    cfg.model.data_preprocessor.update(mean=[9.] * bands, std=[3.] * bands)
+    return cfg
+
+
 def build(cfg):
     """A network whose batch norms are not trivial."""
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(.5, 2)
-    return model.eval()
+    return stir(MODELS.build(cfg.model), .2).eval()
 
 
-def write(folder, cfg, model, classes):
+def write(folder, cfg, model, classes=CLASSES):
     """Write config and checkpoint as a run does."""
-    palette = [[10 * k, 0, 0] for k in range(len(classes))]
-    torch.save(
-        dict(
-            state_dict=model.state_dict(),
-            meta=dict(dataset_meta=dict(classes=classes, palette=palette))),
-        folder / 'weights.pth')
     cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
     cfg.dump(folder / 'config.py')
-    return str(folder / 'config.py'), str(folder / 'weights.pth')
+    weights = save_weights(folder / 'weights.pth', model, classes)
+    return str(folder / 'config.py'), weights
+
+
+def preprocess(model, image):
+    inputs = [torch.from_numpy(image).permute(2, 0, 1)]
+    return model.data_preprocessor(dict(inputs=inputs))['inputs']
 
 
 # Of six bands the backbone sees three at a time, as in change detection.
 @each_case('bands, seen', [(1, 1), (4, 4), (12, 12), (6, 3)])
 def test_bands_are_those_of_the_network(tmp_path, bands, seen):
-    cfg = tiny_config(tmp_path, CONTROL)
-    cfg.model.backbone.in_channels = seen
-    cfg.model.data_preprocessor.update(mean=[9.] * bands, std=[3.] * bands)
+    cfg = bands_config(tmp_path, bands, seen)
     model = build(cfg)
     assert input_channels(model) == bands
     if seen != bands:
@@ -79,21 +79,20 @@ def test_bands_are_those_of_the_network(tmp_path, bands, seen):
     image = network.example(SIZE)
     assert image.shape == (1, *SIZE, bands)
     export = to_torchscript(network, SIZE, False, '')
+    expected = network.reference(image)
     torch.testing.assert_close(
-        export.run(image), network.reference(image), rtol=1e-4, atol=1e-4)
+        export.run(image), expected, rtol=1e-4, atol=1e-4)
     assert len(network.spec()['mean']) == bands
     del cfg.model.data_preprocessor.mean, cfg.model.data_preprocessor.std
     assert input_channels(MODELS.build(cfg.model)) == bands
 
 
-def test_costs_of_other_bands(tmp_path, capsys):
-    tool, found = load_tool('analysis_tools/cost.py'), []
-    for bands in (3, 4):
-        cfg = tiny_config(tmp_path, CONTROL)
-        cfg.model.backbone.in_channels = bands
-        cfg.model.data_preprocessor.update(mean=[9.] * bands, std=[3.] * bands)
-        found.append(tool.count(tool.build(cfg), (256, 512)))
-    assert float(found[1][1]) > float(found[0][1])
+def test_costs_of_other_bands(tmp_path):
+    tool = load_tool('analysis_tools/cost.py')
+    three, four = (
+        tool.count(tool.build(bands_config(tmp_path, bands)), (256, 512))
+        for bands in (3, 4))
+    assert float(four[1]) > float(three[1])
 
 
 @TRANSFORMS.register_module()
@@ -111,97 +110,108 @@ class DifferenceOfTwo(ResNet):
     """What two images in one tensor have not in common."""
 
     def forward(self, x):
-        first, second = (
-            super(DifferenceOfTwo, self).forward(image)
-            for image in x.chunk(2, dim=1))
+        first, second = map(super().forward, x.chunk(2, dim=1))
         return tuple(a - b for a, b in zip(first, second))
-
-
-def flops(config, capsys, monkeypatch):
-    """Thousands of operations that tools/analysis_tools/get_flops.py finds."""
-    monkeypatch.setattr(sys, 'argv',
-                        ['get_flops.py', config, '--size', *map(str, SIZE)])
-    load_tool('analysis_tools/get_flops.py').main()
-    found = re.search(r'Flops: (\S+)M', capsys.readouterr().out)
-    return float(found[1]) * 1e3
 
 
 def test_two_images_in_one_tensor(tmp_path, capsys, monkeypatch):
     """Trained, folded by the tool, exported, predicted and counted."""
-    cfg = tiny_config(tmp_path, CONTROL, max_iters=2)
-    cfg.dump(tmp_path / 'one.py')
+    tiny_config(tmp_path, CONTROL).dump(tmp_path / 'one.py')
+    cfg = bands_config(tmp_path, 6, 3, max_iters=2)
     cfg.model.backbone.type = 'DifferenceOfTwo'
-    cfg.model.data_preprocessor.update(mean=[9.] * 6, std=[3.] * 6)
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].dataset.pipeline.insert(
             1, dict(type='LoadAnotherImage'))
     model = run(cfg).model.eval()
     cfg.dump(tmp_path / 'two.py')
     files = [str(tmp_path / name) for name in ('two.py', 'work/iter_2.pth')]
-    out = str(tmp_path / 'folded.pth')
-    load_tool('model_converters/textkd2mmseg.py').main(
-        [*files, '--out', out, '--device', 'cpu'])
-    image = cv2.imread(str(tmp_path / 'data' / 'img' / '0.png'))
+    out, path = tmp_path / 'folded.pth', str(tmp_path / 'data/img/0.png')
+    call('model_converters/textkd2mmseg.py', *files, '--out', out, '--device',
+         'cpu')
+    image = cv2.imread(path)
     both = np.concatenate([image, image[:, ::-1]], axis=2)
-    batch = model.data_preprocessor(
-        dict(inputs=[torch.from_numpy(both).permute(2, 0, 1)]))
-    expected = model.encode_decode(batch['inputs'], [dict(img_shape=SIZE)])
-    labels = expected.argmax(1)[0].numpy()
-    load_tool('deployment/deploy.py').main([
-        str(tmp_path / 'folded.py'), out, '--out',
-        str(tmp_path / 'net'), '--to', 'torchscript'
-    ])
+    labels = predict_logits(model, preprocess(model, both)).argmax(1)[0]
+    call('deployment/deploy.py', tmp_path / 'folded.py', out, '--out',
+         tmp_path / 'net', '--to', 'torchscript')
     # Nearly equal scores may change places in another runtime.
-    assert (Network(tmp_path / 'net')(both) == labels).mean() > .999
-    found = TextSegInferencer(
-        *files,
-        device='cpu')(str(tmp_path / 'data' / 'img' / '0.png'))['predictions']
-    assert np.array_equal(found, labels) and len(np.unique(labels)) > 1
-    one, two = (
-        flops(str(tmp_path / f'{name}.py'), capsys, monkeypatch)
-        for name in ('one', 'two'))
+    assert (Network(tmp_path / 'net')(both) == labels.numpy()).mean() > .999
+    found = TextSegInferencer(*files, device='cpu')(path)['predictions']
+    assert np.array_equal(found, labels) and len(labels.unique()) > 1
+    counts = []
+    for name in ('one', 'two'):
+        words = 'tool', str(tmp_path / f'{name}.py'), '--size', '32', '64'
+        monkeypatch.setattr(sys, 'argv', list(words))
+        load_tool('analysis_tools/get_flops.py').main()
+        said = re.search(r'Flops: (\S+)M', capsys.readouterr().out)[1]
+        counts.append(float(said) * 1e3)
     plain = MODELS.build(dict(cfg.model.backbone, type='ResNet'))
     plain.eval()
     more = get_model_complexity_info(plain, inputs=torch.rand(1, 3, *SIZE))
-    assert two - one == pytest.approx(more['flops'] / 1e3, abs=1.01)
+    assert counts[1] - counts[0] == pytest.approx(
+        more['flops'] / 1e3, abs=1.01)
 
 
 def test_inference_on_four_bands(tmp_path):
-    cfg = tiny_config(tmp_path, CONTROL)
-    cfg.model.backbone.in_channels = 4
-    cfg.model.data_preprocessor.update(mean=[9.] * 4, std=[3.] * 4)
-    for transform in cfg.test_dataloader.dataset.pipeline:
-        if transform.type == 'LoadImageFromFile':
-            transform.color_type = 'unchanged'
+    cfg = bands_config(tmp_path, 4)
+    cfg.test_dataloader.dataset.pipeline[0].color_type = 'unchanged'
     model = build(cfg)
-    files = write(tmp_path, cfg, model, tuple('abcdefgh'))
-    inferencer = TextSegInferencer(*files, device='cpu')
+    inferencer = TextSegInferencer(*write(tmp_path, cfg, model), device='cpu')
     image = np.random.default_rng(0).integers(0, 256, (*SIZE, 4), np.uint8)
     found = inferencer(image, return_vis=True)
-    with torch.no_grad():
-        batch = model.data_preprocessor(
-            dict(inputs=[torch.from_numpy(image).permute(2, 0, 1)]))
-        expected = model(batch['inputs'])
-    expected = torch.nn.functional.interpolate(
-        expected, SIZE, mode='bilinear', align_corners=False).argmax(1)[0]
+    expected = predict_logits(model, preprocess(model, image)).argmax(1)[0]
     assert np.array_equal(found['predictions'], expected)
     assert found['visualization'].shape[0] == SIZE[0]
     with pytest.raises(ValueError, match=r'\(H, W, 4\), but got.*, 3\)'):
         inferencer(image[..., :3])
     # A file is bounded before it is read, and need not be known to Pillow.
     cv2.imwrite(str(tmp_path / 'a.png'), image)
-    inferencer.max_pixels = 100
-    with pytest.raises(ValueError, match='more than the 100 that'):
+    inferencer.max_pixels = 2047
+    with pytest.raises(ValueError, match='more than the 2047 that'):
         inferencer(str(tmp_path / 'a.png'))
+
+
+@each_case('rgb', [False, True])
+def test_networks_that_see_bgr_or_rgb(tmp_path, rgb):
+    cfg = tiny_config(tmp_path, CONTROL)
+    # No two channels are treated alike.
+    spec = dict(mean=[10., 100., 200.], std=[30., 60., 90.])
+    cfg.model.data_preprocessor.update(spec, bgr_to_rgb=rgb)
+    model = build(cfg)
+    files = write(tmp_path, cfg, model)
+    model.cfg, model.dataset_meta = cfg, dict(classes=CLASSES)
+    path = str(tmp_path / 'data/img/0.png')
+    image, (mean, std) = cv2.imread(path), spec.values()
+    orders = []
+    for pixels in (image, image[..., ::-1]):
+        inputs = torch.tensor((pixels - mean) / std).permute(2, 0, 1)[None]
+        orders.append(predict_logits(model, inputs.float())[0])
+    expected, other = orders[::-1] if rgb else orders
+    assert (expected - other).abs().max() > .1
+    assert (expected.argmax(0) != other.argmax(0)).any()
+
+    def assert_near(logits):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+    assert_near(inference_model(model, image).seg_logits.data)
+    stock = fold(model, cfg)
+    assert_near(inference_model(stock, image).seg_logits.data)
+    inferencer = TextSegInferencer(*files, device='cpu')
+    for inputs in (path, image):
+        found = inferencer(inputs)['predictions']
+        assert np.array_equal(found, expected.argmax(0))
+    # With the preprocessing in the graph, and as it is described beside it.
+    network = ExportableSegmentor(stock, preprocess=True)
+    graph = to_torchscript(network, image.shape[:2], False, '{}')
+    assert_near(graph.run(torch.from_numpy(image)[None])[0])
+    assert ExportableSegmentor(stock).spec() == dict(spec, swap_channels=rgb)
 
 
 def test_files_are_bounded(tmp_path):
     cfg = tiny_config(tmp_path, CONTROL)
-    files = write(tmp_path, cfg, build(cfg), tuple('abcdefgh'))
+    files = write(tmp_path, cfg, build(cfg))
     inferencer = TextSegInferencer(*files, device='cpu', max_pixels=2047)
-    path = tmp_path / 'data' / 'img' / '0.png'
     with pytest.raises(ValueError, match='64 x 32 = 2048 pixels.*max_pixels'):
-        inferencer(path)
+        inferencer(tmp_path / 'data' / 'img' / '0.png')
     (tmp_path / 'b.png').write_text('text')
     with pytest.raises(UnknownImageError, match='b.png'):
         inferencer(tmp_path / 'b.png')
@@ -210,12 +220,9 @@ def test_files_are_bounded(tmp_path):
 def binary_config(folder, number, role='classifier'):
     """MMSegmentation's binary set-up: one logit and a sigmoid."""
     cfg = tiny_config(folder, CONTROL)
-    cfg.model.decode_head.update(
-        num_classes=number,
-        out_channels=1,
-        role=role,
-        threshold=.4,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True))
+    loss = dict(type='CrossEntropyLoss', use_sigmoid=True)
+    cfg.model.decode_head.update(num_classes=number, out_channels=1, role=role)
+    cfg.model.decode_head.update(threshold=.4, loss_decode=loss)
     return cfg
 
 
@@ -225,32 +232,32 @@ def test_one_logit_is_trained_folded_and_thresholded(tmp_path, number, names):
     cfg = binary_config(tmp_path, number)
     model = build(cfg)
     head = model.decode_head
+    classifier = head.conv_seg
+    image = cv2.imread(str(tmp_path / 'data' / 'img' / '0.png'))
     with torch.no_grad():
-        head.conv_seg.logit_bias.normal_()
-        head.conv_seg.scale.log_scale.fill_(2.)
+        classifier.logit_bias.normal_()
+        classifier.scale.log_scale.fill_(2.)
         # Half of the pixels of an image are of the class.
-        image = cv2.imread(str(tmp_path / 'data' / 'img' / '0.png'))
-        batch = model.data_preprocessor(
-            dict(inputs=[torch.from_numpy(image).permute(2, 0, 1)]))
-        head.conv_seg.logit_bias[-1] -= model(batch['inputs']).median()
+        classifier.logit_bias[-1] -= model(preprocess(model, image)).median()
     # One logit is the difference of those that two classes would have.
     feat = torch.randn(2, 16, 4, 8)
-    text = head.conv_seg.text()
-    pixels = head.conv_seg.projection(feat)
-    logits = torch.einsum('ndhw,kd->nkhw', pixels, text) * torch.tensor(
-        2.).exp() + head.conv_seg.logit_bias[:, None, None]
-    expected = logits if number == 1 else logits[:, 1:] - logits[:, :1]
-    torch.testing.assert_close(head.conv_seg(feat), expected)
+    weight = classifier.text()[..., None, None] * torch.tensor(2.).exp()
+    expected = F.conv2d(
+        classifier.projection(feat), weight, classifier.logit_bias)
+    if number == 2:
+        expected = expected[:, 1:] - expected[:, :1]
+    torch.testing.assert_close(classifier(feat), expected)
     torch.testing.assert_close(
-        head.conv_seg.as_conv()(feat), expected, rtol=1e-4, atol=1e-4)
+        classifier.as_conv()(feat), expected, rtol=1e-4, atol=1e-4)
     head.train()
     losses = head.loss([torch.randn(2, 8, 4, 8)], samples((32, 64), 2), {})
     losses['loss_ce'].backward()
-    assert head.conv_seg.logit_bias.grad.abs().min() > 0
+    assert classifier.logit_bias.grad.abs().min() > 0
     model.eval()
 
     stock, state = to_stock_cfg(cfg), fold_state_dict(model)
     assert state['decode_head.conv_seg.weight'].shape == (1, 16, 1, 1)
+    save_weights(tmp_path / 'folded.pth', state, names)
     report = verify(model, stock, state)
     assert [a.differing for a in report.agreements] == [0, 0]
     for key in ('weight', 'bias'):
@@ -271,11 +278,6 @@ def test_one_logit_is_trained_folded_and_thresholded(tmp_path, number, names):
     found = inferencer(image, similarity=['crack'])['similarity']
     assert found.shape == (1, *image.shape[:2]) and abs(found).max() <= 1
 
-    torch.save(
-        dict(
-            state_dict=fold_state_dict(model),
-            meta=dict(dataset_meta=dict(classes=names))),
-        tmp_path / 'folded.pth')
     stock.dump(tmp_path / 'stock.py')
     folded = TextSegInferencer(
         str(tmp_path / 'stock.py'), tmp_path / 'folded.pth', device='cpu')
@@ -325,12 +327,10 @@ def pure_python(cfg):
 
 def test_pure_python_configs_are_configs(tmp_path):
     cfg = tiny_config(tmp_path, CONTROL, dict(switch_at=3))
-    model = build(cfg)
-    _, weights = write(tmp_path, cfg, model, tuple('abcdefgh'))
+    config, weights = write(tmp_path, cfg, build(cfg), tuple('abcdefgh'))
     path = tmp_path / 'lazy.py'
-    path.write_text(pure_python(Config.fromfile(tmp_path / 'config.py')))
-    lazy = Config.fromfile(path)
-    assert isinstance(lazy.model.type, type)
+    path.write_text(pure_python(Config.fromfile(config)))
+    assert isinstance(Config.fromfile(path).model.type, type)
     assert load_config(path).to_dict() == cfg.to_dict()
     # One of the old style comes back as it is.
     assert load_config(cfg) is cfg

@@ -40,11 +40,12 @@ def published(model):
             for i in range(int(first), int(last or first) + 1):
                 shapes[re.sub(r'\{.*?\}', str(i), pattern)] = shape
     # What is there twice is equal.
-    values = {
-        key: float(number) if 'clip_' not in key else 1.
+    return {
+        key:
+        torch.tensor(1. if 'clip_' in key else float(number)).expand(
+            shapes[key])
         for number, key in enumerate(sorted(shapes))
     }
-    return {k: torch.tensor(values[k]).expand(s) for k, s in shapes.items()}
 
 
 @pytest.fixture
@@ -56,15 +57,37 @@ def convert(tmp_path, monkeypatch):
         vectors = F.normalize(torch.randn(171, width), dim=1)
         TextEmbeddings(vectors, names).save(f'{width}.safetensors')
 
-    def run(saved, model='vit-b16', *more):
+    def run(saved, model='vit-b16'):
         torch.save(saved, 'theirs.pth')
-        TOOL['main']([
-            'theirs.pth', 'ours.pth', '--model', model, '--embeddings',
-            f'{WIDTH[model]}.safetensors', *more
-        ])
+        argv = ['theirs.pth', 'ours.pth', '--model', model]
+        TOOL['main'](argv + ['--embeddings', f'{WIDTH[model]}.safetensors'])
         return torch.load('ours.pth', weights_only=True)
 
     return run
+
+
+# Which of their weights becomes which of ours.
+PIXELS = 'sem_seg_head.pixel_decoder.'
+MASKS = 'sem_seg_head.predictor.'
+KEYS = [
+    line.split() for line in f'''
+image_encoder.positional_embedding clip_visual_extractor.positional_embedding
+backbone.positional_embedding backbone.pos_embed
+decode_head.no_object ov_classifier.bg_embed
+neck.lateral.0.conv.weight {PIXELS}adapter_1.weight
+neck.lateral.1.conv.bias {PIXELS}input_proj.2.0.bias
+neck.lateral.3.gn.weight {PIXELS}input_proj.0.1.weight
+neck.attention.5.offsets.bias
+  {PIXELS}transformer.encoder.layers.5.self_attn.sampling_offsets.bias
+neck.feedforward.2.layers.2.weight
+  {PIXELS}transformer.encoder.layers.2.linear2.weight
+decode_head.decoder.cross_attention.8.attention.in_proj_weight
+  {MASKS}transformer_cross_attention_layers.8.multihead_attn.in_proj_weight
+decode_head.embedder.embed.4.weight {MASKS}mask_embed1.layers.2.weight
+decode_head.embedder.bias.2.bias {MASKS}attn_proj.layers.1.bias
+decode_head.embedder.length {MASKS}logit_scale
+'''.replace('\n  ', ' ').strip().splitlines()
+]
 
 
 @pytest.mark.parametrize('model', WIDTH)
@@ -79,42 +102,13 @@ def test_every_key_is_accounted_for(convert, tmp_path, capsys, model):
     assert len(meta['dataset_meta']['classes']) == 171
     net = MODELS.build(load_config(CONFIGS / CONFIG.format(model)).model)
     net.load_state_dict(state, strict=True)
-    # By value: which of their weights has become which of ours.
-    masks = 'sem_seg_head.predictor.'
-    pixels = 'sem_seg_head.pixel_decoder.'
-    layer = pixels + 'transformer.encoder.layers.'
-    for own, their in {
-            'image_encoder.positional_embedding':
-            'clip_visual_extractor.positional_embedding',
-            'backbone.positional_embedding':
-            'backbone.pos_embed',
-            'decode_head.no_object':
-            'ov_classifier.bg_embed',
-            'neck.lateral.0.conv.weight':
-            pixels + 'adapter_1.weight',
-            'neck.lateral.1.conv.bias':
-            pixels + 'input_proj.2.0.bias',
-            'neck.lateral.3.gn.weight':
-            pixels + 'input_proj.0.1.weight',
-            'neck.attention.5.offsets.bias':
-            layer + '5.self_attn.sampling_offsets.bias',
-            'neck.feedforward.2.layers.2.weight':
-            layer + '2.linear2.weight',
-            'decode_head.decoder.cross_attention.8.attention.in_proj_weight':
-            masks + 'transformer_cross_attention_layers.8.multihead_attn.'
-            'in_proj_weight',
-            'decode_head.embedder.embed.4.weight':
-            masks + 'mask_embed1.layers.2.weight',
-            'decode_head.embedder.bias.2.bias':
-            masks + 'attn_proj.layers.1.bias',
-            'decode_head.embedder.length':
-            masks + 'logit_scale',
-    }.items():
+    # By value.
+    for own, their in KEYS:
         assert state[own].flatten()[0] == theirs[their].flatten()[0], own
     # No weight of theirs is used for two of ours.
+    others = re.compile(f'clip|image_encoder|{TEXT}')
     used = [
-        v.flatten()[0].item() for k, v in state.items()
-        if k != TEXT and 'clip' not in k and 'image_encoder' not in k
+        v.flatten()[0].item() for k, v in state.items() if not others.search(k)
     ]
     assert len(used) == len(set(used))
 
@@ -133,27 +127,24 @@ def test_towers_are_open_clips_and_timms(wanted):
         if 'ln_post' not in key and '.proj' not in key:
             theirs[key] = torch.tensor(float(number)).expand(theirs[key].shape)
     parts, _ = TOOL['split'](theirs, 9)
-    clip, sam = parts['clip'], parts['sam']
     for part in ('clip', 'sam'):
         TOOL['compare'](part, parts[part], wanted[part])
-    blocks = 'visual.transformer.resblocks.'
-    for own, their in {
-            f'{blocks}1.attn.in_proj_weight':
-            'clip_visual_extractor.resblocks.1.attn.in_proj_weight',
-            f'{blocks}2.attn.in_proj_bias':
-            'clip_visual_extractor.resblocks.2.attn.qkv.bias',
-            f'{blocks}10.mlp.c_fc.weight':
-            'clip_rec_head.resblocks.1.mlp.c_fc.weight',
-            'token_embedding.weight': 'ov_classifier.token_embedding.weight',
-    }.items():
-        assert torch.equal(clip[own], theirs[their]), own
-    assert torch.equal(sam['blocks.3.mlp.fc1.bias'],
-                       theirs['backbone.blocks.3.mlp.lin1.bias'])
+    own, blocks = {**parts['clip'], **parts['sam']}, 'visual.transformer.'
+    pairs = [
+        (f'{blocks}resblocks.1.attn.in_proj_weight',
+         'clip_visual_extractor.resblocks.1.attn.in_proj_weight'),
+        (f'{blocks}resblocks.2.attn.in_proj_bias',
+         'clip_visual_extractor.resblocks.2.attn.qkv.bias'),
+        (f'{blocks}resblocks.10.mlp.c_fc.weight',
+         'clip_rec_head.resblocks.1.mlp.c_fc.weight'),
+        ('token_embedding.weight', 'ov_classifier.token_embedding.weight'),
+        ('blocks.3.mlp.fc1.bias', 'backbone.blocks.3.mlp.lin1.bias'),
+    ]
+    for name, their in pairs:
+        assert torch.equal(own[name], theirs[their]), name
 
 
-def break_shape(state):
-    key = 'sem_seg_head.predictor.query_feat.weight'
-    state[key] = state[key][:50]
+QUERIES = 'sem_seg_head.predictor.query_feat.weight'
 
 
 @each_case('change, message', [
@@ -162,7 +153,8 @@ def break_shape(state):
     (lambda s: s.pop('backbone.blocks.7.attn.rel_pos_h'),
      'missing: blocks.7.attn.rel_pos_h'),
     (lambda s: s.update(prompt=torch.zeros(3)), 'does not have: prompt'),
-    (break_shape, r'decoder.query.weight \(50, 256\) instead of \(100, 256\)'),
+    (lambda s: s.update({QUERIES: s[QUERIES][:50]}),
+     r'decoder.query.weight \(50, 256\) instead of \(100, 256\)'),
     (lambda s: s.update({'clip_rec_head.proj': s['clip_rec_head.proj'] + 1}),
      'is there under another name'),
 ])
@@ -176,24 +168,26 @@ def test_what_does_not_fit_is_refused(wanted, change, message):
 
 
 def test_another_variant_or_code_is_refused(convert, tmp_path):
-    short = published('vit-b16')
+    whole = published('vit-b16')
+    short = dict(whole)
     del short['sem_seg_head.predictor.decoder_norm.bias']
-    with pytest.raises(SystemExit, match='missing: decode_head.decoder.norm'):
-        convert(short)
-    with pytest.raises(SystemExit, match='is no EBSeg'):
-        convert(dict(weight=torch.zeros(3)))
-    with pytest.raises(SystemExit, match='another CLIP than vit-l14-336'):
-        convert(published('vit-b16'), 'vit-l14-336')
-    with pytest.raises(SystemExit, match='no tensor: epoch'):
-        convert(dict(model=dict(published('vit-b16'), epoch=3)))
-    # A pickle that would call a function of ours.
-    with pytest.raises(SystemExit, match='more than tensors'):
-        convert(dict(model=published('vit-b16'), hook=Path('x')))
+    cases = [
+        (short, 'vit-b16', 'missing: decode_head.decoder.norm'),
+        (dict(weight=torch.zeros(3)), 'vit-b16', 'is no EBSeg'),
+        (whole, 'vit-l14-336', 'another CLIP than vit-l14-336'),
+        (dict(model=dict(whole, epoch=3)), 'vit-b16', 'no tensor: epoch'),
+        # A pickle that would call a function of ours.
+        (dict(model=whole, hook=Path('x')), 'vit-b16', 'more than tensors'),
+    ]
+    for saved, model, message in cases:
+        with pytest.raises(SystemExit, match=message):
+            convert(saved, model)
     (tmp_path / 'theirs.pth').write_bytes(pickle.dumps('text')[:-3])
+    argv = ['theirs.pth', 'ours.pth', '--model', 'vit-b16']
     with pytest.raises(SystemExit, match='damaged'):
-        TOOL['main'](['theirs.pth', 'ours.pth', '--model', 'vit-b16'])
+        TOOL['main'](argv)
     assert not list(tmp_path.glob('ours*'))
     (tmp_path / 'ours.pth').write_text('mine')
     with pytest.raises(SystemExit):
-        TOOL['main'](['theirs.pth', 'ours.pth', '--model', 'vit-b16'])
+        TOOL['main'](argv)
     assert (tmp_path / 'ours.pth').read_text() == 'mine'

@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """EBSeg, asked for classes by words through ``TextSegInferencer``."""
+import copy
 import os.path as osp
 import runpy
 from types import SimpleNamespace
@@ -11,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from each_case import each_case
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
 from mmseg.apis import inference_model
-from mmseg.registry import MODELS
-from processes import ROOT, load
-from tiny import CLASSES, run, tiny_config
+from processes import ROOT
+from tiny import CLASSES, assert_equal, run, tiny_config
 
 from mmseg_textkd.apis import TextSegInferencer, predict_labels
 from mmseg_textkd.text.encode_classes import encode_classes
@@ -30,20 +29,19 @@ def files(tmp_path_factory, model_cfg):
     cfg = tiny_config(folder, max_iters=12)
     # Most of the say to the embedding that has learned something by then.
     cfg.model = model_cfg(balance=dict(alpha=.1, beta=.2, gamma=.1))
-    cfg.model.decode_head.decoder.num_queries = 6
-    cfg.optim_wrapper = dict(
-        type='OptimWrapper',
-        optimizer=dict(type='AdamW', lr=5e-3),
-        clip_grad=dict(max_norm=1.))
-    cfg.default_hooks.checkpoint.interval = 12
+    head = cfg.model.decode_head
+    head.decoder.num_queries = 6
+    cfg.optim_wrapper = dict(type='OptimWrapper', clip_grad=dict(max_norm=1.))
+    cfg.optim_wrapper.optimizer = dict(type='AdamW', lr=5e-3)
     cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
-    run(cfg)
+    model = run(cfg).model.eval()
+    model.cfg = cfg.copy()
     # Classes of a test configuration, whose file is not there.
-    cfg.model.decode_head.test_text = dict(
+    head.test_text = dict(
         type='ClassEmbeddings', file='none', num_classes=3, dim=64)
     cfg.dump(folder / 'config.py')
     return SimpleNamespace(
-        cfg=cfg,
+        model=model,
         config=str(folder / 'config.py'),
         weights=str(folder / 'work/iter_12.pth'),
         images=[str(folder / 'data/img' / f'{i}.png') for i in range(6)])
@@ -67,16 +65,16 @@ def inferencer(files):
     return get
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture
 def by_hand(files):
     """The network itself, with its own interface."""
-    cfg = files.cfg.copy()
-    cfg.model.decode_head.pop('test_text')
-    with DefaultScope.overwrite_default_scope('mmseg'):
-        model = MODELS.build(cfg.model)
-    model.load_state_dict(load(files.weights)['state_dict'])
-    model.cfg = cfg
-    return model.eval()
+    files.model.set_classes(None)
+    return files.model
+
+
+def label_maps(model, paths):
+    found = [inference_model(model, path).pred_sem_seg for path in paths]
+    return [result.data[0].numpy() for result in found]
 
 
 def features(model, path):
@@ -89,7 +87,7 @@ def features(model, path):
         found = model.decode_head.embed_masks(inputs)
         scores = model(data['inputs'])
     return found, inputs.clip.logit_scale, F.interpolate(
-        scores, image.shape[1:], mode='bilinear', align_corners=False)[0]
+        scores, image.shape[1:], mode='bilinear')[0]
 
 
 def between(values):
@@ -103,63 +101,46 @@ def between(values):
 def test_new_words_equal_those_by_hand(files, inferencer, by_hand):
     mine = inferencer()
     assert mine.classes == CLASSES and mine.model.out_channels == 8
-    by_hand.set_classes(None)
-    own = [
-        inference_model(by_hand, path).pred_sem_seg.data[0].numpy()
-        for path in files.images
-    ]
+    own = label_maps(by_hand, files.images)
     assert all(map(np.array_equal, mine(files.images)['predictions'], own))
-    before = {k: v.clone() for k, v in mine.model.state_dict().items()}
+    before = copy.deepcopy(mine.model.state_dict())
     mine.set_classes(list(NEW))
     assert mine.classes == NEW and mine.model.out_channels == 6
     assert mine.source == '5 new class(es) in 1 template(s); 1 as trained'
     by_hand.set_classes(list(NEW), templates='photo')
-    expected = [
-        inference_model(by_hand, path).pred_sem_seg.data[0].numpy()
-        for path in files.images
-    ]
+    expected = label_maps(by_hand, files.images)
     found = mine(files.images, batch_size=4)['predictions']
     assert all(map(np.array_equal, found, expected))
     assert len(np.unique(found)) > 1
-    torch.testing.assert_close(
-        mine.vectors,
-        encode_classes(list(NEW), 'toyclip', 'photo').vectors)
+    vectors = encode_classes(list(NEW), 'toyclip', 'photo').vectors
+    torch.testing.assert_close(mine.vectors, vectors)
     # Seen is what has the name of a trained class, whatever its spelling.
     for model in (mine.model, by_hand):
         _, seen = model.decode_head.text.vocabulary()
         assert seen.tolist() == [False, True, False, False, False, True]
-    after = mine.model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert_equal(mine.model.state_dict(), before)
     mine.set_classes()
     assert mine.classes == CLASSES and mine.source == 'as trained'
     assert all(map(np.array_equal, mine(files.images)['predictions'], own))
 
 
-def test_similarities_by_a_naive_loop(files, inferencer, by_hand):
-    mine = inferencer()
+def test_similarities_by_hand(files, inferencer, by_hand):
+    mine, path = inferencer(), files.images[1]
     mine.set_classes(list(NEW), threshold=.5)
-    maps = mine(files.images[1], similarity=['道路', 'tree'])['similarity']
-    found, _, _ = features(by_hand, files.images[1])
-    text = encode_classes(['道路', 'tree'], 'toyclip', 'photo').vectors.double()
-    _, number, height, width = found.masks.shape
-    expected = torch.zeros(2, height, width, dtype=torch.double)
-    for y in range(height):
-        for x in range(width):
-            pixel = torch.zeros(64, dtype=torch.double)
-            for q in range(number):
-                weight = torch.sigmoid(found.masks[0, q, y, x].double())
-                pixel += weight * found.attention[0, q].double()
-            expected[:, y, x] = text @ pixel / pixel.norm()
-    expected = F.interpolate(
-        expected[None], (32, 64), mode='bilinear', align_corners=False)[0]
+    maps = mine(path, similarity=['道路', 'tree'])['similarity']
+    found, _, _ = features(by_hand, path)
+    text = encode_classes(['道路', 'tree'], 'toyclip', 'photo').vectors
+    pixels = torch.einsum('nqhw,nqd->ndhw', found.masks.sigmoid(),
+                          found.attention)
+    expected = torch.einsum('kd,ndhw->nkhw', text, F.normalize(pixels, dim=1))
+    expected = F.interpolate(expected, (32, 64), mode='bilinear')[0]
     np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-5)
     assert maps.shape == (2, 32, 64) and maps[0].std() > 1e-4
     # One class alone, and a label that has no text.
-    one = mine(files.images[1], similarity=['tree'])['similarity']
+    one = mine(path, similarity=['tree'])['similarity']
     np.testing.assert_allclose(one[0], maps[1], rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"no similarity with \['other'\]"):
-        mine(files.images[1], similarity=['other'])
+        mine(path, similarity=['other'])
 
 
 def test_threshold_is_on_the_score(files, inferencer, by_hand):
@@ -187,11 +168,10 @@ def test_one_class(files, inferencer, by_hand):
     found, scale, _ = features(by_hand, files.images[0])
     tree = encode_classes(['tree'], 'toyclip', 'photo').vectors[0]
     nothing = F.normalize(by_hand.decode_head.no_object, dim=0)
-    masks = F.interpolate(
-        found.masks, (32, 64), mode='bilinear', align_corners=False)[0]
+    masks = F.interpolate(found.masks, (32, 64), mode='bilinear')[0].sigmoid()
     # A softmax over one class is 1; A says whether there is an object.
     things = (scale * found.supervised[0] @ (tree - nothing)).sigmoid()
-    score = (things[:, None, None] * masks.sigmoid()).sum(0)
+    score = torch.einsum('q,qhw->hw', things, masks)
     threshold = between(score[score < 1])
     mine.set_classes(['tree'], threshold=threshold)
     want = (score < threshold).long().numpy()
@@ -199,14 +179,14 @@ def test_one_class(files, inferencer, by_hand):
     assert np.array_equal(mine(files.images[0])['predictions'], want)
 
 
-@pytest.mark.parametrize('mode', ['whole', 'slide'])
-def test_many_classes_in_parts(files, inferencer, by_hand, mode):
+@each_case('test_cfg, number', [
+    (dict(mode='whole'), 1),
+    (dict(mode='slide', crop_size=(32, 32), stride=(16, 16)), 3 * 11),
+])
+def test_many_classes_in_parts(files, inferencer, by_hand, test_cfg, number):
     mine, names = inferencer(), [f'thing {i}' for i in range(21)]
     mine.set_classes(names)
     by_hand.set_classes(names, templates='photo')
-    test_cfg = dict(mode=mode)
-    if mode == 'slide':
-        test_cfg.update(crop_size=(32, 32), stride=(16, 16))
     mine.model.test_cfg = by_hand.test_cfg = Config(test_cfg)
     expected = inference_model(by_hand, files.images[2]).pred_sem_seg.data
     by_hand.test_cfg = Config(dict(mode='whole'))
@@ -218,7 +198,7 @@ def test_many_classes_in_parts(files, inferencer, by_hand, mode):
     out, = predict_labels(
         mine.adapter, data['inputs'], data['data_samples'], budget=1)
     assert torch.equal(out.pred_sem_seg.data, expected)
-    assert len(runs) == (1 if mode == 'whole' else 3 * 11)
+    assert len(runs) == number
     assert mine.model.out_channels == 21
 
 
@@ -248,8 +228,8 @@ def test_the_checkpoint_is_enough_for_its_own_classes(files, inferencer,
                                                       monkeypatch):
     """Neither the file of its text nor the text tower is needed for them."""
     cfg = Config.fromfile(files.config)
-    cfg.model.decode_head.text = dict(
-        type='ClassEmbeddings', file='none.safetensors', dim=64)
+    cfg.model.decode_head.text.file = 'none.safetensors'
+    cfg.model.decode_head.text.dim = 64
     mine = inferencer(cfg)
     with monkeypatch.context() as patch:
         patch.setattr('mmseg_textkd.apis.class_encoder.load_tower', None)
@@ -260,8 +240,8 @@ def test_the_checkpoint_is_enough_for_its_own_classes(files, inferencer,
     # The image tower says which text tower it is.
     mine.set_classes([*CLASSES, 'tree'])
     assert mine.source.startswith('1 new class(es) in 14 template(s)')
-    assert mine.model.decode_head.text.vocabulary()[1].tolist(
-    ) == [True] * 8 + [False]
+    _, seen = mine.model.decode_head.text.vocabulary()
+    assert seen.tolist() == [True] * 8 + [False]
     mine.set_classes()
     assert np.array_equal(mine(files.images[0])['predictions'], expected)
 
@@ -270,25 +250,20 @@ def test_demo_and_page(files, inferencer, tmp_path, capsys):
     demo, page = (
         runpy.run_path(osp.join(ROOT, 'demo', name))
         for name in ('image_demo.py', 'gradio_app.py'))
-    demo['main']([
-        files.images[0], files.config, files.weights, '--classes',
-        ', '.join(NEW), '--other', '--similarity', 'tree', '--out',
-        str(tmp_path), '--device', 'cpu'
-    ])
+    common = [files.images[0], files.config, files.weights, '--device', 'cpu']
+    common += ['--out', str(tmp_path), '--classes']
+    words = [', '.join(NEW), '--other', '--similarity', 'tree']
+    demo['main']([*common, *words])
     assert '7 labels: 6 new class(es)' in capsys.readouterr().out
     mine = inferencer()
     mine.set_classes(list(NEW), other='other')
-    expected = mine(files.images[0])
+    expected = mine(files.images[0])['predictions']
     label_map = cv2.imread(str(tmp_path / 'pred/00000000_pred.png'), -1)
-    assert np.array_equal(label_map, expected['predictions'])
+    assert np.array_equal(label_map, expected)
     assert (tmp_path / 'vis/0_tree.png').is_file()
     with pytest.raises(SystemExit, match='EBSeg balances'):
-        demo['main']([
-            files.images[0], files.config, files.weights, '--classes', 'tree',
-            '--new-bias', '1', '--out',
-            str(tmp_path)
-        ])
+        demo['main']([*common, 'tree', '--new-bias', '1'])
     picture = cv2.imread(files.images[0])[..., ::-1]
     found = page['segment'](mine, picture, ', '.join(NEW), True)
-    assert np.array_equal(found.labels, expected['predictions'])
+    assert np.array_equal(found.labels, expected)
     assert found.classes == (*NEW, 'other')

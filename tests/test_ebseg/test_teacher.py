@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmseg.registry import MODELS
 from network_tester import samples
 from tiny import CLASSES, SIZE, tiny_config
+from torch.testing import assert_close
 
 from mmseg_textkd.engine import TeacherHook
 
@@ -15,8 +16,7 @@ from mmseg_textkd.engine import TeacherHook
 def tiny_batch():
     """Two images without labels of cars and trucks."""
     batch = samples(SIZE, 8)
-    for sample in batch:
-        labels = sample.gt_sem_seg.data
+    for labels in (sample.gt_sem_seg.data for sample in batch):
         labels[(labels == 5) | (labels == 6)] = 255
     return batch
 
@@ -25,23 +25,19 @@ def tiny_batch():
 def student(model_cfg, tmp_path):
     """A student of an EBSeg that was trained with the classes given."""
     torch.manual_seed(0)
-    cfg = Config(dict(model=model_cfg()))
+    cfg, path = Config(dict(model=model_cfg())), tmp_path / 'ebseg.pth'
     cfg.dump(tmp_path / 'ebseg.py')
     teacher = MODELS.build(cfg.model).eval()
     teacher.image_encoder.init_weights()  # as training does
 
-    def make(classes=CLASSES, **options):
+    def make(classes=CLASSES, embeddings=True):
         meta = dict(dataset_meta=dict(classes=classes))
-        torch.save(
-            dict(state_dict=teacher.state_dict(), meta=meta),
-            tmp_path / 'ebseg.pth')
-        text = cfg.model.decode_head.text.to_dict()
-        ours = tiny_config(tmp_path, text).model
+        torch.save(dict(state_dict=teacher.state_dict(), meta=meta), path)
+        ours = tiny_config(tmp_path,
+                           cfg.model.decode_head.text.to_dict()).model
         ours.type = 'DistilledEncoderDecoder'
-        ours.teacher = dict(
-            config=str(tmp_path / 'ebseg.py'),
-            checkpoint=str(tmp_path / 'ebseg.pth'),
-            **dict(dict(embeddings=True), **options))
+        ours.teacher = dict(config=f'{tmp_path}/ebseg.py')
+        ours.teacher.update(checkpoint=str(path), embeddings=embeddings)
         ours.decode_head.text_branch = dict(
             type='BalancedTextClassifier', bias=False, unseen=[5, 6])
         return MODELS.build(ours), teacher
@@ -59,8 +55,7 @@ def test_its_pixel_embeddings_are_taught(student):
             (pictures - theirs.mean) / theirs.std)
     found = model.teacher(inputs, own)
     assert found.keys() == {'embeddings'} and expected.shape[1] == 64
-    torch.testing.assert_close(
-        found['embeddings'], expected, rtol=1e-3, atol=1e-4)
+    assert_close(found['embeddings'], expected, rtol=1e-3, atol=1e-4)
     batch = tiny_batch()
     losses = model.loss(inputs, batch)
     assert losses['decode.loss_image_embedding'] > 0

@@ -3,6 +3,7 @@
 import torch
 from processes import load
 from tiny import run, tiny_config
+from torch.testing import assert_close
 
 
 def test_the_same_training_in_another_layout(tmp_path):
@@ -12,7 +13,7 @@ def test_the_same_training_in_another_layout(tmp_path):
     runner = run(cfg)
     strided = 0
     for name, value in runner.model.state_dict().items():
-        torch.testing.assert_close(
+        assert_close(
             value, plain.model.state_dict()[name], rtol=1e-3, atol=1e-4)
         if value.dim() == 4:
             assert value.is_contiguous(memory_format=torch.channels_last)
@@ -26,4 +27,4 @@ def test_the_same_training_in_another_layout(tmp_path):
     # A run goes on in the layout.
     runner = run(cfg, resume=True, load_from=f'{cfg.work_dir}/iter_1.pth')
     for name, value in runner.model.state_dict().items():
-        torch.testing.assert_close(value, saved[name], rtol=1e-3, atol=1e-4)
+        assert_close(value, saved[name], rtol=1e-3, atol=1e-4)

@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """float16 with a scaled loss, through the switch to stage 2."""
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -37,48 +38,41 @@ class CPUFloat16OptimWrapper(AmpOptimWrapper):
 class ScaleHook(Hook):
     """Note the scale and what changes; let the gradient overflow once."""
 
-    def __init__(self, overflow_at=None, stop_at=None):
-        self.overflow_at, self.stop_at = overflow_at, stop_at
+    def __init__(self, overflow_at=None):
+        self.overflow_at = overflow_at
         self.scales, self.changed, self.dtypes = [], [], set()
 
     def before_train(self, runner):
-        conv = runner.model.backbone.conv1
 
         def note(conv, args, output):
             if conv.training:
                 self.dtypes.add(output.dtype)
 
-        conv.register_forward_hook(note)
+        runner.model.backbone.conv1.register_forward_hook(note)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if runner.iter == self.stop_at:
-            raise KeyboardInterrupt
         if runner.iter == self.overflow_at:
             # It learns in both stages.
             scale = runner.model.decode_head.conv_seg.scale.log_scale
             self.handle = scale.register_hook(
                 lambda grad: torch.full_like(grad, torch.inf))
-        self.before = {
-            n: p.clone()
-            for n, p in runner.model.named_parameters()
-        }
+        self.before = copy.deepcopy(dict(runner.model.named_parameters()))
 
     def after_train_iter(self, runner, outputs, **kwargs):
         if runner.iter == self.overflow_at:
             self.handle.remove()
         self.scales.append(runner.optim_wrapper.loss_scaler.get_scale())
-        self.changed.append({
-            n
-            for n, p in runner.model.named_parameters()
-            if not torch.equal(p, self.before[n])
-        })
+        params = runner.model.named_parameters()
+        self.changed.append(
+            {n
+             for n, p in params if not torch.equal(p, self.before[n])})
 
 
-def train(folder, resume=False, **options):
+def train(folder, resume=False, stop_at=None, **options):
     cfg = tiny_config(folder, RESIDUAL, dict(switch_at=SWITCH), save_every=1)
     cfg.optim_wrapper.type = 'CPUFloat16OptimWrapper'
-    cfg.work_dir = str(folder / 'work')
     cfg.custom_hooks.append(dict(type='ScaleHook', **options))
+    cfg.custom_hooks.append(dict(type='StopHook', at=stop_at))
     runner = run(cfg, resume=resume)
     hook, = (h for h in runner.hooks if isinstance(h, ScaleHook))
     return runner, hook

@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Wrong weights are no result, and a kill costs no validation."""
+import copy
 import json
 import sys
 from collections import OrderedDict
@@ -10,24 +11,22 @@ from each_case import each_case
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.visualization import Visualizer
-from tiny import AUXILIARY, RESIDUAL, run, tiny_config
+from mmseg.registry import HOOKS
+from tiny import AUXILIARY, RESIDUAL, assert_equal, run, tiny_config
 from tool_modules import load_tool
 
 from mmseg_textkd.utils.checkpoint import load_file
 
 
-def config(folder, text=RESIDUAL, **options):
+def config(folder, name='text', **options):
     """Four iterations, of which every second is validated."""
-    cfg = tiny_config(
-        folder,
-        text,
-        None if text is None else dict(switch_at=3),
-        4,
-        log_level='WARNING',
-        **options)
+    text, hook = RESIDUAL, dict(switch_at=3)
+    if name == 'stock':
+        text = hook = None
+    cfg = tiny_config(folder, text, hook, 4, 2, log_level='WARNING', **options)
     cfg.model.auxiliary_head = [AUXILIARY]
     cfg.train_cfg.val_interval = 2
-    cfg.default_hooks.checkpoint.update(interval=2, save_best='mIoU')
+    cfg.default_hooks.checkpoint.save_best = 'mIoU'
     cfg.default_hooks.logger.log_metric_by_epoch = False
     return cfg
 
@@ -35,31 +34,39 @@ def config(folder, text=RESIDUAL, **options):
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """A text network and its stock twin, trained: folders by name."""
-    root, folders = tmp_path_factory.mktemp('runs'), {}
-    for name, text in (('text', RESIDUAL), ('stock', None)):
-        cfg = config(root, text, work_dir=str(root / name))
+    root = tmp_path_factory.mktemp('runs')
+    folders = {name: root / name for name in ('text', 'stock')}
+    for name, folder in folders.items():
+        cfg = config(root, name, work_dir=str(folder))
         run(cfg)
-        cfg.dump(root / name / 'config.py')
-        folders[name] = root / name
+        cfg.dump(folder / 'config.py')
     return folders
 
 
-def tool(name, monkeypatch, *words):
+@pytest.fixture
+def tool(monkeypatch):
     """Run a tool in this process."""
-    module = load_tool(f'{name}.py')
-    # Logs and curves of a name belong to the first run of the process, and
-    # names of runs within a second are the same.
-    for kind in (MMLogger, MessageHub, Visualizer):
-        monkeypatch.setattr(kind, '_instance_dict', OrderedDict())
-    monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, words)])
-    module.main()
+
+    def run(name, *words):
+        module = load_tool(f'{name}.py')
+        # Logs and curves of a name belong to the first run of the process, and
+        # names of runs within a second are the same.
+        for kind in (MMLogger, MessageHub, Visualizer):
+            monkeypatch.setattr(kind, '_instance_dict', OrderedDict())
+        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, words)])
+        module.main()
+
+    return run
 
 
 def without(part):
-    return lambda c: c.update(state_dict={
-        k: v
-        for k, v in c['state_dict'].items() if not k.startswith(part)
-    })
+
+    def damage(checkpoint):
+        for key in list(checkpoint['state_dict']):
+            if key.startswith(part):
+                del checkpoint['state_dict'][key]
+
+    return damage
 
 
 def with_weight(key, value):
@@ -67,9 +74,8 @@ def with_weight(key, value):
 
 
 def renamed(checkpoint):
-    names = checkpoint['meta']['dataset_meta']['classes']
-    checkpoint['meta']['dataset_meta']['classes'] = (*names[:2], 'river',
-                                                     *names[3:])
+    meta = checkpoint['meta']['dataset_meta']
+    meta['classes'] = [n.replace('road', 'river') for n in meta['classes']]
 
 
 def first_class_last(checkpoint):
@@ -96,65 +102,64 @@ DAMAGES = [
 
 
 @each_case('damage, said, resumed', DAMAGES)
-def test_wrong_weights_are_an_error(trained, tmp_path, monkeypatch, capfd,
-                                    damage, said, resumed):
+def test_wrong_weights_are_an_error(trained, tmp_path, tool, capfd, damage,
+                                    said, resumed):
     checkpoint = load_file(trained['text'] / 'iter_2.pth')
     damage(checkpoint)
     path = tmp_path / 'changed.pth'
     torch.save(checkpoint, path)
     words = (trained['text'] / 'config.py', path, '--work-dir', tmp_path)
     with pytest.raises(ValueError, match=f'changed.pth[^§]*{said}'):
-        tool('test', monkeypatch, *words)
+        tool('test', *words)
     if resumed:
         with pytest.raises(ValueError, match=resumed):
-            tool('train', monkeypatch, words[0], *words[2:], '--resume', path)
+            tool('train', words[0], *words[2:], '--resume', path)
     capfd.readouterr()
     if 'NaN' in said:
         with pytest.raises(ValueError, match='NaN'):
-            tool('test', monkeypatch, *words, '--no-strict')
+            tool('test', *words, '--no-strict')
         with pytest.raises(ValueError, match='NaN'):
-            run(config(tmp_path, RESIDUAL, load_from=str(path)))
+            run(config(tmp_path, load_from=str(path)))
     elif 'instead' not in said:  # MMEngine's own error
-        tool('test', monkeypatch, *words, '--no-strict')
+        tool('test', *words, '--no-strict')
         said = said.split(':')[-1].strip(' \\')
         assert said in ''.join(p.read_text() for p in tmp_path.rglob('*.log'))
 
 
-def test_text_and_folded_weights_are_not_mixed_up(trained, tmp_path,
-                                                  monkeypatch):
+def test_text_and_folded_weights_are_not_mixed_up(trained, tmp_path, tool):
     for ours, theirs, said in [
         ('text', 'stock', 'weights are of a folded or stock one'),
         ('stock', 'text', 'weights are of a text network.*textkd2mmseg')
     ]:
         with pytest.raises(ValueError, match=said):
-            tool('test', monkeypatch, trained[ours] / 'config.py',
+            tool('test', trained[ours] / 'config.py',
                  trained[theirs] / 'iter_4.pth', '--work-dir', tmp_path)
 
 
-def test_a_test_needs_no_auxiliary_head(trained, tmp_path, monkeypatch):
+def test_a_test_needs_no_auxiliary_head(trained, tmp_path, tool):
+    cfg, path = trained['text'] / 'config.py', tmp_path / 'stripped.pth'
+    whole = trained['text'] / 'iter_4.pth'
+    checkpoint = load_file(whole)
+    without('auxiliary_head')(checkpoint)
+    torch.save(checkpoint, path)
     scores = []
-    for name, change in (('whole', lambda c: None),
-                         ('stripped', without('auxiliary_head'))):
-        checkpoint = load_file(trained['text'] / 'iter_4.pth')
-        change(checkpoint)
-        torch.save(checkpoint, tmp_path / f'{name}.pth')
-        tool('test', monkeypatch, trained['text'] / 'config.py',
-             tmp_path / f'{name}.pth', '--work-dir', tmp_path / name)
-        file, = (tmp_path / name).glob('*/*.json')
-        scores.append(json.loads(file.read_text())['mIoU'])
+    for file in (whole, path):
+        tool('test', cfg, file, '--work-dir', tmp_path / file.stem)
+        found, = (tmp_path / file.stem).glob('*/*.json')
+        scores.append(json.loads(found.read_text())['mIoU'])
     assert scores[0] == scores[1] > 0
-
-
-def test_only_whole_checkpoints_are_resumed(trained, tmp_path, monkeypatch):
+    # Only whole checkpoints are resumed.
     best, = trained['text'].glob('best_*.pth')
     with pytest.raises(
             ValueError, match='best_.*state of its optimizer and that of'):
-        tool('train', monkeypatch, trained['text'] / 'config.py', '--work-dir',
-             tmp_path, '--resume', best)
+        tool('train', cfg, '--work-dir', tmp_path, '--resume', best)
 
 
+@HOOKS.register_module()
 class KillInValidation(Hook):
     """Stop a run in a validation, as a kill does."""
+
+    priority = 'HIGHEST'
 
     def __init__(self, step):
         self.step = step
@@ -176,35 +181,22 @@ def curve(folder):
 
 
 @each_case('name, step', [('text', 2), ('stock', 4)])
-def test_a_validation_that_was_killed_is_made_up_for(trained, tmp_path,
-                                                     monkeypatch, name, step):
-    cfg = config(
-        tmp_path,
-        RESIDUAL if name == 'text' else None,
-        custom_imports=dict(imports=['mmseg_textkd']))
+def test_a_validation_that_was_killed_is_made_up_for(trained, tmp_path, tool,
+                                                     name, step):
+    cfg = config(tmp_path, name)
     cfg.default_hooks.logger.interval = 1
-    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
-        from mmengine.runner import Runner
-        own = Runner.register_hooks
-
-        def register_hooks(self, *args):
-            own(self, *args)
-            self.register_hook(KillInValidation(step), 'HIGHEST')
-
-        patch.setattr(Runner, 'register_hooks', register_hooks)
-        run(cfg)
-    assert step not in curve(tmp_path / 'work')
+    killed = copy.deepcopy(cfg)
+    kill = dict(type='KillInValidation', step=step)
+    killed.custom_hooks = [*cfg.get('custom_hooks', []), kill]
+    with pytest.raises(KeyboardInterrupt):
+        run(killed)
+    work = tmp_path / 'work'
+    assert step not in curve(work)
     cfg.dump(tmp_path / 'config.py')
-    tool('train', monkeypatch, tmp_path / 'config.py', '--resume')
+    tool('train', tmp_path / 'config.py', '--resume')
     whole = curve(trained[name])
-    assert curve(tmp_path / 'work') == whole and set(whole) == {2, 4}
-    bests = [
-        sorted(p.name for p in folder.glob('best_*.pth'))
-        for folder in (tmp_path / 'work', trained[name])
-    ]
-    assert bests[0] == bests[1] and len(bests[0]) == 1
-    ends = [
-        load_file(folder / 'iter_4.pth')['state_dict']
-        for folder in (tmp_path / 'work', trained[name])
-    ]
-    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+    assert curve(work) == whole and set(whole) == {2, 4}
+    best, = trained[name].glob('best_*.pth')
+    assert [p.name for p in work.glob('best_*.pth')] == [best.name]
+    assert_equal(*(load_file(folder / 'iter_4.pth')['state_dict']
+                   for folder in (work, trained[name])))

@@ -13,26 +13,23 @@ HOOK = dict(switch_at=3)
 
 def text(kind, file):
     """Each kind of text that is read from a file."""
-    build = dict(
-        model='toyclip',
-        vocabulary=list(CLASSES),
-        templates='photo',
-        keep_bank=True)
-    embeddings = dict(
-        type='SynonymSampler' if kind == 'synonyms' else 'ClassEmbeddings',
-        file=str(file),
-        dim=64,
-        build=build)
+    build = dict(model='toyclip', templates='photo', keep_bank=True)
+    build['vocabulary'] = list(CLASSES)
+    embeddings = dict(type='ClassEmbeddings', file=str(file), dim=64)
+    embeddings['build'] = build
+    if kind == 'synonyms':
+        embeddings['type'] = 'SynonymSampler'
     if kind in ('synonyms', 'mixture'):
         build['vocabulary'] = {n: [n, f'big {n}'] for n in CLASSES}
     if kind == 'centered':
         embeddings['center'] = True
-    learner = dict(
+    learners = dict(
         context=dict(PROMPTS, vocabulary=list(CLASSES)),
         centered=dict(type='ResidualPromptLearner'),
-        mixture=dict(type='MixturePromptLearner')).get(kind)
-    return embeddings if learner is None else dict(
-        learner, embeddings=embeddings)
+        mixture=dict(type='MixturePromptLearner'))
+    if kind not in learners:
+        return embeddings
+    return dict(learners[kind], embeddings=embeddings)
 
 
 @each_case('kind', ['fixed', 'context', 'centered', 'synonyms'])

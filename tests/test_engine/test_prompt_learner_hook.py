@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from each_case import each_case
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
@@ -19,7 +20,9 @@ from mmengine.runner import Runner
 from mmseg.models import EncoderDecoder
 from mmseg.registry import HOOKS, METRICS, MODELS
 from processes import load
-from tiny import CLASSES, StopHook, assert_equal, run, tiny_config
+from tiny import (CLASSES, PROMPTS, RESIDUAL, StopHook, assert_equal, run,
+                  tiny_config)
+from torch.testing import assert_close
 
 from mmseg_textkd.engine import PromptLearnerHook
 
@@ -33,37 +36,25 @@ class Recorder(Hook):
         self.rows = []
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        model = getattr(runner.model, 'module', runner.model)
-        groups = runner.optim_wrapper.param_groups
-        names = {id(p): n for n, p in model.named_parameters()}
-        self.rows.append(
-            dict(
-                iter=runner.iter,
-                learns={
-                    n
-                    for n, p in model.named_parameters() if p.requires_grad
-                },
-                before=copy.deepcopy(model.state_dict()),
-                lr={
-                    names[id(g['params'][0])]: g['lr']
-                    for g in groups if g['params']
-                }))
+        params = dict(runner.model.named_parameters())
+        groups = [g for g in runner.optim_wrapper.param_groups if g['params']]
+        names = {param: name for name, param in params.items()}
+        learns = {name for name, p in params.items() if p.requires_grad}
+        rates = {names[g['params'][0]]: g['lr'] for g in groups}
+        row = dict(iter=runner.iter, learns=learns, lr=rates)
+        row.update(before=copy.deepcopy(runner.model.state_dict()))
+        self.rows.append(row)
 
     def after_train_iter(self, runner, outputs, **kwargs):
-        model = getattr(runner.model, 'module', runner.model)
-        self.rows[-1]['after'] = copy.deepcopy(model.state_dict())
-        self.rows[-1]['outer_lr'] = [
-            g['lr'] for g in runner.optim_wrapper.param_groups
-        ]
+        groups = runner.optim_wrapper.param_groups
+        self.rows[-1].update(
+            after=copy.deepcopy(runner.model.state_dict()),
+            outer_lr=[g['lr'] for g in groups])
 
     def changed(self, i):
         """Names of what changed in iteration i."""
-        row = self.rows[i]
-        return {
-            k
-            for k, v in row['before'].items()
-            if not torch.equal(v, row['after'][k])
-        }
+        before, after = self.rows[i]['before'], self.rows[i]['after']
+        return {k for k, v in before.items() if not torch.equal(v, after[k])}
 
 
 @pytest.fixture
@@ -72,14 +63,29 @@ def residual(make_embeddings):
 
 
 def record(cfg, **changes):
-    cfg = cfg.copy()
-    cfg.merge_from_dict(changes)
-    cfg.custom_hooks = list(cfg.custom_hooks) + [dict(type='Recorder')]
-    runner = run(cfg)
+    cfg = copy.deepcopy(cfg)
+    cfg.custom_hooks.append(dict(type='Recorder'))
+    runner = run(cfg, **changes)
     return runner, next(h for h in runner.hooks if isinstance(h, Recorder))
 
 
-OFFSET = 'decode_head.conv_seg.text.offset'
+def logs(folder):
+    return ''.join(path.read_text() for path in folder.rglob('*.log'))
+
+
+def of_offset(provider, offset):
+    """The class embeddings, by the formula of residual prompts."""
+    return F.normalize(provider.base + 0.5 * offset, dim=1)
+
+
+def evaluate(cfg, path, name):
+    cfg = copy.deepcopy(cfg)
+    cfg.update(load_from=str(path), experiment_name=name)
+    return Runner.from_cfg(cfg).test()
+
+
+TEXT = 'decode_head.conv_seg.text.'
+OFFSET, EMBEDDINGS = f'{TEXT}offset', f'{TEXT}class_embeddings'
 SCALE = 'decode_head.conv_seg.scale.log_scale'
 BIAS = 'decode_head.conv_seg.logit_bias'
 
@@ -89,77 +95,55 @@ def test_what_learns_in_each_stage(tmp_path, residual):
     runner, recorder = record(cfg)
     everything = {n for n, _ in runner.model.named_parameters()}
     assert [row['iter'] for row in recorder.rows] == list(range(6))
-    for row in recorder.rows[:4]:
-        assert row['learns'] == everything - {OFFSET}
-    for row in recorder.rows[4:]:
-        assert row['learns'] == {OFFSET, SCALE, BIAS}
-    # What learns is what changes: statistics of batch norms are frozen too.
-    network = {
-        SCALE, BIAS, 'decode_head.conv_seg.projection.conv.weight',
-        'decode_head.convs.0.conv.weight', 'backbone.conv1.weight'
-    }
-    for i in (0, 3):
-        assert network <= recorder.changed(i)
-        assert OFFSET not in recorder.changed(i)
-        assert any('running_mean' in k for k in recorder.changed(i))
-    for i in (4, 5):
-        # The embeddings are brought up to date for the checkpoint.
-        embeddings = {OFFSET.replace('offset', 'class_embeddings')}
-        assert recorder.changed(i) - embeddings == {OFFSET, SCALE, BIAS}
-
-
-def test_no_stage_2_by_default(tmp_path, residual):
-    runner, recorder = record(tiny_config(tmp_path, residual, dict()))
-    assert all(OFFSET not in row['learns'] for row in recorder.rows)
-    assert runner.message_hub.get_scalar('train/text_stage').current() == 1
+    for i, row in enumerate(recorder.rows):
+        stage2 = {OFFSET, SCALE, BIAS}
+        assert row['learns'] == (everything - {OFFSET} if i < 4 else stage2)
+        changed = recorder.changed(i)
+        assert any('running_mean' in k for k in changed) == (i < 4)
+        if i < 4:
+            assert changed & everything == row['learns']
+        else:
+            # The embeddings are brought up to date for the checkpoint.
+            assert changed - {EMBEDDINGS} == stage2
 
 
 def test_learned_embeddings_are_weights_of_the_network(tmp_path):
     """They learn in stage 1, without decay, and go through a resume."""
-    vectors = 'decode_head.conv_seg.text.vectors'
+    vectors = f'{TEXT}vectors'
     text = dict(type='LearnedEmbeddings', dim=16)
     cfg = tiny_config(tmp_path, text, {}, save_every=3)
     runner, recorder = record(cfg)
     for i, row in enumerate(recorder.rows):
         assert vectors in row['learns'] and vectors in recorder.changed(i)
-    [own] = [
-        g for g in runner.optim_wrapper.param_groups if any(
-            p is runner.model.get_parameter(vectors) for p in g['params'])
+    weight = runner.model.get_parameter(vectors)
+    decay = [
+        group['weight_decay'] for group in runner.optim_wrapper.param_groups
+        if any(p is weight for p in group['params'])
     ]
-    assert own['weight_decay'] == 0
-    whole = runner.model.state_dict()
+    assert decay == [0]
     saved = load(f'{cfg.work_dir}/iter_6.pth')['state_dict']
-    rows = torch.nn.functional.normalize(whole[vectors], dim=1)
-    torch.testing.assert_close(
-        saved[vectors.replace('vectors', 'class_embeddings')], rows)
+    assert_close(saved[EMBEDDINGS], F.normalize(weight, dim=1))
     # From the third iteration on again, with another seed of everything.
-    runner = run(cfg, resume=True, load_from=f'{cfg.work_dir}/iter_3.pth')
-    assert_equal(runner.model.state_dict(), whole)
+    again = run(cfg, resume=True, load_from=f'{cfg.work_dir}/iter_3.pth')
+    assert_equal(again.model.state_dict(), runner.model.state_dict())
 
 
 def test_stage_2_as_a_run_of_its_own(tmp_path, residual):
     """From a checkpoint of stage 1, in which the text was fixed."""
-    stage1 = tiny_config(tmp_path, residual['embeddings'], dict(), max_iters=2)
-    stage1.work_dir = str(tmp_path / 'stage1')
-    run(stage1)
-    path = str(tmp_path / 'stage1' / 'iter_2.pth')
+    run(tiny_config(tmp_path, residual['embeddings'], {}, max_iters=2))
+    path = str(tmp_path / 'work' / 'iter_2.pth')
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=0), max_iters=2)
+    cfg.log_level = 'WARNING'
     for name, load_from in (('warned', None), ('stage2', path)):
-        cfg = tiny_config(
-            tmp_path,
-            residual,
-            dict(switch_at=0),
-            max_iters=2,
-            log_level='WARNING')
-        cfg.work_dir, cfg.load_from = str(tmp_path / name), load_from
-        _, recorder = record(cfg)
+        work_dir = tmp_path / name
+        _, recorder = record(cfg, work_dir=str(work_dir), load_from=load_from)
         assert all(row['learns'] == {OFFSET, SCALE, BIAS}
                    for row in recorder.rows)
         # By the schedule of the run, PolyLR from 0.05 to 1e-4.
-        assert [row['lr'][SCALE]
-                for row in recorder.rows] == pytest.approx([.05, 1e-4])
-        log, = tmp_path.glob(f'{name}/*/*.log')
-        assert ("without stage 1's weights" in log.read_text()) == (
-            load_from is None)
+        rates = [row['lr'][SCALE] for row in recorder.rows]
+        assert rates == pytest.approx([.05, 1e-4])
+        warned = "without stage 1's weights" in logs(work_dir)
+        assert warned == (load_from is None)
     saved = load(path)['state_dict']
     assert SCALE in saved and OFFSET not in saved
     for key, value in saved.items():
@@ -167,50 +151,31 @@ def test_stage_2_as_a_run_of_its_own(tmp_path, residual):
 
 
 ROOT = Path(__file__).parents[2]
-STDC = dict(
-    type='STDCContextPathNet',
-    backbone_cfg=dict(
-        type='STDCNet',
-        stdc_type='STDCNet1',
-        in_channels=3,
-        channels=(8, 8, 16, 16, 16),
-        bottleneck_type='cat',
-        num_convs=4,
-        norm_cfg=dict(type='BN'),
-        act_cfg=dict(type='ReLU'),
-        with_final_conv=False),
-    last_in_channels=(16, 16),
-    out_channels=8,
-    ffm_cfg=dict(in_channels=24, out_channels=8, scale_factor=4))
-
-
-def documented_variants():
-    """Read `learn` of the published variants out of the guide."""
-    page = ROOT / 'docs/en/user_guides/training.md'
-    rows = re.findall(r'^\| `(\w+)`[^|]*\| [^|]+ \| `([\[{].+[\]}])` \|$',
-                      page.read_text(), re.M)
-    return {name: ast.literal_eval(learn) for name, learn in rows}
+STDC = dict(type='STDCNet', stdc_type='STDCNet1', in_channels=3)
+STDC.update(channels=(8, 8, 16, 16, 16), bottleneck_type='cat', num_convs=4)
+STDC.update(norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU'))
+PATHS = dict(type='STDCContextPathNet', backbone_cfg=STDC, out_channels=8)
+PATHS.update(last_in_channels=(16, 16))
+PATHS.update(ffm_cfg=dict(in_channels=24, out_channels=8, scale_factor=4))
 
 
 def test_stage_2_as_published(tmp_path):
     """What learns, and whose batch norm statistics move."""
-    text = dict(
-        type='ContextPromptLearner',
-        embeddings=dict(type='ControlEmbeddings', kind='random', dim=64),
-        model='toyclip',
-        token_dim=64,
-        context_length=9,
-        class_specific=True,
-        suffix='',
-        vocabulary=list(CLASSES))
+    text = dict(PROMPTS, class_specific=True, vocabulary=list(CLASSES))
+    text.update(embeddings=dict(RESIDUAL['embeddings'], dim=64))
     base = tiny_config(tmp_path, max_iters=2)
     base.model.update(
         type='TextKD',
         score_map=dict(in_channels=16, projection=True, text=text),
         auxiliary_head=dict(base.model.decode_head, in_index=2))
-    base.model.backbone = STDC
+    base.model.backbone = PATHS
     base.model.decode_head.in_index = 3
-    variants = documented_variants()
+    # `learn` of the published variants, as the guide has them.
+    page = (ROOT / 'docs/en/user_guides/training.md').read_text()
+    variants = dict(
+        re.findall(r'^\| `(\w+)`[^|]*\| [^|]+ \| `([\[{].+[\]}])` \|$', page,
+                   re.M))
+    variants = {name: ast.literal_eval(v) for name, v in variants.items()}
     fragment = Config.fromfile(ROOT /
                                'configs/_base_/text/published_stage2.py')
     for hook in (fragment.text_stage2_hooks, fragment.text_two_stage_hooks):
@@ -232,14 +197,9 @@ def test_stage_2_as_published(tmp_path):
              ('trainall', True, {'trunk', 'neck', 'heads'})]
     assert {name for name, *_ in cases} == set(variants)
     for name, freeze_norm, parts in cases:
-        cfg = copy.deepcopy(base)
-        cfg.custom_hooks = [
-            dict(
-                type='PromptLearnerHook',
-                switch_at=1,
-                learn=variants[name],
-                freeze_norm=freeze_norm)
-        ]
+        cfg, learn = copy.deepcopy(base), variants[name]
+        hook = dict(switch_at=1, learn=learn, freeze_norm=freeze_norm)
+        cfg.custom_hooks = [dict(hook, type='PromptLearnerHook')]
         runner, recorder = record(cfg)
         params = {n for n, _ in runner.model.named_parameters()}
         learns, changed = recorder.rows[1]['learns'], recorder.changed(1)
@@ -254,31 +214,20 @@ def test_rates_of_stage_2(tmp_path, residual):
     """Base rate x factor x schedule; the run's schedule goes on below."""
     warmup = dict(type='LinearLR', start_factor=0.5, end=2)
     decay = dict(type='PolyLR', power=2., eta_min=1e-3, begin=1)
-    hook = dict(
-        switch_at=2,
-        learn={
-            r'\.text\.': 2.0,
-            'backbone': 0.1,
-            'log_scale': 1.0
-        },
-        param_scheduler=[warmup, decay])
-    cfg = tiny_config(tmp_path, residual, hook)
-    _, recorder = record(cfg)
+    factors = {r'\.text\.': 2.0, 'backbone': 0.1, 'log_scale': 1.0}
+    hook = dict(switch_at=2, learn=factors, param_scheduler=[warmup, decay])
+    _, recorder = record(tiny_config(tmp_path, residual, hook))
     backbone = 'backbone.conv1.weight'
-    for name, rate in ((OFFSET, 0.1), (backbone, 0.005), (SCALE, 0.05)):
-        lrs = [row['lr'][name] for row in recorder.rows[2:]]
+    for name, factor in ((OFFSET, 2), (backbone, .1), (SCALE, 1)):
+        lrs = [row['lr'][name] / factor for row in recorder.rows[2:]]
         # Half, full, (1 - 1 / 2)^2 of what is above eta_min, eta_min; the
         # factor is on all of it.
-        base, least = 0.05, 1e-3
-        factor = rate / base
-        assert lrs == pytest.approx([
-            rate / 2, rate, factor * (least + (base - least) / 4),
-            factor * least
-        ])
-    stock = tiny_config(tmp_path, residual, dict())
-    _, reference = record(stock)
+        assert lrs == pytest.approx([.025, .05, 1e-3 + .049 / 4, 1e-3])
+    _, reference = record(tiny_config(tmp_path, residual, {}))
     for row, other in zip(recorder.rows, reference.rows):
         assert row['outer_lr'] == other['outer_lr']
+        # Stage 1 is all that there is by default.
+        assert OFFSET not in other['learns']
     # The backbone learns on, with its statistics; the head is frozen.
     changed = recorder.changed(5)
     assert backbone in changed and BIAS not in changed
@@ -289,10 +238,8 @@ def test_rates_of_stage_2(tmp_path, residual):
 def test_the_old_schedule_is_still_read(tmp_path, residual):
     """Its values, by hand: cosine from 1 to 0 and a rise over two steps."""
     with pytest.warns(UserWarning, match='`schedule`.*`param_scheduler`'):
-        cfg = tiny_config(
-            tmp_path, residual,
-            dict(switch_at=2, schedule=dict(type='cosine', warmup_iters=2)))
-        _, recorder = record(cfg)
+        hook = dict(schedule=dict(type='cosine', warmup_iters=2), switch_at=2)
+        _, recorder = record(tiny_config(tmp_path, residual, hook))
     lrs = [row['lr'][SCALE] / 0.05 for row in recorder.rows[2:]]
     half = 0.5 * (1 + 0.5**0.5)
     assert lrs == pytest.approx([0.5, half, 0.5, 1 - half])
@@ -306,89 +253,73 @@ def test_the_old_schedule_is_still_read(tmp_path, residual):
 def test_learned_text_is_in_the_checkpoint(tmp_path, residual):
     """Testing needs neither the vectors' file nor the hook."""
     cfg = tiny_config(tmp_path, residual, dict(switch_at=3))
-    runner = run(cfg)
-    provider = runner.model.decode_head.conv_seg.text
-    path = str(tmp_path / 'work' / 'iter_6.pth')
-    saved = torch.load(path, weights_only=True)['state_dict']
-    key = 'decode_head.conv_seg.text.class_embeddings'
-    expected = torch.nn.functional.normalize(
-        provider.base + 0.5 * saved[OFFSET], dim=1)
-    torch.testing.assert_close(saved[key], expected)
+    provider = run(cfg).model.decode_head.conv_seg.text
+    path = tmp_path / 'work' / 'iter_6.pth'
+    saved = load(path)['state_dict']
+    expected = of_offset(provider, saved[OFFSET])
+    assert_close(saved[EMBEDDINGS], expected)
     assert provider.distance_from_start() > 0
-    assert {k
-            for k in saved if '.text.' in k
-            } == {key, OFFSET, 'decode_head.conv_seg.text.started'}
-    bare = cfg.copy()
-    bare.pop('custom_hooks')
-    text = bare.model.decode_head.text.embeddings
-    text.update(file=str(tmp_path / 'gone.safetensors'), dim=16)
-    metrics = []
-    for config in (cfg, bare):
-        config = config.copy()
-        config.update(load_from=path, experiment_name=f't{len(metrics)}')
-        metrics.append(Runner.from_cfg(config).test())
-    assert metrics[0] == metrics[1] and 'mIoU' in metrics[0]
+    text = {key for key in saved if key.startswith(TEXT)}
+    assert text == {EMBEDDINGS, OFFSET, f'{TEXT}started'}
+    expected = evaluate(cfg, path, 'whole')
+    cfg.pop('custom_hooks')
+    gone = dict(file=str(tmp_path / 'gone.safetensors'), dim=16)
+    cfg.model.decode_head.text.embeddings.update(gone)
+    assert evaluate(cfg, path, 'bare') == expected and 'mIoU' in expected
 
 
-def same_state(path_a, path_b):
-    a, b = (torch.load(p, weights_only=True) for p in (path_a, path_b))
+def kill_and_resume(cfg, whole, kind, at):
+    """A run that was killed ends as the whole one, given by its folder."""
+    cfg = copy.deepcopy(cfg)
+    cfg.work_dir = f'{whole}_{kind}{at}'
+    first = copy.deepcopy(cfg)
+    first.custom_hooks.append(dict(type=kind, at=at))
+    with pytest.raises(KeyboardInterrupt):
+        run(first)
+    resumed = run(cfg, resume=True)
+    a, b = (
+        torch.load(f'{folder}/iter_8.pth', weights_only=True)
+        for folder in (whole, cfg.work_dir))
     assert a.keys() == b.keys()
     for part in ('state_dict', 'ema_state_dict', 'optimizer',
                  'param_schedulers'):
         assert_equal(a.get(part), b.get(part), part)
+    return resumed
 
 
-@each_case(
-    'options, average, stops',
-    [
-        ({}, False, [2, 4, 6]),
-        # Other averages, and accumulation: test_training_options.py.
-        ({}, True, [6]),
-        ({
-            'optim_wrapper.type': 'CPUAmpOptimWrapper'
-        }, False, [6]),
-    ])
+AVERAGE = dict(
+    type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.3)
+AMP = {'optim_wrapper.type': 'CPUAmpOptimWrapper'}
+
+
+@each_case('options, stops', [({}, [2, 4, 6]), (AMP, [6])])
 def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, residual, options,
-                                                   average, stops):
-    """Stopped in stage 1, exactly at the switch, and in stage 2."""
-    cfg = tiny_config(
-        tmp_path, residual, dict(switch_at=4), max_iters=8, **options)
-    cfg.default_hooks.checkpoint.interval = 2
-    if average:
-        cfg.custom_hooks.append(
-            dict(
-                type='EMAHook',
-                ema_type='ExponentialMovingAverage',
-                momentum=0.3,
-                update_buffers=True))
-    whole = run(cfg, work_dir=str(tmp_path / 'whole'))
+                                                   stops):
+    """Stopped in stage 1, exactly at the switch, and in stage 2.
+
+    More averages, and accumulation, are in test_training_options.py.
+    """
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=4), 8, 2, **options)
+    if options:
+        cfg.custom_hooks.append(dict(AVERAGE, update_buffers=True))
+    whole = run(cfg)
     for stop in stops:
-        killed = cfg.copy()
-        killed.work_dir = str(tmp_path / f'killed{stop}')
-        first = killed.copy()
-        first.custom_hooks = list(
-            first.custom_hooks) + [dict(type='StopHook', at=stop)]
-        with pytest.raises(KeyboardInterrupt):
-            run(first)
-        resumed = run(killed, resume=True)
+        resumed = kill_and_resume(cfg, cfg.work_dir, 'StopHook', stop)
         assert resumed.iter == whole.iter == 8
-        for a, b in zip(whole.model.named_parameters(),
-                        resumed.model.named_parameters()):
-            assert a[0] == b[0] and a[1].requires_grad == b[1].requires_grad
-        same_state(
-            str(tmp_path / 'whole' / 'iter_8.pth'),
-            str(tmp_path / f'killed{stop}' / 'iter_8.pth'))
+        learns = [[p.requires_grad for p in runner.model.parameters()]
+                  for runner in (whole, resumed)]
+        assert learns[0] == learns[1]
 
 
 @HOOKS.register_module()
 class StopInValidation(StopHook):
     """Stop it in the validation before that iteration."""
 
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        pass
-
     def before_val_epoch(self, runner):
         super().before_train_iter(runner, 0)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        pass
 
 
 @METRICS.register_module()
@@ -408,17 +339,13 @@ class ScoreOfIteration(BaseMetric):
         return dict(score=self.scores[(done + 1) // 2 - 1])
 
 
-def best_config(tmp_path, text, scores, **hook):
+def best_config(tmp_path, text, scores):
     """Validated after 2, 4, 6 and 8 iterations, stage 2 from 4 on."""
-    cfg = tiny_config(
-        tmp_path, text, dict(switch_at=4, load_best=True, **hook), max_iters=8)
+    cfg = tiny_config(tmp_path, text, dict(switch_at=4, load_best=True), 8, 2)
     cfg.train_cfg.val_interval = 2
     cfg.val_evaluator = dict(type='ScoreOfIteration', scores=scores)
-    cfg.default_hooks.checkpoint.update(
-        interval=2, save_best='score', rule='greater')
-    cfg.custom_hooks.append(
-        dict(
-            type='EMAHook', ema_type='ExponentialMovingAverage', momentum=0.3))
+    cfg.default_hooks.checkpoint.update(save_best='score', rule='greater')
+    cfg.custom_hooks.append(AVERAGE)
     return cfg
 
 
@@ -430,31 +357,20 @@ def test_stage_2_from_the_best_checkpoint(tmp_path, residual, scores, best,
                                           stops):
     """Reloaded at the switch and at no resume; stage 1's best is kept."""
     cfg = best_config(tmp_path, residual, scores)
-    _, recorder = record(cfg, work_dir=str(tmp_path / 'whole'))
-    start = load(tmp_path / 'whole' / f'best_score_iter_{best}.pth')
-    for key, value in start['state_dict'].items():
+    whole = tmp_path / 'work'
+    _, recorder = record(cfg)
+    start = load(whole / f'best_score_iter_{best}.pth')['state_dict']
+    for key, value in start.items():
         if not key.endswith('started'):
             assert torch.equal(recorder.rows[4]['before'][key], value), key
-    assert SCALE in start['state_dict']
+    assert SCALE in start
     # In the state of the optimizer is what has learned since.
-    end = load(tmp_path / 'whole' / 'iter_8.pth')
-    assert len(end['optimizer']['state']) == 3
+    assert len(load(whole / 'iter_8.pth')['optimizer']['state']) == 3
     # Stage 2 has a best checkpoint of its own.
-    assert sorted(p.name
-                  for p in (tmp_path / 'whole').glob('best*')) == sorted(
-                      [f'best_score_iter_{best}.pth', 'best_score_iter_8.pth'])
+    names = {f'best_score_iter_{number}.pth' for number in (best, 8)}
+    assert {path.name for path in whole.glob('best*')} == names
     for kind, at in stops:
-        killed = cfg.copy()
-        killed.work_dir = str(tmp_path / f'{kind}{at}')
-        first = killed.copy()
-        first.custom_hooks = list(
-            first.custom_hooks) + [dict(type=kind, at=at)]
-        with pytest.raises(KeyboardInterrupt):
-            run(first)
-        run(killed, resume=True)
-        same_state(
-            str(tmp_path / 'whole' / 'iter_8.pth'),
-            f'{killed.work_dir}/iter_8.pth')
+        kill_and_resume(cfg, whole, kind, at)
 
 
 @each_case('key, value, message', [
@@ -472,29 +388,20 @@ def test_no_best_checkpoint(tmp_path, residual, key, value, message):
 def test_ema_is_evaluated_and_saved_with_its_own_text(tmp_path, residual):
     """The averaged parameters and the text must fit each other."""
     cfg = tiny_config(tmp_path, residual, dict(switch_at=2))
-    cfg.custom_hooks += [
-        dict(type='EMAHook', momentum=0.3),
-        dict(type='TextSeenInValidation')
-    ]
+    cfg.custom_hooks.append(dict(type='EMAHook', momentum=0.3))
+    cfg.custom_hooks.append(dict(type='TextSeenInValidation'))
     runner = run(cfg)
-    saved = torch.load(
-        str(tmp_path / 'work' / 'iter_6.pth'), weights_only=True)
-    base = runner.model.decode_head.conv_seg.text.base
-    key = 'decode_head.conv_seg.text.class_embeddings'
-
-    def of(offset):
-        return torch.nn.functional.normalize(base + 0.5 * offset, dim=1)
-
-    averaged, raw = saved['state_dict'], saved['ema_state_dict']
-    assert not torch.equal(averaged[OFFSET], raw['module.' + OFFSET])
-    torch.testing.assert_close(averaged[key], of(averaged[OFFSET]))
-    torch.testing.assert_close(raw['module.' + key],
-                               of(raw['module.' + OFFSET]))
-    seen = next(
-        h for h in runner.hooks if isinstance(h, TextSeenInValidation)).seen
-    torch.testing.assert_close(seen, averaged[key])
     provider = runner.model.decode_head.conv_seg.text
-    torch.testing.assert_close(provider.class_embeddings, of(provider.offset))
+    saved = load(tmp_path / 'work' / 'iter_6.pth')
+    averaged, raw = saved['state_dict'], saved['ema_state_dict']
+    raw = {k.removeprefix('module.'): v for k, v in raw.items()}
+    assert not torch.equal(averaged[OFFSET], raw[OFFSET])
+    for state in (averaged, raw, runner.model.state_dict()):
+        expected = of_offset(provider, state[OFFSET])
+        assert_close(state[EMBEDDINGS], expected)
+    seen, = (
+        h.seen for h in runner.hooks if isinstance(h, TextSeenInValidation))
+    assert_close(seen, averaged[EMBEDDINGS])
 
 
 @HOOKS.register_module()
@@ -508,77 +415,85 @@ class TextSeenInValidation(Hook):
 def test_log_of_the_text(tmp_path, residual):
     cfg = tiny_config(tmp_path, residual, dict(switch_at=3, log_interval=1))
     hub = run(cfg).message_hub
+    stage, drift, scale, mean, closest = (
+        hub.get_scalar(f'train/text_{name}').data[0]
+        for name in ('stage', 'distance', 'scale', 'cos_mean', 'cos_closest'))
     # At the start, after each iteration and at the switch.
-    stage = hub.get_scalar('train/text_stage').data[0]
     assert stage.tolist() == [1] * 4 + [2] * 4
-    drift = hub.get_scalar('train/text_distance').data[0]
     assert drift[:5] == pytest.approx(0, abs=1e-12)
     assert (drift[5:] > 1e-12).all() and drift[7] > drift[5]
-    assert hub.get_scalar('train/text_scale').current() != 1
-    mean = hub.get_scalar('train/text_cos_mean').current()
-    closest = hub.get_scalar('train/text_cos_closest').current()
-    assert -1 <= mean < closest < 1
+    assert scale[-1] != 1 and -1 <= mean[-1] < closest[-1] < 1
     # What the loggers (TensorBoard too) are handed.
     file, = tmp_path.glob('work/*/vis_data/scalars.json')
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows = [row for row in rows if 'loss' in row]
     assert [row['text_stage'] for row in rows] == [1, 1, 1, 2, 2, 2]
     assert rows[-1]['text_distance'] == pytest.approx(drift[-1])
-    assert rows[-1]['text_scale'] == hub.get_scalar(
-        'train/text_scale').current()
+    assert rows[-1]['text_scale'] == scale[-1]
 
 
 def test_a_frozen_parameter_stays_frozen(tmp_path, residual):
-    cfg = tiny_config(tmp_path, residual, dict(switch_at=3))
-    cfg.custom_hooks.append(dict(type='Recorder'))
-    runner = Runner.from_cfg(cfg)
-    frozen = 'backbone.conv1.weight'
+    runner = Runner.from_cfg(
+        tiny_config(tmp_path, residual, dict(switch_at=3)))
+    recorder, frozen = Recorder(), 'backbone.conv1.weight'
+    runner.register_hook(recorder)
     runner.model.get_parameter(frozen).requires_grad_(False)
     runner.train()
-    recorder = next(h for h in runner.hooks if isinstance(h, Recorder))
     assert len(recorder.rows) == 6
     for i in range(6):
         assert recorder.changed(i) and frozen not in recorder.changed(i)
 
 
-@each_case('hook, message', [
-    (dict(switch_at=-1), 'iteration.*fraction.*got -1'),
-    (dict(switch_at=1.5), 'iteration.*fraction.*got 1.5'),
-    (dict(switch_at='half'), "iteration.*fraction.*got 'half'"),
-    (dict(switch_at=True), 'iteration.*fraction.*got True'),
-    (dict(switch_at=0, load_best=True), 'needs a stage 1'),
-    (dict(switch_at=6), 'run ends after 6'),
-    (dict(switch_at=99), 'start at iteration 99.*ends after 6'),
-    (dict(switch_at=3, learn=['nothing_like_this']),
+ONE_RATE = {'optim_wrapper.paramwise_cfg': None}
+
+
+@each_case('hook, changes, message', [
+    (dict(switch_at=-1), {}, 'iteration.*fraction.*got -1'),
+    (dict(switch_at=1.5), {}, 'iteration.*fraction.*got 1.5'),
+    (dict(switch_at='half'), {}, "iteration.*fraction.*got 'half'"),
+    (dict(switch_at=True), {}, 'iteration.*fraction.*got True'),
+    (dict(switch_at=0, load_best=True), {}, 'needs a stage 1'),
+    (dict(switch_at=6), {}, 'run ends after 6'),
+    (dict(switch_at=99), {}, 'start at iteration 99.*ends after 6'),
+    (dict(switch_at=3, learn=['nothing_like_this']), {},
      "'nothing_like_this'.*matches no parameter.*offset"),
-    (dict(switch_at=3, learn={'.': -1.}), 'must not be negative'),
-    (dict(switch_at=3, learn={'.': 0.}), 'all factors.*are 0'),
+    (dict(switch_at=3, learn={'.': -1.}), {}, 'must not be negative'),
+    (dict(switch_at=3, learn={'.': 0.}), {}, 'all factors.*are 0'),
     (dict(switch_at=3, param_scheduler=dict(
-        type='PolyLR', by_epoch=True)), 'counts iterations.*`by_epoch`'),
+        type='PolyLR', by_epoch=True)), {}, 'counts iterations.*`by_epoch`'),
+    (dict(switch_at=3, learn=dict(offset=1.,
+                                  backbone=.1)), ONE_RATE, 'paramwise_cfg'),
+    (dict(switch_at=3),
+     dict(custom_hooks=[
+         dict(type='PromptLearnerHook', switch_at=at) for at in (3, 2)
+     ]), '2 PromptLearnerHooks.*Leave one'),
 ])
-def test_bad_plans(tmp_path, residual, hook, message):
+def test_bad_plans(tmp_path, residual, hook, changes, message):
+    cfg = tiny_config(tmp_path, residual, hook, save_every=1)
+    cfg.merge_from_dict(changes)
     with pytest.raises(ValueError, match=message):
-        run(tiny_config(tmp_path, residual, hook, save_every=1))
+        run(cfg)
     assert not list(tmp_path.glob('work/iter_*'))
 
 
-def test_a_model_without_text(tmp_path):
-    with pytest.raises(ValueError, match='found no text in the model'):
-        run(tiny_config(tmp_path, None, dict(switch_at=3)))
+def test_text_of_other_classes(tmp_path, make_embeddings):
+    names = [CLASSES[1], CLASSES[0], *CLASSES[2:]]
+    text = dict(type='ClassEmbeddings', file=make_embeddings(8, names=names))
+    for text, hook, message in ((text, {}, 'building'),
+                                (None, dict(switch_at=3), 'found no text in')):
+        with pytest.raises(ValueError, match=message):
+            run(tiny_config(tmp_path, text, hook))
 
 
-def test_a_parameter_missing_from_the_optimizer(tmp_path, residual):
+def test_optimizers_that_do_not_have_the_prompts(tmp_path, residual):
     """MMEngine leaves what is frozen out of a paramwise optimizer."""
     cfg = tiny_config(tmp_path, residual, dict(switch_at=3))
     runner = Runner.from_cfg(cfg)
     runner.model.get_parameter(OFFSET).requires_grad_(False)
     with pytest.raises(ValueError, match='not in the optimizer'):
         runner.train()
-
-
-def test_several_optimizers_are_refused(tmp_path, residual):
-    runner = Runner.from_cfg(
-        tiny_config(tmp_path, residual, dict(switch_at=3)))
+    cfg.experiment_name = f'{tmp_path}_several'
+    runner = Runner.from_cfg(cfg)
     wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     runner.optim_wrapper = OptimWrapperDict(model=wrapper)
     runner.param_schedulers = None
@@ -586,30 +501,15 @@ def test_several_optimizers_are_refused(tmp_path, residual):
         runner.train()
 
 
-def test_without_a_schedule_of_the_run(tmp_path, residual):
-    cfg = tiny_config(tmp_path, residual, dict(switch_at=3))
+def test_accumulation_rounds_the_switch(tmp_path, residual):
+    counts = {'optim_wrapper.accumulative_counts': 2}
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=3), **counts)
     cfg.param_scheduler = None
     _, recorder = record(cfg)
+    stages = [OFFSET in row['learns'] for row in recorder.rows]
+    assert stages == [False] * 4 + [True] * 2
+    # Without a schedule of the run rates stay.
     assert [row['lr'][SCALE] for row in recorder.rows] == [0.05] * 6
-
-
-def test_one_group_for_different_rates(tmp_path, residual):
-    cfg = tiny_config(tmp_path, residual,
-                      dict(switch_at=3, learn={
-                          'offset': 1.,
-                          'backbone': .1
-                      }))
-    cfg.optim_wrapper.pop('paramwise_cfg')
-    with pytest.raises(ValueError, match='paramwise_cfg'):
-        run(cfg)
-
-
-def test_text_of_other_classes(tmp_path, make_embeddings):
-    names = list(CLASSES)
-    names[0], names[1] = names[1], names[0]
-    text = dict(type='ClassEmbeddings', file=make_embeddings(8, names=names))
-    with pytest.raises(ValueError, match='building'):
-        run(tiny_config(tmp_path, text, dict()))
 
 
 def test_resume_with_another_text_is_refused(tmp_path, residual,
@@ -623,16 +523,14 @@ def test_resume_with_another_text_is_refused(tmp_path, residual,
 
 def test_load_from_takes_the_text_of_the_config(tmp_path, residual,
                                                 make_embeddings):
-    cfg = tiny_config(tmp_path, residual, dict(), max_iters=2)
+    cfg = tiny_config(tmp_path, residual, {}, max_iters=2)
     run(cfg)
-    other = make_embeddings(8, names=list(CLASSES), seed=1, file='other')
-    cfg.model.decode_head.text.embeddings.file = other
+    cfg.model.decode_head.text.embeddings.file = make_embeddings(
+        8, names=list(CLASSES), seed=1, file='other')
     runner = run(
-        cfg,
-        load_from=str(tmp_path / 'work' / 'iter_2.pth'),
-        work_dir=str(tmp_path / 'second'))
+        cfg, load_from=f'{cfg.work_dir}/iter_2.pth', work_dir=f'{tmp_path}/2')
     provider = runner.model.decode_head.conv_seg.text
-    torch.testing.assert_close(provider.class_embeddings, provider.base)
+    assert_close(provider.class_embeddings, provider.base)
 
 
 def test_load_from_of_other_classes(tmp_path, residual, make_embeddings):
@@ -640,70 +538,56 @@ def test_load_from_of_other_classes(tmp_path, residual, make_embeddings):
     cfg = with_auxiliary_heads(
         tiny_config(tmp_path, residual, dict(switch_at=2), max_iters=4))
     run(cfg)
-    saved = load(tmp_path / 'work' / 'iter_4.pth')['state_dict']
+    cfg.load_from = f'{cfg.work_dir}/iter_4.pth'
+    saved = load(cfg.load_from)['state_dict']
     names = [*CLASSES[3:], 'river', CLASSES[0], 'tram', 'bus']
-    cfg.train_dataloader.dataset.metainfo = dict(classes=names)
-    cfg.val_dataloader.dataset.metainfo = dict(classes=names)
+    file = make_embeddings(len(names), names=names, seed=1, file='other')
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.metainfo = dict(classes=names)
     for head in (cfg.model.decode_head, *cfg.model.auxiliary_head):
         head.num_classes = len(names)
         if 'text' in head:
-            head.text.embeddings.file = make_embeddings(
-                len(names), names=names, seed=1, file='other')
-    cfg.load_from = str(tmp_path / 'work' / 'iter_4.pth')
-    cfg.work_dir, cfg.log_level = str(tmp_path / 'second'), 'WARNING'
-    cfg.experiment_name = tmp_path.name
-    runner = Runner.from_cfg(cfg)
-    runner.register_hook(Recorder())
-    runner.train()
-    recorder = next(h for h in runner.hooks if isinstance(h, Recorder))
+            head.text.embeddings.file = file
+    second = tmp_path / 'second'
+    runner, recorder = record(cfg, work_dir=str(second), log_level='WARNING')
     start = recorder.rows[0]['before']
-    own = [CLASSES.index(n) if n in CLASSES else None for n in names]
     for key in (OFFSET, BIAS, f'{AUXILIARY}text.offset',
                 'auxiliary_head.1.conv_seg.weight'):
         assert saved[key].abs().max() > 0 and len(start[key]) == len(names)
-        for row, k in zip(start[key], own):
-            if k is not None:
-                assert torch.equal(row, saved[key][k]), key
+        for row, name in zip(start[key], names):
+            if name in CLASSES:
+                assert torch.equal(row, saved[key][CLASSES.index(name)]), key
             elif 'weight' not in key:  # its start is random
                 assert not row.any(), key
     # The vectors are those of the config, for all classes.
     provider = runner.model.decode_head.conv_seg.text
-    torch.testing.assert_close(
-        start[OFFSET.replace('offset', 'class_embeddings')],
-        torch.nn.functional.normalize(
-            provider.base + .5 * start[OFFSET], dim=1))
-    logs = ''.join(p.read_text() for p in (tmp_path / 'second').rglob('*.log'))
-    assert '6 classes were found by name' in logs
-    assert "begin anew: ['river', 'tram', 'bus']" in logs
+    assert_close(start[EMBEDDINGS], of_offset(provider, start[OFFSET]))
+    said = logs(second)
+    assert '6 classes were found by name' in said
+    assert "begin anew: ['river', 'tram', 'bus']" in said
 
 
-def test_accumulation_rounds_the_switch(tmp_path, residual):
-    cfg = tiny_config(tmp_path, residual, dict(switch_at=3),
-                      **{'optim_wrapper.accumulative_counts': 2})
-    _, recorder = record(cfg)
-    stages = [OFFSET in row['learns'] for row in recorder.rows]
-    assert stages == [False] * 4 + [True] * 2
+@each_case('learn, heads', [(None, False), (None, True),
+                            ({
+                                r'\.text\.': 1.,
+                                '.': .1
+                            }, False)])
+def test_auxiliary_role(tmp_path, residual, learn, heads):
+    """A frozen network makes its stage 2 idle, which is said.
 
-
-@each_case('learn', [None, {r'\.text\.': 1., '.': .1}])
-def test_auxiliary_role(tmp_path, residual, learn):
-    """A frozen network makes its stage 2 idle, which is said."""
-    cfg = tiny_config(
-        tmp_path,
-        residual,
-        dict(switch_at=4, learn=learn),
-        log_level='WARNING',
-        **{'model.decode_head.role': 'auxiliary'})
-    _, recorder = record(cfg)
+    Text on auxiliary heads learns nothing for a decode head that rests.
+    """
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=4, learn=learn))
+    cfg.model.decode_head.role, cfg.log_level = 'auxiliary', 'WARNING'
+    _, recorder = record(with_auxiliary_heads(cfg) if heads else cfg)
     offset = 'decode_head.text_branch.text.offset'
     scale = 'decode_head.text_losses.0.scale.log_scale'
     classifier = 'decode_head.conv_seg.weight'
     assert {scale, classifier} <= recorder.changed(0)
     assert {offset, scale} <= recorder.changed(4)
     assert (classifier in recorder.changed(4)) == (learn is not None)
-    log, = tmp_path.glob('work/*/*.log')
-    assert ('nothing that is deployed learns' in log.read_text()) == (
-        learn is None)
+    idle = 'nothing that is deployed learns' in logs(tmp_path)
+    assert idle == (learn is None)
 
 
 @MODELS.register_module()
@@ -717,13 +601,8 @@ class PiecewiseSegmentor(EncoderDecoder):
 
 @each_case('role', ['auxiliary', 'classifier'])
 def test_text_losses_that_nobody_computes(tmp_path, residual, role):
-    cfg = tiny_config(
-        tmp_path,
-        residual,
-        dict(switch_at=3),
-        save_every=1,
-        **{'model.decode_head.role': role})
-    cfg.model.type = 'PiecewiseSegmentor'
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=3), save_every=1)
+    cfg.model.type, cfg.model.decode_head.role = 'PiecewiseSegmentor', role
     if role == 'classifier':  # which learns by the head's own losses
         assert run(cfg).iter == 6
         return
@@ -738,13 +617,10 @@ AUXILIARY = 'auxiliary_head.0.conv_seg.'
 
 def with_auxiliary_heads(cfg):
     """Put text on one of two auxiliary heads, as the guide does."""
-    stock = dict(cfg.model.decode_head, type='FCNHead')
-    for key in ('text', 'role'):
-        stock.pop(key, None)
-    text = dict(
-        stock,
-        type='TextFCNHead',
-        text=copy.deepcopy(cfg.model.decode_head.text))
+    text = copy.deepcopy(cfg.model.decode_head)
+    text.pop('role', None)
+    stock = dict(text, type='FCNHead')
+    stock.pop('text')
     cfg.model.auxiliary_head = [text, stock]
     return cfg
 
@@ -755,70 +631,40 @@ def test_text_on_auxiliary_heads(tmp_path, residual):
         tiny_config(tmp_path, residual, dict(switch_at=3, log_interval=1)))
     runner, recorder = record(cfg)
     prompts = {OFFSET, f'{AUXILIARY}text.offset'}
-    own = {
-        SCALE, BIAS, f'{AUXILIARY}scale.log_scale', f'{AUXILIARY}logit_bias'
-    }
-    everything = {n for n, _ in runner.model.named_parameters()}
-    assert [row['learns'] for row in recorder.rows
-            ] == [everything - prompts] * 3 + [prompts | own] * 3
-    assert prompts | own <= recorder.changed(4)
+    own = {f'{AUXILIARY}{name}' for name in ('scale.log_scale', 'logit_bias')}
+    stage2 = prompts | own | {SCALE, BIAS}
+    stage1 = {n for n, _ in runner.model.named_parameters()} - prompts
+    learns = [row['learns'] for row in recorder.rows]
+    assert learns == [stage1] * 3 + [stage2] * 3
+    assert stage2 <= recorder.changed(4)
     heads = [runner.model.decode_head, runner.model.auxiliary_head[0]]
-    offsets = [head.text_branch.text.offset for head in heads]
-    assert not torch.equal(*offsets)
-    hub = runner.message_hub
-    for i, head in enumerate(heads):
-        scale = hub.get_scalar(f'train/text_scale{i or ""}').current()
-        assert scale == head.text_branch.scale().item() != 1
-        drift = hub.get_scalar(f'train/text_distance{i or ""}').current()
-        assert drift == pytest.approx(
-            head.text_branch.text.distance_from_start()) != 0
-    # The checkpoint has the text of both; without the auxiliary heads, which
-    # do not run at inference, it predicts the same.
+    texts = [head.text_branch.text for head in heads]
+    assert not torch.equal(*(text.offset for text in texts))
     path = tmp_path / 'work' / 'iter_6.pth'
     saved = load(path)['state_dict']
-    for name in (OFFSET, f'{AUXILIARY}text.offset'):
-        provider = runner.model.get_submodule(name[:-len('.offset')])
-        torch.testing.assert_close(
-            saved[name.replace('offset', 'class_embeddings')],
-            torch.nn.functional.normalize(
-                provider.base + 0.5 * saved[name], dim=1))
-    metrics = []
-    for keep in ('auxiliary_head', 'nothing'):
-        test = copy.deepcopy(cfg)
-        test.update(load_from=str(path), experiment_name=f'a{keep}')
-        test.pop('custom_hooks')
-        if keep == 'nothing':
-            test.model.pop('auxiliary_head')
-        metrics.append(Runner.from_cfg(test).test())
-    assert metrics[0] == metrics[1] and 'mIoU' in metrics[0]
+    for i, (head, text) in enumerate(zip(heads, texts)):
+        scale, drift = (
+            runner.message_hub.get_scalar(f'train/text_{name}{i or ""}')
+            for name in ('scale', 'distance'))
+        assert scale.current() == head.text_branch.scale().item() != 1
+        assert drift.current() == pytest.approx(
+            text.distance_from_start()) != 0
+        # The checkpoint has the text of both.
+        key = (TEXT, f'{AUXILIARY}text.')[i]
+        assert_close(saved[f'{key}class_embeddings'],
+                     of_offset(text, saved[f'{key}offset']))
+    # Without the auxiliary heads, which do not run at inference, it predicts
+    # the same.
+    expected = evaluate(cfg, path, 'auxiliary')
+    auxiliary = cfg.model.pop('auxiliary_head')
+    cfg.pop('custom_hooks')
+    assert evaluate(cfg, path, 'nothing') == expected and 'mIoU' in expected
     # Each folds as the decode head does.
-    model = runner.model.eval()
     for head in heads:
         head.conv_seg = head.conv_seg.as_conv()
-    for head in (cfg.model.decode_head, cfg.model.auxiliary_head[0]):
+    cfg.model.auxiliary_head = auxiliary
+    for head in (cfg.model.decode_head, auxiliary[0]):
         head.update(type='FCNHead')
         head.pop('text')
     stock = MODELS.build(cfg.model)
-    stock.load_state_dict(model.state_dict(), strict=True)
-
-
-def test_auxiliary_heads_are_not_deployed(tmp_path, residual):
-    """Text there learns nothing for a decode head that rests."""
-    cfg = with_auxiliary_heads(
-        tiny_config(
-            tmp_path,
-            residual,
-            dict(switch_at=4),
-            log_level='WARNING',
-            **{'model.decode_head.role': 'auxiliary'}))
-    run(cfg)
-    log, = tmp_path.glob('work/*/*.log')
-    assert 'nothing that is deployed learns' in log.read_text()
-
-
-def test_several_hooks_are_refused(tmp_path, residual):
-    cfg = tiny_config(tmp_path, residual, dict(switch_at=3))
-    cfg.custom_hooks.append(dict(type='PromptLearnerHook', switch_at=2))
-    with pytest.raises(ValueError, match='2 PromptLearnerHooks.*Leave one'):
-        run(cfg)
-    assert not list(tmp_path.glob('work/*.pth'))
+    stock.load_state_dict(runner.model.state_dict(), strict=True)

@@ -3,13 +3,13 @@
 import re
 
 import pytest
-import torch
 from each_case import each_case
 from mmengine.optim import build_optim_wrapper
 from mmseg.models import ResNet
 from mmseg.registry import MODELS
-from processes import TOOLS
+from processes import load
 from tiny import RESIDUAL, run, tiny_config
+from tool_modules import load_tool
 
 from mmseg_textkd.engine.hooks.text_groups import group_faults
 
@@ -56,12 +56,9 @@ def test_layer_wise_rates_are_told_by_a_run(tmp_path):
     cfg.optim_wrapper = dict(
         type='OptimWrapper',
         constructor='LearningRateDecayOptimizerConstructor',
-        optimizer=dict(type='AdamW', lr=1e-3, weight_decay=.05),
-        paramwise_cfg=dict(
-            num_layers=2,
-            decay_rate=.9,
-            decay_type='layer_wise',
-            custom_keys=TEXT))
+        optimizer=dict(type='AdamW', lr=1e-3, weight_decay=.05))
+    keys = dict(num_layers=2, decay_rate=.9, decay_type='layer_wise')
+    cfg.optim_wrapper.paramwise_cfg = dict(keys, custom_keys=TEXT)
     run(cfg)
     logs = ''.join(p.read_text() for p in tmp_path.rglob('*.log'))
     assert re.search(
@@ -76,10 +73,8 @@ def test_an_optimizer_without_weight_decay(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='base_wd should not be None'):
         run(cfg)
     cfg.dump(tmp_path / 'config.py')
-    import runpy
-    import sys
-    monkeypatch.setattr(sys, 'argv', ['train.py', str(tmp_path / 'config.py')])
-    runpy.run_path(f'{TOOLS}/train.py', run_name='__main__')
-    saved = torch.load(tmp_path / 'work' / 'iter_2.pth', weights_only=True)
-    groups = saved['optimizer']['param_groups']
+    monkeypatch.setattr('sys.argv', ['train.py', str(tmp_path / 'config.py')])
+    load_tool('train.py').main()
+    groups = load(tmp_path / 'work' /
+                  'iter_2.pth')['optimizer']['param_groups']
     assert {g['weight_decay'] for g in groups} == {0}

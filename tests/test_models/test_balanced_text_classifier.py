@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 from each_case import each_case
 from heads import ALIGN, BALANCED, SIX, UNSEEN, gradients, labeled
-from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmseg_textkd.apis import label_maps
 from mmseg_textkd.apis.label_maps import select_classes
-from mmseg_textkd.deploy import BalancedConvSeg, L2ConvSeg, fold_state_dict
+from mmseg_textkd.deploy import BalancedConvSeg, L2ConvSeg
 from mmseg_textkd.deploy.balanced_conv_seg import fold_balanced
 from mmseg_textkd.deploy.l2_conv_seg import fuse_l2
 from mmseg_textkd.models import (BalancedTextClassifier, FrozenCLIPTeacher,
@@ -142,29 +141,22 @@ def test_bad_options(text, options, match):
 
 
 def test_loss_is_the_squared_distance_to_the_unit_teacher():
-    data, feat = labeled(), torch.randn(2, 16, 4, 5, requires_grad=True)
-    teachers = torch.stack([s.teacher.embeddings for s in data])
-    teachers.requires_grad_()
-    for sample, teacher in zip(data, teachers):
-        sample.teacher.embeddings = teacher
-    loss = ImageEmbeddingDistillationLoss(loss_weight=3.)
-
-    def call(feat, samples=data):  # labels and text have no say
-        return loss(feat, None, None, batch_data_samples=samples)
-
-    value = call(feat)
-    unit = (teachers / teachers.norm(dim=1, keepdim=True)).detach()
-    expected = 3 * (feat - unit).square().sum(1).mean()
-    torch.testing.assert_close(value, expected)
+    """At any resolution; labels and text have no say."""
+    loss, data = ImageEmbeddingDistillationLoss(loss_weight=3.), labeled()
+    leaves = [s.teacher.embeddings.requires_grad_() for s in data]
+    unit = F.normalize(torch.stack(leaves).detach(), dim=1)
+    for size in ((4, 5), (7, 9)):
+        feat = torch.randn(2, 16, *size, requires_grad=True)
+        value = loss(feat, None, None, batch_data_samples=data)
+        target = F.interpolate(unit, size, mode='bilinear')
+        target = target / target.norm(dim=1, keepdim=True)
+        expected = 3 * (feat - target).square().sum(1).mean()
+        torch.testing.assert_close(value, expected)
     value.backward()
-    assert feat.grad.abs().amax(1).min() > 0 and teachers.grad is None
-    assert call(feat.bfloat16()).dtype == torch.float32
-    # The minimum is the unit vector itself, at another resolution too.
-    assert call(unit) < 1e-10
-    constant = labeled()
-    for sample in constant:
-        sample.teacher = PixelData(embeddings=5 * torch.ones(16, 2, 3))
-    assert call(torch.full((2, 16, 7, 9), .25), constant) < 1e-10
+    assert feat.grad.abs().amax(1).min() > 0
+    assert all(leaf.grad is None for leaf in leaves)
+    half = loss(feat.bfloat16(), None, None, batch_data_samples=data)
+    assert half.dtype == torch.float32
 
 
 def test_what_a_loss_needs(text):
@@ -232,16 +224,6 @@ def test_parts_of_the_classes_are_those_of_the_whole(text, monkeypatch):
                     part, expected[:, rows], rtol=1e-4, atol=1e-4)
 
 
-def test_release_is_the_supervised_part(text):
-    head = TextFCNHead(text=text, text_branch=BALANCED, **SIX)
-    settled(head.conv_seg)
-    stock = MODELS.build(dict(SIX, type='FCNHead')).eval()
-    stock.load_state_dict(fold_state_dict(head.eval()), strict=True)
-    feat = [torch.randn(2, 8, 5, 4)]
-    head.conv_seg.balance = dict(alpha=0., beta=0.)
-    torch.testing.assert_close(stock(feat), head(feat), rtol=1e-4, atol=1e-4)
-
-
 def preprocessor(**options):
     kind = dict(type='SegDataPreProcessor', size=(32, 48))
     stats = dict(mean=[100., 110., 120.], std=[50., 60., 70.])
@@ -263,21 +245,12 @@ def test_teacher_sees_the_pictures_as_clip_does():
         assert found.keys() == {'embeddings'}
         torch.testing.assert_close(
             found['embeddings'], expected, rtol=1e-3, atol=1e-4)
+        assert not found['embeddings'].requires_grad
     assert expected.shape == (2, 64, 4, 6)
     small = FrozenCLIPTeacher(**TOY, surgery_blocks=1, scale=.5)
     assert small(rgb, own)['embeddings'].shape == (2, 64, 2, 3)
-
-
-def test_teacher_is_frozen():
-    teacher = MODELS.build(
-        dict(TOY, type='FrozenCLIPTeacher', surgery_blocks=1))
-    before = teacher.checksum()
-    inputs = torch.randn(1, 3, 32, 32, requires_grad=True)
-    assert not teacher(inputs, preprocessor())['embeddings'].requires_grad
-    for part in (teacher.tower, teacher.tower.network):
-        assert not any(p.requires_grad for p in part.parameters())
     assert copy.deepcopy(teacher) is teacher
-    assert teacher.checksum() == before
+    before = teacher.checksum()
     with torch.no_grad():
         teacher.tower.positional_embedding[0, 0] += 1
     assert teacher.checksum() != before

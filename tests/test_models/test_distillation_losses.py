@@ -35,14 +35,14 @@ def batch():
     labels[0, 0] = IGNORE
     # Of class 2 the tower knows nothing, of class 4 it does.
     known = torch.tensor([3, 0, 4, 1])
+    samples = []
+    for _ in range(N):
+        logits = torch.randn(K, H, W)
+        samples.append(sample(known, unit(4, D).float(), logits))
+    embeddings = 3 * torch.randn(N, D, H, W, dtype=torch.float64)
+    text = unit(K, D)
     return dict(
-        embeddings=3 * torch.randn(N, D, H, W, dtype=torch.float64),
-        text=unit(K, D),
-        labels=labels,
-        samples=[
-            sample(known,
-                   unit(4, D).float(), torch.randn(K, H, W)) for _ in range(N)
-        ])
+        embeddings=embeddings, text=text, labels=labels, samples=samples)
 
 
 def call(loss, batch, **changes):

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from each_case import each_case
-from heads import ALIGN, CONTROL, backward, without_gradient
-from mmengine.config import ConfigDict
+from heads import ALIGN, backward, without_gradient
+from mmengine.config import Config
 from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from mmseg.models import decode_heads
 from mmseg.models.decode_heads import FCNHead
-from mmseg.registry import MODELS
 from network_tester import samples
-from tiny import BACKBONE
+from tiny import CONTROL
 from torch import nn
 
+from mmseg_textkd import stock_config
 from mmseg_textkd.models import TextFCNHead, TextHeadMixin, TextLightHamHead
 
 K = 4
@@ -55,27 +55,9 @@ TAKE = dict(
     SETRUPHead=dict(ONE, norm_cfg=BN),
     UPerHead=PYRAMID)
 GENERATE = dict(ONE, type='FCNHead', num_convs=1)
-DECODER = dict(
-    num_heads=2,
-    num_layers=1,
-    embed_channels=8,
-    mlp_channels=8,
-    num_mlp=1,
-    rescale=True)
-SIDE = dict(
-    num_classes=K,
-    san_cfg=ConfigDict(
-        in_channels=3,
-        embed_dims=24,
-        clip_channels=24,
-        num_queries=2,
-        cfg_encoder=dict(num_encode_layer=1, num_heads=2, mlp_ratio=1),
-        fusion_index=[0],
-        cfg_decoder=DECODER),
-    maskgen_cfg=ConfigDict(
-        sos_token_num=2, num_layers=1, embed_dims=24, num_heads=2),
-    deep_supervision_idxs=[],
-    train_cfg=None)
+SIDE = Config.fromfile(stock_config('_base_/models/san_vit-b16.py'))
+SIDE = dict(SIDE.model.decode_head, deep_supervision_idxs=[], train_cfg=None)
+SIDE.pop('type')
 REFUSED = dict(
     IterativeDecodeHead=dict(
         num_stages=0, kernel_generate_head=GENERATE, kernel_update_head=[]),
@@ -226,28 +208,6 @@ def test_a_classifier_is_called_once(head, options, match):
         losses('ASPPHead', of(head, **options))
     # Without text losses it may be called twice.
     assert losses('ASPPHead', of(CallsTwice))['loss_ce'] > 0
-
-
-def test_any_head_of_a_cascade_can_have_text():
-    first = dict(ONE, type='TextFCNHead', text=CONTROL, num_convs=1)
-    last = dict(TAKE['OCRHead'], type='TextOCRHead', text=CONTROL)
-    cfg = dict(
-        type='CascadeEncoderDecoder',
-        num_stages=2,
-        backbone=BACKBONE,
-        decode_head=[first, last],
-        test_cfg=dict(mode='whole'))
-    MODELS.register_module(name='TextOCRHead', module=text_class('OCRHead'))
-    try:
-        model = MODELS.build(cfg)
-    finally:
-        MODELS.module_dict.pop('TextOCRHead')
-    found = model.loss(torch.randn(2, 3, 64, 64), samples((64, 64), K))
-    backward(found)
-    assert {'decode_0.loss_ce', 'decode_1.loss_ce'} <= set(found)
-    for head in model.decode_head:
-        assert head.text_branch.projection.conv.weight.grad.abs().max() > 0
-    assert model.eval()._forward(torch.randn(1, 3, 64, 64)).shape[1] == K
 
 
 @each_case('norm_cfg, kind, eps', [

@@ -75,6 +75,9 @@ def test_against_a_naive_loop(options):
         assert values[-1] == pytest.approx(
             expected.item(),
             rel=1e-5 if 'stand' in options['target'] else 1e-6)
+    embeddings, text, labels = data()
+    big = labels.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    assert loss(embeddings, text, big).item() == pytest.approx(values[-1])
     # One pixel of class 4 counts in the first and not in the second.
     assert values[0] != pytest.approx(values[1], rel=1e-3)
 
@@ -101,24 +104,6 @@ def test_core_by_hand():
     assert structure_loss(a, b).item() == pytest.approx(2 * .0625 / 6)
     whole = structure_loss(a, b, off_diagonal=False).item()
     assert whole == pytest.approx((2 * .0625 + .25) / 9)
-
-
-@each_case('options', OPTIONS)
-def test_what_must_not_matter(options):
-    embeddings, text, labels = data()
-    loss = build(**options)
-    value = loss(embeddings, text, labels)
-    order = torch.randperm(K)
-    renamed = torch.where(labels == 255, 255, order.argsort()[labels % 255])
-    big = labels.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    # Length, order of images, names of classes, and the resolution.
-    for other in ((embeddings * 100, text * 3, labels), (embeddings.flip(0),
-                                                         text, labels.flip(0)),
-                  (embeddings, text[order], renamed), (embeddings, text, big)):
-        torch.testing.assert_close(loss(*other), value)
-    # Which text belongs to which class does matter.
-    other = loss(embeddings, text.roll(1, 0), labels).item()
-    assert other != pytest.approx(value.item(), rel=1e-3)
 
 
 @each_case('options', OPTIONS)

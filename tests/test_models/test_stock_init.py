@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from each_case import each_case
 from mmengine.config import Config
 from mmseg.registry import MODELS
+from tiny import CONTROL
 
 import mmseg_textkd
 from mmseg_textkd.models import TextClassifier
@@ -35,8 +36,8 @@ def build(make_embeddings):
     return make
 
 
-def stock(num_classes=5, channels=CHANNELS):
-    return torch.randn(num_classes, channels, 1, 1), torch.randn(num_classes)
+def stock(num_classes=5):
+    return torch.randn(num_classes, CHANNELS, 1, 1), torch.randn(num_classes)
 
 
 def batches():
@@ -47,57 +48,46 @@ def batches():
     ]
 
 
-def system(module, weight, bias):
-    """The linear system in numpy and float64: text and what it must make."""
-    text = module.scale().item() * module.text().double().numpy()
-    target = weight.double().flatten(1).numpy()
-    if module.logit_bias is None:
-        target = np.concatenate([target, bias.double().numpy()[:, None]], 1)
-    return text, target
-
-
-@each_case('norm', ['bn', 'none'])
+@each_case('norm, num_classes, dim', [('bn', 5, 16), ('none', 5, 16),
+                                      ('bn', 20, 6)])
 @each_case('bias', [True, False])
-def test_evaluation_mode_is_exact(build, norm, bias):
-    module = build(norm=norm, bias=bias)
+def test_it_is_the_least_squares_solution(build, norm, num_classes, dim, bias):
+    """Which is exact where there are no more classes than dimensions."""
+    module = build(num_classes, dim, norm=norm, bias=bias)
     scale, text = module.scale().item(), module.text().clone()
-    weight, offset = stock()
+    weight, offset = stock(num_classes)
     residual = init_from_stock(module, weight, offset, batches())
-    assert residual < 1e-12
     # Text and scale are what the run has; only the rest gives way.
     assert module.scale().item() == scale
     assert torch.equal(module.text(), text)
-    module.eval()
-    for feat in (torch.randn(2, CHANNELS, 16, 16) * 3, batches()[1]):
-        expected, got = F.conv2d(feat, weight, offset), module(feat)
-        assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
-        assert torch.equal(got.argmax(1), expected.argmax(1))
-    conv = module.as_conv()
-    torch.testing.assert_close(conv.weight, weight, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(conv.bias, offset, rtol=1e-5, atol=1e-4)
 
-
-@each_case('num_classes, dim', [(5, 16), (20, 6)])
-@each_case('bias', [True, False])
-def test_projection_is_the_least_squares_solution(build, num_classes, dim,
-                                                  bias):
-    module = build(num_classes, dim, bias=bias)
-    weight, offset = stock(num_classes)
-    residual = init_from_stock(module, weight, offset, batches())
-    text, target = system(module, weight, offset)
-    solution = np.linalg.lstsq(text, target, rcond=None)[0]
+    rows = scale * text.double().numpy()
+    target = torch.cat([weight.flatten(1), offset[:, None]], 1).double()
+    target = target[:, :CHANNELS if bias else None].numpy()
+    solution = np.linalg.lstsq(rows, target, rcond=None)[0]
     kernel = module.projection.conv.weight.flatten(1).detach().numpy()
     np.testing.assert_allclose(kernel, solution[:, :CHANNELS], atol=1e-5)
-    left = np.linalg.norm(text @ solution - target) / np.linalg.norm(target)
+    made = rows @ solution
+    left = np.linalg.norm(made - target) / np.linalg.norm(target)
     assert residual == pytest.approx(left, abs=1e-6)
-    assert (residual > 0.3) == (num_classes > dim)
-    # What it cannot express is missing from the logits, and no more.
-    feat = torch.randn(1, CHANNELS, 8, 8)
-    shift = offset.double().numpy() if bias else (text @ solution)[:, -1]
-    expected = np.einsum('kc,nchw->nkhw', (text @ solution)[:, :CHANNELS],
-                         feat.double()) + shift[:, None, None]
-    np.testing.assert_allclose(
-        module.eval()(feat).detach(), expected, rtol=1e-3, atol=1e-3)
+    if num_classes > dim:
+        assert residual > .3
+    else:
+        assert residual < 1e-12
+        np.testing.assert_allclose(made, target, rtol=1e-5, atol=1e-5)
+    # What it cannot express is missing, and no more.
+    made = torch.from_numpy(made).float()
+    expected = (made[:, :CHANNELS, None,
+                     None], offset if bias else made[:, CHANNELS])
+    conv = module.eval().as_conv()
+    torch.testing.assert_close((conv.weight, conv.bias),
+                               expected,
+                               rtol=1e-5,
+                               atol=1e-4)
+    for feat in (torch.randn(2, CHANNELS, 16, 16) * 3, batches()[1]):
+        logits, got = F.conv2d(feat, *expected), module(feat)
+        assert (got - logits).abs().max() < 1e-4 * logits.abs().max()
+        assert torch.equal(got.argmax(1), logits.argmax(1))
 
 
 def test_batch_norm_gets_the_statistics_of_all_pixels(build):
@@ -109,11 +99,11 @@ def test_batch_norm_gets_the_statistics_of_all_pixels(build):
         kernel = module.projection.conv.weight.flatten(1).double()
         embeddings = kernel @ pixels.double()
         mean, var = embeddings.mean(1), embeddings.var(1, correction=0)
-        for found, expected in ((bn.running_mean, mean), (bn.running_var, var),
-                                (bn.weight, (var + bn.eps).sqrt()), (bn.bias,
-                                                                     mean)):
-            torch.testing.assert_close(
-                found.double(), expected, rtol=1e-4, atol=1e-5)
+        expected = mean, var, (var + bn.eps).sqrt(), mean
+        found = bn.running_mean, bn.running_var, bn.weight, bn.bias
+        torch.testing.assert_close([v.double() for v in found], [*expected],
+                                   rtol=1e-4,
+                                   atol=1e-5)
 
 
 def test_equal_rows_share_what_their_classes_had(build):
@@ -192,30 +182,20 @@ NETS = dict(
         'ddrnet/ddrnet_23-slim_in1k-pre_2xb6-120k_cityscapes-1024x1024.py'))
 
 
-def network(kind, text=True, auxiliary=False):
+def network(kind, text=True):
     """The text model, or the stock model that it is made of."""
     cfg = Config.fromfile(mmseg_textkd.stock_config(NETS[kind])).model
     cfg.backbone.init_cfg = cfg.pretrained = None
-    own = dict(
-        type=kind, text=dict(type='ControlEmbeddings', kind='random', dim=32))
     if text:
-        cfg.decode_head.update(own)
-    if auxiliary:
-        cfg.auxiliary_head[1].update(own)
+        cfg.decode_head.update(type=kind, text=dict(CONTROL, dim=32))
     return MODELS.build(cfg)
-
-
-def loaded(number=3):
-    return [
-        dict(
-            inputs=list(torch.randint(0, 256, (2, 3, 64, 128)).byte()),
-            data_samples=None) for _ in range(number)
-    ]
 
 
 @each_case('kind', NETS)
 def test_network_predicts_what_the_stock_one_predicts(kind):
-    reference, model, data = network(kind, text=False), network(kind), loaded()
+    reference, model = network(kind, text=False), network(kind)
+    images = torch.randint(0, 256, (3, 2, 3, 64, 128)).byte()
+    data = [dict(inputs=list(batch), data_samples=None) for batch in images]
     conv = reference.decode_head.conv_seg
     with torch.no_grad():
         conv.weight.normal_()
@@ -242,17 +222,3 @@ def test_network_predicts_what_the_stock_one_predicts(kind):
     assert near.max_difference < 1e-4 * near.max_logit
     assert near.agreement > .9999
     assert near.pixels == 3 * 2 * expected[0, 0].numel()
-
-
-def test_features_of_an_auxiliary_head_are_its_own():
-    model = network('TextFCNHead', auxiliary=True).eval()
-    head, data = model.auxiliary_head[1], loaded(1)
-    feat, = head_features(model, head, data, False)
-    inputs = model.data_preprocessor(data[0], False)['inputs']
-    with torch.no_grad():
-        logits = head(model.extract_feat(inputs))
-        assert torch.equal(head.conv_seg(feat), logits)
-    weight, bias = stock(19, feat.shape[1])
-    init_from_stock(head.conv_seg, weight, bias, [feat])
-    near = compare_with_stock(head.conv_seg, weight, bias, [feat])
-    assert near.max_difference < 1e-4 * near.max_logit

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from each_case import each_case
-from heads import CONTROL
+from tiny import CONTROL
 
 from mmseg_textkd.models import LogitScale, PixelProjection, TextClassifier
 from mmseg_textkd.text import TextEmbeddings

@@ -4,11 +4,12 @@ import mmengine.registry
 import pytest
 import torch
 from each_case import each_case
-from heads import ALIGN, ARGS, CONTROL, data
+from heads import ALIGN, ARGS, data
 from mmengine.model import BaseModule
 from mmengine.registry import DefaultScope, Registry
 from mmseg.models.decode_heads import FCNHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from tiny import CONTROL
 
 from mmseg_textkd.models import (TextBranch, TextClassifier, TextFCNHead,
                                  TextHeadMixin)

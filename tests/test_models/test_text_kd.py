@@ -205,17 +205,16 @@ def test_a_linear_score_map_folds_into_stock():
     assert model.score_map.length.item() != 1
     stock = fold(model.eval(), Config(dict(model=stdc(**LINEAR))))
     assert type(stock) is EncoderDecoder
-    torch.testing.assert_close(
-        stock(image, mode='tensor'),
-        model(image, mode='tensor'),
-        rtol=1e-4,
-        atol=1e-5)
+    found, expected = (m(image, mode='tensor') for m in (stock, model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(RuntimeError, match='evaluation'):
         model.train().fold()
-    with pytest.raises(ValueError, match='does not fold into a convolution'):
-        MODELS.build(stdc()).eval().fold()
-    with pytest.raises(ValueError, match='decode_head.convs.0.conv'):
-        MODELS.build(stdc(norm='rms', **DECODER)).eval().fold()
+    for options, match in (
+        (dict(), 'does not fold into a convolution'),
+        (dict(norm='rms', **DECODER), 'decode_head.convs.0.conv'),
+    ):
+        with pytest.raises(ValueError, match=match):
+            MODELS.build(stdc(**options)).eval().fold()
     with pytest.raises(ValueError, match='model: a score map'):
         to_stock_cfg(Config(dict(model=stdc())))
 
@@ -295,22 +294,20 @@ def test_the_published_schedule():
     groups = {g['lr']: g for g in wrapper.param_groups}
     bases = sorted(groups)
     assert bases == pytest.approx([0.01, 0.1])
-    wrapper.param_groups[:] = [groups[base] for base in bases]
+    wrapper.optimizer.param_groups[:] = [groups[base] for base in bases]
     assert max(s.end for s in cfg.param_scheduler) == 10000
     # A tenth of the steps says the same; MMEngine's rate is lowest in the last
     # step, not after it.
     schedulers = [
         PARAM_SCHEDULERS.build(
-            dict(scheduler, end=min(scheduler.end, 1001)),
+            dict(cfg, end=min(cfg.end, 1001)),
             default_args=dict(optimizer=wrapper))
-        for scheduler in cfg.param_scheduler
+        for cfg in cfg.param_scheduler
     ]
     for step in range(1000):
         if step in (0, 1, 50, 199, 200, 201, 500, 900):
             rates = sorted({g['lr'] for g in wrapper.param_groups})
-            expected = [
-                poly_with_warmup(base, step, 1000, 200) for base in bases
-            ]
+            expected = [poly_with_warmup(b, step, 1000, 200) for b in bases]
             assert rates == pytest.approx(expected, rel=2e-3, abs=2e-6), step
         for scheduler in schedulers:
             scheduler.step()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tiny import CLASSES, run, tiny_config
+from tiny import CONTROL, run, tiny_config
 
 
 class Run(NamedTuple):
@@ -35,9 +35,8 @@ def train(root, cfg):
 def stock(tmp_path_factory):
     """A stock network whose weights are averaged."""
     root = tmp_path_factory.mktemp('stock')
-    cfg = tiny_config(
-        root, max_iters=20, custom_hooks=[dict(type='EMAHook', momentum=.5)])
-    cfg.default_hooks.checkpoint.interval = 10
+    cfg = tiny_config(root, max_iters=20, save_every=10)
+    cfg.custom_hooks = [dict(type='EMAHook', momentum=.5)]
     cfg.optim_wrapper.optimizer.lr = .2
     return train(root, cfg)
 
@@ -46,9 +45,4 @@ def stock(tmp_path_factory):
 def text(tmp_path_factory):
     """A text network with random vectors."""
     root = tmp_path_factory.mktemp('text')
-    cfg = tiny_config(
-        root,
-        dict(type='ControlEmbeddings', kind='random', dim=len(CLASSES)),
-        max_iters=2)
-    cfg.default_hooks.checkpoint.interval = 2
-    return train(root, cfg)
+    return train(root, tiny_config(root, dict(CONTROL, dim=8), max_iters=2))

@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import json
+import re
 
 import cv2
 import numpy as np
@@ -10,7 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner, load_state_dict
 from processes import load
 from tiny import CLASSES
-from tool_modules import load_tool
+from tool_modules import call, fails, load_tool
 
 from mmseg_textkd.analysis.compare import compare
 
@@ -26,13 +27,8 @@ def tool():
 def compared(tool, stock, text, tmp_path_factory):
     """The stock network and, of another config, the text network."""
     out = tmp_path_factory.mktemp('compared') / 'out'
-    tool.main([
-        str(stock.config),
-        str(stock.checkpoint(20)),
-        str(text.config),
-        str(text.checkpoint(2)), '--out',
-        str(out)
-    ])
+    call(tool, stock.config, stock.checkpoint(20), text.config,
+         text.checkpoint(2), '--out', out)
     return out
 
 
@@ -57,8 +53,7 @@ def evaluate(run, iteration, work_dir):
             sample, = runner.model.val_step(batch)
             truth = cv2.imread(sample.seg_map_path, cv2.IMREAD_GRAYSCALE)
             labels = sample.pred_sem_seg.data[0].numpy()
-            for pair in zip(truth.ravel(), labels.ravel()):
-                confusion[pair] += 1
+            np.add.at(confusion, (truth, labels), 1)
     return metrics, confusion
 
 
@@ -95,17 +90,16 @@ def test_page_has_the_figures(compared):
     assert '6 images' in page and 'says nothing about seeds' in page
     a, b = read(compared, 'a'), read(compared, 'b')
     for cells, side in zip(rows(page, '# Comparison'), (a, b)):
-        assert cells[3:] == [
-            f'{side[k]:.2f}' for k in ('mIoU', 'mAcc', 'aAcc')
-        ]
+        expected = [f'{side[k]:.2f}' for k in ('mIoU', 'mAcc', 'aAcc')]
+        assert cells[3:] == expected
     table = rows(page, '## IoU')
     assert [cells[0] for cells in table] == list(CLASSES)
     gains = np.subtract(b['IoU'], a['IoU'])
     for cells, x, y, gain in zip(table, a['IoU'], b['IoU'], gains):
         assert cells[1:4] == [f'{x:.2f}', f'{y:.2f}', f'{gain:+.2f}']
-        length = np.ceil(10 * abs(gain) / abs(gains).max() - 1e-6)
-        assert cells[4] == (f'`{"-+"[int(gain > 0)] * int(length)}`'
-                            if length else '')
+        length = int(np.ceil(10 * abs(gain) / abs(gains).max() - 1e-6))
+        bar = ('+' if gain > 0 else '-') * length
+        assert cells[4] == (f'`{bar}`' if length else '')
 
 
 def test_pairs_are_the_most_confusable(compared):
@@ -113,21 +107,18 @@ def test_pairs_are_the_most_confusable(compared):
     for side in 'ab':
         count = np.array(read(compared, side)['confusion'])
         rates.append(100 * count / count.sum(1, keepdims=True))
-    expected = sorted(((max(r[i, j] for r in rates), CLASSES[i], CLASSES[j])
-                       for i in range(K) for j in range(K) if i != j),
-                      reverse=True)[:10]
+    expected = np.sort(np.max(rates, axis=0)[~np.eye(K, dtype=bool)])[::-1]
     pairs = read(compared, 'compare')['pairs']
-    assert len(pairs) == 10
     highest = [max(pair['a'], pair['b']) for pair in pairs]
-    np.testing.assert_allclose(highest, [e[0] for e in expected], atol=6e-3)
+    np.testing.assert_allclose(highest, expected[:10], atol=6e-3)
     for pair in pairs:
         i, j = CLASSES.index(pair['truth']), CLASSES.index(pair['taken_for'])
         assert pair['a'] == pytest.approx(rates[0][i, j], abs=6e-3)
         assert pair['b'] == pytest.approx(rates[1][i, j], abs=6e-3)
     page = rows((compared / 'compare.md').read_text(), '## Most confusable')
-    assert [cells[:4] for cells in page] == [[
-        p['truth'], p['taken_for'], f'{p["a"]:.2f}', f'{p["b"]:.2f}'
-    ] for p in pairs]
+    for cells, p in zip(page, pairs, strict=True):
+        rate = [f'{p[side]:.2f}' for side in 'ab']
+        assert cells[:4] == [p['truth'], p['taken_for'], *rate]
 
 
 def test_picture_shows_the_figures(tool, compared):
@@ -136,40 +127,33 @@ def test_picture_shows_the_figures(tool, compared):
     gains = [row['gain'] for row in result['IoU']]
     assert [bar.get_width() for bar in left.patches] == gains
     assert [t.get_text() for t in left.get_yticklabels()] == list(CLASSES)
-    assert [bar.get_width() for bar in right.patches
-            ] == [p[side] for side in 'ab' for p in result['pairs']]
+    widths = [pair[side] for side in 'ab' for pair in result['pairs']]
+    assert [bar.get_width() for bar in right.patches] == widths
     picture = cv2.imread(str(compared / 'compare.png'))
     assert picture.shape[1] == 12 * 120 and picture.std() > 10
 
 
 def test_results_can_be_compared_again(tool, compared, tmp_path):
     paths = [str(compared / f'{side}.json') for side in 'ab']
-    tool.main([*paths, '--out', str(tmp_path / 'again')])
+    call(tool, *paths, '--out', tmp_path / 'again')
     for name in ('compare.json', 'compare.md', 'a.json'):
-        assert (tmp_path / 'again' / name).read_text() == \
-            (compared / name).read_text()
-    tool.main([*paths[::-1], '--out', str(tmp_path / 'back')])
-    there, back = (
-        read(path, 'compare')['IoU'] for path in (compared, tmp_path / 'back'))
-    assert [r['gain'] for r in back] == [-r['gain'] for r in there]
+        again = (tmp_path / 'again' / name).read_text()
+        assert again == (compared / name).read_text()
+    call(tool, *paths[::-1], '--out', tmp_path / 'back')
+    gains = [[row['gain'] for row in read(path, 'compare')['IoU']]
+             for path in (compared, tmp_path / 'back')]
+    assert gains[1] == [-gain for gain in gains[0]]
 
 
 def test_class_that_is_nowhere(tool):
-    side = dict(
-        config='c.py',
-        checkpoint='c.pth',
-        images=1,
-        classes=['a', 'b', 'c'],
-        IoU=[50., None, 25.],
-        mIoU=37.5,
-        mAcc=60.,
-        aAcc=60.,
-        confusion=[[2, 0, 1], [0, 0, 0], [1, 0, 1]])
+    side = dict(images=1, classes=['a', 'b', 'c'], IoU=[50., None, 25.])
+    side.update(confusion=[[2, 0, 1], [0, 0, 0], [1, 0, 1]])
+    side.update(config='c.py', checkpoint='c', mIoU=37.5, mAcc=60., aAcc=60.)
     result = compare(side, side)
     assert [row['gain'] for row in result['IoU']] == [0, None, 0]
     # Half of c is taken for a, a third of a for c, and b does not exist.
-    assert [(p['truth'], p['a']) for p in result['pairs']] == [('c', 50.),
-                                                               ('a', 33.33)]
+    pairs = [(p['truth'], p['a']) for p in result['pairs']]
+    assert pairs == [('c', 50.), ('a', 33.33)]
     assert ['b', '-', '-', '-', ''] in rows(tool.markdown(result), '## IoU')
     with pytest.raises(ValueError, match='other labels'):
         compare(side, dict(side, confusion=[[2, 0, 0], [0] * 3, [1, 0, 2]]))
@@ -178,17 +162,16 @@ def test_class_that_is_nowhere(tool):
 
 
 def test_bad_input_is_refused(tool, stock, text, compared, tmp_path, capsys):
-    out = ['--out', str(tmp_path / 'out')]
-    a = [str(stock.config), str(stock.checkpoint(20))]
-    for inputs, match in (
-        ([*a, a[0], str(text.checkpoint(2))], 'not of the network'),
-        ([*a, a[0], str(tmp_path / 'no.pth')], 'no.pth'),
-        ([a[0], str(compared / 'b.json')], 'no JSON object'),
-        ([str(compared / f'{n}.json') for n in ('a', 'compare')],
-         "not the result of one side.*lacks.*'confusion'")):  # yapf: disable
-        with pytest.raises(SystemExit, match=match):
-            tool.main([*inputs, *out])
+    a = stock.config, stock.checkpoint(20)
+    json_a, json_b, other = (
+        compared / f'{n}.json' for n in ('a', 'b', 'compare'))
+    for message, *inputs in [
+        ('not of the network', *a, a[0], text.checkpoint(2)),
+        ('no.pth', *a, a[0], tmp_path / 'no.pth'),
+        ('no JSON object', a[0], json_b),
+        ("not the result of one side.*lacks.*'confusion'", json_a, other),
+        ('but got 3 files', *a, a[0]),
+    ]:
+        said = fails(tool, capsys, *inputs, '--out', tmp_path / 'out')
+        assert re.search(message, said)
     assert not list(tmp_path.rglob('compare.*'))
-    with pytest.raises(SystemExit):
-        tool.main([*a, a[0], *out])
-    assert 'but got 3 files' in capsys.readouterr().err

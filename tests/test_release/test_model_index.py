@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from each_case import each_case
 from network_tester import load_config
 from processes import ROOT, start
 from tool_modules import load_tool
@@ -21,18 +20,13 @@ STOCK = 'bisenetv2_fcn_1xb8-10k_camvid-360x480'
 TEXT = 'textkd_bisenetv2_fcn_vit-b16_1xb8-10k_camvid-360x480'
 URL = 'https://example.org/weights'
 # Row of a network that has been measured and published.
-FIELDS = dict(
-    method='BiSeNetV2 + text classifier',
-    crop='360x480',
-    schedule='10000',
-    memory='3.21',
-    device='V100',
-    miou='71.2 ± 0.3',
-    config=f'[config]({TEXT}.py)',
-    download=f'[model]({URL}/{TEXT}_20260102_030405-0123abcd.pth) \\| '
-    f'[log]({URL}/{TEXT}_20260102_030405.json)')
-ROW = ('| {method} | BiSeNetV2 | {crop} | {schedule} | {memory} | 55.1 | '
-       '{device} | {miou} | 72.50 | {config} | {download} |')
+WEIGHTS = f'{URL}/{TEXT}_20260102_030405-0123abcd.pth'
+LOG = f'{URL}/{TEXT}_20260102_030405.json'
+FIELDS = dict(crop='360x480', schedule='10000', memory='3.21', device='V100')
+FIELDS.update(miou='71.2 ± 0.3', config=f'[config]({TEXT}.py)')
+FIELDS.update(download=f'[model]({WEIGHTS}) \\| [log]({LOG})')
+ROW = ('| BiSeNetV2 + text classifier | BiSeNetV2 | {crop} | {schedule} | '
+       '{memory} | 55.1 | {device} | {miou} | 72.50 | {config} | {download} |')
 
 
 def lint(root, *args):
@@ -60,23 +54,14 @@ def models(root):
     return found
 
 
-def copy(target):
-    for name in ('configs', 'tools', 'model-index.yml'):
-        source = osp.join(ROOT, name)
-        if osp.isdir(source):
-            shutil.copytree(
-                source,
-                target / name,
-                ignore=shutil.ignore_patterns('__pycache__'))
-        else:
-            shutil.copyfile(source, target / name)
-    return target
-
-
 @pytest.fixture
 def tree(tmp_path):
     """A copy without documentation, as in an installed package."""
-    return copy(tmp_path)
+    ignore = shutil.ignore_patterns('__pycache__')
+    for name in ('configs', 'tools'):
+        shutil.copytree(f'{ROOT}/{name}', tmp_path / name, ignore=ignore)
+    shutil.copy(f'{ROOT}/model-index.yml', tmp_path)
+    return tmp_path
 
 
 def edit(tree, fields, name=TEXT):
@@ -96,15 +81,12 @@ def test_files_are_up_to_date():
 
 
 def test_nothing_is_claimed_that_was_not_measured():
-    readmes = [
-        Path(ROOT, 'configs', folder, 'README.md')
-        for folder in ('text_classifier', 'textkd', 'lseg', 'ebseg', 'fusion',
-                       'distillation', 'structure', 'diversification',
-                       'balance', 'multi_dataset')
-    ]
+    folders = ('text_classifier textkd lseg ebseg fusion distillation '
+               'structure diversification balance multi_dataset').split()
+    pages = [Path(ROOT, 'configs', f, 'README.md') for f in folders]
     rows = [
-        line.split('|')[1:-1] for path in readmes
-        for line in path.read_text().splitlines()
+        line.split('|')[1:-1] for page in pages
+        for line in page.read_text().splitlines()
         if '[config](' in line and line.startswith('|')
     ]
     found = models(Path(ROOT))
@@ -134,37 +116,28 @@ def test_round_trip_of_a_measured_row(tree):
     after = models(tree)
     old, got = before.pop(TEXT), after.pop(TEXT)
     assert after == before
-    metadata = {
-        'Training Data': 'CamVid',
-        'Batch Size': 8,
-        'Architecture': ['BiSeNetV2', 'text classifier']
-    }
-    assert old == {
-        'Name': TEXT,
-        'In Collection': 'Text classifier',
-        'Config': f'configs/text_classifier/{TEXT}.py',
-        'Metadata': metadata,
-        'Framework': 'PyTorch'
-    }
-    assert got == {
-        **old,
-        # Folded weights run with the stock config.
-        'Config': f'configs/stock/{STOCK}.py',
-        'Results': {
-            'Task': 'Semantic Segmentation',
-            'Dataset': 'CamVid',
-            'Metrics': {
-                'mIoU': 71.2,
-                'mIoU(ms+flip)': 72.5
-            }
-        },
-        'Metadata': {
-            **metadata, 'Training Resources': '1x V100',
-            'Memory (GB)': 3.21
-        },
-        'Weights': f'{URL}/{TEXT}_20260102_030405-0123abcd.pth',
-        'Training log': f'{URL}/{TEXT}_20260102_030405.json'
-    }
+    expected = yaml.safe_load(f'''
+        Name: {TEXT}
+        In Collection: Text classifier
+        Config: configs/text_classifier/{TEXT}.py
+        Metadata:
+            Training Data: CamVid
+            Batch Size: 8
+            Architecture: [BiSeNetV2, text classifier]
+        Framework: PyTorch''')
+    assert old == expected
+    # Folded weights run with the stock config.
+    more = yaml.safe_load(f'''
+        Config: configs/stock/{STOCK}.py
+        Results:
+            Task: Semantic Segmentation
+            Dataset: CamVid
+            Metrics: {{mIoU: 71.2, mIoU(ms+flip): 72.5}}
+        Weights: {WEIGHTS}
+        Training log: {LOG}''')
+    expected['Metadata'] |= {'Training Resources': '1x V100'}
+    expected['Metadata'] |= {'Memory (GB)': 3.21}
+    assert got == expected | more
 
 
 def test_weights_run_with_the_config_of_their_entry():
@@ -175,10 +148,9 @@ def test_weights_run_with_the_config_of_their_entry():
             continue
         for row in index.read_rows(readme, (root / readme).read_text()):
             path = index.read_config(row, root)
-            cells = dict(
-                row.cells,
-                download=FIELDS['download'].replace(TEXT, path.stem))
-            entry = index.model_entry(row._replace(cells=cells), root)
+            download = FIELDS['download'].replace(TEXT, path.stem)
+            row = row._replace(cells=dict(row.cells, download=download))
+            entry = index.model_entry(row, root)
             assert entry['Name'] == path.stem and 'Weights' in entry
             cfg = load_config(path)
             folds = path.parent.name not in ('lseg', 'ebseg')
@@ -197,7 +169,7 @@ def test_weights_run_with_the_config_of_their_entry():
     assert found['stock'] > 14 and found['own'] > 4
 
 
-@each_case('fields, message', [
+@pytest.mark.parametrize('fields, message', [
     (dict(config='[config](no_1xb8-10k_camvid-360x480.py)'),
      'there is no no_1xb8-10k_camvid-360x480.py'),
     (dict(config='[config](../../tools/train.py)'),
@@ -215,8 +187,7 @@ def test_weights_run_with_the_config_of_their_entry():
      'download is .*DATE-SHA8'),
     (dict(device='V100 | 8'), '12 cells, not 11'),
 ])
-def test_faults_are_named_with_their_place(tmp_path, fields, message):
-    tree = copy(tmp_path)
+def test_faults_are_named_with_their_place(tree, fields, message):
     number = edit(tree, fields)
     status, output = lint(tree)
     assert status == 1
@@ -235,8 +206,8 @@ def test_all_faults_at_once_and_other_columns(tree):
         assert f'{README}:{number}: Crop Size' in output
     path = tree / README
     path.write_text(path.read_text().replace('| Mem (GB) |', '| Mem |'))
-    assert re.search(f"{README}:[0-9]+: the columns must be .'Method'",
-                     lint(tree)[1])
+    message = f"{README}:[0-9]+: the columns must be .'Method'"
+    assert re.search(message, lint(tree)[1])
 
 
 def test_broken_link_in_the_readme(tree):

@@ -43,20 +43,23 @@ def test_folded_and_text_weights_agree(name):
     folded, names = labels_of(config, weights)
     assert names.index('car') == 8 and len(names) == 11
     # What anybody sees in the picture, about where it is.
+    places = dict(sky=(.4, .1), tree=(.3, .4), car=(.15, .8), road=(.5, .9))
+    places['building'] = .67, .55
     height, width = folded.shape
-    for word, (x, y) in dict(
-            sky=(.4, .1), tree=(.3, .4), car=(.15, .8), road=(.5, .9),
-            building=(.67, .55)).items():  # yapf: disable
+    for word, (x, y) in places.items():
         seen = folded[int(y * height), int(x * width)]
         assert names[seen] == word, word
+    # The same through MMSegmentation's inferencer.
+    inferencer = MMSegInferencer(str(config), str(weights), device='cpu')
+    assert np.array_equal(inferencer(PICTURE)['predictions'], folded)
     config, weights = find_model(name, text=True)
     assert config.stem == name
     assert (labels_of(config, weights)[0] == folded).mean() > .999
 
 
 def test_files_are_in_the_index_and_small():
-    released = [find_model(n, text) for n in released_models()
-                for text in (False, True)]  # yapf: disable
+    names = released_models()
+    released = [find_model(n, text) for n in names for text in (False, True)]
     assert len(FOLDED) >= 1 and len(set(released)) >= 3
     for config, weights in set(released):
         state = read_checkpoint(weights)
@@ -73,13 +76,11 @@ def test_files_are_in_the_index_and_small():
 
 def test_other_words():
     inferencer = TextSegInferencer(FOLDED[0], device='cpu')
-    words = TextEmbeddings.load(ZOO /
-                                'street-words_vit-b16-openai.safetensors')
-    assert {'house', 'street', 'SUV', 'clouds'} <= set(words.names)
+    file = ZOO / 'street-words_vit-b16-openai.safetensors'
+    words = ['house', 'street', 'SUV', 'vegetation', 'clouds']
+    assert set(words) <= set(TextEmbeddings.load(file).names)
     trained = inferencer(PICTURE)['predictions']
-    inferencer.set_classes(['house', 'street', 'SUV', 'vegetation', 'clouds'],
-                           embeddings=ZOO /
-                           'street-words_vit-b16-openai.safetensors')
+    inferencer.set_classes(words, embeddings=file)
     asked = inferencer(PICTURE)['predictions']
     for new, old in enumerate((1, 3, 8, 5, 0)):
         both = (asked == new) & (trained == old)
@@ -103,15 +104,8 @@ def test_deployed_folder_is_of_the_released_weights():
     assert (got == labels).mean() > .9
 
 
-def test_inferencer_of_mmseg_takes_them():
-    config, weights = find_model(FOLDED[0])
-    inferencer = MMSegInferencer(str(config), str(weights), device='cpu')
-    pred = inferencer(PICTURE)['predictions']
-    assert np.array_equal(pred, labels_of(config, weights)[0])
-
-
 def test_wrong_names_and_files(tmp_path, monkeypatch):
-    name = FOLDED[0]
+    name, index = FOLDED[0], Path(ROOT, 'model-index.yml')
     with pytest.raises(ValueError, match=re.escape(name)):
         find_model(name.replace('textkd', 'txetkd'))
     with pytest.raises(ValueError, match='no released weights'):
@@ -121,9 +115,8 @@ def test_wrong_names_and_files(tmp_path, monkeypatch):
     # As in a wheel: the index and configs, no weights.
     _, weights = find_model(name)
     monkeypatch.setattr(model_zoo, 'PACKAGE', tmp_path / 'mmseg_textkd')
-    shutil.copy(Path(ROOT, 'model-index.yml'), tmp_path)
-    for path in yaml.safe_load(Path(ROOT,
-                                    'model-index.yml').read_text())['Import']:
+    shutil.copy(index, tmp_path)
+    for path in yaml.safe_load(index.read_text())['Import']:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(Path(ROOT, path), tmp_path / path)
     with pytest.raises(FileNotFoundError, match='clone it'):

@@ -1,20 +1,23 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import hashlib
+import io
 import json
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
 from each_case import each_case
 from mmengine.config import Config
 from mmseg.registry import MODELS
-from processes import TOOLS, load
-from tiny import CLASSES
-from tool_modules import load_tool
+from processes import TOOLS, full_disk, load
+from tiny import CLASSES, assert_equal, save_weights
+from tool_modules import call, load_tool
+
+from mmseg_textkd.deploy.publish import check_weights, read_log, serialize
 
 TOOL = f'{TOOLS}/model_converters/publish_model.py'
 META = dict(dataset_meta=dict(classes=CLASSES))
@@ -37,11 +40,47 @@ def publish(tool, *args):
     return tool.publish(tool.parse_args([str(arg) for arg in args]))
 
 
+def fold(config, weights, out):
+    call('model_converters/textkd2mmseg.py', config, weights, out, '--device',
+         'cpu')
+    return out, out.with_suffix('.py')
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
 def refuse(tool, out, match, *args):
     """Expect a message and nothing written."""
     with pytest.raises(SystemExit, match=match):
-        tool.main([str(arg) for arg in args])
+        call(tool, *args)
     assert not list(out.iterdir())
+
+
+def test_log_is_read_up_to_the_checkpoint(stock):
+    lines = [json.loads(x) for x in stock.log.read_text().splitlines()]
+    values = [line['mIoU'] for line in lines if 'mIoU' in line]
+    assert len(values) == 2 and values[0] != values[1]
+    for iteration, number in ((10, 0), (15, 0), (20, 1), (None, 1)):
+        found = read_log(stock.log, iteration)
+        assert found['metrics']['mIoU'] == values[number]
+        assert found['iter'] == (10, 20)[number]
+    with pytest.raises(ValueError, match='no validation.*iteration 9'):
+        read_log(stock.log, 9)
+
+
+def test_only_plain_meta_and_own_memory():
+    whole = torch.arange(1e5)
+    data = serialize(dict(a=whole[:3]), META)
+    assert len(data) < 3000
+    with ZipFile(io.BytesIO(data)) as archive:
+        assert archive.testzip() is None
+    # torch's version only looks like text.
+    for value, message in ((Path('a'), 'more than text and numbers'),
+                           (torch.__version__, 'TorchVersion')):
+        with pytest.raises(ValueError, match=message):
+            serialize(dict(a=whole), dict(META, more=value))
+    check_weights(Path('a.pth'), dict(a=torch.zeros(1, dtype=int)), META)
 
 
 @pytest.mark.stacks
@@ -49,10 +88,10 @@ def test_published_file(tool, stock, out):
     path = publish(tool, stock.checkpoint(20), out, '--config', stock.config,
                    '--log', stock.log)
     source = load(stock.checkpoint(20))
-    date, sha = re.fullmatch(r'tiny_1xb2_(\d{8}_\d{6})-([0-9a-f]{8})\.pth',
-                             path.name).groups()
-    assert date == source['meta']['time']
-    assert hashlib.sha256(path.read_bytes()).hexdigest()[:8] == sha
+    date = source['meta']['time']
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    assert re.fullmatch(r'\d{8}_\d{6}', date)
+    assert path.name == f'tiny_1xb2_{date}-{sha}.pth'
     names = {path.name, f'{path.stem}.md', f'tiny_1xb2_{date}.json'}
     assert {p.name for p in out.iterdir()} == names
 
@@ -60,7 +99,7 @@ def test_published_file(tool, stock, out):
     code = ('import sys, torch; torch.load(sys.argv[1], weights_only=True); '
             'assert "mmengine" not in sys.modules')
     subprocess.run([sys.executable, '-I', '-c', code, path], check=True)
-    got = torch.load(path, weights_only=True)
+    got = read(path)
     assert list(got) == ['state_dict', 'meta'] and len(source) > 2
     assert got['meta']['dataset_meta'] == source['meta']['dataset_meta']
     assert got['meta']['cfg'] == Config.fromfile(stock.config).pretty_text
@@ -79,26 +118,23 @@ def test_published_file(tool, stock, out):
     log = out / f'tiny_1xb2_{date}.json'
     assert log.read_bytes() == stock.log.read_bytes()
     last = json.loads(stock.log.read_text().splitlines()[-1])
-    assert got['meta']['training_log'] == dict(
-        file=log.name,
-        iter=20,
-        metrics={k: last[k]
-                 for k in ('aAcc', 'mIoU', 'mAcc')})
+    metrics = {k: last[k] for k in ('aAcc', 'mIoU', 'mAcc')}
+    found = dict(file=log.name, iter=20, metrics=metrics)
+    assert got['meta']['training_log'] == found
 
 
 def test_config_in_the_file_is_ours(tool, stock, out):
-    foreign = load(stock.checkpoint(20))
+    foreign, source = load(stock.checkpoint(20)), out / 'foreign.pth'
     foreign['meta'].update(cfg='raise SystemExit', config='raise SystemExit')
-    torch.save(foreign, out / 'foreign.pth')
-    path = publish(tool, out / 'foreign.pth', out / 'a', '--config',
-                   stock.config)
-    meta = torch.load(path, weights_only=True)['meta']
+    torch.save(foreign, source)
+    path = publish(tool, source, out / 'a', '--config', stock.config)
+    meta = read(path)['meta']
     assert meta['cfg'] == Config.fromfile(stock.config).pretty_text
     assert 'config' not in meta
-    path = publish(tool, out / 'foreign.pth', out / 'b')
-    assert 'cfg' not in torch.load(path, weights_only=True)['meta']
-    assert 'The whole config is not in the file.' in path.with_suffix(
-        '.md').read_text()
+    path = publish(tool, source, out / 'b')
+    assert 'cfg' not in read(path)['meta']
+    card = path.with_suffix('.md').read_text()
+    assert 'The whole config is not in the file.' in card
 
 
 def test_weights_are_the_averaged_ones(tool, stock, out):
@@ -108,9 +144,7 @@ def test_weights_are_the_averaged_ones(tool, stock, out):
     name = 'decode_head.conv_seg.weight'
     assert not torch.equal(averaged[name], plain[name])
     path = publish(tool, stock.checkpoint(20), out, '--config', stock.config)
-    got = torch.load(path, weights_only=True)['state_dict']
-    assert got.keys() == averaged.keys()
-    assert all(torch.equal(got[key], averaged[key]) for key in got)
+    assert_equal(dict(read(path)['state_dict']), dict(averaged))
 
 
 def test_model_card(tool, stock, out):
@@ -159,18 +193,13 @@ def test_text_is_folded_first(tool, text, out, tmp_path):
     path = publish(tool, weights, out, '--config', text.config, '--keep-text')
     assert 'needs mmseg_textkd' in path.with_suffix('.md').read_text()
 
-    folded = tmp_path / 'folded.pth'
-    load_tool('model_converters/textkd2mmseg.py').main(
-        [str(text.config),
-         str(weights),
-         str(folded), '--device', 'cpu'])
+    folded, config = fold(text.config, weights, tmp_path / 'folded.pth')
     target = tmp_path / 'release'
     target.mkdir()
-    path = publish(tool, folded, target / 'textkd_tiny', '--config',
-                   folded.with_suffix('.py'))
-    got = torch.load(path, weights_only=True)
+    path = publish(tool, folded, target / 'textkd_tiny', '--config', config)
+    got = read(path)
     assert not [key for key in got['state_dict'] if '.text.' in key]
-    assert got['meta']['cfg'] == folded.with_suffix('.py').read_text()
+    assert got['meta']['cfg'] == config.read_text()
     card = path.with_suffix('.md').read_text()
     assert 'Folded from: iter_2.pth' in card and 'parameters,' in card
     # The text config is not that of the folded weights.
@@ -188,16 +217,10 @@ def test_distillation_is_over(tool, stock, out, tmp_path):
     for more in ((), ('--keep-text', )):
         refuse(tool, out, r'tiny-kd_1xb2\.py has a teacher.*textkd2mmseg\.py',
                weights, out, '--config', config, *more)
-    folded = tmp_path / 'folded.pth'
-    load_tool('model_converters/textkd2mmseg.py').main(
-        [str(config),
-         str(weights),
-         str(folded), '--device', 'cpu'])
-    stock_config = folded.with_suffix('.py')
-    assert Config.fromfile(stock_config).model.type == 'EncoderDecoder'
-    path = publish(tool, folded, out / 'tiny-kd_1xb2', '--config',
-                   stock_config)
-    got, source = torch.load(path, weights_only=True), load(weights)
+    folded, config = fold(config, weights, tmp_path / 'folded.pth')
+    assert Config.fromfile(config).model.type == 'EncoderDecoder'
+    path = publish(tool, folded, out / 'tiny-kd_1xb2', '--config', config)
+    got, source = read(path), load(weights)
     assert got['state_dict'].keys() == source['state_dict'].keys()
     assert 'Distilled' not in got['meta']['cfg']
 
@@ -211,67 +234,35 @@ def test_card_says_what_needs_the_plugin(tool, text, out):
     config = out.parent / 'tiny-l2_1xb2.py'
     cfg.custom_imports = dict(imports=['mmseg_textkd.deploy'])
     cfg.dump(config)
-    weights = out.parent / 'l2.pth'
-    state = MODELS.build(cfg.model).state_dict()
-    torch.save(dict(state_dict=state, meta=META), weights)
+    weights = save_weights(out.parent / 'l2.pth', MODELS.build(cfg.model))
     path = publish(tool, weights, out, '--config', config)
     assert ('| text in it | no, but the network needs mmseg_textkd |'
             in path.with_suffix('.md').read_text())
 
 
-def nan(path, target):
-    checkpoint = load(path)
-    checkpoint['state_dict']['decode_head.conv_seg.bias'][3] = float('nan')
-    torch.save(checkpoint, target)
-
-
-def nameless(path, target):
-    checkpoint = load(path)
-    del checkpoint['meta']['dataset_meta']
-    torch.save(checkpoint, target)
-
-
-def two_names(path, target):
-    checkpoint = load(path)
-    checkpoint['meta']['dataset_meta']['classes'] = ('a', 'b')
-    torch.save(checkpoint, target)
-
-
-def truncated(path, target):
-    target.write_bytes(path.read_bytes()[:-1000])
-
-
-def flipped(path, target):
-    """One bit of a weight, which torch itself does not notice."""
-    data = bytearray(path.read_bytes())
-    weights = load(path)['state_dict']['decode_head.conv_seg.weight']
-    data[data.index(weights.numpy().tobytes()) + 7] ^= 1
-    target.write_bytes(data)
-    torch.load(target, weights_only=True)
-
-
-def foreign(path, target):
-    torch.save(dict(state_dict=torch.nn.Conv2d(1, 1, 1)), target)
-
-
-def other_network(path, target):
-    torch.save(dict(state_dict=dict(a=torch.zeros(1)), meta=META), target)
-
-
 @each_case('damage, match', [
-    (nan, 'NaN or infinite.*conv_seg.bias.*earlier checkpoint'),
-    (nameless, 'does not name its classes'),
-    (two_names, 'names 2 classes, but the network of .* has 8'),
-    (truncated, 'no checkpoint, a damaged one'),
-    (flipped, 'checksum'),
-    (foreign, 'not safe to read'),
-    (other_network, 'not of the network of the config'),
+    ('nan', 'NaN or infinite.*conv_seg.bias.*earlier checkpoint'),
+    ('nameless', 'does not name its classes'),
+    ('two names', 'names 2 classes, but the network of .* has 8'),
+    ('truncated', 'no checkpoint, a damaged one'),
+    ('other network', 'not of the network of the config'),
 ])
 def test_bad_checkpoints_are_refused(tool, stock, tmp_path, out, damage,
                                      match):
-    target = tmp_path / 'bad.pth'
-    damage(stock.checkpoint(20), target)
-    refuse(tool, out, match, target, out, '--config', stock.config)
+    found, bad = load(stock.checkpoint(20)), tmp_path / 'bad.pth'
+    state, names = found['state_dict'], found['meta']['dataset_meta']
+    if damage == 'nan':
+        state['decode_head.conv_seg.bias'][3] = float('nan')
+    elif damage == 'nameless':
+        del found['meta']['dataset_meta']
+    elif damage == 'two names':
+        names['classes'] = ('a', 'b')
+    elif damage == 'other network':
+        found['state_dict'] = dict(a=torch.zeros(1))
+    torch.save(found, bad)
+    if damage == 'truncated':
+        bad.write_bytes(bad.read_bytes()[:-1000])
+    refuse(tool, out, match, bad, out, '--config', stock.config)
 
 
 def test_bad_arguments_are_refused(tool, stock, tmp_path, out, capsys):
@@ -283,21 +274,15 @@ def test_bad_arguments_are_refused(tool, stock, tmp_path, out, capsys):
 
 
 def test_the_folder_is_made(tool, stock, tmp_path):
-    weights = stock.checkpoint(20)
-    for target in (f'{tmp_path}/new/', tmp_path / 'other' / 'net'):
-        found = publish(tool, weights, '--out', target, '--config',
-                        stock.config)
-        name = 'net' if 'other' in str(target) else Path(stock.config).stem
+    words = stock.checkpoint(20), '--config', stock.config, '--out'
+    for target, name in ((f'{tmp_path}/new/', stock.config.stem),
+                         (tmp_path / 'other' / 'net', 'net')):
+        found = publish(tool, *words, target)
         assert found.is_file() and found.name.startswith(f'{name}_')
 
 
 def test_full_disk_leaves_nothing(tool, stock, out):
     """The card and the log still fit, the weights do not."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    size = stock.log.stat().st_size + 5000
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
+    with full_disk(stock.log.stat().st_size + 5000):
         refuse(tool, out, 'cannot write to .*File too large.*Nothing was left',
                stock.checkpoint(20), out / 'net', '--log', stock.log)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

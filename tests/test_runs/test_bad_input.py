@@ -7,7 +7,7 @@ from each_case import each_case
 from mmengine.config import Config
 from mmengine.runner import Runner
 from processes import ROOT
-from tiny import CLASSES, PROMPTS, assert_equal, residual, run, tiny_config
+from tiny import CLASSES, CONTROL, PROMPTS, assert_equal, residual, run, tiny_config
 
 from mmseg_textkd.text.encode_classes import encode_classes
 
@@ -21,9 +21,6 @@ def test_damaged_file(tmp_path, make_embeddings):
         run(tiny_config(tmp_path, residual(file, dim=16), dict(switch_at=3)))
     assert str(file) in str(error.value) and file.read_bytes() == data
     assert not list(tmp_path.glob('work/*.pth'))
-
-
-CONTROL = dict(type='ControlEmbeddings', kind='random', dim=16)
 
 
 def learner(dim):

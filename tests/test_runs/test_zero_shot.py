@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmseg.registry import MODELS
-from tiny import (CLASSES, SIZE, assert_equal, changed, run, tiny_config,
+from tiny import (CLASSES, CONTROL, SIZE, assert_equal, changed, run, tiny_config,
                   write_dataset)
 from torch import nn
 
@@ -113,8 +113,7 @@ def test_forgotten_hiding_stops_the_run(tmp_path):
 
 
 def test_lseg_on_dpt_learns(tmp_path):
-    text = dict(type='ControlEmbeddings', kind='random', dim=16)
-    cfg = tiny_config(tmp_path, text, {}, max_iters=12)
+    cfg = tiny_config(tmp_path, CONTROL, {}, max_iters=12)
     every = (0, 1, 2, 3)
     cfg.model.backbone = dict(
         type='VisionTransformer',

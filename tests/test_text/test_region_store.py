@@ -1,9 +1,11 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """The image tower, and the folder of what it has seen."""
+import functools
 import json
 import shutil
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,11 @@ def scene():
 
 
 @pytest.fixture
+def new_store(tmp_path, clip_name):
+    return functools.partial(RegionStore, tmp_path, clip_name)
+
+
+@pytest.fixture
 def calls(monkeypatch):
     """Number of images in each call of any image tower."""
     seen, encode = [], ImageTower.encode_image
@@ -44,28 +51,25 @@ def calls(monkeypatch):
 @pytest.mark.stacks
 @each_case('name', ['toyclip', 'clip', 'eos'])
 def test_parity_with_open_clip(name, clip_dirs):
-    import open_clip
     folder = TOY_CLIP if name == 'toyclip' else clip_dirs[name]
     model = f'local-dir:{folder}'
     tower = ImageTower('toyclip' if name == 'toyclip' else model)
     clip, _, prepare = open_clip.create_model_and_transforms(
         model, image_resize_mode='squash')
-    rng = np.random.default_rng(1)
     # Smooth, as images are: resizing rounds a little otherwise in PIL.
-    coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, 5, 6)))
-    picture = F.interpolate(coarse, size=(50, 90), mode='bilinear')[0]
-    picture = picture.to(torch.uint8)
-    pil = Image.fromarray(picture.permute(1, 2, 0).numpy())
-    with torch.no_grad():
-        expected = clip.eval().encode_image(prepare(pil)[None])
-    got = tower.encode_image(tower.resize(picture)[None])
-    assert F.cosine_similarity(got, expected).item() > 0.9999
+    coarse = torch.from_numpy(
+        np.random.default_rng(1).uniform(0, 255, (1, 3, 5, 6)))
+    picture = F.interpolate(coarse, size=(50, 90), mode='bilinear')[0].byte()
+
+    def both(picture):
+        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        with torch.no_grad():
+            expected = clip.eval().encode_image(prepare(image)[None])
+        return tower.encode_image(tower.resize(picture)[None]), expected
+
+    assert F.cosine_similarity(*both(picture)).item() > 0.9999
     # Where nothing is resized it is the same.
-    small = picture[:, 8:40, 8:40]
-    pil = Image.fromarray(small.permute(1, 2, 0).numpy())
-    with torch.no_grad():
-        expected = clip.encode_image(prepare(pil)[None])
-    got = tower.encode_image(tower.resize(small)[None])
+    got, expected = both(picture[:, 8:40, 8:40])
     assert (got - expected).abs().max() <= 1e-5
     assert tower.size == (32, 32) and tower.dim == expected.shape[1]
 
@@ -85,10 +89,10 @@ def test_the_tower_is_frozen(clip_name):
 
 
 @pytest.mark.stacks
-def test_regions_of_a_scene(scene, clip_name, tmp_path):
+def test_regions_of_a_scene(scene, clip_name, new_store):
     """Boxes, grayed pixels and vectors, each on its own."""
     image, labels = scene
-    store = RegionStore(tmp_path, clip_name, min_pixels=21)
+    store = new_store(min_pixels=21)
     regions = store.get(image, labels)
     # Class 4 is too small, 255 no class.
     assert regions.labels.tolist() == [0, 1, 2, 5]
@@ -96,28 +100,22 @@ def test_regions_of_a_scene(scene, clip_name, tmp_path):
     tower = ImageTower(clip_name)
     for label, vector in zip(regions.labels.tolist(), regions.vectors):
         ys, xs = (labels == label).nonzero()
-        crop = np.empty((ys.max() - ys.min() + 1, xs.max() - xs.min() + 1, 3))
-        for y in range(crop.shape[0]):
-            for x in range(crop.shape[1]):
-                inside = labels[y + ys.min(), x + xs.min()] == label
-                pixel = image[y + ys.min(), x + xs.min(), ::-1]
-                crop[y, x] = pixel if inside else 128
-        picture = tower.resize(torch.from_numpy(crop).permute(2, 0, 1))
+        box = slice(ys.min(), ys.max() + 1), slice(xs.min(), xs.max() + 1)
+        grayed = np.where((labels == label)[..., None], image[..., ::-1], 128.)
+        picture = tower.resize(torch.from_numpy(grayed[box]).permute(2, 0, 1))
         expected = F.normalize(tower.encode_image(picture[None]), dim=1)
         assert (expected[0] - vector).abs().max() <= 1e-5
-    assert RegionStore(
-        tmp_path, clip_name,
-        min_pixels=20).get(image, labels).labels.tolist() == [0, 1, 2, 4, 5]
+    larger = new_store(min_pixels=20)
+    assert larger.get(image, labels).labels.tolist() == [0, 1, 2, 4, 5]
     empty = store.get(image, np.full_like(labels, 255))
     assert empty.labels.shape == (0, ) and empty.vectors.shape == (0, 24)
 
 
 @pytest.mark.stacks
-def test_the_second_time_nothing_is_computed(scene, clip_name, tmp_path,
-                                             calls):
-    first = RegionStore(tmp_path, clip_name).get(*scene)
+def test_the_second_time_nothing_is_computed(scene, new_store, calls):
+    first = new_store().get(*scene)
     assert calls == [1, 4]  # a sample on loading, then the scene
-    store = RegionStore(tmp_path, clip_name)
+    store = new_store()
     store.check_weights()
     for regions in (store.get(*scene), store.get(*scene)):
         assert torch.equal(regions.vectors, first.vectors)
@@ -129,10 +127,8 @@ def damage(path, how):
     data = bytearray(path.read_bytes())
     if how == 'truncated':
         data = data[:-7]
-    elif how == 'empty':
-        data = b''
-    elif how == 'other':
-        data = b'not a file of tensors, but long enough to look like one'
+    elif isinstance(how, bytes):
+        data = how
     else:
         # In the header, whose order is random, some bytes mean nothing.
         start = 8 + int.from_bytes(data[:8], 'little')
@@ -142,14 +138,14 @@ def damage(path, how):
 
 
 # Numbers: where in the tensors a bit flips; 0: in the length of the header.
-@pytest.mark.parametrize(
-    'how', ['truncated', 'empty', 'other', 'swapped', 0., .2, .5, 1.])
-def test_damaged_entries_are_made_anew(how, scene, clip_name, tmp_path, calls,
-                                       log):
+@each_case('how', [
+    'truncated', b'', b'not a file of tensors, but as long as one may be',
+    'swapped', 0., .2, .5, 1.
+])
+def test_damaged_entries_are_made_anew(how, scene, new_store, calls, log):
     image, labels = scene
-    store = RegionStore(tmp_path, clip_name)
-    first = store.get(image, labels)
-    key = store.key(image, labels)
+    store = new_store()
+    first, key = store.get(image, labels), store.key(image, labels)
     path = store.path(key)
     if how == 'swapped':  # a sound file in the wrong place
         store.get(image[:, ::-1], labels)
@@ -157,7 +153,8 @@ def test_damaged_entries_are_made_anew(how, scene, clip_name, tmp_path, calls,
     else:
         damage(path, how)
     count = len(calls)
-    again = RegionStore(tmp_path, clip_name).get(image, labels)
+    log.truncate(0)
+    again = new_store().get(image, labels)
     assert torch.equal(again.vectors, first.vectors)
     assert len(calls) == count + 2
     healed = RegionEmbeddings.load(path, key)
@@ -168,28 +165,25 @@ def test_damaged_entries_are_made_anew(how, scene, clip_name, tmp_path, calls,
     assert RegionEmbeddings.load(path, key) is None
 
 
-def test_stale_entries_are_not_found(scene, clip_name, tmp_path, calls):
+def test_stale_entries_are_not_found(scene, new_store, calls):
     image, labels = scene
-    store = RegionStore(tmp_path, clip_name)
+    store = new_store()
     store.get(image, labels)
     changed_image, changed_labels = image.copy(), labels.copy()
     changed_image[0, 0, 0] ^= 1
     changed_labels[0, 0] = 1
-    number = len(calls)
     for args in ((changed_image, labels), (image, changed_labels),
                  (image.reshape(70, 40, 3), labels.reshape(70, 40))):
+        number = len(calls)
         store.get(*args)
-        number += 1
-        assert len(calls) == number
-    keys = {store.key(image, labels)}
-    for options in (dict(min_pixels=3), dict(fill=0), dict(ignore_index=0)):
-        other = RegionStore(tmp_path, clip_name, **options)
-        keys.add(other.key(image, labels))
-    assert len(keys) == 4
+        assert len(calls) == number + 1
+    options = ({}, dict(min_pixels=3), dict(fill=0), dict(ignore_index=0))
+    assert len({new_store(**o).key(image, labels) for o in options}) == 4
 
 
 def test_another_tower_under_the_same_name(scene, tmp_path, calls):
-    name, folder = f'local-dir:{tmp_path}/model', tmp_path / 'regions'
+    name, other = (f'local-dir:{tmp_path}/{n}' for n in ('model', 'other'))
+    folder, mirrored = tmp_path / 'regions', (scene[0][::-1], scene[1])
     save_model(tmp_path / 'model', 'clip')
     first = RegionStore(folder, name).get(*scene)
     shutil.rmtree(tmp_path / 'model')
@@ -198,15 +192,15 @@ def test_another_tower_under_the_same_name(scene, tmp_path, calls):
     store = RegionStore(folder, name)
     store.check_weights()
     assert torch.equal(store.get(*scene).vectors, first.vectors)
-    with pytest.raises(TextTowerError, match='there is no such folder'):
-        store.get(scene[0][::-1], scene[1])
-    with pytest.raises(TextTowerError, match='there is no such folder'):
-        RegionStore(tmp_path / 'empty', name).get(*scene)
+    for store, images in ((store, mirrored),
+                          (RegionStore(tmp_path / 'empty', name), scene)):
+        with pytest.raises(TextTowerError, match='there is no such folder'):
+            store.get(*images)
 
     save_model(tmp_path / 'model', 'clip', seed=1)
     # In the middle of a run: no mixture of two towers.
     with pytest.raises(RuntimeError, match='tools/encode_regions.py'):
-        RegionStore(folder, name).get(scene[0][::-1], scene[1])
+        RegionStore(folder, name).get(*mirrored)
     store = RegionStore(folder, name)
     store.check_weights()
     second = store.get(*scene)
@@ -215,24 +209,22 @@ def test_another_tower_under_the_same_name(scene, tmp_path, calls):
     assert F.cosine_similarity(first.vectors, second.vectors).max() < .99
     # Two towers side by side in one folder.
     save_model(tmp_path / 'other', 'clip', seed=2)
-    other = RegionStore(folder, f'local-dir:{tmp_path}/other')
-    other.get(*scene)
+    RegionStore(folder, other).get(*scene)
     number = len(calls)
-    for model in (name, f'local-dir:{tmp_path}/other'):
+    for model in (name, other):
         RegionStore(folder, model).get(*scene)
-    assert len(calls) == number
-    notes = [json.loads(p.read_text()) for p in folder.glob('tower-*.json')]
-    assert len({n['weights'] for n in notes}) == 2
+    notes = list(folder.glob('tower-*.json'))
+    assert len({json.loads(p.read_text())['weights'] for p in notes}) == 2
     # A damaged note is written anew.
-    for note in folder.glob('tower-*.json'):
+    for note in notes:
         note.write_text('{')
     again = RegionStore(folder, name).get(*scene)
     assert torch.equal(again.vectors, second.vectors)
     assert len(calls) == number
 
 
-def test_bad_arguments(tmp_path):
+def test_bad_arguments(new_store):
     with pytest.raises(ValueError, match='`min_pixels` must be at least 1'):
-        RegionStore(tmp_path, 'toyclip', min_pixels=0)
+        new_store(min_pixels=0)
     with pytest.raises(ValueError, match='`fill` must be in'):
-        RegionStore(tmp_path, 'toyclip', fill=256)
+        new_store(fill=256)

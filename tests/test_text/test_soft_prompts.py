@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Learned context in the prompts of every kind of text tower."""
 import json
+import re
 from pathlib import Path
 
 import open_clip
@@ -44,13 +45,12 @@ class Words:
         start, end, pad = self.frame
         rows = []
         for text in texts:
-            if self.clean:  # as SigLIP's, which drops the full stop
-                text = text.replace('.', '')
-            pieces = [
-                word[i:i + 3] for word in text.replace('.', ' .').split()
-                for i in range(0, len(word), 3)
+            # As SigLIP's, which drops the full stop.
+            text = text.replace('.', '' if self.clean else ' .')
+            ids = [
+                200 + sum(map(ord, piece)) % 300
+                for piece in re.findall(r'\S{1,3}', text)
             ]
-            ids = [200 + sum(map(ord, piece)) % 300 for piece in pieces]
             row = [*start, *ids][:context_length - 1] + [end]
             rows.append(row + [pad] * (context_length - len(row)))
         return torch.tensor(rows)
@@ -61,30 +61,34 @@ def families():
     found = {}
     for path in Path(open_clip.__file__).parent.glob('model_configs/*.json'):
         text = json.loads(path.read_text())['text_cfg']
+        name = text.get('hf_tokenizer_name')
         # Towers of `transformers` hold no text transformer of open_clip.
-        if 'hf_model_name' not in text:
-            name = text.get('hf_tokenizer_name')
-            if name:
-                text['hf_tokenizer_name'] = next(k for k in FRAMES
-                                                 if k in name)
-            found.setdefault(tuple(text.get(key) for key in KEYS), path.stem)
+        if 'hf_model_name' in text:
+            continue
+        if name:
+            text['hf_tokenizer_name'] = next(k for k in FRAMES if k in name)
+        found.setdefault(tuple(text.get(key) for key in KEYS), path.stem)
     return [pytest.param(dict(zip(KEYS, k)), id=v) for k, v in found.items()]
 
 
-def make_tower(folder, monkeypatch, text):
-    """A random tower with such settings."""
-    text = {k: v for k, v in text.items() if v is not None}
-    name = text.pop('hf_tokenizer_name', None)
-    monkeypatch.setitem(
-        tiny_clip.VARIANTS, 'family',
-        (text, dict(custom_text=name is not None or 'embed_cls' in text)))
-    tiny_clip.save_model(folder, 'family')
-    tower = TextTower(f'local-dir:{folder}')
-    if name is not None:
-        tower.tokenizer = Words(
-            *FRAMES[name], text['context_length'], clean='SigLIP' in name)
-    tower.context_length = text['context_length']
-    return tower
+@pytest.fixture
+def make_tower(tmp_path, monkeypatch):
+    """Make a random tower with such settings."""
+
+    def make(**text):
+        text = {k: v for k, v in text.items() if v is not None}
+        name = text.pop('hf_tokenizer_name', None)
+        model = dict(custom_text=name is not None or 'embed_cls' in text)
+        monkeypatch.setitem(tiny_clip.VARIANTS, 'family', (text, model))
+        tiny_clip.save_model(tmp_path / 'clip', 'family')
+        tower = TextTower(f'local-dir:{tmp_path}/clip')
+        if name is not None:
+            tower.tokenizer = Words(
+                *FRAMES[name], text['context_length'], clean='SigLIP' in name)
+        tower.context_length = text['context_length']
+        return tower
+
+    return make
 
 
 @pytest.fixture
@@ -95,13 +99,9 @@ def learner(make_embeddings, monkeypatch):
         monkeypatch.setattr(context_prompt_learner, 'load_tower',
                             lambda *_: tower)
         file = make_embeddings(3, tower.dim, tuple(PHRASES))
-        provider = ContextPromptLearner(
-            dict(type='ClassEmbeddings', file=file),
-            3,
-            'family',
-            token_dim=tower.token_dim,
-            vocabulary=PHRASES,
-            **options)
+        text = dict(type='ClassEmbeddings', file=file)
+        options.update(token_dim=tower.token_dim, vocabulary=PHRASES)
+        provider = ContextPromptLearner(text, 3, 'family', **options)
         provider.train().start_learning()
         return provider
 
@@ -109,43 +109,32 @@ def learner(make_embeddings, monkeypatch):
 
 
 @pytest.mark.parametrize('text', families())
-def test_context_of_words_is_the_sentence(tmp_path, monkeypatch, learner,
-                                          text):
+def test_context_of_words_is_the_sentence(make_tower, learner, text):
     """Words in the places of the context give what the sentence gives."""
-    tower = make_tower(tmp_path / 'clip', monkeypatch, text)
-    number = tower.find_word_tokens(['go to'
-                                     ]) if not text['embed_cls'] else None
-    if number is None:  # CoCa pools a token of its own
+    tower = make_tower(**text)
+    if text['embed_cls']:  # CoCa pools a token of its own
         with pytest.raises(TextTowerError, match='takes no soft prompts'):
             learner(tower, n_ctx=2)
         return
-    count = number[2][0]
     sentences = [f'go to {phrase}.' for phrase in PHRASES.values()]
     expected = F.normalize(tower.encode_text(sentences), dim=1)
     # These towers tell such sentences apart.
     assert (expected[0] - expected[1]).abs().max() > .01
+    count = tower.find_word_tokens(['go to'])[2][0]
     provider = learner(tower, n_ctx=count, init='go to')
     torch.testing.assert_close(provider(), expected, atol=1e-5, rtol=0)
 
 
-def test_long_prompts_leave_room_for_the_end(tmp_path, monkeypatch, learner):
+def test_long_prompts_leave_room_for_the_end(make_tower, learner):
     """SigLIP's end token is padding, and the last place is what is pooled."""
-    text = dict(
-        context_length=16,
-        pool_type='last',
-        no_causal_mask=True,
-        hf_tokenizer_name='SigLIP')
-    tower = make_tower(tmp_path / 'clip', monkeypatch, text)
+    text = dict(context_length=16, pool_type='last', no_causal_mask=True)
+    tower = make_tower(**text, hf_tokenizer_name='SigLIP')
     longest = max(tower.find_word_tokens(list(PHRASES.values()))[2])
     fits = learner(tower, n_ctx=15 - longest)
     assert fits.prompts[0][:, -1].tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="'traffic light' has 6 tokens and "):
         learner(tower, n_ctx=16 - longest)
-
-
-def test_other_frames_are_refused(tmp_path, monkeypatch, learner):
-    tower = make_tower(tmp_path / 'clip', monkeypatch,
-                       dict(context_length=77, hf_tokenizer_name='SigLIP'))
+    # Other frames are refused.
     inner = tower.tokenizer
 
     def clips(texts, context_length=None):

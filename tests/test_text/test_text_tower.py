@@ -1,23 +1,31 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import gc
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import sys
 import time
 import weakref
+from pathlib import Path
+from unittest.mock import Mock
 
+import open_clip
 import pytest
 import torch
 from each_case import each_case
+from huggingface_hub import constants
 from processes import start
-from tiny_clip import EOS, TEXT_CFG, VARIANTS, save_model
+from safetensors.torch import load_file, save_file
+from tiny import CLASSES
+from tiny_clip import EOS, TEXT_CFG, VARIANTS, open_clip_model, save_model
 
 from mmseg_textkd.clip.text_tower import TextTower, TextTowerError, load_tower
 from mmseg_textkd.clip.weights import (_tag_file, find_weights,
                                        warn_of_activation)
 
+WEIGHTS = 'open_clip_model.safetensors'
 SENTENCES = ('road', 'a photo of a car.', 'the sky over a wide street at dusk',
              'sky', 'a very long sentence about a road with one car')
 CUTTABLE = ('clip', 'custom', 'eos', 'wide_bias', 'no_proj', 'qk_norm')
@@ -29,86 +37,80 @@ def tower_of(clip_dirs, variant):
     return TextTower(f'local-dir:{clip_dirs[variant]}')
 
 
-def reference(clip_dirs, variant, sentences=SENTENCES):
+def reference(clip_dirs, variant):
     """open_clip's own loading, tokenizing and encoding."""
-    import open_clip
-    folder = clip_dirs[variant]
-    clip = open_clip.create_model(f'local-dir:{folder}').eval()
-    tokenizer = open_clip.get_tokenizer(
-        f'local-dir:{folder}', bpe_path=str(folder / 'bpe_vocab.txt.gz'))
+    clip, tokenizer = open_clip_model(clip_dirs[variant])
     with torch.no_grad():
-        features = clip.encode_text(tokenizer(list(sentences)))
+        features = clip.encode_text(tokenizer(list(SENTENCES)))
     return features[0] if isinstance(features, tuple) else features
 
 
+@pytest.fixture
+def tower(clip_name):
+    return TextTower(clip_name)
+
+
+@pytest.fixture
+def folder(clip_dirs, tmp_path):
+    """A model's folder of one's own."""
+    return Path(shutil.copytree(clip_dirs['clip'], tmp_path / 'model'))
+
+
+def cached(cache, name, make):
+    """Put a model where the hub's client would have put it."""
+    repo = cache / f'models--{name.replace("/", "--")}'
+    snapshot = repo / 'snapshots' / 'abc'
+    (repo / 'refs').mkdir(parents=True)
+    (repo / 'refs' / 'main').write_text('abc')
+    make(snapshot)
+    return snapshot
+
+
 @each_case('variant', CUTTABLE + UNCUT)
-@each_case('batch_size', [2, 256])
-def test_parity_with_open_clip(clip_dirs, variant, batch_size):
+def test_parity_with_open_clip(clip_dirs, variant):
     tower = tower_of(clip_dirs, variant)
     expected = reference(clip_dirs, variant)
     assert (expected[0] - expected[1]).abs().max() > 1e-2
-    for cut in (True, False):
+    for cut, batch_size in itertools.product((True, False), (2, 256)):
         got = tower.encode_text(SENTENCES, batch_size=batch_size, cut=cut)
         assert got.dtype == torch.float32
         assert (got - expected).abs().max() <= 1e-5
     assert tower.dim == expected.shape[1]
-
-
-@each_case('variant', CUTTABLE + UNCUT)
-def test_cuts_only_where_it_is_exact(clip_dirs, variant):
-    tower = tower_of(clip_dirs, variant)
+    # It cuts only where that is exact.
     assert tower.can_cut == (variant in CUTTABLE)
     lengths = []
     tower._text.transformer.register_forward_hook(
         lambda module, inputs, output: lengths.append(output.shape[1]))
     tower.encode_text(['road', 'car'])
-    extra = variant == 'cls'
-    # [start] road [end]: three tokens instead of 77.
-    assert lengths == [3 if variant in CUTTABLE else 77 + extra]
-
-
-def test_cutting_a_bidirectional_tower_would_be_wrong(clip_dirs):
-    """The detection matters: forcing the cut changes the vectors."""
-    tower = tower_of(clip_dirs, 'bidirectional')
-    expected = tower.encode_text(SENTENCES)
-    tower.can_cut = True
-    assert (tower.encode_text(SENTENCES) - expected).abs().max() > 1e-3
-
-
-def test_order_of_batches_is_restored(clip_dirs):
-    tower = tower_of(clip_dirs, 'clip')
-    one_by_one = torch.cat([tower.encode_text([s]) for s in SENTENCES])
-    together = tower.encode_text(SENTENCES, batch_size=2)
-    assert (together - one_by_one).abs().max() <= 1e-5
-
-
-@each_case('variant', [v for v in VARIANTS if v != 'cls'])
-def test_soft_prompts_equal_text(clip_dirs, variant):
-    tower = tower_of(clip_dirs, variant)
+    # [start] road [end]: three tokens instead of 77, or 78 with a class token.
+    assert lengths == [3 if tower.can_cut else 77 + (variant == 'cls')]
     ids = tower.tokenize(SENTENCES)
-    got = tower.encode_prompts(tower.embed_tokens(ids), ids)
-    assert (got - reference(clip_dirs, variant)).abs().max() <= 1e-5
+    if variant == 'cls':
+        with pytest.raises(TextTowerError, match='takes no soft prompts'):
+            tower.embed_tokens(ids)
+        return
+
+    def encode(ids):
+        """As soft prompts, which equal text."""
+        return tower.encode_prompts(tower.embed_tokens(ids), ids)
+
+    assert (encode(ids) - expected).abs().max() <= 1e-5
+    # Prompts may come with any length that holds the end tokens.
+    short = ids[:, :tower.end_positions(ids).max() + 1]
     if tower.can_cut:
-        # Prompts may come with any length that holds the end tokens.
-        num = int(tower.end_positions(ids).max()) + 1
-        short = tower.encode_prompts(
-            tower.embed_tokens(ids[:, :num]), ids[:, :num])
-        assert (short - got).abs().max() <= 1e-6
+        assert (encode(short) - encode(ids)).abs().max() <= 1e-6
     else:
         with pytest.raises(ValueError, match='exactly 77'):
-            tower.encode_prompts(tower.embed_tokens(ids[:, :9]), ids[:, :9])
+            encode(short)
 
 
-def test_gradient_reaches_prompts_and_not_weights(clip_dirs):
-    tower = tower_of(clip_dirs, 'clip')
-    before = tower.checksum()
-    ids = tower.tokenize(['a road', 'car'])
+def test_gradient_reaches_prompts_and_not_weights(tower):
+    before, ids = tower.checksum(), tower.tokenize(['a road', 'car'])
     prompts = tower.embed_tokens(ids).requires_grad_()
     target = torch.randn(2, tower.dim)
     (tower.encode_prompts(prompts, ids) * target).sum().backward()
     gradient = prompts.grad
-    ends = tower.end_positions(ids).tolist()
-    for row, end in enumerate(ends):
+    for row, end in enumerate(tower.end_positions(ids).tolist()):
         assert (gradient[row, :end + 1].abs().sum(dim=1) > 0).all()
         # What lies behind the end token is not seen.
         assert gradient[row, end + 1:].abs().sum() == 0
@@ -116,32 +118,29 @@ def test_gradient_reaches_prompts_and_not_weights(clip_dirs):
     step = torch.zeros_like(prompts)
     step[0, 1, 3] = 1e-2
     with torch.no_grad():
-        up = (tower.encode_prompts(prompts + step, ids) * target).sum()
-        down = (tower.encode_prompts(prompts - step, ids) * target).sum()
-    assert float((up - down) / 2e-2) == pytest.approx(
-        float(gradient[0, 1, 3]), rel=2e-2, abs=1e-4)
+        up, down = (
+            tower.encode_prompts(prompts + sign * step, ids)
+            for sign in (1, -1))
+    slope = ((up - down) * target).sum().item() / 2e-2
+    assert slope == pytest.approx(gradient[0, 1, 3].item(), rel=2e-2, abs=1e-4)
     assert all(p.grad is None for p in tower.parameters())
     assert tower.checksum() == before
 
 
-def test_frozen(clip_dirs):
+def test_frozen_and_without_its_visual_side(clip_dirs):
     tower = tower_of(clip_dirs, 'custom')
-    parameters = list(tower.parameters())
+    parameters = dict(tower.named_parameters())
     assert len(parameters) > 20
-    assert not any(p.requires_grad for p in parameters)
+    assert not any(p.requires_grad for p in parameters.values())
     assert tower.train() is tower
     torch.nn.Sequential(tower).train()
     assert not any(module.training for module in tower.modules())
-
-
-def test_visual_side_is_dropped(clip_dirs):
-    tower = tower_of(clip_dirs, 'clip')
     assert not hasattr(tower.clip, 'visual')
-    assert not [n for n, _ in tower.named_parameters() if 'visual' in n]
+    assert not [name for name in parameters if 'visual' in name]
 
 
-def test_checksum_sees_every_weight(clip_dirs, tmp_path):
-    tower, twin = tower_of(clip_dirs, 'clip'), tower_of(clip_dirs, 'clip')
+def test_checksum_sees_every_weight(tower, clip_name, tmp_path):
+    twin = TextTower(clip_name)
     assert tower.checksum() == twin.checksum()
     save_model(tmp_path / 'other', 'clip', seed=1)
     other = TextTower(f'local-dir:{tmp_path / "other"}')
@@ -150,10 +149,8 @@ def test_checksum_sees_every_weight(clip_dirs, tmp_path):
     assert twin.checksum() != tower.checksum()
 
 
-def test_float32_under_autocast(clip_dirs):
-    tower = tower_of(clip_dirs, 'clip')
-    ids = tower.tokenize(SENTENCES)
-    expected = tower.encode_text(SENTENCES)
+def test_float32_under_autocast(tower):
+    ids, expected = tower.tokenize(SENTENCES), tower.encode_text(SENTENCES)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         text = tower.encode_text(SENTENCES)
         soft = tower.encode_prompts(tower.embed_tokens(ids).bfloat16(), ids)
@@ -163,49 +160,30 @@ def test_float32_under_autocast(clip_dirs):
     assert (soft - expected).abs().max() <= 3e-2
 
 
-def test_tokenize(clip_dirs):
-    tower = tower_of(clip_dirs, 'clip')
+def test_tokenize(tower):
     start = EOS - 1
     assert tower.tokenize(['road'])[0, :4].tolist() == [start, 512 + 2, EOS, 0]
     assert tower.tokenize('road').shape == (1, TEXT_CFG['context_length'])
-    tower.tokenize([' '.join(['road'] * 75)])
-    with pytest.raises(ValueError, match='78') as info:
-        tower.tokenize(['car', ' '.join(['road'] * 76)])
-    assert 'road road' in str(info.value) and '1 sentence' in str(info.value)
+    # Once, however long they are.
+    sentences = [*SENTENCES, ' '.join(['road'] * 75)]
+    expected = tower.tokenizer(sentences, context_length=tower.context_length)
+    tower.tokenizer = Mock(wraps=tower.tokenizer)
+    assert torch.equal(tower.tokenize(sentences), expected)
+    seen = sum((call.args[0] for call in tower.tokenizer.mock_calls), [])
+    assert seen == sentences
+    road = ' '.join(['road'] * 76)
+    with pytest.raises(ValueError, match='(?s)1 sentence.*78.*road road'):
+        tower.tokenize(['car', road])
     with pytest.raises(ValueError, match='no sentences'):
         tower.tokenize([])
 
 
-@pytest.mark.parametrize('variant', ['clip', 'eos', 'bidirectional'])
-def test_sentences_are_tokenized_once(clip_dirs, monkeypatch, variant):
-    tower = tower_of(clip_dirs, variant)
-    sentences = [*SENTENCES, ' '.join(['road'] * 75)]
-    expected = tower.tokenizer(sentences, context_length=tower.context_length)
-    plain, seen = tower.tokenizer, []
-
-    def counted(texts, context_length=None):
-        seen.extend(texts)
-        return plain(texts, context_length)
-
-    monkeypatch.setattr(tower, 'tokenizer', counted)
-    assert torch.equal(tower.tokenize(sentences), expected)
-    assert seen == sentences
-
-
-def test_class_token_tower_takes_no_prompts(clip_dirs):
-    tower = tower_of(clip_dirs, 'cls')
-    with pytest.raises(TextTowerError, match='takes no soft prompts'):
-        tower.embed_tokens(tower.tokenize(['road']))
-
-
-def test_wrong_prompt_shapes(clip_dirs):
-    tower = tower_of(clip_dirs, 'clip')
+def test_prompts_that_do_not_fit(tower):
     ids = tower.tokenize(['road'])
     with pytest.raises(ValueError, match='width 32'):
         tower.encode_prompts(torch.zeros(1, 77, 31), ids)
     with pytest.raises(ValueError, match='up to 77'):
-        tower.encode_prompts(
-            torch.zeros(1, 78, 32), torch.zeros(1, 78, dtype=torch.long))
+        tower.encode_prompts(torch.zeros(1, 78, 32), torch.zeros(1, 78).long())
 
 
 def test_load_tower_shares_and_lets_go(clip_name):
@@ -218,60 +196,42 @@ def test_load_tower_shares_and_lets_go(clip_name):
     assert load_tower(clip_name) is not None
 
 
-def test_damaged_folders(clip_dirs, tmp_path):
-    with pytest.raises(TextTowerError, match='no such folder') as info:
-        TextTower(f'local-dir:{tmp_path / "nowhere"}')
-    for way in ('--prefetch', 'local-dir:/path', '--import'):
-        assert way in str(info.value)
-    folder = tmp_path / 'model'
-    shutil.copytree(clip_dirs['clip'], folder)
-    weights = folder / 'open_clip_model.safetensors'
-    data = weights.read_bytes()
-    weights.write_bytes(data[:len(data) // 2])
-    with pytest.raises(TextTowerError, match='cannot be loaded') as info:
-        TextTower(f'local-dir:{folder}')
-    assert info.value.__cause__ is not None
+def test_damaged_folders(folder):
+
+    def refused(words):
+        with pytest.raises(TextTowerError, match=f'(?s){words}') as info:
+            TextTower(f'local-dir:{folder}')
+        return info.value
+
+    vocabulary, weights = folder / 'bpe_vocab.txt.gz', folder / WEIGHTS
+    whole, state = weights.read_bytes(), load_file(weights)
+    state['ln_final.bias'][0] = float('nan')
+    save_file(state, weights)
+    refused('not finite')
+    weights.write_bytes(whole[:len(whole) // 2])
+    assert refused('cannot be loaded').__cause__ is not None
+    weights.write_bytes(whole)
+    vocabulary.unlink()
+    refused('(?=.*521)(?=.*49408).*bpe_vocab.txt.gz')
     weights.unlink()
     # open_clip itself would go on with random weights here.
-    with pytest.raises(TextTowerError, match='no weights'):
-        TextTower(f'local-dir:{folder}')
+    refused('no weights')
     (folder / 'open_clip_config.json').unlink()
-    with pytest.raises(TextTowerError, match='has no open_clip_config.json'):
-        TextTower(f'local-dir:{folder}')
-
-
-def test_vocabulary_of_another_model(clip_dirs, tmp_path):
-    folder = tmp_path / 'model'
-    shutil.copytree(clip_dirs['clip'], folder)
-    (folder / 'bpe_vocab.txt.gz').unlink()
-    with pytest.raises(TextTowerError, match='bpe_vocab.txt.gz') as info:
-        TextTower(f'local-dir:{folder}')
-    assert '49408' in str(info.value) and '521' in str(info.value)
-
-
-def test_nan_weights(clip_dirs, tmp_path):
-    from safetensors.torch import load_file, save_file
-    folder = tmp_path / 'model'
-    shutil.copytree(clip_dirs['clip'], folder)
-    weights = load_file(folder / 'open_clip_model.safetensors')
-    weights['ln_final.bias'][0] = float('nan')
-    save_file(weights, folder / 'open_clip_model.safetensors')
-    with pytest.raises(TextTowerError, match='not finite'):
-        TextTower(f'local-dir:{folder}')
+    refused('has no open_clip_config.json')
+    folder.rmdir()
+    refused('no such folder.*--prefetch.*local-dir:/path.*--import')
 
 
 def test_architecture_with_a_weights_file(tmp_path, monkeypatch, clip_dirs):
     """An architecture name takes its weights from a local file."""
-    import open_clip
     config = (clip_dirs['wide_bias'] / 'open_clip_config.json').read_text()
     arch = json.loads(config)['model_cfg']
     # Full vocabulary: an architecture has open_clip's own tokenizer.
     arch['text_cfg'].update(vocab_size=49408, width=16)
     (tmp_path / 'tiny-test-arch.json').write_text(json.dumps(arch))
-    monkeypatch.setattr(open_clip.factory, '_MODEL_CONFIG_PATHS',
-                        list(open_clip.factory._MODEL_CONFIG_PATHS))
-    monkeypatch.setattr(open_clip.factory, '_MODEL_CONFIGS',
-                        dict(open_clip.factory._MODEL_CONFIGS))
+    for name in ('_MODEL_CONFIG_PATHS', '_MODEL_CONFIGS'):
+        value = getattr(open_clip.factory, name)
+        monkeypatch.setattr(open_clip.factory, name, value.copy())
     open_clip.add_model_config(tmp_path)
     clip = open_clip.create_model('tiny-test-arch')
     file = tmp_path / 'weights.pt'
@@ -281,15 +241,16 @@ def test_architecture_with_a_weights_file(tmp_path, monkeypatch, clip_dirs):
         expected = clip.encode_text(
             open_clip.get_tokenizer('tiny-test-arch')(list(SENTENCES)))
     assert (tower.encode_text(SENTENCES) - expected).abs().max() <= 1e-5
-    with pytest.raises(TextTowerError, match='would be random'):
-        TextTower('tiny-test-arch')
-    with pytest.raises(TextTowerError, match='neither a file nor one of the'):
-        TextTower('tiny-test-arch', str(tmp_path / 'missing.pt'))
+    for words, args in (('would be random', ['tiny-test-arch']),
+                        ('neither a file nor one of the',
+                         ['tiny-test-arch', f'{tmp_path}/missing.pt'
+                          ]), ("'ViT-B-16'", ['ViT-B16', 'openai'])):
+        with pytest.raises(TextTowerError, match=words):
+            TextTower(*args)
 
 
 def test_activation_of_a_weights_file(tmp_path, monkeypatch, log):
     """Nothing in a file tells it, and both forms load."""
-    from open_clip import pretrained
     file = tmp_path / 'weights.pt'
     file.write_bytes(b'as OpenAI published them')
     plain = find_weights('ViT-B-32', str(file))
@@ -299,31 +260,25 @@ def test_activation_of_a_weights_file(tmp_path, monkeypatch, log):
     assert 'then give ViT-B-32-quickgelu' in log.getvalue()
     # The files that are known decide by themselves, whatever they are called.
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    url = pretrained._PRETRAINED['ViT-B-32']['openai']['url'].split('/')
-    assert len(url[-2]) == len(sha256)
-    monkeypatch.setitem(pretrained._PRETRAINED['ViT-B-32'], 'openai',
+    known = open_clip.pretrained._PRETRAINED['ViT-B-32']
+    assert len(known['openai']['url'].split('/')[-2]) == len(sha256)
+    monkeypatch.setitem(known, 'openai',
                         dict(url=f'https://x/{sha256}/a.pt', quick_gelu=True))
     log.truncate(0)
     for name in ('ViT-B-32', 'ViT-B-32-quickgelu'):
-        known = find_weights(name, str(file))
-        assert known == (name, str(file), True)
-        warn_of_activation(name, str(file), known)
+        found = find_weights(name, str(file))
+        assert found == (name, str(file), True)
+        warn_of_activation(name, str(file), found)
     assert not log.getvalue()
 
 
-def test_unknown_architecture_names_its_neighbors():
-    with pytest.raises(TextTowerError, match="'ViT-B-16'"):
-        TextTower('ViT-B16', 'openai')
-
-
-@pytest.mark.parametrize('model, pretrained, looked', [
+@each_case('model, pretrained, looked', [
     ('ViT-B-16', 'openai', 'models--timm--vit_base_patch16_clip_224.openai'),
     ('hf-hub:nobody/nothing', None, 'models--nobody--nothing'),
 ])
 def test_missing_weights_without_network(model, pretrained, looked, tmp_path,
                                          monkeypatch):
     """No route to the hub: one clear error, within seconds."""
-    from huggingface_hub import constants
     monkeypatch.setattr(constants, 'ENDPOINT', 'https://127.0.0.1:9')
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     for name in ('http_proxy', 'https_proxy', 'all_proxy'):
@@ -333,15 +288,13 @@ def test_missing_weights_without_network(model, pretrained, looked, tmp_path,
     with pytest.raises(TextTowerError) as info:
         TextTower(model, pretrained, cache_dir=tmp_path)
     assert time.time() - start < 10
-    message = str(info.value)
     assert isinstance(info.value.__cause__, OSError)
     for part in (model, str(tmp_path), looked, '--prefetch', 'local-dir:/path',
                  '--import', '127.0.0.1'):
-        assert part in message, part
+        assert part in str(info.value), part
 
 
 def test_offline_switch_of_the_hub(tmp_path, monkeypatch):
-    from huggingface_hub import constants
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     with pytest.raises(TextTowerError, match='HF_HUB_OFFLINE'):
         TextTower('ViT-B-32', 'laion2b_s34b_b79k', cache_dir=tmp_path)
@@ -349,12 +302,9 @@ def test_offline_switch_of_the_hub(tmp_path, monkeypatch):
 
 def test_cached_hub_model_needs_no_network(clip_dirs, tmp_path, monkeypatch):
     """A model in the cache opens at once; nothing asks the hub."""
-    from huggingface_hub import constants
     monkeypatch.setattr(constants, 'ENDPOINT', 'https://127.0.0.1:9')
-    repo = tmp_path / 'models--org--name'
-    shutil.copytree(clip_dirs['clip'], repo / 'snapshots' / 'abc')
-    (repo / 'refs').mkdir()
-    (repo / 'refs' / 'main').write_text('abc')
+    cached(tmp_path, 'org/name',
+           lambda place: shutil.copytree(clip_dirs['clip'], place))
     tower = TextTower('hf-hub:org/name', cache_dir=tmp_path)
     expected = reference(clip_dirs, 'clip')
     assert (tower.encode_text(SENTENCES) - expected).abs().max() <= 1e-5
@@ -367,14 +317,11 @@ def test_cached_hub_model_needs_no_network(clip_dirs, tmp_path, monkeypatch):
 def test_tags_bring_their_activation(tmp_path, tag, repo, quick_gelu):
     """OpenAI's weights under the plain architecture need QuickGELU, of which
     open_clip only warns."""
-    folder = tmp_path / f'models--{repo.replace("/", "--")}'
-    (folder / 'snapshots' / 'abc').mkdir(parents=True)
-    (folder / 'refs').mkdir()
-    (folder / 'refs' / 'main').write_text('abc')
-    file = folder / 'snapshots' / 'abc' / 'open_clip_model.safetensors'
+    file = cached(tmp_path, repo, lambda place: place.mkdir(parents=True))
+    file = file / WEIGHTS
     file.touch()
-    assert find_weights('ViT-B-16', tag,
-                        tmp_path) == ('ViT-B-16', str(file), quick_gelu)
+    found = find_weights('ViT-B-16', tag, tmp_path)
+    assert found == ('ViT-B-16', str(file), quick_gelu)
 
 
 def test_tag_with_a_plain_address(tmp_path):
@@ -394,22 +341,16 @@ def test_without_open_clip(tmp_path):
             'from mmseg_textkd.clip.text_tower import *\n'
             'try:\n    TextTower("toyclip")\n'
             'except TextTowerError as e:\n    print(e)\n')
+    path = os.pathsep.join([str(tmp_path), *sys.path])
     done = start(
-        'python',
-        '-c',
-        code,
-        cwd=tmp_path,
-        fork=True,
-        PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+        'python', '-c', code, cwd=tmp_path, fork=True, PYTHONPATH=path)
     assert done.status == 0, done.output
     assert 'pip install open_clip_torch' in done.output
 
 
 def test_toyclip_is_loaded_and_named(log):
-    from mmseg_textkd.text.vocabulary import Vocabulary
     tower = TextTower('toyclip')
     assert tower.can_cut and tower.model == 'toyclip'
     assert 'ToyCLIP' in log.getvalue()
-    names = list(Vocabulary.from_spec('toy_scenes').names)
-    cut, full = (tower.encode_text(names, cut=cut) for cut in (True, False))
+    cut, full = (tower.encode_text(CLASSES, cut=cut) for cut in (True, False))
     assert (cut - full).abs().max() <= 1e-5

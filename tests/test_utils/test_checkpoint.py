@@ -23,24 +23,25 @@ from mmseg_textkd.utils.checkpoint import (find_checkpoint, load_file,
 
 pytestmark = pytest.mark.stacks
 WEIGHTS = dict(weight=torch.arange(4000.))
+load = CheckpointLoader.load_checkpoint
 
 
 class Bomb:
-    """Unpickling this leaves a trace."""
+    """Unpickling this calls a function, which leaves a trace."""
 
-    def __init__(self, path):
-        self.path = str(path)
+    def __init__(self, *args, function=os.mkdir):
+        self.call = function, args
 
     def __reduce__(self):
-        return os.mkdir, (self.path, )
+        return self.call
 
 
 @pytest.fixture
 def bomb(tmp_path):
     """A checkpoint with code in it, and what tells that the code has run."""
-    trace = tmp_path / 'trace'
-    path = tmp_path / 'bomb.pth'
-    torch.save(dict(state_dict=WEIGHTS, meta=dict(a=Bomb(trace))), path)
+    trace, path = tmp_path / 'trace', tmp_path / 'bomb.pth'
+    meta = dict(a=Bomb(str(trace)))
+    torch.save(dict(state_dict=WEIGHTS, meta=meta), path)
     return path, trace
 
 
@@ -60,15 +61,11 @@ def test_no_loader_runs_code(bomb, url, monkeypatch):
     path, trace = bomb
     # So torch asks for nothing by default before version 2.6.
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
-    readers = [
-        partial(read_checkpoint, path),
-        partial(CheckpointLoader.load_checkpoint, str(path)),
-        partial(CheckpointLoader.load_checkpoint, url + path.name),
-        partial(CheckpointLoader.load_checkpoint, url + path.name, 'cpu'),
-    ]
-    for reader in readers:
+    for read, *words in ((read_checkpoint, path), (load, str(path)),
+                         (load, url + path.name), (load, url + path.name,
+                                                   'cpu')):
         with pytest.raises(ValueError, match='bomb.pth.*safe.*mkdir') as info:
-            reader()
+            read(*words)
         assert not trace.exists()
         # torch advises to run the code.
         assert 'eights_only' not in str(info.value)
@@ -80,34 +77,23 @@ def test_no_loader_runs_code(bomb, url, monkeypatch):
 
 
 def test_sound_checkpoints_are_read_from_everywhere(tmp_path, url):
-    path = tmp_path / 'sound.pth'
-    torch.save(
-        dict(
-            state_dict={
-                f'module.{k}': v
-                for k, v in WEIGHTS.items()
-            },
-            meta=dict(iter=3, empty=np.zeros(0))), path)
-    for found in (CheckpointLoader.load_checkpoint(str(path)),
-                  CheckpointLoader.load_checkpoint(url + path.name)):
+    path, weight = tmp_path / 'sound.pth', WEIGHTS['weight']
+    meta = dict(iter=3, empty=np.zeros(0))
+    torch.save(dict(state_dict={'module.weight': weight}, meta=meta), path)
+    for found in (load(str(path)), load(url + path.name)):
         assert found['meta']['iter'] == 3
-        assert found['state_dict']['module.weight'].equal(WEIGHTS['weight'])
-    assert read_checkpoint(path)['state_dict']['weight'].equal(
-        WEIGHTS['weight'])
+        assert found['state_dict']['module.weight'].equal(weight)
+    assert read_checkpoint(path)['state_dict']['weight'].equal(weight)
     with pytest.raises(FileNotFoundError, match='none.pth'):
-        CheckpointLoader.load_checkpoint(str(tmp_path / 'none.pth'))
+        load(str(tmp_path / 'none.pth'))
 
 
 def test_getattr_is_not_allowed_anywhere(tmp_path):
     # OneDL allows it.
-    class Sly:
-
-        def __reduce__(self):
-            return getattr, (OrderedDict, 'clear')
-
-    torch.save(dict(state_dict=WEIGHTS, meta=Sly()), tmp_path / 'sly.pth')
+    sly = Bomb(OrderedDict, 'clear', function=getattr)
+    torch.save(dict(state_dict=WEIGHTS, meta=sly), tmp_path / 'sly.pth')
     with pytest.raises(ValueError, match='clear|not safe to read'):
-        CheckpointLoader.load_checkpoint(str(tmp_path / 'sly.pth'))
+        load(str(tmp_path / 'sly.pth'))
 
 
 def weighted_mean(self, weight):
@@ -122,66 +108,62 @@ def test_statistics_of_a_user_are_resumed_where_they_are_registered(
     monkeypatch.setitem(sys.modules, weighted_mean.__module__,
                         SimpleNamespace(weighted_mean=weighted_mean))
     registered = HistoryBuffer.register_statistics(weighted_mean)
-    torch.save(
-        dict(state_dict=WEIGHTS, log=HistoryBuffer([2.], [1])),
-        tmp_path / 'own.pth')
-    found = load_file(tmp_path / 'own.pth')['log']
+    path, log = tmp_path / 'own.pth', HistoryBuffer([2.], [1])
+    torch.save(dict(state_dict=WEIGHTS, log=log), path)
+    found = load_file(path)['log']
     assert found.statistics('weighted_mean', 3.) == 6
     assert found._statistics_methods['weighted_mean'] is registered
     torch.serialization.clear_safe_globals()
     del HistoryBuffer._statistics_methods['weighted_mean']
     with pytest.raises(ValueError, match='names .*weighted_mean'):
-        load_file(tmp_path / 'own.pth')
+        load_file(path)
 
 
-@each_case('damage', ['cut', 'flipped', 'empty', 'pickle'])
-def test_damage_is_seen(tmp_path, damage):
+@each_case('damage, message', [
+    ('cut', 'a damaged one'),
+    ('flipped', 'checksum of .* does not fit'),
+    ('empty', ''),
+    ('pickle', ''),
+])
+def test_damage_is_seen(tmp_path, damage, message):
     path = tmp_path / 'damaged.pth'
     torch.save(dict(state_dict=WEIGHTS), path)
     data = bytearray(path.read_bytes())
     data[data.index(WEIGHTS['weight'].numpy().tobytes()) + 7] ^= 1
-    path.write_bytes(
-        dict(
-            cut=data[:-1000],
-            flipped=data,
-            empty=b'',
-            pickle=pickle.dumps(dict(state_dict=os.system)))[damage])
-    for read in (read_checkpoint, CheckpointLoader.load_checkpoint):
-        with pytest.raises(ValueError, match='damaged.pth is no checkpoint'):
+    files = dict(cut=data[:-1000], flipped=data, empty=b'')
+    files['pickle'] = pickle.dumps(dict(state_dict=os.system))
+    path.write_bytes(files[damage])
+    message = f'damaged.pth is no checkpoint.*{message}'
+    for read in (read_checkpoint, load):
+        with pytest.raises(ValueError, match=message):
             read(str(path))
 
 
-def write_run(folder, names, last):
-    """Write a work directory; the content of a file that is not whole."""
-    for name, whole in names.items():
-        torch.save(dict(state_dict=WEIGHTS), folder / name)
-        if not whole:
-            (folder / name).write_bytes((folder / name).read_bytes()[:500])
-    if last is not None:
-        (folder / 'last_checkpoint').write_text(last)
-
-
-@pytest.mark.parametrize('names, last, found, said', [
-    ({}, None, None, ''),
-    ({'iter_20.pth': 1, 'iter_100.pth': 1}, None, 'iter_100.pth', ''),
-    ({'iter_20.pth': 1, 'iter_100.pth': 1}, '/gone/iter_20.pth',
-     'iter_20.pth', ''),
-    ({'iter_20.pth': 1, 'iter_100.pth': 1}, '', 'iter_100.pth',
-     'last_checkpoint names no'),
-    ({'iter_20.pth': 1, 'iter_100.pth': 0}, 'iter_100.pth', 'iter_20.pth',
+# Files, those of which that are not whole, and what the run names.
+@each_case('names, cut, last, found, said', [
+    ('', '', None, None, ''),
+    ('iter_20 iter_100', '', None, 'iter_100', ''),
+    ('iter_20 iter_100', '', '/gone/iter_20.pth', 'iter_20', ''),
+    ('iter_20 iter_100', '', '', 'iter_100', 'last_checkpoint names no'),
+    ('iter_20 iter_100', 'iter_100', 'iter_100.pth', 'iter_20',
      'iter_100.pth is no checkpoint'),
-    ({'epoch_2.pth': 1, 'best_mIoU_iter_9.pth': 1}, '', 'epoch_2.pth',
-     'names no'),
-    ({'iter_20.pth': 0}, 'iter_20.pth', None, 'iter_20.pth is no checkpoint'),
-])  # yapf: disable
-def test_newest_checkpoint_that_can_be_read(tmp_path, monkeypatch, names, last,
-                                            found, said):
+    ('epoch_2 best_mIoU_iter_9', '', '', 'epoch_2', 'names no'),
+    ('iter_20', 'iter_20', 'iter_20.pth', None, 'iter_20.pth is no check'),
+])
+def test_newest_checkpoint_that_can_be_read(tmp_path, monkeypatch, names, cut,
+                                            last, found, said):
     lines = []
     monkeypatch.setattr(MMLogger.get_current_instance(), 'handle',
                         lambda record: lines.append(record.getMessage()))
-    write_run(tmp_path, names, last)
+    for name in names.split():
+        file = tmp_path / f'{name}.pth'
+        torch.save(dict(state_dict=WEIGHTS), file)
+        if name == cut:
+            file.write_bytes(file.read_bytes()[:500])
+    if last is not None:
+        (tmp_path / 'last_checkpoint').write_text(last)
     path = find_checkpoint(tmp_path)
-    assert path == (None if found is None else tmp_path / found)
+    assert path == (found and tmp_path / f'{found}.pth')
     output = ''.join(lines)
     assert said in output
     assert ('Instead' in output) == bool(said and found)
@@ -205,7 +187,7 @@ def test_resume_executes_nothing_and_passes_over_damage(
     cfg.dump(str(tmp_path / 'config.py'))
     tool = load_tool('train.py')
     words = ['train.py', str(tmp_path / 'config.py'), '--resume']
-    monkeypatch.setattr(sys, 'argv', list(words))
+    monkeypatch.setattr(sys, 'argv', words)
     tool.main()
     logs = ''.join(p.read_text() for p in work.rglob('*.log'))
     assert 'resumed epoch: 0, iter: 1' in logs

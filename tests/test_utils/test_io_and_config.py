@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-"""Files: whole or not at all, ours or not touched, bounded in memory."""
+"""Files, whole or not at all, ours or not touched; parts of configs."""
 import os
 import struct
 import zlib
@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 from each_case import each_case
+from mmengine.config import Config
 
+from mmseg_textkd.utils.config import (as_list, dicts, first_dataset,
+                                       type_name, walk)
 from mmseg_textkd.utils.io import (DamagedFileError, check_image, make_folder,
                                    read_hashed, read_image, remove_folder,
                                    write_files, write_hashed)
@@ -48,13 +51,9 @@ def test_changed_files_are_refused(tmp_path, change):
     path = tmp_path / 'file.safetensors'
     write_hashed(path, 'kind.1', VECTORS, dict(a='bcd'))
     data = path.read_bytes()
-    if change == 'text':
-        data = data.replace(b'bcd', b'bce')
-    elif change == 'bit':
-        data = data[:-1] + bytes([data[-1] ^ 1])
-    elif change == 'cut':
-        data = data[:-1]
-    path.write_bytes(data)
+    changed = dict(text=data.replace(b'bcd', b'bce'), cut=data[:-1])
+    changed['bit'] = data[:-1] + bytes([data[-1] ^ 1])
+    path.write_bytes(changed.get(change, data))
     with pytest.raises(DamagedFileError):
         read_hashed(path, 'kind.2' if change == 'kind' else 'kind.1')
 
@@ -107,3 +106,31 @@ def test_images_are_bounded_by_their_header(tmp_path):
         read_image(tmp_path / 'text.png')
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / 'none.png')
+
+
+def test_walk_meets_everything_once_from_outside_in():
+    inner = dict(type='mmseg.C')
+    cfg = dict(a=[[inner], (dict(b=1), )], c=dict(d='text'), e=None)
+    assert list(walk(cfg)) == [
+        cfg, cfg['a'], [inner], inner, cfg['a'][1],
+        dict(b=1), cfg['c']
+    ]
+    assert [type_name(d) for d in dicts(cfg)] == ['', 'C', '', '']
+    assert type_name(dict(type=Config)) == 'Config'
+    for part in dicts(cfg):
+        part['seen'] = True
+    assert inner['seen'] and cfg['c'] == dict(d='text', seen=True)
+
+
+def test_one_or_several_or_none():
+    assert as_list(None) == as_list(()) == []
+    assert as_list(cfg := dict(type='A')) == as_list((cfg, )) == [cfg]
+
+
+def test_first_dataset_of_wrappers_and_of_none():
+    first = dict(type='First')
+    several = dict(type='Concat', datasets=[first, dict(type='Second')])
+    loader = dict(dataset=dict(type='Repeat', dataset=several))
+    cfg = Config(dict(test_dataloader=loader, val_dataloader=None))
+    assert first_dataset(cfg) == first
+    assert first_dataset(cfg, 'val') == first_dataset(cfg, 'train') == {}
