@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.registry import DefaultScope
 from processes import leave_configs_unformatted
 
@@ -20,9 +21,8 @@ SLOW_FILES = ('test_packaging', 'test_distributed', 'test_study',
               'test_training_options', 'test_export', 'test_compat',
               'test_networks', 'test_networks_table', 'test_textkd2mmseg',
               'test_configs', 'test_prompt_learner_hook', 'test_mmseg_tools',
-              'test_methods', 'test_stage1_is_light', 'test_fusion_runs',
-              'test_kill_and_resume', 'test_distillation',
-              'test_encode_text_tool', 'test_text_kd')
+              'test_methods', 'test_fusion_runs', 'test_kill_and_resume',
+              'test_distillation', 'test_encode_text_tool', 'test_text_kd')
 
 
 def pytest_collection_modifyitems(items):
@@ -93,21 +93,15 @@ def make_embeddings(tmp_path):
         generator = torch.Generator().manual_seed(seed)
         names = names or [f'class{i}' for i in range(num_classes)]
         shape = (num_classes, max(bank, 1), dim)
-        vectors = torch.nn.functional.normalize(
-            torch.randn(shape, generator=generator) + 1, dim=-1)
-        mean = torch.nn.functional.normalize(vectors.mean(1), dim=-1)
+        vectors = torch.randn(shape, generator=generator) + 1
+        vectors = F.normalize(vectors, dim=-1)
+        mean = F.normalize(vectors.mean(1), dim=-1)
         path = str(tmp_path / f'{file}.safetensors')
-        TextEmbeddings(
-            vectors=mean,
-            names=tuple(names),
-            phrases=tuple((name, ) for name in names),
-            templates=('{}', ),
-            model='random',
-            pretrained='',
-            library='test',
-            bank=vectors if bank else None,
-            bank_mask=torch.ones(shape[:2], dtype=torch.bool)
-            if bank else None).save(path)
+        phrases = tuple((name, ) for name in names)
+        made = dict(templates=('{}', ), model='random', library='test')
+        if bank:
+            made.update(bank=vectors, bank_mask=torch.ones(shape[:2]).bool())
+        TextEmbeddings(mean, tuple(names), phrases, **made).save(path)
         return path
 
     return make

@@ -85,13 +85,12 @@ class FateHook(Hook):
     def after_train(self, runner):
         model = unwrap(runner.model)
         names = {id(p): n for n, p in model.named_parameters()}
-        groups = runner.optim_wrapper.param_groups
+        groups = runner.optim_wrapper.optimizer.param_groups
         params = [p for group in groups for p in group['params']]
         towers = [getattr(m, 'tower', None) for m in model.modules()]
+        towers = nn.ModuleList(filter(None, towers)).named_parameters()
         graded = [
-            n for tower in towers if tower
-            for n, p in tower.named_parameters()
-            if p.requires_grad or p.grad is not None
+            n for n, p in towers if p.requires_grad or p.grad is not None
         ]
         report = dict(
             iters=self.iters,

@@ -7,6 +7,7 @@ tested once per network (``test_networks.py``) and method
 """
 import copy
 import functools
+import hashlib
 import itertools
 import os.path as osp
 import re
@@ -19,7 +20,8 @@ from each_case import each_case
 from mmengine.config import Config
 from mmseg.datasets import COCOStuffDataset, PascalVOCDataset
 from mmseg.registry import DATASETS, HOOKS, METRICS, TRANSFORMS
-from network_tester import CONFIGS, each_head, load_config, stock_twin
+from network_tester import (CONFIGS, each_head, load_config, offline, rates,
+                            stock_twin)
 
 from mmseg_textkd import stock_config
 from mmseg_textkd.deploy import to_stock_cfg
@@ -73,8 +75,7 @@ class Method(NamedTuple):
     changes: Set[str]
 
 
-# EBSeg's, the published LSeg's and those of several data sets have tests of
-# their own.
+# EBSeg's and those of several data sets have tests of their own.
 PATHS = sorted(
     path for path in CONFIGS.rglob('*.py')
     if path.relative_to(CONFIGS).parts[0] not in (
@@ -92,10 +93,8 @@ def parts(path):
 def method_of(path):
     """What a config that is not stock trains with."""
     folder, network = path.parent.name, parts(path)['network']
-    tags = [
-        tag for tag, method in METHODS.items()
-        if method.folder == folder and re.search(f'[-_]{tag}$', network)
-    ]
+    tags = [m.tag for m in METHODS.values() if m.folder == folder]
+    tags = [tag for tag in tags if re.search(f'[-_]{tag}$', network)]
     if tags:
         return max(tags, key=len)
     if folder == 'lseg':
@@ -171,8 +170,8 @@ def check_learned(cfg, twin, path):
     # The optimizer of each network is tested on Cityscapes.
     if 'toy' not in path.name:
         network = parts(twin_of(path))['network'].split('_camvid-pre')[0]
-        rates = keys['.text.'], keys['log_scale']
-        assert rates == rates_on_cityscapes(network), path
+        found = keys['.text.'], keys['log_scale']
+        assert found == rates_on_cityscapes(network), path
     hook, = (h for h in cfg.custom_hooks if h.type == 'PromptLearnerHook')
     assert 0 < hook.switch_at < 1
     assert HOOKS.build(hook).switch_at == hook.switch_at
@@ -333,11 +332,10 @@ def check_lseg(cfg, twin, path):
     head, plain = (
         copy.deepcopy(c.model.decode_head.to_dict()) for c in (cfg, twin))
     assert head.pop('text')['type'] == 'ClassEmbeddings', path
-    assert head.pop('text_branch') == dict(
-        norm='l2',
-        bias=False,
-        scale=dict(init=1 / 0.07, learnable=False),
-        regularization=dict(kind='bottleneck', depth=2, activation='lrelu'))
+    blocks = dict(kind='bottleneck', depth=2, activation='lrelu')
+    scale = dict(init=1 / 0.07, learnable=False)
+    branch = dict(norm='l2', bias=False, scale=scale, regularization=blocks)
+    assert head.pop('text_branch') == branch
     assert head.pop('type') == f'Text{plain.pop("type")}', path
     assert cfg.custom_hooks == [dict(type='PromptLearnerHook')]
     assert cfg.optim_wrapper == twin.optim_wrapper, path
@@ -414,10 +412,10 @@ METHODS = {method.tag: method for method in METHODS}
 # What stays a part of the network.
 KEPT = ('bridge-kept', *(t for t in METHODS if 'score-map' in t))
 TEXT_FOLDERS = (ALL, TEXTKD)
-BY_METHOD = {
-    tag: [p for p in PATHS if p not in STOCK and method_of(p) == tag]
-    for tag in METHODS
-}
+BY_METHOD = {tag: [] for tag in METHODS}
+for path in PATHS:
+    if path not in STOCK:
+        BY_METHOD[method_of(path)].append(path)
 
 
 def test_every_config_is_of_a_method():
@@ -568,6 +566,70 @@ def test_folds_are_those_of_the_literature():
         i = int(i)
         fold = voc[5 * i:5 * i + 5] if data == 'pascal-5' else things[i::4]
         assert tuple(load_config(path).val_evaluator.unseen) == fold
+
+
+# LSeg as published: networks, words and rates.
+PUBLISHED = sorted((CONFIGS / 'lseg').glob('*_vit-b32_*.py'))
+
+
+@each_case('path', PUBLISHED)
+def test_published_network_and_words(path):
+    """The words by a digest of the label files of LSeg's authors."""
+    digests = {
+        'ade20k': '6eb499914339dc1b',
+        'pascal-5i': '04d4ed587a6b9973',
+        'coco-20i': 'aeed4f18c4db70f4',
+        'fss-1000': '6d7eb80b237e02a7',
+    }
+    cfg = load_config(path)
+    backbone, head = cfg.model.backbone, cfg.model.decode_head
+    build = head.text.build
+    digest = next(v for k, v in digests.items() if k in path.name)
+    words = '\n'.join(build.vocabulary.values())
+    assert hashlib.sha256(words.encode()).hexdigest().startswith(digest)
+    assert (build.model, build.pretrained,
+            build.templates) == ('ViT-B-32', 'openai', 'none')
+    # What is trained and tested on has these names.
+    data = cfg.test_dataloader.dataset
+    classes = DATASETS.get(data.type).METAINFO['classes']
+    assert tuple(build.vocabulary) == classes
+    assert head.text_branch == dict(type='LSegTextClassifier')
+    assert head.channels == 256
+    mean, std = (cfg.model.data_preprocessor[k] for k in ('mean', 'std'))
+    if '_r101_' in path.name:
+        assert (backbone.depth, backbone.style) == (101, 'pytorch')
+        assert mean == [123.675, 116.28, 103.53] and std[0] == 58.395
+    else:
+        large = '_vit-l16_vit' in path.name
+        assert tuple(backbone.out_indices) == ((5, 11, 17, 23) if large else
+                                               (2, 5, 8, 11))
+        assert backbone.patch_size == head.patch_size == (16 if large else 32)
+        assert mean == std == [127.5] * 3
+    # 'others' and one class at a time.
+    episodes = '-episodes-' in path.name
+    assert (head.type == 'LSegEpisodeHead') == episodes
+    if episodes:
+        assert head.text.num_classes == len(classes)
+        assert cfg.test_evaluator.type == 'EpisodeIoUMetric'
+    else:
+        number = int(parts(path)['number'])
+        assert cfg.train_cfg.max_iters == number * 1000
+        assert max(s.end for s in cfg.param_scheduler) == 808000
+        # 240 epochs of six of 20210 images.
+        assert abs(240 * 20210 / 6 - 808000) < 1000
+
+
+def test_new_layers_of_the_published_network_learn_ten_times_as_fast():
+    assert len(PUBLISHED) == 8
+    path, = (p for p in PUBLISHED if 'vit-b32_vit-b32' in p.name)
+    cfg = load_config(path)
+    assert cfg.optim_wrapper.paramwise_cfg.custom_keys == {
+        'decode_head': dict(lr_mult=10.)
+    }
+    offline(cfg.model)
+    for name, (found, _) in rates(cfg)[1].items():
+        rate = .0025 if name.startswith('decode_head') else .00025
+        assert found == pytest.approx(rate), name
 
 
 @each_case('folder, key', [('fusion', '.fusion.'),

@@ -28,10 +28,9 @@ def rows(capsys, *argv):
 
 
 def test_lseg_beside_stock(capsys):
-    paths = [
-        CONFIGS / f'stock/ddrnet_23-slim_in1k-pre_{TAIL}',
-        CONFIGS / f'lseg/lseg_ddrnet_23-slim_in1k-pre_vit-b16_{TAIL}'
-    ]
+    name = 'ddrnet_23-slim_in1k-pre'
+    names = f'stock/{name}_{TAIL}', f'lseg/lseg_{name}_vit-b16_{TAIL}'
+    paths = [CONFIGS / name for name in names]
     found = rows(capsys, *paths, '--size', 128, 256)
     stock, lseg = (found[path.stem] for path in paths)
     assert stock[:2] == stock[2:]

@@ -43,10 +43,8 @@ def test_browse_dataset(tool, toys):
         'sidewalk,pole,car,truck,person]',
         'train_dataloader.dataset.metainfo.palette=[]'
     ]
-    tool.main([
-        'browse_dataset', CONFIG, '--not-show', '--output-dir', 'shown',
-        *options
-    ])
+    words = ['browse_dataset', CONFIG, '--not-show', '--output-dir', 'shown']
+    tool.main([*words, *options])
     image, = toys.glob('shown/**/*.png')
     assert cv2.imread(str(image)).shape == (64, 128, 3)
 

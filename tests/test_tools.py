@@ -154,11 +154,8 @@ def test_commands_of_the_guides(tmp_path, monkeypatch, capsys):
         except SystemExit:
             faults.append((page, path, words, capsys.readouterr().err))
             continue
-        old = [
-            k for k, v in vars(args).items()
-            if k[:4] == 'old_' and v is not None
-        ]
-        faults += [(page, path, words, key) for key in old]
+        given = {key for key, value in vars(args).items() if value is not None}
+        faults += [(page, path, words, k) for k in given if k[:4] == 'old_']
         number += 1
     assert not faults, "\n".join(map(str, faults))
     assert number > 80

@@ -250,6 +250,16 @@ def stop_and_resume(cfg, at, work_dir):
     return run(cfg, work_dir=str(work_dir), resume=True)
 
 
+def assert_apart(runner, parameters):
+    """Nothing of a teacher is trained, saved or a part of the network."""
+    model, groups = runner.model, runner.optim_wrapper.param_groups
+    params = {id(p) for p in parameters}
+    assert not params & {id(p) for g in groups for p in g['params']}
+    assert not params & {id(p) for p in model.parameters()}
+    assert not any('teacher' in k for k in model.state_dict())
+    assert not any('teacher' in n for n, _ in model.named_modules())
+
+
 def folded(cfg, model):
     """The stock network of a config, with a trained model folded into it."""
     stock = MODELS.build(to_stock_cfg(cfg).model).eval()

@@ -7,7 +7,8 @@ from each_case import each_case
 from mmengine.config import Config
 from mmengine.runner import Runner
 from processes import ROOT
-from tiny import CLASSES, CONTROL, PROMPTS, assert_equal, residual, run, tiny_config
+from tiny import (CLASSES, CONTROL, PROMPTS, assert_equal, residual, run,
+                  tiny_config)
 
 from mmseg_textkd.text.encode_classes import encode_classes
 
@@ -121,11 +122,3 @@ def test_a_checkpoint_of_another_width(tmp_path, capsys):
             'copying a param with shape torch.Size([8, 16])'
             ) in capsys.readouterr().out
     assert runner.model.decode_head.text_branch.text().shape == (8, 32)
-
-
-def test_a_stock_checkpoint_is_not_resumed(tmp_path):
-    cfg = tiny_config(tmp_path, None, max_iters=2)
-    run(cfg)
-    text = tiny_config(tmp_path, learner(16), dict(switch_at=3), max_iters=4)
-    with pytest.raises(ValueError, match='resume from has none.*load_from'):
-        run(text, resume=True)

@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 from processes import load
-from tiny import CLASSES, SIZE, run, tiny_config
+from tiny import CLASSES, SIZE, assert_apart, run, tiny_config
 from tool_modules import load_tool
 
 from mmseg_textkd import zero_shot
@@ -60,12 +60,8 @@ def test_run(trained):
     assert {'mIoU_seen', 'mIoU_unseen'} <= metrics
     # The teacher is nowhere, and as it was.
     model, tower = runner.model, runner.model.teacher.tower
-    params = *tower.parameters(), *tower.network.parameters()
-    params = {id(p) for p in params}
-    groups = runner.optim_wrapper.param_groups
-    assert not params & {id(p) for g in groups for p in g['params']}
-    assert not params & {id(p) for p in model.parameters()}
-    assert not any('teacher' in n for n, _ in model.named_modules())
+    assert_apart(runner, tower.parameters())
+    assert_apart(runner, tower.network.parameters())
     saved = load(root / 'work/iter_2.pth')['state_dict']
     assert not any('teacher' in k or 'tower' in k for k in saved)
     fresh = MODELS.build(TEACHER)

@@ -1,7 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Both teachers in real runs: stages, resuming, AMP, ranks, release."""
 import copy
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +11,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS, HOOKS, MODELS
 from processes import TRAIN, load, start_ranks
-from tiny import (CLASSES, SIZE, assert_equal, folded, residual, run,
-                  stop_and_resume, tiny_config, without_loops)
+from tiny import (CLASSES, SIZE, assert_apart, assert_equal, folded, residual,
+                  run, stop_and_resume, tiny_config, without_loops)
 
 from mmseg_textkd import add_region_embeddings
 from mmseg_textkd.clip.image_tower import ImageTower
@@ -128,10 +127,8 @@ def whole(root):
 @pytest.mark.stacks
 def test_all_losses_go_through_both_stages(root, whole):
     assert len(notes(whole)) == 4
-    states = [
-        load(root / f'whole/iter_{i}.pth')['ema_state_dict']
-        for i in (1, 2, 3, 4)
-    ]
+    states = [load(root / f'whole/iter_{i}.pth') for i in (1, 2, 3, 4)]
+    states = [state['ema_state_dict'] for state in states]
     gamma = 'module.decode_head.text_losses.0.gamma.log_scale'
     values = [state[gamma].item() for state in states]
     # The factors are text: they learn in both stages.
@@ -149,14 +146,9 @@ def test_the_teacher_is_nowhere_and_untouched(root, whole):
     model = whole.model
     saved = load(root / 'teacher' / 'iter_3.pth')['state_dict']
     assert_equal(dict(model.teacher.model.state_dict()), dict(saved))
-    teacher = {id(p) for p in model.teacher.model.parameters()}
+    assert_apart(whole, model.teacher.model.parameters())
     assert not any(p.requires_grad for p in model.teacher.model.parameters())
     assert not model.train().teacher.model.training
-    assert not teacher & {id(p) for p in model.parameters()}
-    groups = whole.optim_wrapper.param_groups
-    assert not teacher & {id(p) for g in groups for p in g['params']}
-    assert not any('teacher' in k for k in model.state_dict())
-    assert not any('teacher' in n for n, _ in model.named_modules())
     assert copy.deepcopy(model).teacher is model.teacher
     assert not any(isinstance(m, ImageTower) for m in model.modules())
 
@@ -315,9 +307,7 @@ def test_bad_teachers(root, tmp_path):
     good = cfg.model.teacher.checkpoint
 
     checkpoint = 'model.teacher.checkpoint'
-    data, saved = Path(good).read_bytes(), load(good)
-    # A changed byte might be one between two tensors.
-    (tmp_path / 'bad.pth').write_bytes(data[:len(data) // 2])
+    saved = load(good)
     names = list(CLASSES)
     names[1:3] = names[2:0:-1]
     saved['meta']['dataset_meta']['classes'] = names
@@ -325,8 +315,6 @@ def test_bad_teachers(root, tmp_path):
     for key, value, kind, message in [
         (checkpoint, str(tmp_path / 'none.pth'), FileNotFoundError,
          'no checkpoint .*none.pth of the teacher'),
-        (checkpoint, str(tmp_path / 'bad.pth'), ValueError,
-         'no checkpoint, a damaged one'),
         ('model.teacher.cfg_options', {
             'model.decode_head.channels': 10
         }, ValueError, 'is not of the network of the config'),

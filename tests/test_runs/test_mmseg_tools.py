@@ -67,10 +67,8 @@ def runs(tmp_path_factory):
     generate_toy_scenes(scenes, num_train=4, num_val=2, height=64, width=128)
     # Ours finds the data where the config says, the others are told.
     shutil.copytree(scenes, root / 'ours' / 'data' / 'toy_scenes')
-    told = {
-        f'{s}_dataloader__dataset__data_root': scenes
-        for s in ('train', 'val')
-    }
+    splits = 'train', 'val', 'test'
+    told = {f'{s}_dataloader__dataset__data_root': scenes for s in splits}
     vectors = encode_classes('toy_scenes', 'toyclip', 'photo')
     toy = short('(64,128)')
 
@@ -80,17 +78,10 @@ def runs(tmp_path_factory):
         # As if on another machine: no vectors, no text tower's file.
         (root / 'ours' / TOY_FILE).unlink()
         checkpoint = root / 'ours' / 'work' / 'iter_3.pth'
-        changes = options(
-            **loaders('test'),
-            test_dataloader__dataset__data_root=scenes,
-            model__data_preprocessor__size='(64,128)')
-        test = train(
-            root / 'elsewhere',
-            TOY,
-            'work',
-            checkpoint,
-            *changes,
-            tool=f'{TOOLS}/test.py')
+        size = dict(model__data_preprocessor__size='(64,128)')
+        words = checkpoint, *options(**loaders('test'), **told, **size)
+        tool = dict(tool=f'{TOOLS}/test.py')
+        test = train(root / 'elsewhere', TOY, 'work', *words, **tool)
         return ours, made, test
 
     def stock():

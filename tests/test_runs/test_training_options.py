@@ -80,11 +80,8 @@ def test_compiled_training_learns_the_same(tmp_path, text, what):
     }
     expected, = states_of(tmp_path / 'plain', 2)
     assert list(after) == list(expected)
-    torch.testing.assert_close({k: after[k]
-                                for k in keys}, {k: expected[k]
-                                                 for k in keys},
-                               rtol=1e-3,
-                               atol=1e-4)
+    after, expected = ({k: s[k] for k in keys} for s in (after, expected))
+    torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4)
     if what == 'backbone':
         backbone, image = runner.model.backbone, torch.randn(1, 3, 8, 8)
         backbone.eval()
