@@ -57,6 +57,20 @@ class Recorder(Hook):
         return {k for k, v in before.items() if not torch.equal(v, after[k])}
 
 
+@HOOKS.register_module()
+class StaleGradients(Hook):
+    """Leave gradients of all before iteration ``at``, as a wrapper may."""
+    priority = 'HIGHEST'
+
+    def __init__(self, at):
+        self.at = at
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        for param in runner.model.parameters():
+            if runner.iter == self.at:
+                param.grad = torch.ones_like(param)
+
+
 @pytest.fixture
 def residual(make_embeddings):
     return tiny.residual(make_embeddings(8, names=list(CLASSES)))
@@ -92,6 +106,7 @@ BIAS = 'decode_head.conv_seg.logit_bias'
 
 def test_what_learns_in_each_stage(tmp_path, residual):
     cfg = tiny_config(tmp_path, residual, dict(switch_at=4 / 6))
+    cfg.custom_hooks.insert(0, dict(type='StaleGradients', at=4))
     runner, recorder = record(cfg)
     everything = {n for n, _ in runner.model.named_parameters()}
     assert [row['iter'] for row in recorder.rows] == list(range(6))
