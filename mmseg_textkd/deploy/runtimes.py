@@ -43,14 +43,30 @@ def onnx(network: ExportableSegmentor, form: Form) -> Files:
     data = to_onnx(network, form.size, form.dynamic, form.meta,
                    form.opset).data
     if form.precision == 'fp16':
-        from onnx import load_from_string
-        from onnxruntime.transformers.float16 import convert_float_to_float16
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of weights that round to zero
-            data = convert_float_to_float16(
-                load_from_string(data),
-                keep_io_types=True).SerializeToString()
+        data = half_precision(data)
     return {'model.onnx': data}
+
+
+def half_precision(data: bytes) -> bytes:
+    """Convert a graph of ONNX to half precision, but for input and output.
+
+    Args:
+        data (bytes): The graph.
+
+    Returns:
+        bytes: The new one.
+    """
+    from onnx import load_from_string
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of weights that round to zero
+        model = convert_float_to_float16(
+            load_from_string(data), keep_io_types=True)
+    # A factor that several resizes share is cast for each, under one name.
+    nodes = {node.SerializeToString(): node for node in model.graph.node}
+    del model.graph.node[:]
+    model.graph.node.extend(nodes.values())
+    return model.SerializeToString()
 
 
 def openvino(network: ExportableSegmentor, form: Form) -> Files:

@@ -36,7 +36,7 @@ from mmseg_textkd.deploy.export_check import check
 from mmseg_textkd.deploy.exportable import ExportableSegmentor
 from mmseg_textkd.deploy.load_stock import load_stock
 from mmseg_textkd.deploy.run import Network
-from mmseg_textkd.deploy.runtimes import RUNTIMES
+from mmseg_textkd.deploy.runtimes import RUNTIMES, half_precision
 
 deploy = load_tool('deployment/deploy.py')
 PALETTE = [[i * 30, 255 - i * 30, 7 * i] for i in range(len(CLASSES))]
@@ -283,6 +283,27 @@ def test_half_precision(export, name):
     whole = export(f'whole-{name}', to=name)
     saved = (whole / weights).stat().st_size - (out / weights).stat().st_size
     assert saved > .8 * 2 * read(out)['params']
+
+
+def test_half_precision_of_two_resizes_by_one_factor():
+    """As in ICNet; the factor stays in float32."""
+
+    class Net(nn.Conv2d):
+
+        def forward(self, x):
+            return [
+                F.interpolate(y, scale_factor=.5, mode='bilinear')
+                for y in (x, super().forward(x))
+            ]
+
+    net, inputs = Net(3, 4, 3).eval(), torch.randn(1, 3, 8, 10)
+    graph = torch.onnx.export(
+        net, (inputs, ), input_names=['image'], dynamo=True).model_proto
+    session = onnxruntime.InferenceSession(
+        half_precision(graph.SerializeToString()))
+    for got, expected in zip(
+            session.run(None, dict(image=inputs.numpy())), net(inputs)):
+        assert np.abs(got - expected.detach().numpy()).max() < .01
 
 
 def test_names_of_the_tool_are_those_of_the_package():
