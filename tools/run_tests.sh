@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up the environment, then lint, then test.
+# Set up the environment, then test and lint.
 #
 #   bash tools/run_tests.sh                          lint and the whole suite
 #   bash tools/run_tests.sh tests/test_text -k tower some of it
@@ -9,9 +9,10 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/tools/setup_env.sh"
 cd "$ROOT"
 
-# Faults of style do not keep the tests from running, but count as failure.
-lint=0
-bash tools/lint.sh || lint=$?
+# Beside the tests; what it finds comes after them, and counts as failure.
+lint=$(mktemp)
+trap 'rm "$lint"' EXIT
+bash tools/lint.sh > "$lint" 2>&1 &
 echo "run_tests: pytest $*"
 # Threads of tiny models wait for each other more than they compute, the more
 # so on a busy machine.
@@ -21,5 +22,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # pytest ends with 5 where nothing was selected: that is a failure too.
 PYTHONPATH=$ROOT/tests${PYTHONPATH:+:$PYTHONPATH} python -m pytest \
     -p worker_conftests -n "${WORKERS:-2}" --dist loadscope \
-    --no-loadscope-reorder "$@"
-exit "$lint"
+    --no-loadscope-reorder "$@" || status=$?
+wait $! || status=${status:-$?}
+cat "$lint"
+exit "${status:-0}"
