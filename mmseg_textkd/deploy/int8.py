@@ -42,6 +42,7 @@ def onnx_int8(files: Files, inputs: Sequence[np.ndarray],
     Returns:
         dict[str, bytes]: The quantized files.
     """
+    import onnx
     import onnxruntime.quantization as ort
 
     class Reader(ort.CalibrationDataReader):
@@ -54,9 +55,16 @@ def onnx_int8(files: Files, inputs: Sequence[np.ndarray],
             return None if image is None else dict(image=image)
 
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, 'int8.onnx')
+        out, path = Path(folder, 'int8.onnx'), _prepared(files, Path(folder))
+        graph = onnx.load(path).graph
+        # No kernel takes weights that are a stack of matrices, as SegNeXt's.
+        stacks = {w.name for w in graph.initializer if len(w.dims) > 2}
+        products = [
+            node.name for node in graph.node
+            if node.op_type == 'MatMul' and node.input[1] in stacks
+        ]
         ort.quantize_static(
-            _prepared(files, Path(folder)),
+            path,
             str(out),
             Reader(),
             quant_format=ort.QuantFormat.QDQ,
@@ -65,7 +73,7 @@ def onnx_int8(files: Files, inputs: Sequence[np.ndarray],
             weight_type=ort.QuantType.QInt8,
             reduce_range=True,
             op_types_to_quantize=OPERATORS,
-            nodes_to_exclude=list(kept))
+            nodes_to_exclude=[*kept, *products])
         return {'model.onnx': out.read_bytes()}
 
 

@@ -273,6 +273,26 @@ def test_int8_ranges_are_those_after_the_activation(activation):
     assert np.abs(got - expected).max() < .1 * spread
 
 
+def test_int8_of_a_product_with_a_stack_of_matrices():
+    """As in SegNeXt's head; it stays in float32."""
+
+    class Net(nn.Conv2d):
+
+        def forward(self, x):
+            bases = torch.arange(8.).reshape(1, 4, 2) / 8
+            return super().forward(x).flatten(2).transpose(1, 2) @ bases
+
+    net, inputs, file = Net(3, 4, 3).eval(), torch.randn(2, 3, 8, 9), BytesIO()
+    torch.onnx.export(
+        net, inputs[:1], file, input_names=['image'], dynamo=False)
+    arrays = [x[None].numpy() for x in inputs]
+    files = int8.onnx_int8({'model.onnx': file.getvalue()}, arrays, [])
+    session = onnxruntime.InferenceSession(files['model.onnx'])
+    got, = session.run(None, dict(image=arrays[0]))
+    expected = net(inputs[:1]).detach().numpy()
+    assert 0 < np.abs(got - expected).max() < .05 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize('name', ['onnx', runtime('openvino', 'openvino')])
 def test_half_precision(export, name):
     out = export(f'half-{name}', '--precision', 'fp16', to=name)
