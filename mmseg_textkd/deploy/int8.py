@@ -61,7 +61,7 @@ def onnx_int8(files: Files, inputs: Sequence[np.ndarray],
         stacks = {w.name for w in graph.initializer if len(w.dims) > 2}
         products = [
             node.name for node in graph.node
-            if node.op_type == 'MatMul' and node.input[1] in stacks
+            if node.op_type == 'MatMul' and stacks & {*node.input}
         ]
         ort.quantize_static(
             path,

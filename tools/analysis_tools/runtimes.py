@@ -119,7 +119,7 @@ error.
 {table}
 '''
 NOTES = '''
-- An empty cell has not been run.
+- An empty cell has not been run, as have not the times that are missing.
 - `tensorrt` stands for the graph that TensorRT gets: it holds only operators
   and modes of TensorRT's list, with static shapes, and was run in ONNX
   Runtime. **Nothing was run in TensorRT**, which needs its GPU.
@@ -135,6 +135,8 @@ is faster), folded / stock in the same runtime with its 95 % interval, and the
 share of the machine's peak that the folded network reaches: its GFLOP/s over
 those of a product of two large float32 matrices in the same rounds (more than
 100 % is possible where 3x3 convolutions take fewer products, by Winograd).
+Folded and stock are the same network, so that a ratio beside 1 is noise: of
+{number} the median is {median:.3f}, and the intervals of {inside} contain 1.
 
 {table}
 '''
@@ -282,7 +284,15 @@ def page(args: argparse.Namespace, results: Optional[Dict]) -> str:
         table=table(('network', *map(' '.join, columns)), rows)) + NOTES
     if results is None:
         return text + NO_TIMES
+    ratios = [
+        times for row in results['rows'] for times in row['arms'].values()
+        if 'to_stock' in times
+    ]
+    bounds = [times['to_stock_ci95'] for times in ratios]
     return text + TIMES.format(
+        number=len(ratios),
+        median=np.median([times['to_stock'] for times in ratios]),
+        inside=sum(low <= 1 <= high for low, high in bounds),
         command=f'runtimes.py --time --runs {args.runs} --warmup '
         f'{args.warmup} --threads {args.threads}',
         where=describe(results['environment']),
