@@ -279,8 +279,9 @@ def test_int8_of_a_product_with_a_stack_of_matrices():
     class Net(nn.Conv2d):
 
         def forward(self, x):
-            bases = torch.arange(8.).reshape(1, 4, 2) / 8
-            return super().forward(x).flatten(2).mT @ bases @ bases.mT @ bases
+            bases = torch.arange(16.).reshape(1, 4, 4) / 16
+            pixels = super().forward(x).flatten(2)
+            return bases @ (pixels.transpose(1, 2) @ bases).transpose(1, 2)
 
     net, inputs, file = Net(3, 4, 3).eval(), torch.randn(2, 3, 8, 9), BytesIO()
     torch.onnx.export(
