@@ -119,7 +119,7 @@ error.
 {table}
 '''
 NOTES = '''
-- An empty cell has not been run, as have not the times that are missing.
+- An empty cell has not been run, and times that are missing not measured.
 - `tensorrt` stands for the graph that TensorRT gets: it holds only operators
   and modes of TensorRT's list, with static shapes, and was run in ONNX
   Runtime. **Nothing was run in TensorRT**, which needs its GPU.
