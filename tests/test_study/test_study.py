@@ -5,6 +5,7 @@ import functools
 import json
 import operator
 import os
+import platform
 import signal
 import tarfile
 import time
@@ -209,6 +210,24 @@ def test_a_suspended_process_can_be_ended(tmp_path):
     job.process.send_signal(signal.SIGSTOP)
     job.stop()
     assert job.process.returncode == -signal.SIGTERM
+    job.lock.close()
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != 'glibc', reason='of glibc alone')
+def test_memory_of_a_run_is_kept(tmp_path):
+    job = Job(Run('net', 'stock', 0), tmp_path, open(tmp_path / 'lock', 'w'))
+    job.start([
+        '-c', 'import resource, numpy\n'
+        'faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
+        'numpy.ones(8_000_000)\n'
+        'before = faults()\n'
+        'numpy.ones(8_000_000)\n'
+        'print(faults() - before)'
+    ])
+    assert job.process.wait() == 0
+    # Its 64 MB would be 15,625 pages.
+    assert int((tmp_path / 'log.txt').read_text()) < 100
     job.lock.close()
 
 
