@@ -121,6 +121,26 @@ def test_python_of_the_guides_imports_the_package_first():
     assert not late and number > 4
 
 
+def test_files_that_the_guides_name_exist():
+    missing, number = [], 0
+    named = re.compile(r'(?<=[`/])((?:tools|configs|demo|docs|apis|text|clip|'
+                       r'models|engine|deploy|utils|datasets|evaluation)/'
+                       r'[\w./-]+\.(?:py|sh|yaml|md))`')
+    for page in pages():
+        text = page.read_text(encoding='utf-8')
+        for name in named.findall(text) * (page.name != 'changelog.md'):
+            number += 1
+            if not any(
+                    osp.exists(osp.join(ROOT, folder, name))
+                    for folder in ('', 'mmseg_textkd', page.parent)):
+                missing.append((str(page), name))
+    # `KEY` stands for any.
+    assert {name for _, name in missing} <= {
+        'configs/_base_/text/vit-b16_KEY.py'
+    }
+    assert number > 80
+
+
 def commands():
     """Commands of the pages that call a tool: page and words."""
     for page in pages():
