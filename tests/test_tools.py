@@ -135,9 +135,8 @@ def test_files_that_the_guides_name_exist():
                     for folder in ('', 'mmseg_textkd', page.parent)):
                 missing.append((str(page), name))
     # `KEY` stands for any.
-    assert {name for _, name in missing} <= {
-        'configs/_base_/text/vit-b16_KEY.py'
-    }
+    assert {name
+            for _, name in missing} <= {'configs/_base_/text/vit-b16_KEY.py'}
     assert number > 80
 
 

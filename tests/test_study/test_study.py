@@ -213,8 +213,7 @@ def test_a_suspended_process_can_be_ended(tmp_path):
     job.lock.close()
 
 
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != 'glibc', reason='of glibc alone')
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='of glibc alone')
 def test_memory_of_a_run_is_kept(tmp_path):
     job = Job(Run('net', 'stock', 0), tmp_path, open(tmp_path / 'lock', 'w'))
     job.start([
