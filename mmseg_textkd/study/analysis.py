@@ -217,8 +217,9 @@ class Group:
     def speed(self, arm: str, baseline: str) -> Optional[Speed]:
         """Compare the iterations to the final val mIoU of the baseline.
 
-        Paired by seed. An arm that does not reach it counts with its whole
-        length; the baseline with the first iteration that reaches it.
+        Paired by seed. An arm that does not reach it counts with the length
+        of the longer of both runs; the baseline with the first iteration that
+        reaches it.
 
         Args:
             arm (str): The arm.
@@ -236,7 +237,9 @@ class Group:
             target = other['curve'][-1][1]
             own = iterations_to(entry['curve'], target)
             reached += own is not None
-            steps.append(entry['iterations'] if own is None else own)
+            # A shorter run that does not get there is not faster.
+            longest = max(entry['iterations'], other['iterations'])
+            steps.append(longest if own is None else own)
             ratios.append(iterations_to(other['curve'], target) / steps[-1])
         gain = interval(np.log(ratios))
         if gain is None:

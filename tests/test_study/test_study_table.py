@@ -239,6 +239,10 @@ def test_speed():
     speed = Group([dip, runs[2]], 'test').speed('text', 'stock')
     assert speed.gain.mean == pytest.approx(4 / (4 + 2 * 2.5 / 3.5))
     assert part.speed('text', 'none') is None
+    # A run of half the length that does not get there is not twice as fast.
+    half = entry('text', 0, 30., iterations=4)
+    speed = Group([runs[0], half], 'test').speed('text', 'stock')
+    assert speed.reached == 0 and speed.gain.mean == 1.
 
 
 def test_networks_together(tmp_path):
