@@ -105,9 +105,15 @@ class Scheduler:
         if self.ledger.register(self.study.registration(), _now()):
             self.say(f'registered the study in {self.ledger.path}')
         waiting, jobs, told = self.todo(), [], 0.
-        handler = signal.signal(signal.SIGTERM, _leave)
+        # No exception in the handler: MMEngine formats configs under a bare
+        # `except`, where it would be lost.
+        terminated: List[int] = []
+        handler = signal.signal(
+            signal.SIGTERM, lambda number, frame: terminated.append(number))
         try:
             while waiting or jobs:
+                if terminated:
+                    sys.exit('terminated')
                 if self.end is not None and time.monotonic() > self.end:
                     self.say('the budget is spent')
                     break
@@ -332,7 +338,3 @@ def _lock(path: Path) -> Optional[IO]:
 
 def _now() -> str:
     return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
-
-
-def _leave(*args: Any) -> None:
-    sys.exit('terminated')

@@ -11,6 +11,7 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from pkgutil import resolve_name
 from threading import Thread
 
 import numpy as np
@@ -193,6 +194,26 @@ def test_budget(configs, tmp_path):
     assert len(driver.left) == 2 and driver.scheduler.failed == []
     assert 'the budget is spent' in driver.said
     assert Ledger(tmp_path / 'ledger.jsonl').entries == []
+
+
+def test_no_termination_is_lost_while_a_config_is_written(
+        configs, tmp_path, monkeypatch):
+    """MMEngine formats it under a bare `except`."""
+    write_study(configs, tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    name = 'mmengine.config.config.FormatCode'
+    format_code = resolve_name(name)
+
+    def terminated(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return format_code(*args, **kwargs)
+
+    monkeypatch.setattr(name, terminated)
+    driver = Driver(tmp_path)
+    with pytest.raises(SystemExit, match='terminated'):
+        driver.work()
+    assert driver.scheduler.failed == [] and 'stopped' in driver.said[-1]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_run_that_cannot_start_is_reported(configs, tmp_path):
