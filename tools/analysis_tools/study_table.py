@@ -432,7 +432,7 @@ class Study:
             figure.legend([handles[arm] for arm in arms],
                           arms,
                           loc='outside lower center',
-                          ncols=min(len(arms), 4 * len(self.groups)),
+                          ncols=min(len(arms), 2 * len(self.groups)),
                           fontsize='small')
 
     def _panels(self,
