@@ -384,7 +384,7 @@ class Study:
             axis.set_ylim(len(part.classes) - .5, -.5)
             axis.axvline(0, color='k', linewidth=.8)
             axis.set_xlabel(f'{self.split} IoU - {self.baseline} (points)\n'
-                            'mean and 95 % interval over the seeds')
+                            'mean and 95 % interval')
         self._legend(figure, without=self.baseline)
         return figure
 
