@@ -44,13 +44,12 @@ class Job:
         env = {**MALLOC, **os.environ}
         env['PYTHONPATH'] = os.pathsep.join(filter(None, path))
         with open(self.folder / 'log.txt', 'ab') as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *words],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=(self.lock.fileno(), ),
-                env=env)
+            self.process = subprocess.Popen([sys.executable, *words],
+                                            stdin=subprocess.DEVNULL,
+                                            stdout=log,
+                                            stderr=subprocess.STDOUT,
+                                            pass_fds=(self.lock.fileno(), ),
+                                            env=env)
 
     def stop(self) -> None:
         """End the process; the last checkpoint is kept."""
