@@ -87,7 +87,7 @@ def measure_new_words(cfg: Config,
     encoder = ClassEncoder(branch.text, cfg.model.decode_head.text, trained)
     new = encoder.encode(
         list(dict.fromkeys(words.values())), embeddings=embeddings)
-    own = branch.text.class_embeddings
+    own, seen = branch.text.class_embeddings, branch.text.trained_vectors()
     bias = own.new_zeros(len(own))
     if branch.logit_bias is not None:
         bias = branch.logit_bias.detach()
@@ -99,8 +99,8 @@ def measure_new_words(cfg: Config,
         dim=1)
     # Maps: the trained words, the new ones in each way, random ones.
     blocks = [own] + [
-        place_new_words(new.vectors, own, how) for how in NEW_WORDS
-    ] + [place_new_words(random, own, how) for how in ('unit', 'raw')]
+        place_new_words(new.vectors, seen, how) for how in NEW_WORDS
+    ] + [place_new_words(random, seen, how) for how in ('unit', 'raw')]
     biases = torch.cat([bias, bias.mean().expand(sum(map(len, blocks[1:])))])
     conv = branch.as_conv(torch.cat(blocks), biases)
     arms = _arms(classes, trained, words, list(new.names))

@@ -228,9 +228,12 @@ class TextHeadAdapter(NetworkAdapter):
             new_words = NEW_WORDS[0] if linear else 'raw'
         new = [k for k, own in enumerate(found.trained) if own is None]
         vectors = found.vectors.clone()
-        vectors[new] = place_new_words(
-            vectors[new], self.branch.text.class_embeddings.to(vectors.device),
-            new_words)
+        provider = self.branch.text
+        trained = provider.class_embeddings
+        if new and new_words != 'raw':
+            trained = provider.trained_vectors()
+        vectors[new] = place_new_words(vectors[new],
+                                       trained.to(vectors.device), new_words)
         layer = self.fold(vectors, found.trained, new_bias)
         self._install(layer, len(found.names))
         self.vectors, self.binary = found.vectors, False

@@ -29,7 +29,7 @@ def place_new_words(vectors: Tensor,
     Args:
         vectors (Tensor): Unit rows with shape (n, D).
         trained (Tensor): Vectors of the training, unit rows with shape
-            (K, D).
+            (K, D), see :meth:`TextProvider.trained_vectors`.
         how (str): One of these. Defaults to 'unit'.
         ridge (float): The :math:`\lambda` of 'ridge'. Defaults to 0.1.
 

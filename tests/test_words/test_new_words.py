@@ -93,6 +93,46 @@ def test_the_table_says_what_the_inferencer_predicts(tmp_path, monkeypatch):
         next(measure_new_words(cfg, weights, cfg, dict(bus='taxi'), bank))
 
 
+def test_phrases_of_the_training_span_too(tmp_path, monkeypatch, capsys):
+    """A phrase that was sampled in training is used as it is."""
+    run = make(tmp_path, *RUNS['fixed'])
+    monkeypatch.chdir(tmp_path)
+    bank, words = tmp_path / 'bank.safetensors', dict(car='van', road='lava')
+    encode_classes(
+        'toy_scenes+synonyms', 'toyclip', 'photo', keep_bank=True).save(bank)
+    cfg = Config.fromfile(run.config)
+    cfg.model.decode_head.text = dict(
+        type='SynonymSampler', file=str(bank), dim=64)
+    cfg.dump(run.config)
+    new = tmp_path / 'new.safetensors'
+    encode_classes(list(words.values()), 'toyclip', 'photo').save(new)
+
+    def used():
+        mine = TextSegInferencer(run.config, run.weights, device='cpu')
+        folded = {}
+        for how in ('unit', 'raw'):
+            mine.set_classes(
+                list(words.values()), embeddings=new, new_words=how)
+            folded[how] = mine.model.decode_head.conv_seg.weight.flatten(1)
+        return [(a - b).abs().max() for a, b in zip(*folded.values())]
+
+    van, lava = used()
+    assert van < 1e-5 and lava > 1e-3
+    found = {
+        entry['arm']: entry['val']
+        for entry in measure_new_words(cfg.copy(), tmp_path /
+                                       'weights.pth', cfg, words, new)
+    }
+    same = found['car -> van, unit'], found['car -> van, raw']
+    assert same[0] == same[1]
+    # Without the file the phrases are not known, and that is said.
+    bank.unlink()
+    capsys.readouterr()
+    van, lava = used()
+    assert min(van, lava) > 1e-3
+    assert 'names alone: the file' in capsys.readouterr().out
+
+
 def test_the_published_page_is_what_the_ledger_says(capsys):
     tool = load_tool('analysis_tools/new_words.py')
     results = ROOT / 'docs' / 'results'

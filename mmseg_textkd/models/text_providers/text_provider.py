@@ -1,9 +1,11 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import logging
 from abc import ABCMeta, abstractmethod
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -139,6 +141,27 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
                 raise RuntimeError('Training needs the phrases of the '
                                    f'classes: {self._bank_hint}')
         return self.class_embeddings
+
+    def trained_vectors(self) -> Tensor:
+        """Get all vectors that pixels are compared with in training.
+
+        Returns:
+            Tensor: Unit rows, float32, with shape (M, D): the class
+            embeddings, and behind them the phrases that are sampled. The
+            phrases are not in a checkpoint: without their file they are left
+            out, and a warning is logged.
+        """
+        rows, bank = self.class_embeddings, self.phrase_bank
+        if bank is not None:
+            used = bank.probability > 0
+            return torch.cat(
+                [rows, bank.vectors.to(rows)[used.to(rows.device)]])
+        if self._bank_hint:
+            print_log(
+                'The phrases of the training are not known, so new words are '
+                f'projected onto the class names alone: {self._bank_hint}',
+                'current', logging.WARNING)
+        return rows
 
     @abstractmethod
     def compute(self) -> Tensor:
