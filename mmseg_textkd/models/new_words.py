@@ -13,11 +13,11 @@ def place_new_words(vectors: Tensor,
                     trained: Tensor,
                     how: str = NEW_WORDS[0],
                     ridge: float = 0.1) -> Tensor:
-    r"""Bring vectors of new words to where the training has been.
+    r"""Map vectors of new words into the span of the trained ones.
 
-    Training moves the projection of the pixels only in the span of the K
+    A loss depends only on what the projected pixels are in the span of the K
     class vectors T. The part of a new vector v outside of it multiplies what
-    has kept its random start.
+    no training has determined.
 
     - 'unit': the projection onto the span, brought to unit length;
     - 'projected': the projection :math:`v T^\top (T T^\top)^+ T`;
