@@ -315,8 +315,9 @@ class Study:
 
     # ------------------------------------------------------------ plots
     def style(self, arm: str) -> Dict[str, str]:
-        """Color and marker of an arm, the same in all figures."""
-        i = [*self.arms].index(arm)
+        """Color and marker of an arm with runs, the same in all figures."""
+        done = {name for part in self.groups.values() for name in part.arms}
+        i = [name for name in self.arms if name in done].index(arm)
         return dict(
             color=COLORS[i % len(COLORS)], marker='os^Dv'[i // len(COLORS)])
 
