@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# For a scheduler: the whole suite with the newest release of everything.
-# What breaks here will break for users soon; the versions are printed so
-# that the constraints can follow when nothing does.
+# For a scheduler: the whole suite and the slow tests with the newest release
+# of everything. What breaks here will break for users soon; the versions are
+# printed so that the constraints can follow when nothing does.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 export STACK=newest
@@ -12,3 +12,5 @@ fi
 . "$ROOT/tools/setup_env.sh"
 python -m pip freeze --exclude-editable
 bash "$ROOT/tools/run_tests.sh" "$@"
+cd "$ROOT"
+OMP_NUM_THREADS=1 python -m pytest -n 2 -m slow

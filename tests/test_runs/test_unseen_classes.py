@@ -2,7 +2,7 @@
 """Classes whose labels training has not seen are found, by their names.
 
 The toy configs as they are, at their full length: some minutes, and so no
-part of the suite. `.ci/run` runs them.
+part of the suite nor of `.ci/run`: `tools/scheduled_newest.sh` runs them.
 """
 import json
 from pathlib import Path

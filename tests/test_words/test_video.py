@@ -12,13 +12,14 @@ from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS
 from text_runs import RUNS, make
 from tiny import PIPELINE
-from tool_modules import load_tool
+from tool_modules import ROOT, load_tool
 
 from mmseg_textkd.apis import TextSegInferencer, video
 from mmseg_textkd.apis.video import (LogitSmoother, VideoError, read_frames,
                                      segment_video, stream_video)
 from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_videos
 from mmseg_textkd.evaluation import VideoConsistencyMetric
+from mmseg_textkd.study import Ledger
 
 
 def sample(path, label, predicted):
@@ -194,13 +195,19 @@ def test_smoothing_is_an_average_from_cut_to_cut(inferencer):
         next(stream_video(inferencer, frames, smoothing=1.))
 
 
-def test_smoothing_is_measured(trained, inferencer, monkeypatch, capsys):
+def test_smoothing_is_measured(trained, inferencer, monkeypatch, tmp_path,
+                               capsys):
     """As of what the stream gives."""
     # The images are of different scenes; let them be of one.
     monkeypatch.setattr(LogitSmoother.__init__, '__defaults__', (1e9, ))
-    options = '--smoothing 0 0.7 --device cpu'
-    found = load_tool('analysis_tools/video_smoothing.py').main(
-        [trained.config, trained.weights, *options.split()])
+    tool, path = load_tool('analysis_tools/video.py'), tmp_path / 'l.jsonl'
+    tool.main([
+        'smoothing', trained.config, trained.weights, '--smoothing', '0',
+        '0.7', '--device', 'cpu', '--network', 'tiny', '--ledger',
+        str(path)
+    ])
+    out = capsys.readouterr().out
+    found = {float(e['arm']): e['val'] for e in Ledger(path).entries}
     dataset = DATASETS.build(inferencer.cfg.val_dataloader.dataset)
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     frames = [cv2.imread(info['img_path']) for info in infos]
@@ -211,24 +218,53 @@ def test_smoothing_is_measured(trained, inferencer, monkeypatch, capsys):
             label = cv2.imread(info['seg_map_path'], cv2.IMREAD_GRAYSCALE)
             pair = map(torch.from_numpy, (label, item.labels))
             metric.process({}, [sample(info['img_path'], *pair)])
-        assert metric.evaluate(len(infos)) == pytest.approx(
-            expected, nan_ok=True)
+        metrics = metric.evaluate(len(infos))
+        assert expected == pytest.approx({k: metrics[k]
+                                          for k in expected},
+                                         nan_ok=True)
     assert found[0.] != pytest.approx(found[.7], nan_ok=True)
-    assert f'| 0.7 | {found[.7]["mIoU"]:.2f} |' in capsys.readouterr().out
+    assert f'| tiny | 0.7 | {found[.7]["mIoU"]:.2f} |' in out
 
 
 def test_network_and_pipeline_are_timed(trained, tmp_path, capsys):
-    options = '--batch-size 2 --runs 2 --warmup 0 --device cpu'
-    found = load_tool('analysis_tools/benchmark_video.py').main([
+    tool, path = load_tool('analysis_tools/video.py'), tmp_path / 'l.jsonl'
+    tool.main([
+        'speed',
         write_video(tmp_path / 'in.avi'), trained.config, trained.weights,
-        *options.split()
+        *'--batch-size 2 --runs 2 --warmup 0 --device cpu'.split(), '--ledger',
+        str(path)
     ])
-    for times in found.values():
+    entry, = Ledger(path).entries
+    for times in entry['val'].values():
         assert len(times['runs_ms']) == 2
         assert times['fps'] * times['median_ms'] == pytest.approx(4e3)
     out = capsys.readouterr().out
-    ratio = 1 / found['pipeline']['ratio']
-    assert '4 frames of' in out and f'| {ratio:.3f} [' in out
+    row = f'| {1 / entry["val"]["pipeline"]["ratio"]:.2f} ['
+    assert '4 frames of' in out and row in out
+    tool.main(['table', str(path)])
+    assert row in capsys.readouterr().out
+
+
+def test_mistakes_of_the_video_tool_are_said(tmp_path):
+    tool, path = load_tool('analysis_tools/video.py'), tmp_path / 'l.jsonl'
+    for words, said in (
+        (['table', path], 'l.jsonl has no entry'),
+        (['speed', 'in.avi', 'no_model'], 'no_model'),
+        (['smoothing', 'no_model'], 'no_model'),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            tool.main([str(word) for word in words])
+    path.write_text('{')
+    with pytest.raises(SystemExit, match='line 1 is damaged'):
+        tool.main(['smoothing', 'no_model', '--ledger', str(path)])
+
+
+def test_the_published_page_is_what_the_ledger_says(capsys):
+    results = ROOT / 'docs' / 'results'
+    load_tool('analysis_tools/video.py').main(
+        ['table', str(results / 'video.jsonl')])
+    page = (results / 'video.md').read_text(encoding='utf-8')
+    assert capsys.readouterr().out == page
 
 
 def test_memory_does_not_grow_with_the_video(inferencer):
