@@ -480,6 +480,19 @@ def test_names_say_what_they_are():
         assert cfg.custom_imports.imports == ['mmseg_textkd'], path
 
 
+def test_best_checkpoint_is_chosen_by_what_is_measured():
+    """MMEngine finds out at the first validation only."""
+    for path in [*PATHS, *sorted(CONFIGS.glob('multi_dataset/*.py'))]:
+        cfg = load_config(path)
+        best = cfg.default_hooks.checkpoint.get('save_best')
+        evaluators = cfg.val_evaluator
+        if not isinstance(evaluators, list):
+            evaluators = [evaluators]
+        metrics = [METRICS.build(evaluator) for evaluator in evaluators]
+        found = {f'{m.prefix}/mIoU' if m.prefix else 'mIoU' for m in metrics}
+        assert best in {None, *found}, path
+
+
 def test_classes_are_the_same_everywhere():
     for path in PATHS:
         cfg = load_config(path)

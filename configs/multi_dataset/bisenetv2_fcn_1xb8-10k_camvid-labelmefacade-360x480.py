@@ -7,3 +7,4 @@ model, optim_wrapper = __import__('mmseg_textkd').stock_network(
     'bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py',
     num_classes=14,
     size=(360, 480))
+default_hooks = dict(checkpoint=dict(save_best='camvid/mIoU'))

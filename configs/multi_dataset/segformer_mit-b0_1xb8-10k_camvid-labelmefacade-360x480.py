@@ -7,3 +7,4 @@ model, optim_wrapper = __import__('mmseg_textkd').stock_network(
     'segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
     num_classes=14,
     size=(360, 480))
+default_hooks = dict(checkpoint=dict(save_best='camvid/mIoU'))

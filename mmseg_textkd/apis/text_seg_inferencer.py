@@ -24,7 +24,7 @@ from mmseg_textkd.models import EBSeg, TextHeadMixin
 from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.text import TextEmbeddings, Vocabulary
 from mmseg_textkd.utils.checkpoint import build_segmentor, read_checkpoint
-from mmseg_textkd.utils.config import load_config
+from mmseg_textkd.utils.config import first_dataset, load_config
 from mmseg_textkd.utils.io import MAX_PIXELS, UnknownImageError, check_image
 from .adapters import build_adapter
 from .drawing import (GRAY, draw_labels, draw_similarity, palette_for,
@@ -104,6 +104,9 @@ class TextSegInferencer(MMSegInferencer):
                                  'val_dataloader, whose pipeline tells how '
                                  'images are read and resized.')
             config.test_dataloader = config.val_dataloader
+        # Of several data sets the first says how images are prepared.
+        config.test_dataloader = dict(
+            config.test_dataloader, dataset=first_dataset(config))
         config.setdefault('visualizer', dict(type='SegLocalVisualizer'))
         self.cache_dir, self.font = cache_dir, font
         self.max_pixels = max_pixels

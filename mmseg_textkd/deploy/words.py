@@ -9,7 +9,7 @@ from mmseg.registry import DATASETS
 from torch import Tensor, nn
 
 from ..models.decode_heads import TextHeadMixin
-from ..utils.config import as_list, type_name
+from ..utils.config import as_list, first_dataset, type_name
 
 # What a network for inference alone does not need.
 TRAINING = ('train_dataloader', 'train_cfg', 'optim_wrapper',
@@ -114,16 +114,19 @@ def to_words_cfg(cfg: Config,
             metrics = as_list(cfg.get(key))
             if any(type_name(m) == 'DatasetIoUMetric' for m in metrics):
                 cfg[key] = dict(type='IoUMetric', iou_metrics=['mIoU'])
+                # It was that of a data set, as in 'camvid/mIoU'.
+                hooks = cfg.get('default_hooks') or {}
+                if (hooks.get('checkpoint') or {}).get('save_best'):
+                    hooks['checkpoint']['save_best'] = 'mIoU'
         return cfg
     meta: Dict[str, Any] = dict(classes=tuple(words))
     if palette is not None:
         meta['palette'] = [list(color) for color in palette]
     if cfg.get('test_dataloader'):
-        dataset = cfg.test_dataloader.dataset
-        while 'datasets' in dataset or 'dataset' in dataset:
-            dataset = dataset.get('dataset') or dataset['datasets'][0]
         cfg.test_dataloader['dataset'] = dict(
-            type='BaseSegDataset', metainfo=meta, pipeline=dataset.pipeline)
+            type='BaseSegDataset',
+            metainfo=meta,
+            pipeline=first_dataset(cfg)['pipeline'])
         cfg.test_dataloader.pop('sampler', None)
         cfg.test_dataloader['sampler'] = dict(
             type='DefaultSampler', shuffle=False)

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from words_data import DIM, OWN, SPACES, WORDS
 
 from mmseg_textkd.analysis.compare import evaluate
+from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.text import TextEmbeddings
 
 FAST = {'optim_wrapper.optimizer.lr': 0.3}
@@ -82,6 +83,25 @@ def test_metrics_of_each_data_set_and_a_resumed_run(trained, network_cfg,
     assert not torch.equal(half['state_dict'][offset],
                            whole['state_dict'][offset])
     assert tuple(whole['meta']['dataset_meta']['classes']) == WORDS
+
+
+def test_images_are_segmented_in_any_words(trained, tmp_path):
+    """Prepared as those of the first data set."""
+    weights = tmp_path / 'work/iter_4.pth'
+    inferencer = TextSegInferencer(tmp_path / 'config.py', weights)
+    dataset = trained.val_dataloader.dataset
+    sample = pseudo_collate([dataset[6]])
+    path = sample['data_samples'][0].img_path
+    found = inferencer(path)['predictions']
+    with torch.no_grad():
+        done, = trained.model.eval().test_step(sample)
+    assert inferencer.classes == WORDS
+    # The evaluation compares the words of the data set alone.
+    assert np.array_equal(found, done.seg_logits.data.argmax(0))
+    inferencer.set_classes(['road', 'car'])
+    rows = [WORDS.index(word) for word in inferencer.classes]
+    assert np.array_equal(
+        inferencer(path)['predictions'], done.seg_logits.data[rows].argmax(0))
 
 
 def gradients(rank, size, cfg, folder):
@@ -153,7 +173,7 @@ def fold(tmp_path):
 
 def test_fold_for_any_list_of_words(network_cfg, tmp_path, fold, data):
     """All words, those of one data set, and some that are new."""
-    cfg = network_cfg()
+    cfg = network_cfg(**{'default_hooks.checkpoint.save_best': 'lane/mIoU'})
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model).eval()
@@ -189,6 +209,7 @@ def test_fold_for_any_list_of_words(network_cfg, tmp_path, fold, data):
     labels = DATASETS.build(lane.test_dataloader.dataset)
     assert len(labels) == 3 and labels.metainfo['classes'] == OWN['lane']
     assert lane.val_evaluator.type == 'IoUMetric'
+    assert lane.default_hooks.checkpoint.save_best == 'mIoU'
     assert 'train_dataloader' not in new and 'test_evaluator' not in new
     assert new.test_dataloader.dataset.pipeline
 
