@@ -217,7 +217,7 @@ def test_shuffled_control_leaves_no_class_its_own(make_embeddings, num):
 
 
 @each_case('options, message', [
-    (dict(kind='noise'), "'noise'.*'random', 'shuffled', 'onehot'"),
+    (dict(kind='normal'), "'normal'.*'random', 'shuffled', 'onehot'"),
     (dict(kind='shuffled'), "belongs to kind='shuffled'"),
     (dict(kind='random', embeddings={}), "belongs to kind='shuffled'"),
     (dict(kind='random', dim=3), '4 orthogonal rows.*dim=3'),

@@ -278,6 +278,20 @@ def test_controls(file, vectors, plain):
     # 2000 draws, of which a quarter is the row itself.
     assert abs(near.float().mean() - .25) < .04
     assert len(text[:, 0].unique(dim=0)) == 4
+    # The same around the names, which stay what is deployed.
+    noise = build(
+        file, 'ControlEmbeddings', kind='noise', phrases=4, cosine=.8)
+    assert_close(noise.class_embeddings, plain)
+    cosines = (noise(400) * plain).sum(2)
+    assert cosines.min().item() == pytest.approx(.8, abs=1e-5)
+    assert len(noise.trained_vectors()) == 4 + 4 * 4
+    # In a checkpoint are the names, not what is drawn around them.
+    names = dict(type='ClassEmbeddings', file='no/file', dim=D)
+    lost = build(
+        file, 'ControlEmbeddings', kind='noise', phrases=4, embeddings=names)
+    lost.load_state_dict(noise.state_dict())
+    with pytest.raises(RuntimeError, match='no/file'):
+        lost(2)
 
 
 @each_case('options, words', [
@@ -285,6 +299,9 @@ def test_controls(file, vectors, plain):
     (dict(confidence='image'), 'not known any more'),
     (dict(threshold=1.), r'\[0, 1\)'),
     (dict(type='ControlEmbeddings', kind='shuffled', phrases=2), 'shuffled'),
+    (dict(type='ControlEmbeddings', kind='noise'), 'at least 2'),
+    (dict(type='ControlEmbeddings', kind='noise', phrases=2,
+          cosine=1.), r'\[0, 1\)'),
 ])
 def test_bad_arguments(file, options, words):
     with pytest.raises(ValueError, match=words):

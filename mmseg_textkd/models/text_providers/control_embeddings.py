@@ -9,7 +9,7 @@ from torch import Tensor
 from .phrase_bank import PhraseBank
 from .text_provider import TextProvider
 
-KINDS = ('random', 'shuffled', 'onehot')
+KINDS = ('random', 'shuffled', 'onehot', 'noise')
 
 
 @MODELS.register_module()
@@ -23,18 +23,21 @@ class ControlEmbeddings(TextProvider):
         kind (str): 'random': orthonormal rows from a seeded normal matrix.
             'shuffled': the rows of ``embeddings`` permuted so that no class
             keeps its own, which leaves the geometry and takes the names
-            away. 'onehot': row k is the k-th unit vector.
+            away. 'onehot': row k is the k-th unit vector. 'noise': the rows
+            of ``embeddings`` as they are, for ``phrases`` around them.
         num_classes (int): Number of classes K. The head passes its own.
         dim (int, optional): Width D. Defaults to None: 512 for 'random', K
-            for 'onehot', and that of ``embeddings`` for 'shuffled'.
+            for 'onehot', and that of ``embeddings`` for the others.
         seed (int): Seed of the draw. Defaults to 0.
-        embeddings (dict, optional): Config of the provider to shuffle.
-            Defaults to None. Phrases of a ``SynonymSampler`` go with the
-            rows.
+        embeddings (dict, optional): Config of the provider whose rows are
+            taken for 'shuffled' and 'noise'. Defaults to None. Phrases of a
+            ``SynonymSampler`` are shuffled with the rows.
         phrases (int): With more than one, training draws one of so many
             vectors for each image and class, as with ``SynonymSampler``: the
             row and random ones around it. A gain that these reach too comes
             from the noise and not from the synonyms. Defaults to 1.
+        cosine (float): Cosine of those to the row. Defaults to 0.9, about
+            that of synonyms by CLIP.
 
     Raises:
         ValueError: If the kind is unknown or its arguments do not fit.
@@ -46,20 +49,25 @@ class ControlEmbeddings(TextProvider):
                  dim: Optional[int] = None,
                  seed: int = 0,
                  embeddings: Optional[dict] = None,
-                 phrases: int = 1) -> None:
+                 phrases: int = 1,
+                 cosine: float = 0.9) -> None:
         if kind not in KINDS:
             raise ValueError(
                 f'unknown kind of control embeddings {kind!r}; choose one of '
                 f'{KINDS}.')
-        if (kind == 'shuffled') != (embeddings is not None):
+        if (kind in ('shuffled', 'noise')) != (embeddings is not None):
             raise ValueError(
-                "`embeddings` belongs to kind='shuffled' and to no other; "
-                f'got kind={kind!r} with embeddings={embeddings}.')
-        if phrases < 1 or (phrases > 1 and kind == 'shuffled'):
-            raise ValueError('`phrases` must be at least 1, and 1 for '
-                             f"kind='shuffled', but got {phrases}.")
+                "`embeddings` belongs to kind='shuffled' and 'noise' and to "
+                f'no other; got kind={kind!r} with embeddings={embeddings}.')
+        least = 2 if kind == 'noise' else 1
+        if phrases < least or (phrases > 1 and kind == 'shuffled'):
+            raise ValueError("`phrases` must be at least 1, at least 2 for "
+                             "kind='noise' and 1 for kind='shuffled', but "
+                             f'got {phrases} for {kind!r}.')
+        if not 0 <= cosine < 1:
+            raise ValueError(f'`cosine` must be in [0, 1), got {cosine}.')
         source: Any = None
-        if kind == 'shuffled':
+        if embeddings is not None:
             source = MODELS.build(
                 embeddings, default_args=dict(num_classes=num_classes))
             dim = source.dim
@@ -79,17 +87,21 @@ class ControlEmbeddings(TextProvider):
         elif kind == 'onehot':
             self._source = torch.eye(num_classes, dim)
         elif source.filled:
-            rows = derangement(num_classes, generator)
+            rows = torch.arange(num_classes)
+            if kind == 'shuffled':
+                rows = derangement(num_classes, generator)
             self._source = source.class_embeddings[rows]
             if source.phrase_bank is not None:
                 self.phrase_bank = source.phrase_bank.select(rows)
         else:
             self._source = None
             self._missing_hint = source._missing_hint
+            if kind == 'noise':
+                self._bank_hint = self._missing_hint
         if self._source is not None:
             self.fill(self._source)
-        if phrases > 1:
-            vectors = around(self.class_embeddings, phrases, generator)
+        if phrases > 1 and self._source is not None:
+            vectors = around(self.class_embeddings, phrases, cosine, generator)
             self.phrase_bank = PhraseBank(
                 vectors, torch.full((num_classes, phrases), 1 / phrases))
 
@@ -108,18 +120,15 @@ class ControlEmbeddings(TextProvider):
         return self._source.to(self.class_embeddings)
 
 
-def around(rows: Tensor,
-           number: int,
-           generator: torch.Generator,
-           cosine: float = 0.9) -> Tensor:
+def around(rows: Tensor, number: int, cosine: float,
+           generator: torch.Generator) -> Tensor:
     """Sample unit vectors at a given cosine to others.
 
     Args:
         rows (Tensor): Unit rows with shape (K, D).
         number (int): Number R of vectors for each, the row itself included.
+        cosine (float): Cosine of the others to their row.
         generator (torch.Generator): Source of randomness.
-        cosine (float): Cosine of the others to their row. Defaults to 0.9,
-            about that of synonyms by CLIP.
 
     Returns:
         Tensor: Unit vectors with shape (K, R, D), the rows first.
