@@ -88,7 +88,9 @@ def test_metrics_of_each_data_set_and_a_resumed_run(trained, network_cfg,
 def test_images_are_segmented_in_any_words(trained, tmp_path):
     """Prepared as those of the first data set."""
     weights = tmp_path / 'work/iter_4.pth'
-    inferencer = TextSegInferencer(tmp_path / 'config.py', weights)
+    cfg = Config.fromfile(tmp_path / 'config.py')
+    cfg.test_dataloader.dataset.datasets[1].pipeline = []
+    inferencer = TextSegInferencer(cfg, weights)
     dataset = trained.val_dataloader.dataset
     sample = pseudo_collate([dataset[6]])
     path = sample['data_samples'][0].img_path
