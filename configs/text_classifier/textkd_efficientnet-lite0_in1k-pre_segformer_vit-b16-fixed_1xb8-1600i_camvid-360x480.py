@@ -1,6 +1,6 @@
 _base_ = [
     '../stock/'
-    'efficientnet-lite0_in1k-pre_segformer_1xb8-800i_camvid-192x256.py',
+    'efficientnet-lite0_in1k-pre_segformer_1xb8-1600i_camvid-360x480.py',
     '../_base_/text/vit-b16_camvid.py'
 ]
 # The first stage only: the vectors stay as they are.
