@@ -63,7 +63,7 @@ NOTE = ('ToyScenes and ToyCLIP are toys, and this is one seed of a short '
         'run: the table shows that everything works, not that text helps.')
 # A released model, and other words in the places of those it was trained with.
 STREETS = ('textkd_efficientnet-lite0_in1k-pre_segformer_vit-b16-fixed_1xb8-'
-           '800i_camvid-192x256')
+           '1600i_camvid-360x480')
 VECTORS = ROOT / 'model_zoo/street-words_vit-b16-openai.safetensors'
 WORDS = dict(
     sky='clouds',
