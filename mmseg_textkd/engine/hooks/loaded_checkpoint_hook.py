@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import logging
+import sys
 from types import ModuleType
 from typing import Dict, List
 
@@ -160,7 +161,8 @@ class LoadedCheckpointHook(Hook):
 def check_loaded(tool: ModuleType, strict: bool = True) -> None:
     """Let a tool of MMSegmentation add the hook to what it runs.
 
-    Not by its config, which is written down and must not need the plugin.
+    Not by its config, which is written down and must not need the plugin. A
+    checkpoint that is refused ends the tool with the reason alone.
 
     Args:
         tool (module): The tool, as of :func:`.compat.load_stock_tool`.
@@ -178,6 +180,13 @@ def check_loaded(tool: ModuleType, strict: bool = True) -> None:
                 if not isinstance(hook, LoadedCheckpointHook)
             ]
             self.register_hook(LoadedCheckpointHook(strict))
+
+        def load_or_resume(self) -> None:
+            # It is the file that is wrong: a traceback would only hide why.
+            try:
+                super().load_or_resume()
+            except (OSError, ValueError) as error:
+                sys.exit(f'Error: {error}')
 
     tool.Runner = CheckedRunner
 
