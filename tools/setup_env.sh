@@ -167,19 +167,18 @@ print(version("opencv-python"))' 2> /dev/null)
         "install libgl1 libglib2.0-0"
 }
 
-# setup_overlay NAME FILE...: what these requirement files name goes into
-# .venv-NAME, which looks into .venv for all else, so that .venv stays as its
-# constraints say. Sets `overlay` to its path; fails where pip does.
+# setup_overlay NAME PIP_ARGUMENT...: what pip installs goes into .venv-NAME,
+# which looks into .venv for all else, so that .venv stays as its constraints
+# say. Sets `overlay` to its path; fails where pip does.
 setup_overlay() {
-    local name=$1 site want stamp file files=()
+    local name=$1 site want stamp word
     shift
-    for file; do
-        files+=(-r "$file")
-    done
     overlay=$PWD/.venv-$name
     stamp=$overlay/.mmseg_textkd-stamp
     site=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    want="$site $(cat "$@" | sha256sum)"
+    want="$site $(for word; do
+        [ ! -f "$word" ] || cat "$word"
+    done | sha256sum)"
     [ "$(cat "$stamp" 2> /dev/null)" != "$want" ] || return 0
     setup_env_say "installing $* into $overlay"
     rm -rf "$overlay"
@@ -188,8 +187,7 @@ setup_overlay() {
     echo "$site" > "$("$overlay/bin/python" -c \
         'import sysconfig; print(sysconfig.get_path("purelib"))')/stack.pth"
     timeout 900 "$overlay/bin/python" -m pip --disable-pip-version-check \
-        install -c requirements/constraints-upstream.txt "${files[@]}" \
-        > "$overlay/setup.log" 2>&1 || {
+        install "$@" > "$overlay/setup.log" 2>&1 || {
         setup_env_say "pip failed, see $overlay/setup.log"
         return 1
     }

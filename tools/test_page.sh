@@ -19,7 +19,7 @@ skip() {
     exit 0
 }
 
-setup_overlay web requirements/web.txt ||
+setup_overlay web -r requirements/web.txt ||
     skip "requirements/web.txt cannot be installed"
 
 if [ -z "${CHROMIUM:-}" ] && ! command -v chromium chromium-browser \

@@ -10,12 +10,12 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/tools/setup_env.sh"
 cd "$ROOT"
-files=()
+words=(-c requirements/constraints-upstream.txt)
 for name in ${RUNTIMES:-openvino ncnn}; do
-    files+=("requirements/$name.txt")
+    words+=(-r "requirements/$name.txt")
 done
-setup_overlay runtimes "${files[@]}" || {
-    echo "test_runtimes: skipped, ${files[*]} cannot be installed"
+setup_overlay runtimes "${words[@]}" || {
+    echo "test_runtimes: skipped, ${RUNTIMES:-openvino ncnn} cannot be installed"
     exit 0
 }
 OMP_NUM_THREADS=1 "$overlay/bin/python" -m pytest tests/test_deploy \
