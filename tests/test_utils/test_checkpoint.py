@@ -194,6 +194,6 @@ def test_resume_executes_nothing_and_passes_over_damage(
     assert read_checkpoint(work / 'iter_2.pth')['meta']['iter'] == 2
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     monkeypatch.setattr(sys, 'argv', [*words, str(path)])
-    with pytest.raises(ValueError, match='bomb.pth is no checkpoint'):
+    with pytest.raises(SystemExit, match='bomb.pth is no checkpoint'):
         tool.main()
     assert not trace.exists()
