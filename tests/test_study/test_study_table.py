@@ -148,6 +148,14 @@ def test_overview(page, tmp_path, capsys):
     assert tail == f'\n\n{end}\n\nText.\n'
 
 
+def test_overview_takes_a_control_that_was_run(page, tmp_path):
+    ledger = write_ledger(tmp_path / 's.jsonl', controls=['none', 'random'])
+    row = '| Streets | net | `text` '
+    found = [[line for line in text.splitlines() if line.startswith(row)]
+             for text in (make_page(ledger.path), page[1])]
+    assert found[0] == found[1] and len(found[0]) == 1
+
+
 def test_holm():
     """By hand: 4 x 0.01, 3 x 0.02, 2 x 0.04, and not below the one before."""
     assert holm([.04, .01, .041, .02]) == pytest.approx([.08, .04, .08, .06])

@@ -164,14 +164,18 @@ class Study:
         return [arm for arm in self.ordered(part) if arm not in others]
 
     def _row(self, what: str, arm: str, parts: Sequence[Group]) -> List[str]:
-        """Compare an arm with the baseline and the first control."""
+        """Compare an arm with the baseline and the first control there."""
         runs = sum(len(part.arms[arm]) for part in parts)
         one = parts[0] if len(parts) == 1 else None
         row = [
             self.plan['title'], what, f'`{arm}`',
             str(runs), f'{self.split} {spread(one.spread(arm))}' if one else ''
         ]
-        for other in (self.baseline, *self.plan['controls'][:1]):
+        # Not all networks have all controls.
+        controls = sorted(
+            self.plan['controls'],
+            key=lambda control: all(control not in p.arms for p in parts))
+        for other in (self.baseline, *controls[:1]):
             known = one is not None and other in one.arms
             found = [d for part in parts for d in part.differences(arm, other)]
             row += [
