@@ -184,6 +184,12 @@ def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
             raise ValueError(f'The config has {len(builds)} `build` for the '
                              f'{len(files)} files {files}: give each its own.')
         for file, build in zip(map(str, files), map(dict, builds)):
+            words = build.get('vocabulary')
+            if isinstance(words, Mapping) and node.get('classes'):
+                # MMEngine sorts the keys of a config that it writes.
+                names = Vocabulary.from_spec(node['classes']).names
+                if set(names) == set(words):
+                    build['vocabulary'] = {k: words[k] for k in names}
             if nodes.setdefault(file, build) != build:
                 raise ValueError(f'The config has two ways to build {file}: '
                                  f'{nodes[file]} and {build}.')
@@ -304,7 +310,7 @@ def _make(path: Path, build: Mapping, progress: bool) -> bool:
 def _check_fit(file: str, build: Mapping) -> None:
     """Compare an existing file with the settings of the config."""
     found = TextEmbeddings.load(file)
-    vocabulary = Vocabulary.from_spec(build['vocabulary'])
+    vocabulary = Vocabulary.from_spec(build['vocabulary'], found.names)
     remedy = f'Delete or rename it. {build_command(file, build)}'
     try:
         found.check_names(vocabulary.names, 'the vocabulary in `build`')

@@ -4,7 +4,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from .vector_import import has_control, read_text_file
 
@@ -105,7 +105,9 @@ class Vocabulary:
         return sorted([*files, *ALIASES])
 
     @classmethod
-    def from_spec(cls, spec: VocabularySpec) -> 'Vocabulary':
+    def from_spec(cls,
+                  spec: VocabularySpec,
+                  names: Optional[Sequence[str]] = None) -> 'Vocabulary':
         """Make a vocabulary from a value of a config or a command line.
 
         Args:
@@ -124,6 +126,9 @@ class Vocabulary:
 
                 A class without phrases of its own is described by its name,
                 with ``_`` read as a space.
+            names (Sequence[str], optional): The order of the classes for a
+                dict of just these: MMEngine sorts the keys of a config that
+                it writes. Defaults to None: that of the dict.
 
         Returns:
             Vocabulary: The checked vocabulary.
@@ -137,6 +142,8 @@ class Vocabulary:
         if isinstance(spec, cls):
             return spec
         if isinstance(spec, Mapping):
+            if names is not None and set(names) == set(spec):
+                spec = {name: spec[name] for name in names}
             return cls._from_pairs(spec.items())
         if isinstance(spec, (list, tuple)):
             return cls._from_pairs((name, None) for name in spec)

@@ -215,7 +215,9 @@ def test_stage_2_as_published(tmp_path):
         cfg, learn = copy.deepcopy(base), variants[name]
         hook = dict(switch_at=1, learn=learn, freeze_norm=freeze_norm)
         cfg.custom_hooks = [dict(hook, type='PromptLearnerHook')]
-        runner, recorder = record(cfg)
+        # As a run's folder has it: MMEngine sorts the keys.
+        cfg.dump(tmp_path / 'written.py')
+        runner, recorder = record(Config.fromfile(tmp_path / 'written.py'))
         params = {n for n, _ in runner.model.named_parameters()}
         learns, changed = recorder.rows[1]['learns'], recorder.changed(1)
         assert learns == {n for n in params if place(n) in {'prompts', *parts}}

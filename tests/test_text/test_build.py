@@ -114,6 +114,24 @@ def test_ensure_makes_a_missing_file_once(tmp_path, clip_name, tower):
     assert file.stat().st_mtime_ns == stamp
 
 
+def test_config_that_was_written(file, clip_name, tmp_path):
+    """MMEngine sorts its keys; the classes keep their order."""
+    def written(**node):
+        cfg = config(file, clip_name)
+        for head in (cfg.model.decode_head, *cfg.model.auxiliary_head):
+            head.text.embeddings.update(node)
+        cfg.dump(tmp_path / 'written.py')
+        return Config.fromfile(tmp_path / 'written.py')
+
+    ensure_embeddings(config(file, clip_name))
+    made = TextEmbeddings.load(file)
+    assert ensure_embeddings(written()) == []
+    file.unlink()
+    assert ensure_embeddings(written(classes=list(VOCABULARY))) == [file]
+    again = TextEmbeddings.load(file)
+    assert (again.names, again.sha256) == (made.names, made.sha256)
+
+
 def test_damaged_file_is_reported_and_kept(file, clip_name):
     file.write_bytes(b'half a file')
     with pytest.raises(ValueError, match='own.safetensors'):

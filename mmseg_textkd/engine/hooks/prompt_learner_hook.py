@@ -57,8 +57,9 @@ class PromptLearnerHook(Hook):
         learn (dict[str, float] | Sequence[str], optional): Parameters of
             stage 2: regular expressions that are searched for in parameter
             names, and the factor on each one's base learning rate, 0 to
-            freeze it. The first that matches a parameter applies. Defaults to
-            None: prompts, scales and biases, at their base rate.
+            freeze it. The longest that matches a parameter applies, whatever
+            their order, as in MMEngine's ``custom_keys``. Defaults to None:
+            prompts, scales and biases, at their base rate.
         param_scheduler (dict | Sequence[dict], optional): MMEngine's
             learning rate schedulers of stage 2, which count iterations from
             the switch; ``end`` defaults to the end of the run. Defaults to
@@ -490,7 +491,9 @@ class PromptLearnerHook(Hook):
                     'switch_at=None.')
             return {name: 1.0 for name in text}
         factors: Dict[str, float] = {}
-        for pattern, factor in self.learn.items():
+        # Not the first one: MMEngine sorts the keys of a config it writes.
+        for pattern in sorted(sorted(self.learn), key=len, reverse=True):
+            factor = self.learn[pattern]
             matches = [name for name in names if re.search(pattern, name)]
             if not matches:
                 raise ValueError(

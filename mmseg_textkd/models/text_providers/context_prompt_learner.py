@@ -118,7 +118,7 @@ class ContextPromptLearner(PromptLearner):
             ValueError: If their number is not the number of classes.
         """
         if self.vocabulary is not None:
-            vocabulary = Vocabulary.from_spec(self.vocabulary)
+            vocabulary = Vocabulary.from_spec(self.vocabulary, self.names)
             if self.names is not None and vocabulary.names != self.names:
                 raise ValueError(
                     'the prompts\' vocabulary has the classes '
