@@ -116,6 +116,7 @@ def test_ensure_makes_a_missing_file_once(tmp_path, clip_name, tower):
 
 def test_config_that_was_written(file, clip_name, tmp_path):
     """MMEngine sorts its keys; the classes keep their order."""
+
     def written(**node):
         cfg = config(file, clip_name)
         for head in (cfg.model.decode_head, *cfg.model.auxiliary_head):
