@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import connection
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 from unittest import mock
@@ -102,12 +103,23 @@ def _fork(words, env, cwd, timeout):
             target=_python, args=(words, env, cwd, output.name))
         with _FORKING, mock.patch.dict(os.environ, env):
             process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        if not _join(process, timeout):
             raise TimeoutError(f'{words}: {output.read()}')
         return Done(process.exitcode, output.read())
+
+
+def _join(process, timeout):
+    """Wait for the end of a process, kill it after a time.
+
+    Whoever starts a process asks all others for their status too. Of two
+    threads that ask one at the same time, the second gets 255.
+    """
+    ended = connection.wait([process.sentinel], timeout)
+    with _FORKING:
+        if not ended:
+            process.kill()
+        process.join()
+    return ended
 
 
 def _call(path, name, sys_path, args):
@@ -133,7 +145,7 @@ def run_ranks(function: Callable, *args, size: int = 2) -> None:
         for process in ranks:
             process.start()
     for process in ranks:
-        process.join(120)
+        _join(process, 120)
         assert process.exitcode == 0
 
 
