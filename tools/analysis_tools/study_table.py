@@ -164,17 +164,24 @@ class Study:
         return [arm for arm in self.ordered(part) if arm not in others]
 
     def _row(self, what: str, arm: str, parts: Sequence[Group]) -> List[str]:
-        """Compare an arm with the baseline and the first control there."""
+        """Compare an arm with the baseline and a control that is there.
+
+        That of its name, as ``random-cls`` of ``text-cls``, or the first.
+        """
         runs = sum(len(part.arms[arm]) for part in parts)
         one = parts[0] if len(parts) == 1 else None
         row = [
             self.plan['title'], what, f'`{arm}`',
             str(runs), f'{self.split} {spread(one.spread(arm))}' if one else ''
         ]
-        # Not all networks have all controls.
-        controls = sorted(
-            self.plan['controls'],
-            key=lambda control: all(control not in p.arms for p in parts))
+        own = arm.split('-')[1:]
+
+        def is_other(control: str) -> Tuple[bool, bool]:
+            # Not all networks have all controls.
+            missing = all(control not in part.arms for part in parts)
+            return missing, not own or control.split('-')[1:] != own
+
+        controls = sorted(self.plan['controls'], key=is_other)
         for other in (self.baseline, *controls[:1]):
             known = one is not None and other in one.arms
             found = [d for part in parts for d in part.differences(arm, other)]
