@@ -154,6 +154,23 @@ def test_overview_takes_a_control_that_was_run(page, tmp_path):
     found = [[line for line in text.splitlines() if line.startswith(row)]
              for text in (make_page(ledger.path), page[1])]
     assert found[0] == found[1] and len(found[0]) == 1
+    # Of several that of the arm's name.
+    runs = entries() + [
+        entry(f'{arm}-2', seed, score) for arm, scores in SCORES.items()
+        for seed, score in enumerate(scores)
+    ]
+    both = write_ledger(
+        tmp_path / 'two.jsonl',
+        runs,
+        controls=['random', 'random-2'],
+        arms=ARMS | {f'{arm}-2': 'again'
+                     for arm in ARMS})
+    rows = [
+        x for x in make_page(both.path).splitlines()
+        if x.startswith('| Streets | net | `')
+    ]
+    assert [x.split('|')[8].split('`')[1]
+            for x in rows[:2]] == ['random', 'random-2']
 
 
 def test_holm():
