@@ -14,7 +14,7 @@ from mmseg_textkd.clip import TextTower, load_tower
 from ..utils.config import as_list, dicts, type_name
 from .embedding_file import TextEmbeddings
 from .templates import get_templates
-from .vocabulary import Vocabulary, VocabularySpec
+from .vocabulary import Vocabulary, VocabularySpec, in_order
 
 BUILD_KEYS = ('model', 'pretrained', 'templates', 'vocabulary', 'keep_bank',
               'cache_dir')
@@ -184,12 +184,10 @@ def ensure_embeddings(cfg: Mapping, progress: bool = False) -> List[Path]:
             raise ValueError(f'The config has {len(builds)} `build` for the '
                              f'{len(files)} files {files}: give each its own.')
         for file, build in zip(map(str, files), map(dict, builds)):
-            words = build.get('vocabulary')
-            if isinstance(words, Mapping) and node.get('classes'):
-                # MMEngine sorts the keys of a config that it writes.
-                names = Vocabulary.from_spec(node['classes']).names
-                if set(names) == set(words):
-                    build['vocabulary'] = {k: words[k] for k in names}
+            if build.get('vocabulary') and node.get('classes'):
+                build['vocabulary'] = in_order(
+                    build['vocabulary'],
+                    Vocabulary.from_spec(node['classes']).names)
             if nodes.setdefault(file, build) != build:
                 raise ValueError(f'The config has two ways to build {file}: '
                                  f'{nodes[file]} and {build}.')

@@ -127,8 +127,8 @@ class Vocabulary:
                 A class without phrases of its own is described by its name,
                 with ``_`` read as a space.
             names (Sequence[str], optional): The order of the classes for a
-                dict of just these: MMEngine sorts the keys of a config that
-                it writes. Defaults to None: that of the dict.
+                dict, see :func:`in_order`. Defaults to None: that of the
+                dict.
 
         Returns:
             Vocabulary: The checked vocabulary.
@@ -142,9 +142,7 @@ class Vocabulary:
         if isinstance(spec, cls):
             return spec
         if isinstance(spec, Mapping):
-            if names is not None and set(names) == set(spec):
-                spec = {name: spec[name] for name in names}
-            return cls._from_pairs(spec.items())
+            return cls._from_pairs(in_order(spec, names).items())
         if isinstance(spec, (list, tuple)):
             return cls._from_pairs((name, None) for name in spec)
         if not isinstance(spec, (str, Path)):
@@ -253,3 +251,21 @@ def _parse_lines(text: str) -> List[Tuple[str, Any]]:
         name, colon, words = line.partition(':')
         pairs.append((name.strip(), words.split(',') if colon else None))
     return pairs
+
+
+def in_order(spec: Any, names: Optional[Sequence[str]]) -> Any:
+    """Bring a dict into the order of the classes.
+
+    MMEngine sorts the keys of a config that it writes.
+
+    Args:
+        spec (VocabularySpec): See :meth:`Vocabulary.from_spec`.
+        names (Sequence[str], optional): The classes in label order.
+
+    Returns:
+        dict | VocabularySpec: The ordered dict if it is one of just these
+        classes; else the argument itself.
+    """
+    if isinstance(spec, Mapping) and names and set(names) == set(spec):
+        return {name: spec[name] for name in names}
+    return spec
