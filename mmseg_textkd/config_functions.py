@@ -121,7 +121,7 @@ def open_vocabulary_test(
     loader = copy.deepcopy(_read_stock(path).test_dataloader.to_dict())
     dataset = loader['dataset']
     for transform in dataset['pipeline']:
-        if transform['type'] == 'Resize':
+        if type_name(transform) == 'Resize':
             transform['scale'] = scale
     kept = [
         name for name in DATASETS.get(dataset['type']).METAINFO['classes']

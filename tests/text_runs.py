@@ -36,7 +36,9 @@ def make(folder, text, head):
     file = folder / 'text.safetensors'
     encode_classes(CLASSES, 'toyclip', 'photo', keep_bank=True).save(file)
     text = copy.deepcopy(text)
-    text.get('embeddings', text)['file'] = str(file)
+    source = text.get('embeddings', text)
+    if source.get('file') == file.name:
+        source['file'] = str(file)
     cfg = tiny_config(folder, text)
     cfg.model.decode_head.update(head)
     cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline

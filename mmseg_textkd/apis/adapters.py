@@ -19,7 +19,6 @@ from mmseg_textkd.models.ebseg.mask_embedder import MaskEmbeddings
 from mmseg_textkd.models.ebseg.mask_scores import MaskScores, pixel_embeddings
 from mmseg_textkd.models.layers import PixelProjection, pixel_text_similarity
 from mmseg_textkd.models.layers.text_fusion import CANNOT_FOLD
-from mmseg_textkd.models.new_words import NEW_WORDS, place_new_words
 from mmseg_textkd.text import TextEmbeddings, Vocabulary
 from .class_encoder import ClassEncoder, EncodedClasses
 from .label_maps import select_classes
@@ -214,26 +213,14 @@ class TextHeadAdapter(NetworkAdapter):
                     new_words: Optional[str] = None) -> None:
         """Fold the projection with the vectors.
 
-        The default for new ones is 'unit', which is measured, where logits
-        are linear in the pixel embeddings. Cosines take them raw, as LSeg
-        does, and so does a :class:`BalancedTextClassifier`.
+        The default for new ones is that of the classifier.
         """
         if self.stays_binary(found):
             self._install(self.trained_layer, 1)
             self.vectors, self.binary = found.vectors, True
             return
-        if new_words is None:
-            linear = not (self.uses_cosine
-                          or isinstance(self.branch, BalancedTextClassifier))
-            new_words = NEW_WORDS[0] if linear else 'raw'
-        new = [k for k, own in enumerate(found.trained) if own is None]
-        vectors = found.vectors.clone()
-        provider = self.branch.text
-        trained = provider.class_embeddings
-        if new and new_words != 'raw':
-            trained = provider.trained_vectors()
-        vectors[new] = place_new_words(vectors[new],
-                                       trained.to(vectors.device), new_words)
+        vectors = self.branch.place_words(found.vectors, found.trained,
+                                          new_words)
         layer = self.fold(vectors, found.trained, new_bias)
         self._install(layer, len(found.names))
         self.vectors, self.binary = found.vectors, False

@@ -8,6 +8,7 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, METRICS
 from torch import Tensor
 
+from ..utils.config import as_list, type_name
 from ..utils.progress import track
 from .export import Exported
 from .exportable import ExportableSegmentor
@@ -136,7 +137,8 @@ def mean_iou(network: Network, config: str) -> float:
         float: The mIoU.
 
     Raises:
-        ValueError: If the classes of the two are not the same.
+        ValueError: If the classes of the two are not the same, or the config
+            measures no IoU.
     """
     cfg = Config.fromfile(config)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
@@ -145,7 +147,13 @@ def mean_iou(network: Network, config: str) -> float:
         raise ValueError(f'{config} has other classes than the network: '
                          f'{dataset.metainfo["classes"]} and '
                          f'{network.classes}')
-    metric = METRICS.build(dict(cfg.val_evaluator, prefix=None))
+    evaluators = [
+        evaluator for evaluator in as_list(cfg.val_evaluator)
+        if type_name(evaluator).endswith('IoUMetric')
+    ]
+    if not evaluators:
+        raise ValueError(f'val_evaluator of {config} has no IoUMetric')
+    metric = METRICS.build(dict(evaluators[0], prefix=None))
     metric.dataset_meta = dataset.metainfo
     for i in track(range(len(dataset)), 'Testing'):
         data = dataset[i]

@@ -14,7 +14,7 @@ from ..models import TextHeadMixin
 from ..models.input_channels import input_channels
 from ..utils.checkpoint import (build_segmentor, class_differences,
                                 load_strictly, non_finite, read_checkpoint)
-from ..utils.config import first_dataset, load_config
+from ..utils.config import first_dataset, load_config, type_name
 from .fold import fold_state_dict
 from .stock_cfg import to_stock_cfg
 from .verify import verify
@@ -52,7 +52,7 @@ def load_stock(
     if isinstance(head, list):
         raise ValueError('a cascade of decode heads is not supported.')
     kept = ((head.get('fusion') or {}).get('use') == 'inference'
-            or cfg.model.type == 'TextKD')
+            or type_name(cfg.model) == 'TextKD')
     kind = MODELS.get(head.type)
     # Not a class: `L2ConvSegHead`, which has no text any more.
     has_text = inspect.isclass(kind) and issubclass(kind, TextHeadMixin)

@@ -116,5 +116,5 @@ def _ignore_unlabeled(cfg: Config, stock: Dict, split: str,
     dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}
     label = getattr(converter.find(dataset.get('type')), 'UNLABELED', None)
     for evaluator in as_list(stock.get(f'{split}_evaluator')):
-        if label is not None and evaluator['type'] == 'IoUMetric':
+        if label is not None and type_name(evaluator) == 'IoUMetric':
             evaluator['ignore_index'] = label

@@ -24,6 +24,7 @@ from mmseg_textkd.models import (DistilledEncoderDecoder,
                                  TextKD)
 from mmseg_textkd.models.layers.score_map import KEPT_AS_IT_IS
 from mmseg_textkd.models.layers.text_fusion import CANNOT_FOLD
+from ..utils.config import type_name
 from .l2_conv_seg import l2_conv_seg_head
 
 PLUGIN = 'mmseg_textkd'
@@ -38,7 +39,7 @@ STOCK_FORMS = {
     DistilledEncoderDecoder: ('EncoderDecoder', ('teacher', 'distill_losses')),
     MultiDatasetEncoderDecoder: ('EncoderDecoder', ()),
     PackRegionInputs: ('PackSegInputs', ()),
-    TextKD: ('EncoderDecoder', ('score_map', 'alignment_head')),
+    TextKD: ('EncoderDecoder', ('score_map', 'alignment_head', 'text_loss')),
     ZeroShotIoUMetric: ('IoUMetric', ('unseen', )),
 }
 
@@ -139,7 +140,8 @@ class StockConverter:
             return value
         if inspect.isclass(kind) and issubclass(kind, TextHeadMixin):
             return self._stock_head(kind, value, where)
-        if inspect.isclass(kind) and issubclass(kind, BaseSegDataset):
+        if (inspect.isclass(kind) and issubclass(kind, BaseSegDataset)
+                and f'{kind.__module__}.'.startswith(f'{PLUGIN}.')):
             return _stock_dataset(kind, value, where)
         raise ValueError(
             f'{where}: {value["type"]!r} is defined in {kind.__module__}, '
@@ -170,7 +172,8 @@ class StockConverter:
         }
         head['type'] = names[stock]
         branch = value.get('text_branch') or {}
-        if (self.keep_l2 and branch.get('norm') == 'l2'
+        of_lseg = type_name(branch) == 'LSegTextClassifier'
+        if (self.keep_l2 and (of_lseg or branch.get('norm') == 'l2')
                 and value.get('role', 'classifier') == 'classifier'):
             provider = MODELS.build(
                 dict(value['text']),

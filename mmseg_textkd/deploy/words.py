@@ -17,9 +17,31 @@ TRAINING = ('train_dataloader', 'train_cfg', 'optim_wrapper',
             'test_cfg', 'test_evaluator', 'tta_model', 'custom_hooks')
 
 
+def text_head(model: Any) -> Any:
+    """Get the decode head of a network, which must have text.
+
+    Args:
+        model (nn.Module): The segmentor.
+
+    Returns:
+        TextHeadMixin: The head.
+
+    Raises:
+        ValueError: If it has no text.
+    """
+    head = model.decode_head
+    if not isinstance(head, TextHeadMixin):
+        raise ValueError('other classes need a text head '
+                         f'(TextHeadMixin), but this is a '
+                         f'{type(head).__name__}.')
+    return head
+
+
 @torch.no_grad()
-def set_words(model: nn.Module, vectors: Tensor,
-              trained: Sequence[Optional[int]]) -> None:
+def set_words(model: nn.Module,
+              vectors: Tensor,
+              trained: Sequence[Optional[int]],
+              new_words: Optional[str] = None) -> None:
     """Make other words the classes of a text network, in place.
 
     A trained class keeps its bias, a new one gets the mean of all. Auxiliary
@@ -31,16 +53,14 @@ def set_words(model: nn.Module, vectors: Tensor,
         vectors (Tensor): Vectors of K' words, unit rows with shape (K', D).
         trained (Sequence[int | None]): For each word the index of the class
             that it was in the training, None for a new one.
+        new_words (str, optional): See :meth:`TextBranch.place_words`.
+            Defaults to None.
 
     Raises:
-        ValueError: If the network has no text, or has the role 'auxiliary'
-            and a word is new.
+        ValueError: If the network has no text, has the role 'auxiliary'
+            and a word is new, or there is no such way.
     """
-    head = model.decode_head
-    if not isinstance(head, TextHeadMixin):
-        raise ValueError('other classes need a text head '
-                         f'(TextHeadMixin), but this is a '
-                         f'{type(head).__name__}.')
+    head = text_head(model)
     number = len(trained)
     if head.role == 'auxiliary':
         if None in trained:
@@ -58,6 +78,7 @@ def set_words(model: nn.Module, vectors: Tensor,
         head.conv_seg = conv
     else:
         branch = head.text_branch
+        vectors = branch.place_words(vectors, trained, new_words)
         bias = branch.logit_bias
         if bias is not None:
             branch.logit_bias = nn.Parameter(
@@ -65,9 +86,8 @@ def set_words(model: nn.Module, vectors: Tensor,
                     bias.mean() if row is None else bias[row]
                     for row in trained
                 ]))
-        branch.num_classes = branch.text.num_classes = number
-        branch.text.class_embeddings = vectors.to(branch.text.class_embeddings)
-        branch.text.names = branch.text.record = None
+        branch.num_classes = number
+        branch.text.replace(vectors)
     for module in (head, model):
         module.num_classes = module.out_channels = number
     if model.with_auxiliary_head:
@@ -93,10 +113,13 @@ def to_words_cfg(cfg: Config,
         Config: The new config.
     """
     cfg = copy.deepcopy(cfg)
+    number = cfg.model.decode_head.num_classes
     for head in [
             cfg.model.decode_head, *as_list(cfg.model.get('auxiliary_head'))
     ]:
-        if head.num_classes == cfg.model.decode_head.num_classes:
+        if head.num_classes == number:
+            if head.get('text'):  # which gives its width
+                head.text.setdefault('num_classes', number)
             head.num_classes = len(words)
     if type_name(cfg.model) == 'MultiDatasetEncoderDecoder':
         cfg.model.type = 'EncoderDecoder'

@@ -73,6 +73,10 @@ def init_from_stock(classifier: TextClassifier,
             "cannot start from a stock classifier, which is affine; use "
             "norm='bn', role='auxiliary', or plain `load_from`, which leaves "
             'the text classifier random.')
+    if not projection.learned:
+        raise ValueError(
+            'without a projection (project=False) there is nothing that could '
+            'be set so that it predicts as a stock classifier.')
     if bn is not None and not (bn.affine and bn.track_running_stats):
         raise ValueError(
             'a batch norm without weight and bias, or without running '

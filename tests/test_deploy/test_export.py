@@ -56,6 +56,8 @@ def stock(tmp_path_factory):
     kinds = 'LoadImageFromFile', 'PackSegInputs'
     cfg.test_pipeline = [dict(type=kind) for kind in kinds]
     runner = run(cfg)
+    evaluator = dict(cfg.val_evaluator, type='mmseg.IoUMetric')
+    cfg.val_evaluator = [dict(type='DepthMetric'), evaluator]
     cfg.dump(root / 'config.py')
     files = f'{root}/config.py', f'{root}/work/iter_40.pth'
     return SimpleNamespace(

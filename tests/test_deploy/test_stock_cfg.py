@@ -69,6 +69,8 @@ def test_camvid_without_its_dataset(tmp_path, write_camvid, suffix):
     cfg = copy.deepcopy(load_config(CAMVID))
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].dataset.data_root = str(tmp_path)
+    if suffix == '.jpg':  # as the FAQ has it
+        cfg.test_evaluator.type = f'mmseg.{cfg.test_evaluator.type}'
     stock = to_stock_cfg(cfg)
     scores = []
     for config in (cfg, stock):
@@ -95,6 +97,28 @@ def test_datasets_that_stay_ours_are_refused(change, message):
     cfg = copy.deepcopy(load_config(CAMVID))
     cfg.test_dataloader.dataset.update(change)
     message = f'^test_dataloader.dataset: .*{re.escape(message)}'
+    with pytest.raises(ValueError, match=message):
+        to_stock_cfg(cfg)
+
+
+def test_datasets_of_the_user_are_theirs(monkeypatch):
+    """Nobody knows what one does that is made where the plugin is used."""
+    module = types.ModuleType('own_data')
+    module.TextHeadMixin = TextHeadMixin
+    monkeypatch.setitem(sys.modules, 'own_data', module)
+
+    class OwnData(BaseSegDataset):
+        METAINFO = dict(classes=('a', 'b'))
+
+        def __init__(self, img_suffix='.jpg', **kwargs):
+            super().__init__(img_suffix, reduce_zero_label=True, **kwargs)
+
+    OwnData.__module__ = 'own_data'
+    monkeypatch.setitem(DATASETS.module_dict, 'OwnData', OwnData)
+    cfg = copy.deepcopy(load_config(CAMVID))
+    cfg.custom_imports.imports.append('own_data')
+    cfg.test_dataloader.dataset = dict(type='OwnData')
+    message = "^test_dataloader.dataset: 'OwnData' is defined in own_data,"
     with pytest.raises(ValueError, match=message):
         to_stock_cfg(cfg)
 

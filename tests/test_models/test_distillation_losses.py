@@ -160,6 +160,20 @@ def test_gradients_of_text_losses(case):
     assert text.grad is None and all(z.grad is None for z in logits)
 
 
+def test_one_logit_is_that_of_the_second_of_two_classes():
+    loss, labels = build('LogitDistillationLoss'), batch()['labels']
+    student, teacher = (torch.randn(N, 1, H, W) for _ in range(2))
+
+    def two(logit):
+        return torch.cat([-logit / 2, logit / 2], dim=1)
+
+    one, both = (loss(a, b, labels, ignore_index=IGNORE)
+                 for a, b in ((student, teacher), (two(student),
+                                                   two(teacher))))
+    assert one > 0
+    torch.testing.assert_close(one, both)
+
+
 @each_case('kind', ['LogitDistillationLoss', 'ChannelWiseDistillationLoss'])
 def test_gradients_of_logit_losses(kind):
     loss, labels = build(kind), batch()['labels']

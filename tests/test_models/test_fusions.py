@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from each_case import each_case
-from heads import ALIGN, ARGS, backward, data, without_gradient
+from heads import ALIGN, ARGS, BALANCED, backward, data, without_gradient
+from mmengine.structures import PixelData
+from network_tester import samples
 from tiny import CONTROL, PROMPTS, stir
 from torch import nn
 
@@ -269,6 +271,45 @@ def test_losses_of_the_bridge(options):
     assert not branch.fusion.text_gate.grad.any()
     off = head(fusion=dict(BRIDGE, kl_weight=0.)).loss(inputs, labels, {})
     assert 'loss_bridge_kl' not in off
+
+
+def test_a_head_with_one_logit_is_taught_as_with_two():
+    """Its logit is that of the second class minus that of the first."""
+    args = dict(role='auxiliary', text_losses=[], fusion=BRIDGE, num_classes=2)
+    sigmoid = dict(type='CrossEntropyLoss', use_sigmoid=True)
+    one = stir(head(out_channels=1, loss_decode=sigmoid, **args))
+    two = head(**args)
+    state = one.state_dict()
+    for name in ('weight', 'bias'):
+        logit = state[f'conv_seg.{name}']
+        state[f'conv_seg.{name}'] = torch.cat([-logit / 2, logit / 2])
+    two.load_state_dict(state)
+    torch.manual_seed(3)
+    inputs = [torch.randn(2, 8, 4, 8)], samples((32, 64), 2), {}
+    losses = [module.loss(*inputs) for module in (one, two)]
+    assert losses[0]['loss_bridge_kl'] > 1e-3
+    for name in NAMES[:2]:
+        torch.testing.assert_close(losses[0][name], losses[1][name])
+
+
+@each_case('options', [
+    dict(fusion=dict(BRIDGE, **KEPT), text_losses=[ALIGN]),
+    dict(text_branch=dict(BALANCED, unseen=[1])),
+])
+def test_losses_in_evaluation_mode(options):
+    """As a project's validation loss: with the statistics of batch norm."""
+    module = stir(head(**options))
+    inputs, labels = data()
+    for sample in labels:
+        seen = sample.gt_sem_seg.data
+        seen[seen == 1] = 255
+        sample.teacher = PixelData(embeddings=torch.randn(16, 4, 8))
+    name, = (f'loss_{k}' for k in ('text_align', 'image_embedding')
+             if ('fusion' in options) == (k == 'text_align'))
+    found = module.eval().loss(inputs, labels, {})[name]
+    for part in module.modules():
+        part.training = not isinstance(part, nn.BatchNorm2d)
+    torch.testing.assert_close(found, module.loss(inputs, labels, {})[name])
 
 
 @each_case('role', ['classifier', 'auxiliary'])

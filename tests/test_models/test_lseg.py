@@ -69,12 +69,17 @@ def test_training_is_that_of_the_seen_classes_alone(text, norm, kind):
     if kind:
         options['regularization'] = dict(kind=kind)
     branch = dict(options, unseen=UNSEEN)
+    weights = [1., 9., 2., 3., 9., .5]
     head = stir(
-        TextFCNHead(text=text, text_branch=branch, text_losses=[ALIGN], **SIX))
+        TextFCNHead(
+            text=text,
+            text_branch=branch,
+            text_losses=[dict(ALIGN, class_weight=weights)],
+            **SIX))
     alone = TextFCNHead(
         text=CONTROL,
         text_branch=options,
-        text_losses=[ALIGN],
+        text_losses=[dict(ALIGN, class_weight=[weights[k] for k in SEEN])],
         **dict(SIX, num_classes=4))
     state, key = head.state_dict(), 'conv_seg.text.class_embeddings'
     assert state[key].shape == (6, 16)
@@ -87,6 +92,27 @@ def test_training_is_that_of_the_seen_classes_alone(text, norm, kind):
     torch.testing.assert_close(grads, expected_grads)
     for name, grad in grads.items():
         assert name.endswith('.scale') or grad.abs().max() > 0, name
+
+
+def test_an_ignored_label_is_none_of_the_seen(text):
+    """Of those without the unseen ones, 3 has its number."""
+    feat, losses, state = [torch.randn(2, 8, 4, 6)], [], None
+    for ignored in (2, 255):
+        head = TextFCNHead(
+            text=text,
+            text_branch=dict(bias=False, unseen=[0]),
+            text_losses=[ALIGN],
+            ignore_index=ignored,
+            **SIX)
+        state = state or head.state_dict()
+        head.load_state_dict(state)
+        data = labeled([1, 3, 4, 5])
+        for sample in data:
+            labels = sample.gt_sem_seg.data
+            labels[labels == 255] = ignored
+        losses.append(head.loss(feat, data, {}))
+    assert losses[0]['loss_text_align'] > 0
+    torch.testing.assert_close(*losses)
 
 
 @each_case('branch, losses', [(ZERO_SHOT, [ALIGN]), (BALANCED, None)])

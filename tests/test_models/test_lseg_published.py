@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from mmengine.config import ConfigDict
 from mmseg.registry import MODELS
 from network_tester import CONFIGS, load_config, samples
+from tiny import CONTROL, stir, tiny_config
 from torch import nn
 
+from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
 from mmseg_textkd.models import LSegDPTHead, LSegTextClassifier
 
 pytestmark = pytest.mark.stacks
@@ -142,6 +144,27 @@ def test_products_are_rounded_as_released(text):
     assert (found - exact).abs().max() > 1e-4
     torch.testing.assert_close(
         module.train().classify(pixels, vectors), exact, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('kind', ['TwoWayBridge', 'ContextAwareText'])
+def test_a_fusion_counts_where_products_are_rounded(text, kind):
+    fusion = dict(type=kind, width=8, num_heads=2, use='inference')
+    module = stir(LSegTextClassifier(8, 4, text, fusion=fusion)).eval()
+    feat = torch.randn(1, 8, 6, 6)
+    rounded, module.half_precision = module(feat), False
+    torch.testing.assert_close(rounded, module(feat), atol=.1, rtol=0)
+
+
+def test_the_norm_is_kept_on_request(text, tmp_path):
+    """With a rounding less."""
+    cfg = tiny_config(tmp_path, CONTROL)
+    cfg.model.decode_head.text_branch = dict(type='LSegTextClassifier')
+    model = stir(MODELS.build(cfg.model)).eval()
+    stock = MODELS.build(to_stock_cfg(cfg, keep_l2=True).model).eval()
+    stock.load_state_dict(fold_state_dict(model, keep_l2=True))
+    image = torch.randn(1, 3, 64, 64)
+    found, expected = (m(image, mode='tensor') for m in (stock, model))
+    torch.testing.assert_close(found, expected, atol=.05, rtol=0)
 
 
 def test_blocks_follow_the_rounded_products(text):

@@ -139,6 +139,7 @@ def test_a_dead_channel_stays_finite(build):
     (dict(norm='l2'), {}, "norm='l2'.*role='auxiliary'.*load_from"),
     (dict(norm_cfg=dict(BN, affine=False)), {}, 'cannot be undone'),
     (dict(norm_cfg=dict(BN, track_running_stats=False)), {}, 'be undone'),
+    (dict(project=False, dim=CHANNELS), {}, 'project=False'),
     ({}, dict(features=[]), 'there are none'),
     ({}, dict(weight=torch.ones(4, 7, 1, 1)), r'\(4, 7, 1, 1\).*\(5,'),
     ({}, dict(weight=torch.ones(5, 3, 1, 1)), r'\(5, 3, 1, 1\).*\(5, 7,'),

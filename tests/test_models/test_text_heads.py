@@ -9,6 +9,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import DefaultScope, Registry
 from mmseg.models.decode_heads import FCNHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.registry import MODELS
 from tiny import CONTROL
 
 from mmseg_textkd.models import (TextBranch, TextClassifier, TextFCNHead,
@@ -146,3 +147,43 @@ def test_init_of_the_text_branch_is_sound():
     assert torch.equal(branch.projection.bn.weight, torch.ones(16))
     assert branch.logit_bias.abs().max() == 0
     assert branch.scale().item() == pytest.approx(1)
+
+
+def of_ddr(**branch):
+    """A head that initializes all its layers by a loop."""
+    loss = dict(type='CrossEntropyLoss')
+    return MODELS.build(
+        dict(
+            type='TextDDRHead',
+            in_channels=8,
+            channels=16,
+            num_classes=4,
+            norm_cfg=dict(type='BN'),
+            loss_decode=[loss, loss],
+            text=CONTROL,
+            text_branch=branch))
+
+
+@each_case('norm', [None, dict(type='Normal', layer='Conv2d', std=.01)])
+def test_start_values_outlive_the_init_of_the_head(norm):
+    identity = torch.eye(16)[..., None, None]
+    balanced = dict(type='BalancedTextClassifier', bias=False)
+    for build in (of_ddr, lambda **branch: TextFCNHead(
+            text=CONTROL,
+            text_branch=branch,
+            init_cfg=norm,
+            **dict(ARGS, channels=16))):
+        head = build(project=False)
+        head.init_weights()
+        assert torch.equal(head.conv_seg.projection.conv.weight, identity)
+        head = build(**balanced)
+        head.init_weights()
+        gain = head.conv_seg.image_projection.bn.weight
+        assert torch.equal(gain, torch.full((16, ), .25))
+
+
+def test_one_class_has_no_other_text():
+    for options in (dict(text_losses=[ALIGN]), dict(role='auxiliary'),
+                    dict(fusion=dict(type='TwoWayBridge', width=16))):
+        with pytest.raises(ValueError, match='the text of both classes'):
+            TextFCNHead(text=CONTROL, **dict(ARGS, num_classes=1, **options))

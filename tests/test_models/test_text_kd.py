@@ -219,6 +219,14 @@ def test_a_linear_score_map_folds_into_stock():
         to_stock_cfg(Config(dict(model=stdc())))
 
 
+@each_case('text_loss', [dict(type='TextToTextContrastiveLoss'), None])
+def test_losses_of_text_are_not_in_the_stock_config(text_loss):
+    text = dict(type='ResidualPromptLearner', embeddings=control(16))
+    cfg = dict(stdc(**dict(LINEAR, text=text)), text_loss=text_loss)
+    stock = fold(MODELS.build(cfg).eval(), Config(dict(model=cfg)))
+    assert type(stock) is EncoderDecoder
+
+
 def test_a_graph_without_the_plugin():
     model = randomized()
     model.data_preprocessor = MODELS.build(dict(type='SegDataPreProcessor'))
@@ -249,6 +257,38 @@ def test_init_as_published():
     assert weight.std().item() == pytest.approx((2 / 72)**0.5, rel=0.2)
 
 
+def test_step_0_outlives_an_init_of_all_layers():
+    everything = dict(type='Kaiming', layer='Conv2d')
+    model = MODELS.build(dict(stdc(), init_cfg=everything))
+    model.init_weights()
+    assert not any(c.weight.any() for c in model.score_map.convs.values())
+
+
+@each_case('scope', ['', 'mmseg.'])
+def test_the_loss_of_the_head_is_that_of_the_scores(scope):
+    cfg = stdc()
+    cfg['decode_head'].update(
+        sampler=None,
+        loss_decode=dict(
+            type=f'{scope}OhemCrossEntropy',
+            thres=.9,
+            min_kept=100,
+            loss_weight=.4,
+            class_weight=[1.] * K))
+    loss = MODELS.build(cfg).alignment_head.loss_decode
+    assert type(loss).__name__ == 'OhemCrossEntropy'
+    assert (loss.thresh, loss.loss_weight) == (.9, 1.)
+
+
+def test_all_weights_in_half_precision():
+    model = MODELS.build(stdc(16, projection=True)).eval()
+    image = torch.randn(1, 3, 64, 64)
+    expected = model(image, mode='tensor')
+    found = model.bfloat16()(image.bfloat16(), mode='tensor')
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() < .05 * expected.abs().max()
+
+
 @each_case('options, words', [
     (dict(width=16), 'width 16, but the feature has 32 channels'),
     (dict(in_channels=16, width=16), 'has 32 channels, but in_channels=16'),
@@ -269,10 +309,12 @@ def test_what_does_not_fit_is_refused(options, words):
 @each_case('changes, words', [
     (dict(backbone=dict(type='ERFNet')), 'has no sites for ERFNet'),
     (dict(alignment_head=dict(temperature=0.)), 'temperature'),
+    (dict(num_classes=1), 'the text of both classes'),
 ])
 def test_what_the_network_must_have(changes, words):
     cfg = dict(stdc(), **changes)
-    cfg['decode_head'].update(in_channels=16, in_index=0)
+    number = cfg.pop('num_classes', K)
+    cfg['decode_head'].update(in_channels=16, in_index=0, num_classes=number)
     with pytest.raises(ValueError, match=words):
         MODELS.build(cfg)
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
+from mmseg.apis import init_model
 from mmseg.registry import DATASETS
 from text_runs import RUNS, make
 from tiny import CLASSES
-from tool_modules import ROOT, load_tool
+from tool_modules import ROOT, call, load_tool
 from torch.testing import assert_close
 
 from mmseg_textkd.analysis.new_words import measure_new_words
@@ -136,6 +137,46 @@ def test_phrases_of_the_training_span_too(tmp_path, monkeypatch):
     message, _, level = said.pop()
     assert not said and level == logging.WARNING
     assert 'names alone: the file' in message
+
+
+BANK = dict(type='SynonymSampler', file='bank.safetensors', dim=64)
+# It learns beside a buffer, which nothing has brought up to date.
+LEARNED = dict(type='LearnedEmbeddings', dim=64)
+
+
+@pytest.mark.parametrize('text, head, words', (
+    (*RUNS['l2'], ['van', 'road', 'lava']),
+    (BANK, {}, ['van', 'road', 'lava']),
+    (LEARNED, {}, ['car', 'road', 'sky']),
+))
+def test_the_tool_folds_what_the_inferencer_predicts(tmp_path, monkeypatch,
+                                                     text, head, words):
+    monkeypatch.chdir(tmp_path)
+    encode_classes(
+        'toy_scenes+synonyms', 'toyclip', 'photo',
+        keep_bank=True).save(tmp_path / 'bank.safetensors')
+    encode_classes(['van', 'lava'], 'toyclip', 'photo').save('new.safetensors')
+    run = make(tmp_path, text, head)
+    mine = TextSegInferencer(run.config, run.weights, device='cpu')
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        own = mine.model(image, mode='tensor')
+        mine.set_classes(words, embeddings='new.safetensors')
+        expected = mine.model(image, mode='tensor')
+    call('model_converters/textkd2mmseg.py', run.config, run.weights, '--l2',
+         'keep', '--classes', ','.join(words), '--embeddings',
+         'new.safetensors', '--device', 'cpu', '--out', 'stock.pth')
+    stock = init_model('stock.py', 'stock.pth', device='cpu')
+    with torch.no_grad():
+        assert_close(
+            stock(image, mode='tensor'), expected, rtol=1e-4, atol=1e-3)
+    for k, word in enumerate(words):
+        if word in CLASSES:
+            assert_close(
+                expected[:, k],
+                own[:, CLASSES.index(word)],
+                rtol=1e-4,
+                atol=1e-3)
 
 
 def test_the_published_page_is_what_the_ledger_says(capsys):

@@ -75,6 +75,7 @@ from mmseg_textkd.deploy import fold, to_stock_cfg
 from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.models.text_parameters import text_providers
 from mmseg_textkd.utils.arguments import read_config, warn_renamed
+from mmseg_textkd.utils.config import type_name
 from mmseg_textkd.utils.report import count_cost, describe, environment, table
 
 STOCK = 'stock'
@@ -99,7 +100,7 @@ def build_networks(cfg: Config) -> Dict[str, nn.Module]:
         raise ValueError('the network of the config has no text; give a text '
                          'config, from which the stock one is derived.')
     folded = {}
-    if cfg.model.type == 'TextKD':  # most do not fold
+    if type_name(cfg.model) == 'TextKD':  # most do not fold
         keys = ('score_map', 'alignment_head')
         stock = {k: v for k, v in cfg.model.items() if k not in keys}
         stock['type'] = 'EncoderDecoder'

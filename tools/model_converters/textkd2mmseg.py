@@ -70,8 +70,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     words.add_argument(
         '--new-words',
         choices=NEW_WORDS,
-        default=NEW_WORDS[0],
-        help='how their vectors are used (default: %(default)s)')
+        help='how their vectors are used (default: that of the classifier: '
+        'unit, or raw for cosines)')
     args = parser.parse_intermixed_args(argv)
     args.model = args.model or args.old_tower
     args.out = args.out or args.old_out and Path(args.old_out)
@@ -111,9 +111,8 @@ from mmseg_textkd.apis.drawing import palette_for
 from mmseg_textkd.deploy import (fold_state_dict, mean_lengths, to_stock_cfg,
                                  verify)
 from mmseg_textkd.deploy.load_stock import dataset_meta
-from mmseg_textkd.deploy.words import set_words, to_words_cfg
+from mmseg_textkd.deploy.words import set_words, text_head, to_words_cfg
 from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
-from mmseg_textkd.models.new_words import place_new_words
 from mmseg_textkd.utils.arguments import explain, read_config, warn_renamed
 from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
                                            read_checkpoint)
@@ -169,9 +168,8 @@ def choose_words(args: argparse.Namespace, cfg: Config, model: nn.Module,
     if args.classes is None:
         several = 'label_spaces' in (meta.get('dataset_meta') or {})
         return to_words_cfg(cfg, names, palette) if several else cfg
-    head = cfg.model.decode_head
-    encoder = ClassEncoder(model.decode_head.text_branch.text, head.text,
-                           names)
+    encoder = ClassEncoder(
+        text_head(model).text_branch.text, cfg.model.decode_head.text, names)
     classes = args.classes
     if ',' in classes:
         classes = [name.strip() for name in classes.split(',')]
@@ -182,11 +180,7 @@ def choose_words(args: argparse.Namespace, cfg: Config, model: nn.Module,
         tower=args.model,
         pretrained=args.pretrained,
         embeddings=args.embeddings)
-    new = [k for k, row in enumerate(found.trained) if row is None]
-    vectors = found.vectors.clone()
-    own_vectors = encoder.provider.class_embeddings
-    vectors[new] = place_new_words(vectors[new], own_vectors, args.new_words)
-    set_words(model, vectors, found.trained)
+    set_words(model, found.vectors, found.trained, args.new_words)
     print(f'{len(found.names)} classes: {found.source}')
     colors = [
         None if row is None or not palette else palette[row]

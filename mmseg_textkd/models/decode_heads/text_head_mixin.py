@@ -108,10 +108,12 @@ class TextHeadMixin(Base):
                     f'a {kind.__name__} has no form with one logit for two '
                     'classes; leave `out_channels` of the head unset.')
             options['binary'] = True
-        if self.num_classes == 1 and (text_losses or role == 'auxiliary'):
+        if self.num_classes == 1 and (text_losses or fusion
+                                      or role == 'auxiliary'):
             raise ValueError(
-                'the text losses need the text of both classes: give the '
-                'background a name too and set num_classes=2, out_channels=1.')
+                'the text losses and a fusion need the text of both classes: '
+                'give the background a name too and set num_classes=2, '
+                'out_channels=1.')
         branch = kind(
             self.conv_seg.in_channels,
             self.num_classes,
@@ -141,6 +143,7 @@ class TextHeadMixin(Base):
             text_losses = [dict(type='mmseg.ImageEmbeddingDistillationLoss')]
         self.text_losses = nn.ModuleList(
             MODELS.build(loss) for loss in text_losses or [])
+        self._drop_unseen_weights()
         if balanced != any(map(_of_image_projection, self.text_losses)):
             raise ValueError(
                 "text_branch=dict(type='BalancedTextClassifier') and an "
@@ -148,6 +151,27 @@ class TextHeadMixin(Base):
                 'together: one has the image projection, the other trains '
                 'it.')
         self._classifier_called = False
+
+    def init_weights(self) -> None:
+        """Initialize the weights.
+
+        Some stock heads do so by a loop over all layers, which would be the
+        last.
+        """
+        super().init_weights()
+        if not self.text_branch.is_init:
+            self.text_branch.init_weights()
+
+    def _drop_unseen_weights(self) -> None:
+        """Keep the class weights of the classes whose text losses learn."""
+        unseen = getattr(self.text_branch, 'unseen', ())
+        losses: Sequence[Any] = list(self.text_losses)
+        for loss in losses:
+            weights = getattr(loss, 'class_weight', None)
+            if unseen and weights is not None:
+                loss.class_weight = [
+                    w for k, w in enumerate(weights) if k not in unseen
+                ]
 
     @property
     def text_branch(self) -> TextBranch:
@@ -197,20 +221,18 @@ class TextHeadMixin(Base):
         # Forward hooks, removed after this call, record the tensors of the
         # stock forward, so that it need not be copied.
         with ExitStack() as stack:
-            modules = [self.conv_seg]
-            if self.role == 'classifier':
-                modules += [self.text_branch.projection, self.text_branch.text]
+            branch = self.text_branch
+            modules = self.conv_seg, branch.projection, branch.text
             records = [stack.enter_context(record_calls(m)) for m in modules]
             losses = super().loss(inputs, *args)
         self._check_calls(len(records[0]), extra)
         if not extra:
             return losses
-        (feat, logits), *branch = [calls[0] for calls in records]
-        if self.role == 'classifier':
-            embeddings, text = [output for _, output in branch]
-        else:
-            embeddings = self.text_branch.projection(feat)
-            text = self.text_branch.text(feat.shape[0])
+        (feat, logits), pixels, texts = records[0][0], *records[1:]
+        # Neither is called in the role 'auxiliary', nor the projection by all
+        # fusions in evaluation mode.
+        embeddings = pixels[0][1] if pixels else branch.projection(feat)
+        text = texts[0][1] if texts else branch.text(feat.shape[0])
         losses.update(
             self._text_losses(feat, logits, embeddings, text, args[-2]))
         return losses
@@ -251,12 +273,14 @@ class TextHeadMixin(Base):
     def _text_losses(self, feat: Tensor, logits: Tensor, embeddings: Tensor,
                      text: Tensor,
                      batch_data_samples: list) -> Dict[str, Tensor]:
-        labels = self._labels(batch_data_samples)
+        labels, ignored = self._labels(batch_data_samples), self.ignore_index
         if getattr(self.text_branch, 'unseen', ()):
             # Losses over the seen classes only.
             text = self.text_branch.seen_text(text)
             own = torch.searchsorted(self.text_branch.seen, labels)
-            labels = torch.where(labels == self.ignore_index, labels, own)
+            # None of theirs.
+            ignored = max(ignored, len(self.text_branch.seen))
+            labels = own.masked_fill(labels == self.ignore_index, ignored)
         small = F.interpolate(
             labels.float(), size=embeddings.shape[2:], mode='nearest')
         small, labels = small.squeeze(1).long(), labels.squeeze(1)
@@ -276,7 +300,7 @@ class TextHeadMixin(Base):
                     pixels,
                     text,
                     labels if full else small,
-                    ignore_index=self.ignore_index,
+                    ignore_index=ignored,
                     batch_data_samples=batch_data_samples)
             name = str(module.loss_name)
             losses[name] = losses[name] + value if name in losses else value
@@ -285,7 +309,7 @@ class TextHeadMixin(Base):
             losses.update(
                 self.text_branch.fusion.loss(self.text_branch, feat,
                                              embeddings, text, logits, small,
-                                             self.ignore_index))
+                                             ignored))
         return losses
 
     def _fixed_text(self) -> Tensor:

@@ -82,13 +82,25 @@ class BalancedTextClassifier(TextClassifier):
                 'and a balance exclude each other: its logits are of other '
                 'text for each image. Leave one of them out.')
         self.clip_scale = clip_scale
-        dim = self.text.dim
         # A batch norm whatever that of P is: least squares by SGD on features
         # of any length would diverge without.
-        self.image_projection = PixelProjection(in_channels, dim, 'bn',
-                                                norm_cfg)
-        # Unit length, which CLIP's embeddings have.
-        nn.init.constant_(self.image_projection.bn.weight, dim**-.5)
+        self.image_projection = PixelProjection(in_channels, self.text.dim,
+                                                'bn', norm_cfg)
+        self._set_start()
+
+    def _set_start(self) -> None:
+        """Set the gain to unit length, which CLIP's embeddings have."""
+        nn.init.constant_(self.image_projection.bn.weight, self.text.dim**-.5)
+
+    def init_weights(self) -> None:
+        """Initialize the weights, after those of all layers of the head."""
+        super().init_weights()
+        self._set_start()
+
+    @property
+    def default_new_words(self) -> str:
+        """str: Raw, as with the cosines of its image projection."""
+        return 'raw'
 
     @property
     def balanced(self) -> bool:

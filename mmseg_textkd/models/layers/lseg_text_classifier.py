@@ -80,6 +80,8 @@ class LSegTextClassifier(TextClassifier):
             # The products are summed in float32, as a GPU does it.
             pixels = (self.scale() * embeddings.half()).float()
             logits = pixel_text_similarity(pixels, text.half().float())
+            if products is not None:
+                logits = logits + (self.scale() * products).float()
             logits = logits.half().float()
             if self.regularization is not None:
                 logits = self.regularization(logits)

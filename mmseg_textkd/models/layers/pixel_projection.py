@@ -50,10 +50,9 @@ class PixelProjection(BaseModule):
                 raise ValueError(
                     'without a projection the class embeddings must have the '
                     f'width of the features, {in_channels}, but have {dim}.')
-            nn.init.dirac_(self.conv.weight)
-            if self.conv.bias is not None:
-                nn.init.zeros_(self.conv.bias)
             self.conv.requires_grad_(False)
+        self.learned = learned
+        self._set_start()
         self.bn: Any = None
         if norm == 'bn':
             self.bn = build_norm_layer(norm_cfg or dict(type='BN'), dim)[1]
@@ -62,6 +61,18 @@ class PixelProjection(BaseModule):
                     "norm='bn' needs BN or SyncBN in `norm_cfg`, but got "
                     f'{norm_cfg}; another norm does not fold into a '
                     'convolution.')
+
+    def _set_start(self) -> None:
+        """Set a convolution that is not learned to the identity."""
+        if not self.learned:
+            nn.init.dirac_(self.conv.weight)
+            if self.conv.bias is not None:
+                nn.init.zeros_(self.conv.bias)
+
+    def init_weights(self) -> None:
+        """Initialize the weights, after those of all layers of the head."""
+        super().init_weights()
+        self._set_start()
 
     def forward(self, feat: Tensor) -> Tensor:
         """Project the features.

@@ -96,11 +96,31 @@ class ScoreMap(BaseModule):
             self.register_buffer('length', torch.ones(()))
         self.convs = nn.ModuleDict({
             name.replace('.', '/'):
-            self._make_conv(name, conv, init)
+            self._make_conv(name, conv)
             for name, conv in convs.items()
         })
+        self.init = init
+        self._set_start()
 
-    def _make_conv(self, name: str, conv: nn.Conv2d, init: str) -> nn.Conv2d:
+    def _set_start(self) -> None:
+        """Initialize the weights on the scores."""
+        for weight in self.convs.parameters():
+            if self.init == 'zero':
+                nn.init.zeros_(weight)
+            else:
+                # As ConvModule: fan_out does not depend on the input
+                # channels, so that this is also the init of the widened
+                # convolution.
+                nn.init.kaiming_normal_(
+                    weight, mode='fan_out', nonlinearity='relu')
+
+    def init_weights(self) -> None:
+        """Initialize the weights, after those of all layers of the network."""
+        super().init_weights()
+        if self.init == 'zero':
+            self._set_start()
+
+    def _make_conv(self, name: str, conv: nn.Conv2d) -> nn.Conv2d:
         """Build the part of a convolution that reads the score map."""
         if conv.groups != 1 or conv.padding_mode != 'zeros':
             raise ValueError(
@@ -112,16 +132,8 @@ class ScoreMap(BaseModule):
             stride=conv.stride,
             padding=conv.padding,
             dilation=conv.dilation)
-        own = nn.Conv2d(
+        return nn.Conv2d(
             self.text.num_classes, conv.out_channels, **shape, bias=False)
-        if init == 'zero':
-            nn.init.zeros_(own.weight)
-        else:
-            # As ConvModule: fan_out does not depend on the input channels,
-            # so that this is also the init of the widened convolution.
-            nn.init.kaiming_normal_(
-                own.weight, mode='fan_out', nonlinearity='relu')
-        return own
 
     def forward(self, feat: Tensor) -> Tensor:
         """Compute the score map.
@@ -149,7 +161,7 @@ class ScoreMap(BaseModule):
             dtype = torch.promote_types(feat.dtype, torch.float32)
             feat = feat.to(dtype)
             if self.projection is not None:
-                feat = self.projection(feat)
+                feat = F.conv2d(feat, self.projection.weight.to(dtype))
             if self.norm == 'l2':
                 feat = F.normalize(feat, dim=1)
             else:

@@ -1,9 +1,11 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Optional
+from typing import Optional, Sequence
 
 from mmengine.model import BaseModule
 from mmseg.registry import MODELS
+from torch import Tensor
 
+from ..new_words import place_new_words
 from ..text_providers import TextProvider
 from .pixel_projection import PixelProjection
 
@@ -53,3 +55,41 @@ class TextBranch(BaseModule):
                     dim=self.text.dim,
                     num_classes=num_classes,
                     norm_cfg=norm_cfg))
+
+    @property
+    def default_new_words(self) -> str:
+        """str: How vectors of new words are used, see
+        :func:`.place_new_words`. Cosines take them raw, as LSeg does.
+        """
+        return 'raw'
+
+    def place_words(self,
+                    vectors: Tensor,
+                    trained: Sequence[Optional[int]],
+                    how: Optional[str] = None) -> Tensor:
+        """Map the vectors of the new ones among words by
+        :func:`.place_new_words`.
+
+        Args:
+            vectors (Tensor): Vectors of K' words, unit rows with shape
+                (K', D).
+            trained (Sequence[int | None]): For each word the index of the
+                class that it was in the training, None for a new one.
+            how (str, optional): See there. Defaults to None:
+                :attr:`default_new_words`.
+
+        Returns:
+            Tensor: The vectors, with those of trained words as they were.
+
+        Raises:
+            ValueError: If ``how`` is unknown or not possible.
+        """
+        how = how or self.default_new_words
+        new = [k for k, row in enumerate(trained) if row is None]
+        seen = self.text.class_embeddings
+        if new and how != 'raw':
+            seen = self.text.trained_vectors()
+        vectors = vectors.clone()
+        vectors[new] = place_new_words(vectors[new], seen.to(vectors.device),
+                                       how)
+        return vectors

@@ -5,6 +5,7 @@ import torch
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from ..new_words import NEW_WORDS
 from .logit_scale import LogitScale
 from .similarity import pixel_text_similarity
 from .spatial_regularization import SpatialRegularization
@@ -141,6 +142,14 @@ class TextClassifier(TextBranch):
             self.fusion.check_text(text)
             return self.fusion.classify(self, feat, text)
         return self.classify(self.projection(feat), text)
+
+    @property
+    def default_new_words(self) -> str:
+        """str: 'unit', which is measured, where logits are linear in the
+        pixel embeddings, else that of cosines.
+        """
+        linear = self.projection.norm != 'l2'
+        return NEW_WORDS[0] if linear else super().default_new_words
 
     @property
     def fuses_at_inference(self) -> bool:

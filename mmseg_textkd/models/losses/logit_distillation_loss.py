@@ -14,9 +14,12 @@ def pixel_divergence(student: Tensor,
                      temperature: float = 1.) -> Tensor:
     r"""Mean over pixels of :math:`T^2\, KL(\sigma(z^T/T), \sigma(z^S/T))`.
 
+    One logit for two classes stands for 0 and itself, whose softmax is its
+    sigmoid.
+
     Args:
         student (Tensor): Logits with shape (N, K, H, W), float32 or wider.
-        teacher (Tensor): Logits with the same shape. They get a gradient
+        teacher (Tensor): Logits of the same classes. They get a gradient
             unless they are detached.
         valid (Tensor): Bool tensor with shape (N, H, W): the pixels that
             count.
@@ -26,8 +29,12 @@ def pixel_divergence(student: Tensor,
     Returns:
         Tensor: Scalar; 0 with a graph if no pixel counts.
     """
-    student = F.log_softmax(student / temperature, dim=1)
-    teacher = F.log_softmax(teacher.to(student) / temperature, dim=1)
+    student, teacher = [
+        F.log_softmax(
+            (F.pad(logits, (0, 0, 0, 0, 1, 0))
+             if logits.shape[1] == 1 else logits).to(student) / temperature,
+            dim=1) for logits in (student, teacher)
+    ]
     divergence = F.kl_div(
         student, teacher, reduction='none', log_target=True).sum(dim=1)
     total = divergence.where(valid, 0).sum()

@@ -11,6 +11,7 @@ from mmseg.registry import MODELS
 from mmseg.utils import SampleList, add_prefix
 from torch import Tensor, nn
 
+from ...utils.config import as_list, type_name
 from ..label_spaces import refuse_label_spaces
 from ..layers.score_map import ScoreMap
 from ..record_calls import record_calls
@@ -81,8 +82,8 @@ class TextKD(EncoderDecoder):
 
     Raises:
         ValueError: If a module does not exist, the backbone's type is unknown
-            and ``feature`` or ``convs`` is missing, or ``text_loss`` has no
-            learned text.
+            and ``feature`` or ``convs`` is missing, there is one class, or
+            ``text_loss`` has no learned text.
 
     Examples:
         >>> model = dict(
@@ -108,6 +109,10 @@ class TextKD(EncoderDecoder):
                 'give `feature` (the module whose output is the feature) and '
                 '`convs` (the convolutions that read the score map) in '
                 '`score_map`.')
+        if self.num_classes == 1:
+            raise ValueError(
+                'a score map needs the text of both classes: give the '
+                'background a name too and set num_classes=2, out_channels=1.')
         self.in_index = options.pop('in_index', -1)
         readers = self._find_convs(convs)
         # With the same seed the network is initialized as the stock one.
@@ -169,9 +174,8 @@ class TextKD(EncoderDecoder):
             ignore_index=self.decode_head.ignore_index,
             sampler=copy.deepcopy(decode_head.get('sampler')),
             loss_decode=dict(type='mmseg.CrossEntropyLoss', loss_weight=1.0))
-        losses = decode_head.get('loss_decode', [])
-        for loss in [losses] if isinstance(losses, dict) else losses:
-            if loss['type'] == 'OhemCrossEntropy':
+        for loss in as_list(decode_head.get('loss_decode')):
+            if type_name(loss) == 'OhemCrossEntropy':
                 cfg['loss_decode'] = dict(loss, loss_weight=1.0)
         return dict(cfg, **(changes or {}))
 

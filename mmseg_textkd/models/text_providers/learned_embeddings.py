@@ -54,6 +54,22 @@ class LearnedEmbeddings(TextProvider):
         with torch.autocast(self.vectors.device.type, enabled=False):
             return self.compute()
 
+    def replace(self, vectors: Tensor) -> None:
+        """Become the text of other classes, for evaluation alone.
+
+        Args:
+            vectors (Tensor): Unit rows with shape (K', D).
+        """
+        super().replace(vectors)
+        self.vectors = nn.Parameter(self.class_embeddings.clone())
+
+    def _load_from_state_dict(self, state_dict, prefix, *args,
+                              **kwargs) -> None:
+        """Load the weights; the buffer may be of earlier ones."""
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.vectors.isfinite().all():
+            self.refresh()
+
     def compute(self) -> Tensor:
         """Normalize the vectors.
 

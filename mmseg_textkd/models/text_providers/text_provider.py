@@ -107,6 +107,16 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
             self.class_embeddings.copy_(F.normalize(vectors.float(), dim=1))
         self._filled = True
 
+    def replace(self, vectors: Tensor) -> None:
+        """Become the text of other classes, for evaluation alone.
+
+        Args:
+            vectors (Tensor): Unit rows with shape (K', D).
+        """
+        self.num_classes = len(vectors)
+        self.class_embeddings: Tensor = vectors.to(self.class_embeddings)
+        self.names = None
+
     def forward(self, num_images: int = 1) -> Tensor:
         """Get the class embeddings.
 
