@@ -14,6 +14,7 @@ import os
 import os.path as osp
 import re
 import sys
+import threading
 import warnings
 import zipfile
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ INSTALL = (
 # Variables of the environment that torch reads on every load.
 FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 FORBID = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+_ENVIRONMENT = threading.RLock()
 
 _applied: List[str] = []
 _done = False
@@ -379,6 +381,7 @@ def weights_only(path: Union[str, os.PathLike]) -> Iterator[None]:
         OSError: If it cannot be read.
         ValueError: If it is damaged or holds more than weights and logs.
     """
+    _ENVIRONMENT.acquire()  # all threads have the same
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORBID)}
     try:
         if os.path.isfile(path) and zipfile.is_zipfile(path):
@@ -401,6 +404,7 @@ def weights_only(path: Union[str, os.PathLike]) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+        _ENVIRONMENT.release()
 
 
 def _safe_message(error: Exception) -> str:

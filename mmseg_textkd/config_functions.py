@@ -83,8 +83,12 @@ def insert_transform(dataloader: Dict, transform: Dict, before: str) -> Dict:
         ValueError: If no pipeline has a transform of the type ``before``.
     """
     dataloader = copy.deepcopy(dict(dataloader))
-    pipelines = [part for part in walk(dataloader) if before in _types(part)]
-    for pipeline in pipelines:
+    # Several data sets may have the very same.
+    pipelines = {
+        id(part): part
+        for part in walk(dataloader) if before in _types(part)
+    }
+    for pipeline in pipelines.values():
         pipeline.insert(
             _types(pipeline).index(before), copy.deepcopy(transform))
     if not pipelines:
@@ -117,16 +121,19 @@ def open_vocabulary_test(
     Raises:
         FileNotFoundError: If there is no such config; near matches are
             listed.
+        ValueError: If ``leave_out`` names a class that is not there.
     """
     loader = copy.deepcopy(_read_stock(path).test_dataloader.to_dict())
     dataset = loader['dataset']
     for transform in dataset['pipeline']:
         if type_name(transform) == 'Resize':
             transform['scale'] = scale
-    kept = [
-        name for name in DATASETS.get(dataset['type']).METAINFO['classes']
-        if name not in leave_out
-    ]
+    classes = DATASETS.get(dataset['type']).METAINFO['classes']
+    unknown = sorted(set(leave_out) - set(classes))
+    if unknown:
+        raise ValueError(f'`leave_out` names {unknown}, which are no classes '
+                         f'of the data set; it has {list(classes)}.')
+    kept = [name for name in classes if name not in leave_out]
     if leave_out:
         dataset['metainfo'] = dict(classes=kept)
     known = Vocabulary.from_spec(vocabulary)

@@ -84,6 +84,16 @@ def test_insert_into_a_pipeline(tmp_path):
     assert Config(dict(a=result)).to_dict()['a'] == before
 
 
+def test_insert_into_one_pipeline_of_two_datasets():
+    pipeline = [dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
+    parts = [dict(pipeline=pipeline) for _ in range(2)]
+    result = insert_transform(
+        dict(dataset=dict(datasets=parts)), EDGES, before='PackSegInputs')
+    for part in result['dataset']['datasets']:
+        kinds = [transform['type'] for transform in part['pipeline']]
+        assert kinds == ['LoadAnnotations', 'GenerateEdge', 'PackSegInputs']
+
+
 def test_insert_into_wrapped_datasets(tmp_path):
     """The two of PASCAL VOC with its augmentation have one pipeline each."""
     loader = load(tmp_path, 'pascal_voc12_aug.py')

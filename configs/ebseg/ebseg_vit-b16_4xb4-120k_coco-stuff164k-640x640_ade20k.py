@@ -6,6 +6,7 @@ model = dict(
     decode_head=dict(
         test_text=dict(
             type='ClassEmbeddings',
+            classes=list(vocabulary),
             num_classes=150,
             dim=512,
             file='data/text_embeddings/ade20k_vit-b16-openai.safetensors',

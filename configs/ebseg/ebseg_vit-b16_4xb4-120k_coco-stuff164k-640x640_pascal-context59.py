@@ -8,6 +8,7 @@ model = dict(
     decode_head=dict(
         test_text=dict(
             type='ClassEmbeddings',
+            classes=list(vocabulary),
             num_classes=59,
             dim=512,
             file='data/text_embeddings/'

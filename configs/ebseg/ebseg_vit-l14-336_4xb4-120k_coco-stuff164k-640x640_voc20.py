@@ -9,6 +9,7 @@ model = dict(
     decode_head=dict(
         test_text=dict(
             type='ClassEmbeddings',
+            classes=list(vocabulary),
             num_classes=20,
             dim=768,
             file='data/text_embeddings/voc20_vit-l14-336-openai.safetensors',

@@ -218,8 +218,8 @@ def stream_video(inferencer: 'TextSegInferencer',
         Segmented: Frames in their order.
 
     Raises:
-        ValueError: If ``smoothing`` is out of range, or comes with a
-            threshold.
+        ValueError: If ``smoothing`` is out of range or comes with a
+            threshold, or a frame is no image that the network takes.
         VideoError: See :func:`read_frames`.
     """
     frames, _, _ = read_frames(source)
@@ -247,7 +247,7 @@ def _stream(inferencer: 'TextSegInferencer', frames: Iterable[np.ndarray],
 
         for frame in _flushed(frames):
             if frame is not None:
-                held.append(frame)
+                held += inferencer._inputs_to_list([frame])
             if held and (frame is None or len(held) == batch_size):
                 yield packed()
                 held = []
@@ -287,10 +287,16 @@ def _predict(inferencer: 'TextSegInferencer', held: List[np.ndarray],
         ]
     batch = inferencer.model.data_preprocessor(data, False)
     samples = inferencer.model(**batch, mode='predict')
-    return [
-        smoother(sample.seg_logits.data, frame).argmax(dim=0).cpu().numpy()
+    maps = [
+        smoother(sample.seg_logits.data, frame)
         for sample, frame in zip(samples, held)
     ]
+    if inferencer.adapter.binary:  # of one logit MMSegmentation gives the
+        # sigmoid
+        threshold = inferencer.model.decode_head.threshold
+        return [(scores > threshold)[0].long().cpu().numpy()
+                for scores in maps]
+    return [scores.argmax(dim=0).cpu().numpy() for scores in maps]
 
 
 def segment_video(inferencer: 'TextSegInferencer',
@@ -328,9 +334,13 @@ def segment_video(inferencer: 'TextSegInferencer',
 
     Raises:
         OSError: If ``out`` cannot be written.
+        ValueError: If ``out`` is the source or has another ending.
         VideoError: See :func:`read_frames`. What came before the fault has
             been written then.
     """
+    if (isinstance(source, str) and out is not None and osp.exists(out)
+            and osp.samefile(source, out)):
+        raise ValueError(f'{out} is the video that is read; write elsewhere.')
     frames, fps, expected = read_frames(source)
     meta, stopped = inferencer.model.dataset_meta, threading.Event()
     segmented = _stream(inferencer, frames, batch_size, smoothing, stopped)

@@ -18,6 +18,8 @@ class ConfusionIoUMetric(IoUMetric):
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Count the areas and the confusions of a batch."""
         super().process(data_batch, data_samples)
+        if self.format_only:
+            return
         number = len(self.dataset_meta['classes'])
         for sample in data_samples:
             predicted = sample['pred_sem_seg']['data'].squeeze().cpu().long()
@@ -29,6 +31,8 @@ class ConfusionIoUMetric(IoUMetric):
 
     def compute_metrics(self, results: list) -> Dict[str, float]:
         """Compute the metrics of each class, in percent, and their means."""
+        if self.format_only:
+            return super().compute_metrics(results)
         areas = [sum(column) for column in zip(*results)]
         by_class = self.total_area_to_metrics(*areas, self.metrics,
                                               self.nan_to_num, self.beta)
@@ -44,4 +48,5 @@ class ConfusionIoUMetric(IoUMetric):
             confusion=self.confusion.tolist(),
             **{key: round(float(metrics[key]), 2)
                for key in SUMMARY})
+        self.confusion = 0
         return metrics

@@ -77,17 +77,18 @@ class DatasetIoUMetric(ConfusionIoUMetric):
                     f'{None if logits is None else tuple(logits.shape)}.')
             rows = self.rows.to(logits.device)
             own = own_logits(logits[None], self.space[None])[0, rows]
-            labels = sample['gt_sem_seg']['data']
-            to_own = labels.new_full(
-                (int(max(labels.max(), rows.max())) + 1, ), self.ignore_index)
-            to_own[self.rows.to(labels.device)] = torch.arange(
-                len(rows), device=labels.device, dtype=labels.dtype)
-            super().process(data_batch, [
-                dict(
-                    sample,
-                    pred_sem_seg=dict(data=own.argmax(dim=0, keepdim=True)),
-                    gt_sem_seg=dict(data=to_own[labels]))
-            ])
+            sample = dict(
+                sample,
+                pred_sem_seg=dict(data=own.argmax(dim=0, keepdim=True)))
+            if not self.format_only:
+                labels = sample['gt_sem_seg']['data']
+                to_own = labels.new_full(
+                    (int(max(labels.max(), rows.max())) + 1, ),
+                    self.ignore_index)
+                to_own[self.rows.to(labels.device)] = torch.arange(
+                    len(rows), device=labels.device, dtype=labels.dtype)
+                sample['gt_sem_seg'] = dict(data=to_own[labels])
+            super().process(data_batch, [sample])
 
     def compute_metrics(self, results: list) -> Dict[str, float]:
         """Compute the metrics of the own data set.

@@ -83,6 +83,8 @@ class VideoConsistencyMetric(IoUMetric):
                                'video in one process; test on one device.')
         for sample in data_samples:
             super().process(data_batch, [sample])
+            if self.format_only:
+                continue
             label = sample['gt_sem_seg']['data'].squeeze().cpu()
             predicted = sample['pred_sem_seg']['data'].squeeze().cpu()
             counts = self._count(sample['img_path'], label,
@@ -141,6 +143,8 @@ class VideoConsistencyMetric(IoUMetric):
             no video has C frames.
         """
         self._forget()
+        if self.format_only:
+            return super().compute_metrics(results)
         areas = [result[:4] for result in results]
         metrics = super().compute_metrics(areas)
         same, union, _, label = (

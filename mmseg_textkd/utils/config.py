@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Configs: loaded in either style, and walks through them."""
+import copy
 import os
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Union
 
@@ -29,9 +30,11 @@ def load_config(config: Union[str, os.PathLike, Config],
         options (Mapping, optional): Settings to override. Defaults to None.
 
     Returns:
-        Config: The config; a new one if something had to be replaced.
+        Config: The config, a new one.
     """
-    if not isinstance(config, Config):
+    if isinstance(config, Config):
+        config = copy.deepcopy(config)
+    else:
         config = Config.fromfile(config)
     config.merge_from_dict(dict(options or {}))
     content, changed = config.to_dict(), False

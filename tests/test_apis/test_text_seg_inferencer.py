@@ -539,6 +539,21 @@ def test_arrays_are_images_or_errors(worded, inferencer):
             mine(bad)
 
 
+def test_a_config_is_left_as_it_is(worded):
+    run = worded('fixed')
+    cfg = Config.fromfile(run.config)
+    part = cfg.test_dataloader.dataset
+    cfg.test_dataloader.dataset = dict(
+        type='ConcatDataset', datasets=[part, part])
+    before = copy.deepcopy(cfg.to_dict())
+    TextSegInferencer(
+        cfg,
+        run.weights,
+        device='cpu',
+        cfg_options={'model.decode_head.dropout_ratio': .5})
+    assert cfg.to_dict() == before
+
+
 def test_similarity_by_one_name_or_vocabulary(worded, inferencer, tmp_path):
     mine, image = inferencer(), worded().images[0]
     expected = mine(image, similarity=['road', 'sky'])['similarity']

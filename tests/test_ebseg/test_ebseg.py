@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import os
 import warnings
 from unittest.mock import patch
 
@@ -15,6 +16,7 @@ from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
 from mmseg.registry import MODELS
 from network_tester import samples
 from processes import load
@@ -122,6 +124,27 @@ def test_a_resumed_run_goes_on_as_the_whole_one(trained, tmp_path, model_cfg):
 
 
 @torch.no_grad()
+def test_text_for_testing_has_the_classes_of_the_data(trained, toy_text,
+                                                      tmp_path):
+    cfg, file = trained[0].copy(), str(tmp_path / 'text.safetensors')
+    cfg.load_from = f'{cfg.work_dir}/iter_20.pth'
+    cfg.work_dir = str(tmp_path)
+    cfg.custom_hooks = [dict(type='LoadedCheckpointHook')]
+    cfg.model.decode_head.test_text = dict(
+        type='ClassEmbeddings', file=file, num_classes=8)
+    for order in (range(8), range(7, -1, -1)):
+        TextEmbeddings(toy_text.vectors[list(order)],
+                       [CLASSES[k] for k in order]).save(file)
+        cfg.experiment_name = f'order_{order[0]}'
+        runner = Runner.from_cfg(cfg)
+        if order[0] == 0:
+            assert runner.test()['mIoU'] > 0
+        else:
+            with pytest.raises(ValueError, match='The text for testing is'):
+                runner.test()
+        os.remove(file)
+
+
 def test_scores_are_the_balanced_sum_over_masks(model, toy_text):
     images, head = pixels(), model.decode_head
     scores, features = model(images), model.extract_feat(images)

@@ -25,6 +25,7 @@ from tiny import (CLASSES, PROMPTS, RESIDUAL, StopHook, assert_equal, run,
 from torch.testing import assert_close
 
 from mmseg_textkd.engine import PromptLearnerHook
+from mmseg_textkd.engine.hooks.class_rows import match_classes
 
 
 @HOOKS.register_module()
@@ -252,6 +253,21 @@ def test_rates_of_stage_2(tmp_path, residual):
     assert not any(k.startswith('decode_head.convs') for k in changed)
 
 
+def test_one_cycle_of_stage_2(tmp_path, residual):
+    """It changes the base rate that others multiply."""
+    cycle = dict(type='OneCycleLR', eta_max=.1, total_steps=4)
+    hook = dict(switch_at=2, param_scheduler=[cycle])
+    _, recorder = record(tiny_config(tmp_path, residual, hook))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=.05)
+    own = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, .1, total_steps=4, cycle_momentum=False)
+    for row in recorder.rows[2:]:
+        assert row['lr'][OFFSET] == pytest.approx(own.get_last_lr()[0])
+        optimizer.step()
+        if row is not recorder.rows[-1]:
+            own.step()
+
+
 def test_the_old_schedule_is_still_read(tmp_path, residual):
     """Its values, by hand: cosine from 1 to 0 and a rise over two steps."""
     with pytest.warns(UserWarning, match='`schedule`.*`param_scheduler`'):
@@ -326,6 +342,33 @@ def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, residual, options,
         learns = [[p.requires_grad for p in runner.model.parameters()]
                   for runner in (whole, resumed)]
         assert learns[0] == learns[1]
+
+
+def test_a_validation_that_was_done_is_not_done_twice(tmp_path, residual):
+    """It has been counted by a rate that falls where the score stays."""
+    plateau = dict(
+        type='ReduceOnPlateauLR',
+        monitor='mIoU',
+        rule='greater',
+        factor=.5,
+        patience=0)
+    cfg = tiny_config(tmp_path, residual, {}, 8, 2)
+    cfg.train_cfg.val_interval = 2
+    cfg.train_dataloader.sampler.shuffle = False
+    cfg.default_hooks.checkpoint.save_best = 'mIoU'
+    cfg.param_scheduler = [plateau]
+    run(cfg)
+    for stop in (3, 5, 7):
+        kill_and_resume(cfg, cfg.work_dir, 'StopHook', stop)
+
+
+def test_gradients_that_a_checkpoint_has_not_are_told(tmp_path, residual):
+    counts = {'optim_wrapper.accumulative_counts': 2}
+    cfg = tiny_config(tmp_path, residual, {}, 6, 3, **counts)
+    cfg.log_level = 'WARNING'
+    tiny.stop_and_resume(cfg, 5, tmp_path / 'cut')
+    assert 'gradients of 1 iteration(s), accumulated over 2' in logs(tmp_path /
+                                                                     'cut')
 
 
 @HOOKS.register_module()
@@ -472,6 +515,11 @@ ONE_RATE = {'optim_wrapper.paramwise_cfg': None}
     (dict(switch_at=0, load_best=True), {}, 'needs a stage 1'),
     (dict(switch_at=6), {}, 'run ends after 6'),
     (dict(switch_at=99), {}, 'start at iteration 99.*ends after 6'),
+    (dict(switch_at=5), {
+        'optim_wrapper.accumulative_counts': 4
+    }, 'start at iteration 8.*ends after 6'),
+    (dict(switch_at=3, learn='nothing_like_this'), {},
+     "'nothing_like_this'.*matches no parameter"),
     (dict(switch_at=3, learn=['nothing_like_this']), {},
      "'nothing_like_this'.*matches no parameter.*offset"),
     (dict(switch_at=3, learn={'.': -1.}), {}, 'must not be negative'),
@@ -582,6 +630,31 @@ def test_load_from_of_other_classes(tmp_path, residual, make_embeddings):
     said = logs(second)
     assert '6 classes were found by name' in said
     assert "begin anew: ['river', 'tram', 'bus']" in said
+
+
+@pytest.mark.parametrize('kind, number', [('PID', 4), ('DDR', 2)])
+def test_rows_of_further_outputs(kind, number):
+    head = MODELS.build(
+        dict(
+            type=f'Text{kind}Head',
+            in_channels=8,
+            channels=8,
+            num_classes=8,
+            norm_cfg=tiny.NORM,
+            text=RESIDUAL,
+            loss_decode=[dict(type='CrossEntropyLoss')] * number))
+    biases = [
+        name for name, value in head.state_dict().items()
+        if name.endswith(('seg.bias', 'logit_bias')) and len(value) == 8
+    ]
+    assert len(biases) == 2
+    state = {f'head.{name}': torch.arange(8.) for name in biases}
+    meta = dict(dataset_meta=dict(classes=CLASSES))
+    match_classes(
+        torch.nn.ModuleDict(dict(head=head)),
+        dict(state_dict=state, meta=meta), CLASSES[::-1])
+    for value in state.values():
+        assert value.tolist() == list(range(7, -1, -1))
 
 
 @each_case('learn, heads', [(None, False), (None, True),

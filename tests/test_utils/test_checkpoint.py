@@ -3,10 +3,11 @@
 import os
 import pickle
 import sys
+import time
 from collections import OrderedDict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from tiny import run, tiny_config
 from tool_modules import load_tool
 
+from mmseg_textkd import compat
 from mmseg_textkd.utils.checkpoint import (find_checkpoint, load_file,
                                            read_checkpoint)
 
@@ -167,6 +169,27 @@ def test_newest_checkpoint_that_can_be_read(tmp_path, monkeypatch, names, cut,
     output = ''.join(lines)
     assert said in output
     assert ('Instead' in output) == bool(said and found)
+
+
+def test_threads_that_read_at_once(tmp_path, monkeypatch):
+    """One that has done leaves the protection to the other."""
+    name = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+    monkeypatch.delenv(name, raising=False)
+    inside, found = Event(), []
+
+    def read():
+        with compat.weights_only(tmp_path):
+            inside.set()
+            time.sleep(.1)
+            found.append(os.environ.get(name))
+
+    threads = [Thread(target=read) for _ in range(2)]
+    threads[0].start()
+    inside.wait()
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert found == ['1', '1'] and name not in os.environ
 
 
 def test_resume_executes_nothing_and_passes_over_damage(

@@ -9,9 +9,9 @@ import pytest
 import torch
 from each_case import each_case
 from mmengine.registry import DefaultScope
-from mmseg.registry import DATASETS
+from mmseg.registry import DATASETS, MODELS
 from text_runs import RUNS, make
-from tiny import PIPELINE
+from tiny import CONTROL, PIPELINE, save_weights, stir, tiny_config
 from tool_modules import ROOT, load_tool
 
 from mmseg_textkd.apis import TextSegInferencer, video
@@ -195,6 +195,36 @@ def test_smoothing_is_an_average_from_cut_to_cut(inferencer):
         next(stream_video(inferencer, frames, smoothing=1.))
 
 
+def test_one_logit_is_smoothed_too(tmp_path):
+    """A threshold decides, as without."""
+    cfg = tiny_config(tmp_path, CONTROL)
+    classes = dict(classes=('a', 'b'), palette=[[0] * 3, [9] * 3])
+    cfg.test_dataloader.dataset.metainfo = classes
+    cfg.model.decode_head.update(
+        num_classes=2,
+        out_channels=1,
+        threshold=.4,
+        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True))
+    cfg.dump(tmp_path / 'config.py')
+    weights = save_weights(tmp_path / 'w.pth', stir(MODELS.build(cfg.model)),
+                           ('a', 'b'))
+    mine = TextSegInferencer(
+        str(tmp_path / 'config.py'), weights, device='cpu')
+    frames = frames_of(1) * 3
+    data = mine.collate_fn([mine.pipeline(frames[0])])
+    batch = mine.model.data_preprocessor(data, False)
+    conv = mine.model.decode_head.conv_seg
+    with torch.no_grad():  # about half of the pixels are above
+        logits = mine.model(**batch, mode='tensor')
+        conv.weight /= logits.std()
+        conv.bias.copy_((conv.bias - logits.median()) / logits.std() - .4)
+    plain, smooth = (
+        np.stack([s.labels for s in stream_video(mine, frames, smoothing=w)])
+        for w in (None, .5))
+    assert .3 < plain.mean() < .7
+    assert (plain == smooth).mean() > .99
+
+
 def test_smoothing_is_measured(trained, inferencer, monkeypatch, tmp_path,
                                capsys):
     """As of what the stream gives."""
@@ -300,6 +330,21 @@ def test_video_is_written(inferencer, tmp_path):
     first, second = both.reshape(2, 4, 8, 8, 8, 3).mean((2, 4))
     assert np.abs(first - second).mean() < 8
     assert threading.active_count() < 12
+
+
+def test_what_is_no_frame_is_told(inferencer):
+    for frame in (np.zeros((32, 64, 3),
+                           np.float32), np.zeros((32, 64), np.uint16)):
+        with pytest.raises(ValueError, match='an image must be uint8'):
+            next(stream_video(inferencer, [frame]))
+
+
+def test_a_video_is_never_written_over(inferencer, tmp_path):
+    path = write_video(tmp_path / 'in.avi')
+    before = (tmp_path / 'in.avi').read_bytes()
+    with pytest.raises(ValueError, match='is the video that is read'):
+        segment_video(inferencer, path, str(tmp_path / '.' / 'in.avi'))
+    assert (tmp_path / 'in.avi').read_bytes() == before
 
 
 def test_bad_videos_are_told_and_what_was_done_is_kept(inferencer, tmp_path):

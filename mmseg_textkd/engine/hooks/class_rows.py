@@ -75,8 +75,8 @@ def class_weights(model: nn.Module, number: int) -> Dict[str, Tensor]:
 
     Returns:
         dict[str, Tensor]: By name: prompts and vectors of text providers,
-        biases of text classifiers, and ``conv_seg`` of stock heads for that
-        many classes.
+        biases of text classifiers, and ``conv_seg`` of stock heads, or
+        ``cls_seg`` of their further outputs, for that many classes.
     """
     keys: List[str] = []
     for name, provider in text_providers(model).items():
@@ -84,7 +84,8 @@ def class_weights(model: nn.Module, number: int) -> Dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, TextClassifier):
             keys.append(f'{name}.logit_bias')
-        elif (name.endswith('conv_seg') and isinstance(module, nn.Conv2d)
+        elif (name.endswith(
+            ('conv_seg', 'cls_seg')) and isinstance(module, nn.Conv2d)
               and module.out_channels == number):
             keys += [f'{name}.weight', f'{name}.bias']
     own = model.state_dict()

@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import logging
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Dict, List
 
@@ -104,16 +105,15 @@ class LoadedCheckpointHook(Hook):
     def _check_classes(self, model: nn.Module, loop: BaseLoop,
                        checkpoint: dict, path: str) -> None:
         """Compare the classes of a checkpoint with those of a data set."""
-        if any(
-                isinstance(module, SwitchableText) and module.switched
-                for module in model.modules()):
-            return  # on purpose other classes than those of the training
+        names, of = class_names(checkpoint.get('meta') or {}), path
+        for module in model.modules():
+            if isinstance(module, SwitchableText) and module.switched:
+                # On purpose other classes than those of the training.
+                names, of = module.test_names, 'The text for testing'
         own = getattr(loop.dataloader.dataset, 'metainfo', {}).get('classes')
-        faults = class_differences(
-            class_names(checkpoint.get('meta') or {}), own)
+        faults = class_differences(names, own)
         if faults:
-            self._tell(f'{path} is for other classes than the data set:',
-                       faults)
+            self._tell(f'{of} is for other classes than the data set:', faults)
 
     def _tell(self, what: str, faults: List[str]) -> None:
         """Raise an error, or warn."""
@@ -141,6 +141,15 @@ class LoadedCheckpointHook(Hook):
         else:
             return
         loop._decide_current_val_interval()
+        # A validation with a new best score writes the checkpoint of its
+        # iteration anew, with what it has changed.
+        best = {
+            Path(str(value)).stem.split('_')[-1]
+            for key, value in runner.message_hub.runtime_info.items()
+            if key.startswith('best_ckpt')
+        }
+        if str(step) in best:
+            return
         if step and step >= loop.val_begin and (step % loop.val_interval == 0
                                                 or step == last):
             print_log(
@@ -203,6 +212,14 @@ def _check_resumable(runner: Runner, checkpoint: dict, path: str) -> None:
             f'{" and ".join(missing)}, as best_*.pth and published '
             'checkpoints have not. Resume from iter_*.pth or epoch_*.pth, or '
             'start a new run from it with `load_from`.')
+    counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+    lost = (checkpoint.get('meta') or {}).get('iter', 0) % counts
+    if lost:
+        print_log(
+            f'{path} was saved between two steps of the optimizer: gradients '
+            f'of {lost} iteration(s), accumulated over {counts}, are not in '
+            'it and are lost. Let the interval of the checkpoints be a '
+            'multiple.', 'current', logging.WARNING)
 
 
 def _test_faults(model: nn.Module, state: Dict[str, Tensor]) -> List[str]:

@@ -113,6 +113,8 @@ class PromptLearnerHook(Hook):
                 'load_best=True needs a stage 1 and a stage 2 in this run, '
                 f'but got switch_at={switch_at}. To start from the best '
                 'checkpoint of another run, give that as `load_from`.')
+        if isinstance(learn, str):
+            learn = [learn]
         if learn is not None and not isinstance(learn, dict):
             learn = {pattern: 1.0 for pattern in learn}
         if any(factor < 0 for factor in (learn or {}).values()):
@@ -404,11 +406,6 @@ class PromptLearnerHook(Hook):
                     f'switch_at={self.switch_at} of {runner.max_iters} '
                     f'iterations leaves one stage nothing: stage 2 starts at '
                     f'iteration {switch}.', 'current', logging.WARNING)
-        if switch >= runner.max_iters:
-            raise ValueError(
-                f'stage 2 would start at iteration {switch}, but the run ends '
-                f'after {runner.max_iters}. Lower `switch_at`, or set it to '
-                'None for stage 1 only.')
         counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
         if switch % counts:
             # Gradients of stage 1 must be neither lost nor applied in stage 2.
@@ -418,6 +415,11 @@ class PromptLearnerHook(Hook):
                 f'gradients are accumulated over {counts} iterations.',
                 'current', logging.WARNING)
             switch = rounded
+        if switch >= runner.max_iters:
+            raise ValueError(
+                f'stage 2 would start at iteration {switch}, but the run ends '
+                f'after {runner.max_iters}. Lower `switch_at`, or set it to '
+                'None for stage 1 only.')
         return switch
 
     def _switch_stage(self, runner, stage: int) -> None:
@@ -557,7 +559,7 @@ class PromptLearnerHook(Hook):
         # One group for each rate: a run may have hundreds of equal groups.
         groups = [
             dict(params=[nn.Parameter(torch.zeros(()))], lr=lr, initial_lr=lr)
-            for lr in sorted(set(self._base_lrs))
+            for lr in dict.fromkeys(self._base_lrs)
         ]
         self._optimizer, self._step = torch.optim.SGD(groups, lr=0.), 0
         length = runner.max_iters - self.switch_iter
@@ -577,7 +579,11 @@ class PromptLearnerHook(Hook):
             for scheduler in self._schedulers:
                 scheduler.step()
             self._step += 1
-        lrs = {g['initial_lr']: g['lr'] for g in self._optimizer.param_groups}
+        # Not by 'initial_lr', which some schedulers change.
+        lrs = dict(
+            zip(
+                dict.fromkeys(self._base_lrs),
+                (group['lr'] for group in self._optimizer.param_groups)))
         return [lrs[base] for base in self._base_lrs]
 
     # ------------------------------------------- best checkpoint of stage 1

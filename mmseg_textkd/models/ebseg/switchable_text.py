@@ -55,6 +55,13 @@ class SwitchableText(BaseModule):
         """Bool: Whether inference has other text than the training."""
         return self.__dict__['other'] is not None
 
+    @property
+    def test_names(self) -> Optional[Tuple[str, ...]]:
+        """tuple[str], optional: Names of the classes at inference, as far as
+        they are known.
+        """
+        return (self.__dict__['other'] or self.trained).names
+
     def switch(self, other: Optional[TextProvider]) -> None:
         """Set the text provider of inference.
 

@@ -1,0 +1,47 @@
+# Copyright (c) mmseg_textkd contributors. All rights reserved.
+"""What the metrics that are made of ``IoUMetric`` have in common."""
+import pytest
+import torch
+from mmseg.registry import METRICS
+
+SPACES = dict(lane=dict(words=('road', 'car'), space=[0, 1]))
+META = dict(classes=('road', 'car'), label_spaces=SPACES)
+
+
+def build(kind, **options):
+    metric = METRICS.build(dict(type=kind, iou_metrics=['mIoU'], **options))
+    metric.dataset_meta = META
+    return metric
+
+
+def item():
+    logits = torch.tensor([[[2., 0.]], [[1., 1.]]])
+    return dict(
+        seg_logits=dict(data=logits),
+        pred_sem_seg=dict(data=logits.argmax(dim=0, keepdim=True)),
+        gt_sem_seg=dict(data=torch.tensor([[[0, 0]]])),
+        dataset='lane',
+        img_path='videos/7.jpg')
+
+
+def test_an_evaluation_does_not_count_the_one_before():
+    metric = build('ConfusionIoUMetric')
+    for _ in range(2):
+        metric.process({}, [item()])
+        metric.evaluate(1)
+        assert metric.result['confusion'] == [[1, 1], [0, 0]]
+
+
+@pytest.mark.parametrize('kind, options', [
+    ('ConfusionIoUMetric', {}),
+    ('VideoConsistencyMetric', {}),
+    ('DatasetIoUMetric', dict(dataset='lane')),
+])
+def test_predictions_alone(tmp_path, kind, options):
+    """Of images that may have no labels."""
+    metric = build(kind, format_only=True, output_dir=str(tmp_path), **options)
+    data = item()
+    del data['gt_sem_seg']
+    metric.process({}, [data])
+    assert metric.evaluate(1) == {}
+    assert (tmp_path / '7.png').is_file()
