@@ -54,6 +54,17 @@ def test_what_has_no_deployed_form_is_said(capsys):
     assert found[path.stem][0] > 3
 
 
+def test_configs_of_one_name(capsys, tmp_path):
+    """As those of runs are."""
+    paths = []
+    for k, config in enumerate((CONTROL, None)):
+        paths.append(tmp_path / str(k) / 'config.py')
+        paths[-1].parent.mkdir()
+        tiny_config(tmp_path, config).dump(paths[-1])
+    found = rows(capsys, *paths, '--size', 64, 64)
+    assert list(found) == [str(path) for path in paths]
+
+
 def test_ebseg_with_its_towers(capsys):
     path = CONFIGS / 'ebseg/ebseg_toyclip_1xb4-200i_toy-scenes-128x256.py'
     with pytest.warns(UserWarning, match='no deployed form'):

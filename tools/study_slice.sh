@@ -22,6 +22,7 @@ NAME=$(basename "$STUDY" .yaml)
 WORK=${WORK:-/tmp/study_slice}
 START=$SECONDS
 mkdir -p "$OUT" "$WORK"
+OUT=$(cd "$OUT" && pwd) WORK=$(cd "$WORK" && pwd)
 
 if [ -n "${WHEELS:-}" ] && [ ! -d "$WORK/site" ]; then
     python3 -m pip install -q --no-index --no-deps --no-compile \

@@ -71,6 +71,7 @@ from mmengine.device import get_device
 from mmseg_textkd.compat import load_stock_tool, shorten_console
 from mmseg_textkd.engine import check_loaded, join_cpu_ranks
 from mmseg_textkd.utils.arguments import read_config, read_options
+from mmseg_textkd.utils.config import type_name
 
 
 def too_many_for_pictures(cfg: Config) -> bool:
@@ -96,6 +97,13 @@ def main() -> None:
                  f'which cannot hold the classes of {args.config}. Leave it '
                  'out, the scores are not made from them; '
                  'demo/image_demo.py writes label maps of 16 bits.')
+    several = type_name(cfg.test_dataloader.dataset) == 'MultiDataset'
+    for option in ('tta', 'out'):
+        if several and getattr(args, option):
+            sys.exit(f'Error: --{option}: MMSegmentation has it for one data '
+                     f'set, but {args.config} tests on several. Test a config '
+                     'of one of them (tools/model_converters/textkd2mmseg.py '
+                     '--classes).')
     if args.launcher == 'pytorch' and get_device() == 'cpu':
         options = join_cpu_ranks(cfg)
         args.cfg_options = {**options, **args.cfg_options}

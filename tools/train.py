@@ -112,8 +112,7 @@ def load_config(args: argparse.Namespace) -> Config:
     Returns:
         Config: The config with ``--cfg-options`` merged in.
     """
-    cfg = read_config(args.config)
-    cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -152,15 +151,12 @@ def main() -> None:
     stock = load_stock_tool('train.py')
     resume, args.resume = args.resume, args.resume is not None
     try:
-        options = args.cfg_options = read_options(args.cfg_options)
-    except ValueError as error:
-        sys.exit(f'Error: {error}')
-    if resume not in (None, 'auto'):
-        options['load_from'] = resume
-    try:
         cfg = load_config(args)
+        options = args.cfg_options = read_options(args.cfg_options)
     except (OSError, ValueError) as error:
         sys.exit(f'Error: {error}')
+    if resume not in (None, 'auto'):
+        options['load_from'] = cfg.load_from = resume
     options.update(complete_optimizer(cfg))
     if resume == 'auto':
         # MMEngine takes what `last_checkpoint` names, or else `load_from`.

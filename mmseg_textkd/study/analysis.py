@@ -6,6 +6,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 from scipy import stats
 
+from .ledger import LedgerError
+
 Entry = Dict[str, Any]
 # Of the iterations, over which the last gain of a learning curve is taken.
 LAST_PART = 0.25
@@ -148,12 +150,20 @@ class Group:
         Returns:
             dict[int, float]: Percent, by seed; classes that are not in the
             images have none.
+
+        Raises:
+            LedgerError: If there is no such data set.
         """
         scores = {}
         for seed, entry in sorted(self.arms.get(arm, {}).items()):
             result = entry[split or self.split]
             if dataset is not None:
-                result = result['datasets'][dataset]
+                parts = result.get('datasets') or {}
+                if dataset not in parts:
+                    raise LedgerError(
+                        f'a hypothesis is about the data set {dataset!r}, but '
+                        f'{arm} was measured on {list(parts) or "one alone"}.')
+                result = parts[dataset]
             value = result['mIoU'] if label is None else result['IoU'][label]
             if value is not None:
                 scores[seed] = value
@@ -257,15 +267,15 @@ class Group:
 
         Returns:
             float, optional: Mean over the seeds of last value minus value at
-            three quarters of the run, in percentage points; None where there
-            was no validation by then.
+            three quarters of the run, on a straight line between validations,
+            in percentage points; None where there was none by then.
         """
         gains = []
         for entry in self.arms[arm].values():
             limit = (1 - LAST_PART) * entry['iterations']
-            before = [m for i, m in entry['curve'] if i <= limit]
-            if before:
-                gains.append(entry['curve'][-1][1] - before[-1])
+            steps, values = zip(*entry['curve'] or [(math.inf, 0.)])
+            if steps[0] <= limit:
+                gains.append(values[-1] - np.interp(limit, steps, values))
         return float(np.mean(gains)) if gains else None
 
 

@@ -184,10 +184,11 @@ class Study:
             StudyError: If such a file does not exist.
         """
         cfg = self.config(run, resolved=False).to_dict()
+        deciding = {key: cfg.get(key) for key in SCIENCE}
+        if cfg.get('load_from'):  # older ledgers have none
+            deciding['load_from'] = cfg['load_from']
         text = json.dumps(
-            dict({k: cfg.get(k)
-                  for k in SCIENCE},
-                 train_fraction=run.train_fraction),
+            dict(deciding, train_fraction=run.train_fraction),
             sort_keys=True,
             default=str)
         inputs = {}

@@ -119,3 +119,12 @@ def test_a_missing_checkpoint_is_refused_at_once(tmp_path, tool, monkeypatch,
             SystemExit, match=f'--resume {path}: there is no such checkpoint'):
         tool.main()
     assert [p.name for p in tmp_path.iterdir()] == ['folder']
+
+
+def test_settings_that_do_not_fit_are_told(tmp_path, tool, monkeypatch):
+    tiny_config(tmp_path, RESIDUAL, {}).dump(tmp_path / 'c.py')
+    monkeypatch.chdir(tmp_path)
+    words = 'train.py', 'c.py', '--cfg-options', 'custom_hooks.5.switch_at=1'
+    monkeypatch.setattr('sys.argv', list(words))
+    with pytest.raises(SystemExit, match='does not fit the config'):
+        tool.main()

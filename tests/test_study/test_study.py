@@ -269,7 +269,7 @@ def test_a_slice_of_a_study_on_a_lent_machine(configs, tmp_path):
     variables.update(DATA=f'{tmp_path}/data.tar', PYTHONPATH=f'{ROOT}/tests')
 
     def a_slice(seconds):
-        words = 'bash', ROOT / 'tools/study_slice.sh', study, out, seconds, 2
+        words = 'bash', ROOT / 'tools/study_slice.sh', study, 'out', seconds, 2
         data = '--vars', f'data={work}/data/toy'
         return start(*words, *data, cwd=tmp_path, timeout=900., **variables)
 
@@ -336,6 +336,17 @@ def test_the_hash_depends_on_what_counts(configs, tmp_path, make_embeddings):
     assert len({own, identify(run, text=other)[0], *hashes}) == 5
     with pytest.raises(StudyError, match='does not exist.*--vars text=PATH'):
         identify(run, text='gone.safetensors')
+    # Weights from which runs start.
+    path = write_study(
+        configs,
+        tmp_path,
+        vars__start=file,
+        arms__text=dict(arm, options=dict(load_from='${start}')))
+    begun = identify(run)
+    assert begun[1].keys() == {'start'}
+    assert begun[0] not in (own, identify(run, start=other)[0])
+    with pytest.raises(StudyError, match='does not exist.*start=PATH'):
+        identify(run, start='gone.pth')
 
 
 def test_images_of_a_fraction():

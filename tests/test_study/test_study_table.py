@@ -10,16 +10,17 @@ from each_case import each_case
 from scipy import stats
 from tool_modules import ROOT, call, fails, load_tool
 
-from mmseg_textkd.study import Ledger
+from mmseg_textkd.study import Ledger, LedgerError
 from mmseg_textkd.study.analysis import (Group, check_hypotheses, holm,
                                          interval, iterations_to)
+from mmseg_textkd.study.run import Run
 
 TOOL = load_tool('analysis_tools/study_table.py')
 # Test mIoU by arm and seed. Differences of text: 3, 2, 1.5.
 SCORES = dict(stock=[40., 42., 41.], text=[43., 44., 42.5], random=[41., 40.5])
 ARMS = dict(stock='as it is', text='with text', random='without')
 PLAN = dict(study='s', title='Streets', registration='The question.')
-PLAN.update(baseline='stock', controls=['random'], planned=['a'] * 9)
+PLAN.update(baseline='stock', controls=['random'])
 PLAN.update(evaluate=['val', 'test'], arms=ARMS)
 RUN = dict(study='s', network='net', train_fraction=1., config_hash='h')
 RUN.update(iterations=8, size=[16, 32], classes=['road', 'car'], jobs=2)
@@ -48,10 +49,15 @@ def entries(**changes):
     ]
 
 
-def write_ledger(path, runs=None, **plan):
-    ledger = Ledger(path)
-    ledger.register(PLAN | plan, '2000-01-01')
-    for run in entries() if runs is None else runs:
+def write_ledger(path, runs=None, left=('net/random/seed2', ), **plan):
+    """With planned runs that are left to do."""
+    ledger, runs = Ledger(path), entries() if runs is None else runs
+    planned = [
+        Run(r['network'], r['arm'], r['seed'], r['train_fraction']).name
+        for r in runs
+    ] + list(left)
+    ledger.register(PLAN | dict(planned=planned) | plan, '2000-01-01')
+    for run in runs:
         ledger.append(run)
     return ledger
 
@@ -93,6 +99,10 @@ def test_a_difference_is_taken_within_the_seeds_that_both_have():
     assert part.spread('stock') == pytest.approx((41., 1.))
     assert part.spread('stock', 'val') == pytest.approx((40., 1.))
     assert part.last_gain('text') == pytest.approx(1.)
+    # Between validations, in iteration 6, on a straight line.
+    curve = [[3, 30.], [5, 34.], [8, 40.]]
+    apart = Group([entry('text', 0, 41., curve=curve)], 'test')
+    assert apart.last_gain('text') == pytest.approx(4.)
     # No label of that class in val.
     assert part.scores('text', 'val', label=1) == {}
     assert Group(entries(), 'val').difference('text', 'stock', 1) is None
@@ -197,7 +207,7 @@ def test_hypotheses(tmp_path):
         entry(arm, seed, score) for arm, values in scores.items()
         for seed, score in enumerate(values) if (arm, seed) != ('random', 3)
     ]
-    ledger = write_ledger(tmp_path / 's.jsonl', runs, hypotheses=pairs)
+    ledger = write_ledger(tmp_path / 's.jsonl', runs, [], hypotheses=pairs)
     part = Group(ledger.entries, 'test')
     [found] = check_hypotheses([part], pairs)
     # Seed 3 is left out for all. Paired test, then Holm as a rule of
@@ -233,10 +243,20 @@ def test_hypotheses(tmp_path):
             ) in text
     assert '| `stock` | 8 | 4 of 4 | 1.00 |' in text
     # Nothing is decided before all runs are done.
-    plan = dict(hypotheses=pairs, planned=['run'] * 12)
-    early = write_ledger(tmp_path / 'early.jsonl', runs, **plan)
+    early = write_ledger(tmp_path / 'early.jsonl', runs, hypotheses=pairs)
     text = make_page(early.path)
     assert f'| {first.corrected:.4f} | too early |' in text
+    # Those of an arm that an amendment has taken out are none of them.
+    plan = dict(early.registrations('s')[-1], arms=dict(ARMS, gone=''))
+    dropped = Ledger(tmp_path / 'dropped.jsonl')
+    dropped.register(plan, '2000-01-01')
+    for run in [*runs, *(entry('gone', k, 40.) for k in range(3))]:
+        dropped.append(run)
+    dropped.register(dict(plan, arms=ARMS), '2000-01-02')
+    text = make_page(dropped.path)
+    assert '| too early |' in text and '11 of 12 planned runs' in text
+    with pytest.raises(LedgerError, match="data set 'camvidd', but text"):
+        check_hypotheses([part], [['text', 'stock', 'camvidd']])
 
 
 def test_speed():
@@ -271,13 +291,16 @@ def test_speed():
 
 
 def test_networks_together(tmp_path):
-    ledger, wide = write_ledger(tmp_path / 's.jsonl'), dict(network='wide')
+    runs, wide = entries(), dict(network='wide')
     for seed, score in enumerate((30., 31.)):
-        ledger.append(entry('stock', seed, score, **wide))
-        ledger.append(entry('text', seed, score - 1, **wide))
-        # Fewer images are not mixed in.
-        ledger.append(entry('text', seed, 9., train_fraction=.1, **wide))
-    lines = make_page(ledger.path).splitlines()
+        runs += [
+            entry('stock', seed, score, **wide),
+            entry('text', seed, score - 1, **wide),
+            # Fewer images are not mixed in.
+            entry('text', seed, 9., train_fraction=.1, **wide)
+        ]
+    lines = make_page(write_ledger(tmp_path / 's.jsonl',
+                                   runs).path).splitlines()
     rows = [line for line in lines if '2 networks together' in line]
     # 3, 2, 1.5, -1 and -1: 0.9 ± 2.776 * s / sqrt(5), s² = 13.2 / 4
     half = 2.7764451 * math.sqrt(13.2 / 4 / 5)
@@ -363,8 +386,8 @@ def test_the_published_pages_are_what_the_ledgers_say():
 
 
 def test_without_test_and_with_fewer_images(tmp_path):
-    ledger = write_ledger(tmp_path / 's.jsonl', entries(test=None))
-    ledger.append(entry('stock', 0, 30., train_fraction=.1, test=None))
+    few = entry('stock', 0, 30., train_fraction=.1, test=None)
+    ledger = write_ledger(tmp_path / 's.jsonl', [*entries(test=None), few])
     text = make_page(ledger.path)
     assert 'test mIoU' not in text
     assert text.index('### net\n') < text.index(
@@ -373,7 +396,7 @@ def test_without_test_and_with_fewer_images(tmp_path):
 
 
 def test_a_study_without_runs_shows_its_registration(tmp_path):
-    text = make_page(write_ledger(tmp_path / 's.jsonl', []).path)
+    text = make_page(write_ledger(tmp_path / 's.jsonl', [], ['run'] * 9).path)
     assert '0 of 9 planned runs' in text and 'The question.' in text
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -15,7 +15,7 @@ from mmseg.registry import DATA_SAMPLERS, DATASETS, MODELS
 from processes import load, run_ranks
 from scipy.linalg import block_diag
 from tiny import assert_equal, run
-from tool_modules import load_tool
+from tool_modules import exit_of, load_tool
 from torch.testing import assert_close
 from words_data import DIM, OWN, SPACES, WORDS
 
@@ -214,6 +214,15 @@ def test_fold_for_any_list_of_words(network_cfg, tmp_path, fold, data):
     assert lane.default_hooks.checkpoint.save_best == 'mIoU'
     assert 'train_dataloader' not in new and 'test_evaluator' not in new
     assert new.test_dataloader.dataset.pipeline
+
+
+@pytest.mark.parametrize('option', [['--tta'], ['--out', 'labels']])
+def test_options_for_one_data_set(network_cfg, tmp_path, monkeypatch, capsys,
+                                  option):
+    network_cfg().dump(tmp_path / 'c.py')
+    code, *_ = exit_of('test.py', monkeypatch, capsys, str(tmp_path / 'c.py'),
+                       'weights.pth', *option)
+    assert f'Error: {option[0]}: MMSegmentation has it for one' in code
 
 
 def test_only_trained_words_in_the_role_auxiliary(network_cfg, tmp_path, fold):

@@ -180,18 +180,21 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     rows, timed = {}, {}
+    stems = [path.stem for path in args.configs]
     for path in args.configs:
+        # Of runs all are called `config.py`.
+        name = path.stem if stems.count(path.stem) == 1 else str(path)
         try:
             cfg = read_config(path, args.cfg_options)
         except (OSError, ValueError) as error:
             sys.exit(f'Error: {error}')
         init_default_scope(cfg.get('default_scope', 'mmseg'))
         model = build(cfg)
-        rows[path.stem] = count(model, args.size)
+        rows[name] = count(model, args.size)
         deployed = deploy(model, cfg)
-        rows[path.stem] += count(deployed, args.size)
+        rows[name] += count(deployed, args.size)
         if args.runs:
-            timed[path.stem] = deployed or model
+            timed[name] = deployed or model
     columns = list(COLUMNS)
     where = f'{args.size[0]}x{args.size[1]}, without auxiliary heads'
     if args.runs:

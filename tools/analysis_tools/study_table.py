@@ -44,6 +44,7 @@ from PIL import Image
 from mmseg_textkd.study import Ledger, LedgerError
 from mmseg_textkd.study.analysis import (Group, Interval, check_hypotheses,
                                          group, interval)
+from mmseg_textkd.study.run import Run
 from mmseg_textkd.utils.io import write_files
 from mmseg_textkd.utils.report import table
 
@@ -94,15 +95,20 @@ class Study:
     Args:
         name (str): Its name.
         registrations (Sequence[dict]): Its registration and amendments.
-        entries (Sequence[dict]): Its runs.
+        entries (Sequence[dict]): Its runs. Those that an amendment has taken
+            out of the plan are left out.
     """
 
     def __init__(self, name: str, registrations: Sequence[Dict[str, Any]],
                  entries: Sequence[Dict[str, Any]]) -> None:
         self.name = name
         self.registrations = registrations
-        self.entries = entries
         self.plan = registrations[-1]
+        planned = set(self.plan['planned'])
+        self.entries = entries = [
+            e for e in entries if Run(e['network'], e['arm'], e['seed'],
+                                      e['train_fraction']).name in planned
+        ]
         self.baseline = self.plan['baseline']
         self.arms: Dict[str, str] = self.plan['arms']
         self.split = 'test' if all(e.get('test') for e in entries) else 'val'
