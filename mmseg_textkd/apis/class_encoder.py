@@ -143,9 +143,14 @@ class ClassEncoder:
         if embeddings is not None:
             record = TextEmbeddings.load(embeddings)
         words = Vocabulary.from_spec(classes)
+        # Stock data sets have names such as 'bed '.
+        rows = {
+            name.strip(): k
+            for k, name in reversed(list(enumerate(self.names)))
+        }
         trained = [
-            self.names.index(name) if name in self.names
-            and phrases == (name.replace('_', ' '), ) else None
+            rows.get(name.strip()) if phrases == (name.strip().replace(
+                '_', ' '), ) else None
             for name, phrases in zip(words.names, words.phrases)
         ]
         own = self.provider.class_embeddings.detach()

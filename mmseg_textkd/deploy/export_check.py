@@ -8,6 +8,7 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, METRICS
 from torch import Tensor
 
+from ..utils.checkpoint import class_differences
 from ..utils.config import as_list, type_name
 from ..utils.progress import track
 from .export import Exported
@@ -143,10 +144,10 @@ def mean_iou(network: Network, config: str) -> float:
     cfg = Config.fromfile(config)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
-    if list(dataset.metainfo['classes']) != network.classes:
-        raise ValueError(f'{config} has other classes than the network: '
-                         f'{dataset.metainfo["classes"]} and '
-                         f'{network.classes}')
+    faults = class_differences(network.classes, dataset.metainfo['classes'])
+    if faults:
+        raise ValueError('\n  '.join(
+            [f'{config} has other classes than the network:', *faults]))
     evaluators = [
         evaluator for evaluator in as_list(cfg.val_evaluator)
         if type_name(evaluator).endswith('IoUMetric')

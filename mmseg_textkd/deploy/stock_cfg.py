@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import inspect
+import re
 from typing import Dict
 
 from mmengine.config import Config
@@ -9,9 +10,10 @@ from ..utils.config import as_list, dicts, type_name
 from .stock_converter import DROPPED, PLUGIN, StockConverter
 
 # Parts of parameter names that only training with text or teacher has.
-TEXT_PARAMETERS = ('.text.', 'text_branch', 'text_losses', 'log_scale',
-                   'logit_bias', 'distill_losses', '.fusion.',
-                   'image_projection', 'score_map')
+# Not of DDRNet's `context_branch`.
+TEXT_PARAMETERS = re.compile(
+    r'\.text\.|\.fusion\.|(?<!\w)(text_branch|text_losses|log_scale|'
+    'logit_bias|distill_losses|image_projection|score_map)')
 
 
 def to_stock_cfg(cfg: Config,
@@ -99,7 +101,7 @@ def _drop_text_parameters(optim_wrapper: Dict) -> None:
     """Remove the settings of text parameters, in place."""
     paramwise = optim_wrapper.get('paramwise_cfg') or {}
     keys = paramwise.get('custom_keys', {})
-    for key in [k for k in keys if any(t in k for t in TEXT_PARAMETERS)]:
+    for key in filter(TEXT_PARAMETERS.search, list(keys)):
         del keys[key]
     if not keys:
         paramwise.pop('custom_keys', None)
@@ -113,8 +115,12 @@ def _ignore_unlabeled(cfg: Config, stock: Dict, split: str,
 
     ``BaseSegDataset`` cannot turn it.
     """
-    dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}
-    label = getattr(converter.find(dataset.get('type')), 'UNLABELED', None)
-    for evaluator in as_list(stock.get(f'{split}_evaluator')):
-        if label is not None and type_name(evaluator) == 'IoUMetric':
-            evaluator['ignore_index'] = label
+    dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset')
+    labels = [
+        getattr(converter.find(part.get('type')), 'UNLABELED', None)
+        for part in dicts(dataset)
+    ]
+    for label in labels:
+        for evaluator in as_list(stock.get(f'{split}_evaluator')):
+            if label is not None and type_name(evaluator) == 'IoUMetric':
+                evaluator['ignore_index'] = label

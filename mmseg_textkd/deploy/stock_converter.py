@@ -12,8 +12,9 @@ from mmengine.registry import Registry
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import MODELS
 
-from mmseg_textkd.datasets import (CheckLabels, HideClasses,
-                                   LoadRegionEmbeddings, PackRegionInputs)
+from mmseg_textkd.datasets import (CamVidDataset, CheckLabels, HideClasses,
+                                   LabelMeFacadeDataset, LoadRegionEmbeddings,
+                                   PackRegionInputs, ToyScenesDataset)
 from mmseg_textkd.engine import (CPUAmpOptimWrapper,
                                  CPUDistributedDataParallel,
                                  LoadedCheckpointHook, PromptLearnerHook,
@@ -33,6 +34,8 @@ DROPPED = object()
 NOT_DEPLOYED = (CheckLabels, CPUDistributedDataParallel, HideClasses,
                 LoadedCheckpointHook, LoadRegionEmbeddings, PromptLearnerHook,
                 TeacherHook)
+# What is a ``BaseSegDataset`` with checks, classes and suffixes.
+STOCK_DATASETS = CamVidDataset, LabelMeFacadeDataset, ToyScenesDataset
 # What is a stock thing with additions: its name, and their arguments.
 STOCK_FORMS = {
     CPUAmpOptimWrapper: ('OptimWrapper', ()),
@@ -140,8 +143,7 @@ class StockConverter:
             return value
         if inspect.isclass(kind) and issubclass(kind, TextHeadMixin):
             return self._stock_head(kind, value, where)
-        if (inspect.isclass(kind) and issubclass(kind, BaseSegDataset)
-                and f'{kind.__module__}.'.startswith(f'{PLUGIN}.')):
+        if kind in STOCK_DATASETS:
             return _stock_dataset(kind, value, where)
         raise ValueError(
             f'{where}: {value["type"]!r} is defined in {kind.__module__}, '
@@ -152,7 +154,19 @@ class StockConverter:
     def _stock_head(self, kind: type, value: Dict, where: str) -> Dict:
         """Convert a text head to its stock head."""
         names = {thing: name for name, thing in MODELS.module_dict.items()}
-        lineage = [c for c in kind.__mro__ if not issubclass(c, TextHeadMixin)]
+        ours = [c for c in kind.__mro__ if issubclass(c, TextHeadMixin)]
+        lineage = [c for c in kind.__mro__ if c not in ours]
+        changed = [
+            name for c in ours[:ours.index(TextHeadMixin)] for name in vars(c)
+            if name == '__init__' or name[:2] != '__' and name != '_abc_impl'
+            and not name.startswith('loss')
+        ]
+        if changed:
+            raise ValueError(
+                f'{where}: {kind.__name__} differs from its stock head in '
+                f'{changed}, so that no stock head takes its place. Define '
+                'these in a head without text, in a module that does not '
+                f'import {PLUGIN}, and mix the text in there.')
         stock = next((c for c in lineage if c in names), None)
         # All else that the text head inherits must be in the stock head too.
         if (stock is None or self.needs_plugin(stock.__module__)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
+from mmseg_textkd.models.layers.lseg_text_classifier import without_rounding
 from ..utils.progress import track
 from ..utils.report import Cost, count_cost
 
@@ -87,7 +88,8 @@ def verify(model: nn.Module,
     The stock model is built from its config, loaded strictly, and compared on
     random inputs of two sizes and on the images that are given. SegNeXt's
     head draws random numbers; both models draw the same. A model with a
-    balance, which no stock model has, is compared without it.
+    balance, or that rounds to half precision, which no stock model does, is
+    compared without that.
 
     Args:
         model (nn.Module): The model as trained, in evaluation mode.
@@ -113,7 +115,7 @@ def verify(model: nn.Module,
         name: count_cost(m, partial(_logits, m, SIZES[0]))
         for name, m in zip(('as trained', 'folded'), models)
     }
-    with without_balance(model):
+    with without_balance(model), without_rounding(model):
         agreements = [
             _compare(f'random {size[0]}x{size[1]}', models, [size])
             for size in SIZES
@@ -137,12 +139,18 @@ def _logits(model: BaseSegmentor, source: Union[Size, dict]) -> List[Tensor]:
         torch.manual_seed(SEED)
         if isinstance(source, dict):
             # A copy: the results are written into the samples.
-            samples = model.test_step(copy.deepcopy(source))
-            return [sample.seg_logits.data for sample in samples]
-        inputs = torch.randn(1, input_channels(model), *source)
+            source = copy.deepcopy(source)
+            if model.out_channels > 1:
+                samples = model.test_step(source)
+                return [sample.seg_logits.data for sample in samples]
+            # The results would be probabilities.
+            inputs = model.data_preprocessor(source, False)['inputs']
+        else:
+            inputs = torch.randn(1, input_channels(model), *source)
         inputs = inputs.to(next(model.parameters()))
-        metas = [dict(img_shape=source, ori_shape=source, pad_shape=source)]
-        return list(model.encode_decode(inputs, metas))
+        size = tuple(inputs.shape[2:])
+        metas = [dict(img_shape=size, ori_shape=size, pad_shape=size)]
+        return list(model.encode_decode(inputs, metas * len(inputs)))
 
 
 def _labels(model: BaseSegmentor, logits: Tensor) -> Tensor:

@@ -57,11 +57,17 @@ def set_words(model: nn.Module,
             Defaults to None.
 
     Raises:
-        ValueError: If the network has no text, has the role 'auxiliary'
-            and a word is new, or there is no such way.
+        ValueError: If the network has no text or one logit that is not
+            enough, has the role 'auxiliary' and a word is new, there are
+            fewer than two words, or there is no such way.
     """
-    head = text_head(model)
-    number = len(trained)
+    head, number = text_head(model), len(trained)
+    binary = model.out_channels == 1
+    if number < 2 or binary and (number > 2 or head.role == 'auxiliary'):
+        raise ValueError(
+            f'{number} class(es) for a network of {model.out_channels} '
+            'logit(s): give at least two, and of one logit, which is for two '
+            "classes, just two, in the role 'classifier'.")
     if head.role == 'auxiliary':
         if None in trained:
             raise ValueError(
@@ -89,7 +95,8 @@ def set_words(model: nn.Module,
         branch.num_classes = number
         branch.text.replace(vectors)
     for module in (head, model):
-        module.num_classes = module.out_channels = number
+        module.num_classes = number
+        module.out_channels = 1 if binary else number
     if model.with_auxiliary_head:
         del model.auxiliary_head
 

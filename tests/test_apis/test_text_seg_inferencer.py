@@ -23,6 +23,7 @@ from tool_modules import call, fails, load_tool
 
 from mmseg_textkd.analysis.benchmark import peak_memory
 from mmseg_textkd.apis import TextSegInferencer, predict_labels
+from mmseg_textkd.apis.class_encoder import ClassEncoder
 from mmseg_textkd.apis.drawing import draw_labels, draw_similarity, palette_for
 from mmseg_textkd.apis.label_maps import select_classes
 from mmseg_textkd.deploy import L2ConvSeg, fold_state_dict, to_stock_cfg
@@ -537,6 +538,14 @@ def test_arrays_are_images_or_errors(worded, inferencer):
                 image.astype(np.float32), image[:0], image[None]):
         with pytest.raises(ValueError, match='must be uint8'):
             mine(bad)
+
+
+def test_names_with_blanks_around_are_trained_names():
+    """As 'bed ' of ADE20K."""
+    text = dict(CONTROL, num_classes=2)
+    encoder = ClassEncoder(MODELS.build(text), text, ('bed ', 'street_sign'))
+    for names in (['street_sign', 'bed'], ['street_sign', 'bed ']):
+        assert encoder.encode(names).trained == [1, 0]
 
 
 def test_a_config_is_left_as_it_is(worded):

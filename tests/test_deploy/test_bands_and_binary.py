@@ -26,6 +26,7 @@ from mmseg_textkd.deploy import fold, fold_state_dict, to_stock_cfg, verify
 from mmseg_textkd.deploy.export import to_torchscript
 from mmseg_textkd.deploy.exportable import ExportableSegmentor
 from mmseg_textkd.deploy.run import Network
+from mmseg_textkd.deploy.words import set_words
 from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.utils.config import REGISTRIES, load_config
 from mmseg_textkd.utils.io import UnknownImageError
@@ -258,11 +259,12 @@ def test_one_logit_is_trained_folded_and_thresholded(tmp_path, number, names):
     stock, state = to_stock_cfg(cfg), fold_state_dict(model)
     assert state['decode_head.conv_seg.weight'].shape == (1, 16, 1, 1)
     save_weights(tmp_path / 'folded.pth', state, names)
-    report = verify(model, stock, state)
-    assert [a.differing for a in report.agreements] == [0, 0]
+    images = [dict(inputs=[torch.from_numpy(image).permute(2, 0, 1)])]
+    report = verify(model, stock, state, images)
+    assert [a.differing for a in report.agreements] == [0, 0, 0]
     for key in ('weight', 'bias'):
         state[f'decode_head.conv_seg.{key}'] *= -1
-    report = verify(model, stock, state, tolerance=None)
+    report = verify(model, stock, state, images, tolerance=None)
     assert min(a.differing for a in report.agreements) > 0
 
     files = write(tmp_path, cfg, model, names)
@@ -301,6 +303,23 @@ def test_what_one_logit_cannot_have(tmp_path, number, change, message):
     cfg.model.decode_head.update(change)
     with pytest.raises((ValueError, TypeError), match=message):
         MODELS.build(cfg.model)
+
+
+def test_classes_of_one_logit_change_places_or_stay(tmp_path):
+    model = build(binary_config(tmp_path, 2))
+    vectors, image = model.decode_head.text_branch.text(), torch.randn(
+        1, 3, 32, 64)
+    model.decode_head.text_branch.logit_bias.data.normal_()
+    before = model(image, mode='tensor')
+    for words in ([1], [0, 1, None]):
+        with pytest.raises(ValueError, match='network of 1 logit'):
+            set_words(model, vectors[[k or 0 for k in words]], words)
+    set_words(model, vectors[[1, 0]], [1, 0])
+    assert model.out_channels == model.decode_head.out_channels == 1
+    torch.testing.assert_close(model(image, mode='tensor'), -before)
+    beside = build(binary_config(tmp_path, 2, 'auxiliary'))
+    with pytest.raises(ValueError, match='network of 1 logit'):
+        set_words(beside, vectors[[1, 0]], [1, 0])
 
 
 def test_a_binary_head_learns_with_text_beside_it(tmp_path):

@@ -58,6 +58,9 @@ def stock(tmp_path_factory):
     runner = run(cfg)
     evaluator = dict(cfg.val_evaluator, type='mmseg.IoUMetric')
     cfg.val_evaluator = [dict(type='DepthMetric'), evaluator]
+    # As 'bed ' of ADE20K.
+    names = [f'{CLASSES[0]} ', *CLASSES[1:]]
+    cfg.val_dataloader.dataset.metainfo.classes = names
     cfg.dump(root / 'config.py')
     files = f'{root}/config.py', f'{root}/work/iter_40.pth'
     return SimpleNamespace(

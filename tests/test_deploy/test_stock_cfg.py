@@ -101,6 +101,23 @@ def test_datasets_that_stay_ours_are_refused(change, message):
         to_stock_cfg(cfg)
 
 
+@each_case('kind', ['VSPWDataset', 'PASCAL5iEpisodes', 'VideoFramesDataset'])
+def test_datasets_of_another_layout_are_refused(kind):
+    cfg = copy.deepcopy(load_config(CAMVID))
+    cfg.test_dataloader.dataset = dict(
+        type=kind, data_root='x', img_suffix='.jpg', seg_map_suffix='.png')
+    message = f"^test_dataloader.dataset: '{kind}' is defined in mmseg_textkd"
+    with pytest.raises(ValueError, match=message):
+        to_stock_cfg(cfg)
+
+
+def test_unlabeled_pixels_of_one_data_set_of_several():
+    cfg = copy.deepcopy(load_config(CAMVID))
+    cfg.test_dataloader.dataset = dict(
+        type='ConcatDataset', datasets=[cfg.test_dataloader.dataset])
+    assert to_stock_cfg(cfg).test_evaluator.ignore_index == 11
+
+
 def test_datasets_of_the_user_are_theirs(monkeypatch):
     """Nobody knows what one does that is made where the plugin is used."""
     module = types.ModuleType('own_data')
@@ -139,7 +156,11 @@ def test_settings_of_the_user_stay(tmp_path):
     cfg = tiny_config(tmp_path, CONTROL, {}, load_from='stock.pth')
     cfg.custom_hooks.append(dict(type='EMAHook'))
     cfg.optim_wrapper.type = 'CPUAmpOptimWrapper'
-    cfg.optim_wrapper.paramwise_cfg.custom_keys['head'] = dict(lr_mult=10.)
+    keys = {
+        name: dict(lr_mult=10.)
+        for name in ('head', 'backbone.context_branch_layers')
+    }
+    cfg.optim_wrapper.paramwise_cfg.custom_keys.update(keys)
     cfg.model_wrapper_cfg = dict(type='CPUDistributedDataParallel')
     kaiming = dict(type='Kaiming', layer='Conv2d')
     trained = dict(type='Pretrained', checkpoint='https://example.com/x.pth')
@@ -147,7 +168,6 @@ def test_settings_of_the_user_stay(tmp_path):
     stock = to_stock_cfg(cfg)
     assert stock.custom_hooks == [dict(type='EMAHook')]
     assert stock.optim_wrapper.type == 'OptimWrapper'
-    keys = dict(head=dict(lr_mult=10.))
     assert stock.optim_wrapper.paramwise_cfg == dict(custom_keys=keys)
     assert stock.load_from is None
     assert stock.model.backbone.init_cfg == [kaiming]
@@ -188,6 +208,8 @@ def project(monkeypatch):
     new(heads, 'TextOwnFCNHead', TextHeadMixin, heads.OwnFCNHead)
     mixed = type('Mixed', (), {})
     new(heads, 'TextMixedHead', TextHeadMixin, mixed, FCNHead)
+    new(heads, 'TextChangedHead', TextHeadMixin, FCNHead)
+    heads.TextChangedHead.forward = lambda self, x: x
     new(plain, 'OwnDataset', BaseSegDataset, registry=DATASETS)
     new(plain, 'PlainFCNHead', FCNHead)
     new(heads, 'TextPlainFCNHead', TextHeadMixin, plain.PlainFCNHead)
@@ -216,6 +238,8 @@ def test_heads_of_a_project(project, tmp_path):
         ('TextOwnFCNHead', 'the place of TextOwnFCNHead: behind'),
         ('TextMixedHead', 'the place of TextMixedHead: behind'),
         ('OwnFCNHead', "'OwnFCNHead' is defined in own_hea"),
+        ('TextChangedHead', r"from its stock head in \['forward'\]"),
+        ('LSegDPTHead', r"from its stock head in \['__init__'\]"),
     ]:
         cfg.model.decode_head.type = text
         with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ from network_tester import CONFIGS, load_config
 from processes import full_disk
 from processes import load as load_checkpoint
 from processes import start
-from tiny import CLASSES, assert_equal
+from tiny import CLASSES, assert_equal, tiny_config
 from tool_modules import call, fails, load_tool
 
 from mmseg_textkd import compat
@@ -212,6 +212,25 @@ def test_folded_again_it_is_the_same(trained, convert, tmp_path):
         assert set(load(tmp_path / f'{name}.pth')['state_dict']) == left
         cfg = Config.fromfile(tmp_path / f'{name}.py')
         assert 'auxiliary_head' not in cfg.model
+
+
+def test_weights_of_distillation_losses_are_left_out(convert, tmp_path):
+    cfg = tiny_config(tmp_path)
+    state = MODELS.build(cfg.model).state_dict()
+    extra = {'distill_losses.0.align.weight': torch.zeros(24, 16, 1, 1)}
+    torch.save(dict(state_dict={**state, **extra}), tmp_path / 'w.pth')
+    cfg.model.update(
+        type='DistilledEncoderDecoder',
+        teacher=dict(config='teacher.py', checkpoint='teacher.pth'),
+        distill_losses=[
+            dict(
+                type='ChannelWiseDistillationLoss',
+                on='features',
+                align=(16, 24))
+        ])
+    cfg.dump(tmp_path / 'c.py')
+    convert(tmp_path / 'c.py', tmp_path / 'w.pth')
+    assert_equal(load(tmp_path / 'out.pth')['state_dict'], dict(state))
 
 
 def test_half_precision_and_bare_weights(trained, convert, tmp_path):

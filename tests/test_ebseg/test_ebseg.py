@@ -247,6 +247,21 @@ def test_classes_may_change_and_come_back(model, model_cfg):
     assert torch.equal(twin(images), before)
 
 
+def test_one_vector_for_each_class(model, model_cfg):
+    """Whatever the training draws or tests have."""
+    noise = dict(
+        type='ControlEmbeddings',
+        kind='noise',
+        phrases=4,
+        cosine=.9,
+        embeddings=model_cfg().decode_head.text)
+    with pytest.raises(ValueError, match="one vector.*mode='draw'"):
+        MODELS.build(model_cfg(text=noise))
+    net = MODELS.build(model_cfg(test_text=dict(noise, num_classes=8)))
+    vectors, _ = net.decode_head.text.vocabulary()
+    assert_close(vectors, model.decode_head.text())
+
+
 @torch.no_grad()
 def test_the_balance_knows_which_classes_are_new(model):
     """The same words, said to be new or seen, are balanced otherwise."""

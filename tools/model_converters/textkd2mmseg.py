@@ -113,6 +113,7 @@ from mmseg_textkd.deploy import (fold_state_dict, mean_lengths, to_stock_cfg,
 from mmseg_textkd.deploy.load_stock import dataset_meta
 from mmseg_textkd.deploy.words import set_words, text_head, to_words_cfg
 from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
+from mmseg_textkd.models.layers.lseg_text_classifier import without_rounding
 from mmseg_textkd.utils.arguments import explain, read_config, warn_renamed
 from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
                                            read_checkpoint)
@@ -205,10 +206,10 @@ def convert(args: argparse.Namespace) -> None:
     if folded:
         print(f'{args.checkpoint} has no text: it is folded already, or stock')
         strip = strip or not any(k.startswith('auxiliary_head') for k in state)
+        left_out = ['distill_losses.'] + ['auxiliary_head.'] * strip
         state = {
             k: v
-            for k, v in state.items()
-            if not (strip and k.startswith('auxiliary_head.'))
+            for k, v in state.items() if not k.startswith(tuple(left_out))
         }
         if args.classes is not None:
             raise ValueError('a checkpoint without text has its own classes '
@@ -264,6 +265,9 @@ def convert(args: argparse.Namespace) -> None:
         if balanced:
             print('The balance for the classes without labels is left out: '
                   'it needs the plugin (TextSegInferencer).')
+    with without_rounding(model) as rounded:
+        if rounded:
+            print('The rounding to half precision is left out.')
     print(f'wrote {args.out} and {out}')
 
 

@@ -37,6 +37,12 @@ class SwitchableText(BaseModule):
                  test_text: Optional[dict] = None) -> None:
         super().__init__()
         self.trained = _build(dict(text, num_classes=num_classes))
+        bank = self.trained.phrase_bank
+        if bank is not None and bank.mode != 'mean':
+            raise ValueError(
+                'EBSeg takes one vector for each class, but the text of the '
+                f'training draws or holds several (mode={bank.mode!r}). Use '
+                "mode='mean', or ClassEmbeddings.")
         self.train_classes = train_classes
         self.switch(None if test_text is None else _build(test_text))
 
@@ -77,8 +83,8 @@ class SwitchableText(BaseModule):
                 f'The new classes have embeddings of width {other.dim}, but '
                 f'the network was trained with {self.dim}. Encode them with '
                 'the text tower of the training.')
-        # Out of nn.Module's sight, and so of checkpoints.
-        self.__dict__['other'] = other
+        # Out of nn.Module's sight, and so of checkpoints and of `train`.
+        self.__dict__['other'] = other and other.eval()
 
     def set_classes(self, embeddings: Optional[TextEmbeddings]) -> None:
         """Set the classes of inference.

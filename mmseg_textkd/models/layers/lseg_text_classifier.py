@@ -1,9 +1,10 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Any, Dict, Optional
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, Optional
 
 import torch
 from mmseg.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 from .similarity import pixel_text_similarity
 from .text_classifier import TextClassifier
@@ -86,3 +87,26 @@ class LSegTextClassifier(TextClassifier):
             if self.regularization is not None:
                 logits = self.regularization(logits)
         return logits
+
+
+@contextmanager
+def without_rounding(model: nn.Module) -> Iterator[bool]:
+    """Disable the rounding of all classifiers of a model.
+
+    Args:
+        model (nn.Module): The model.
+
+    Yields:
+        bool: Whether there is a classifier that rounds.
+    """
+    found = [
+        m for m in model.modules()
+        if isinstance(m, LSegTextClassifier) and m.half_precision
+    ]
+    for module in found:
+        module.half_precision = False
+    try:
+        yield bool(found)
+    finally:
+        for module in found:
+            module.half_precision = True
