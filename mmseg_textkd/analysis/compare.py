@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from ..evaluation import DatasetIoUMetric
 from ..evaluation.confusion_iou_metric import SUMMARY, ConfusionIoUMetric
 from ..utils.checkpoint import load_strictly, read_checkpoint
-from ..utils.config import as_list, load_config
+from ..utils.config import as_list, load_config, type_name
 
 PAIRS = 10  # how many confusable pairs are listed
 
@@ -45,7 +45,7 @@ def evaluate(config: str,
     # MMEngine keeps the log of a name for the whole process.
     cfg.experiment_name = f'compare_{time.time_ns()}'
     evaluators = as_list(cfg.val_evaluator)
-    kinds = [evaluator.type for evaluator in evaluators]
+    kinds = [type_name(evaluator) for evaluator in evaluators]
     several = DatasetIoUMetric.__name__ in kinds
     if 'IoUMetric' not in kinds and not several:
         raise ValueError(f'val_evaluator of {config} has no IoUMetric, but '

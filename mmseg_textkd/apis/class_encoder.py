@@ -172,10 +172,11 @@ class ClassEncoder:
     def _encode_new(self, words: Vocabulary, tower: Tower, templates: Any,
                     record: Optional[TextEmbeddings]) -> Tuple[Tensor, str]:
         """Get the vectors of new classes and describe their source."""
-        if _type_name(self.embeddings) == 'ControlEmbeddings':
+        kind = _type_name(self.embeddings)
+        if kind in ('ControlEmbeddings', 'LearnedEmbeddings'):
             raise ValueError(
-                'this network was trained with ControlEmbeddings, vectors '
-                'without language: it can only predict its own classes, '
+                f'this network was trained with {kind}, vectors without '
+                'language: it can only predict its own classes, '
                 f'{list(self.names)}.')
         if record is not None:
             vectors = self._from_file(record, words, tower)

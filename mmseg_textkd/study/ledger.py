@@ -148,7 +148,9 @@ class Ledger:
         Raises:
             LedgerError: If the ledger has another result of the run.
         """
-        data = (json.dumps(entry) + '\n').encode()
+        text = json.dumps(entry)
+        # As it will be read: a tuple as a list.
+        entry, data = json.loads(text), f'{text}\n'.encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, 'a+b', buffering=0) as file:
             # Until the file is closed nobody else appends or reads.

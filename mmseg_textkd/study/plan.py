@@ -163,7 +163,7 @@ class Study:
                 seed=run.seed,
                 size=self.spec.get('size'),
                 channels_last=self.spec.get('channels_last', False),
-                auxiliary_head=extra)
+                auxiliary_head=self._substitute(extra) if resolved else extra)
         except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
             raise StudyError(f'{self.path}: no config for {run.name}: '
                              f'{error}') from error

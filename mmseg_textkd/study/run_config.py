@@ -97,7 +97,15 @@ def set_length(cfg: Config, iterations: int, val_interval: int) -> None:
     cfg.train_cfg.update(max_iters=iterations, val_interval=val_interval)
     # Else MMEngine counts validations by epoch, of which there is one.
     cfg.default_hooks.logger.log_metric_by_epoch = False
+    # Only what a hook asks for: best checkpoints cost time and space.
+    wanted = any(hook.get('load_best') for hook in cfg.get('custom_hooks', []))
+    best = {
+        key: value
+        for key, value in (cfg.default_hooks.get('checkpoint') or {}).items()
+        if wanted and key in ('save_best', 'rule')
+    }
     cfg.default_hooks.checkpoint = dict(
+        best,
         type='CheckpointHook',
         by_epoch=False,
         interval=val_interval,

@@ -79,6 +79,13 @@ class Scheduler:
                     f'{own[:12]}). The study or a config was changed after '
                     'the run. Give the study a new name, or remove that line '
                     f'and {work_dir / run.name} to make the run again.')
+            lacks = [s for s in study.evaluate if done and not done.get(s)]
+            if lacks:
+                raise StudyError(
+                    f'{ledger.path} has {run.name} of {study.name} without '
+                    f'{lacks}, which `evaluate` has now. Give the study a new '
+                    f'name, or remove that line and {work_dir / run.name} to '
+                    'make the run again.')
 
     def todo(self) -> List[Run]:
         """List the runs that are neither finished nor failed.

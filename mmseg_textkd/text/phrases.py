@@ -24,8 +24,8 @@ def phrase_vectors(record: TextEmbeddings) -> Tuple[Tensor, Tensor]:
         bool with shape (K, R).
 
     Raises:
-        ValueError: If there is no bank, or not a vector for each phrase in
-            each template.
+        ValueError: If there is no bank, or not a vector for each phrase, or
+            one in each template.
     """
     if record.bank is None or record.bank_mask is None:
         raise ValueError(
@@ -34,6 +34,8 @@ def phrase_vectors(record: TextEmbeddings) -> Tuple[Tensor, Tensor]:
             'keep_bank=True).')
     num = max(len(record.templates), 1)
     found = record.bank_mask.sum(dim=1).tolist()
+    if found == list(map(len, record.phrases)):
+        num = 1  # averaged over the templates by whom they come from
     for name, phrases, vectors in zip(record.names, record.phrases, found):
         if vectors != num * len(phrases):
             raise ValueError(

@@ -371,14 +371,17 @@ def test_folded_weights_serve_their_own_classes(worded, tmp_path):
             mine(run.images[0], similarity=['car'])
 
 
-def test_what_is_no_language_has_no_words(worded, tmp_path):
+@each_case('text', [CONTROL, dict(type='LearnedEmbeddings')])
+def test_what_is_no_language_has_no_words(worded, tmp_path, text):
     cfg = Config.fromfile(worded().config)
-    cfg.model.decode_head.text = dict(CONTROL, dim=64)
+    cfg.model.decode_head.text = dict(text, dim=64)
     torch.save(MODELS.build(cfg.model).state_dict(), tmp_path / 'w.pth')
     mine = TextSegInferencer(cfg, tmp_path / 'w.pth', device='cpu')
     assert mine.classes == tuple(f'class {i}' for i in range(8))
-    with pytest.raises(ValueError, match='without language'):
-        mine.set_classes(['tree'])
+    encode_classes(['tree'], 'toyclip', 'photo').save(tmp_path / 'tree.st')
+    for file in (None, tmp_path / 'tree.st'):
+        with pytest.raises(ValueError, match='without language'):
+            mine.set_classes(['tree'], embeddings=file)
     mine.set_classes(['class 3', 'class 1'])
 
 

@@ -24,8 +24,10 @@ from tiny import (CLASSES, PROMPTS, RESIDUAL, StopHook, assert_equal, run,
                   tiny_config)
 from torch.testing import assert_close
 
+from mmseg_textkd.clip.weights import TextTowerError
 from mmseg_textkd.engine import PromptLearnerHook
 from mmseg_textkd.engine.hooks.class_rows import match_classes
+from mmseg_textkd.models.text_parameters import text_providers
 
 
 @HOOKS.register_module()
@@ -655,6 +657,61 @@ def test_rows_of_further_outputs(kind, number):
         dict(state_dict=state, meta=meta), CLASSES[::-1])
     for value in state.values():
         assert value.tolist() == list(range(7, -1, -1))
+
+
+def mapped(kind):
+    """A network with a score map, or with context that has scores."""
+    cfg = dict(
+        type='EncoderDecoder',
+        backbone=tiny.BACKBONE,
+        decode_head=dict(tiny.HEAD, num_classes=3),
+        test_cfg=dict(mode='whole'))
+    if kind == 'score_map':
+        text = dict(tiny.CONTROL, dim=8)
+        site = dict(feature='backbone', convs=['decode_head.convs.0.conv'])
+        cfg.update(
+            type='TextKD', score_map=dict(in_channels=8, text=text, **site))
+    else:
+        fusion = dict(
+            type='ContextAwareText', use='inference', width=8, num_heads=2)
+        cfg['decode_head'].update(
+            type='TextFCNHead', text=tiny.CONTROL, fusion=fusion)
+    return tiny.stir(MODELS.build(cfg)).eval()
+
+
+@pytest.mark.parametrize('kind', ['score_map', 'context'])
+def test_columns_of_classes_follow_their_names(kind):
+    torch.manual_seed(0)
+    old, new = mapped(kind), mapped(kind)
+    order = [2, 0, 1]
+    for name, provider in text_providers(new).items():
+        provider.fill(old.get_submodule(name).class_embeddings[order])
+    # A blank, as that of 'bed ', makes no other class.
+    meta = dict(dataset_meta=dict(classes=('a', 'b ', 'c')))
+    state = dict(old.state_dict())
+    said = match_classes(new, dict(state_dict=state, meta=meta),
+                         ('c', 'a', 'b'))
+    assert '3 classes were found' in said
+    new.load_state_dict(state)
+    image = torch.randn(1, 3, 64, 64)
+    found, expected = (m(image, mode='tensor') for m in (new, old))
+    assert_close(found, expected[:, order], rtol=1e-4, atol=1e-4)
+
+
+@each_case('options, message', [
+    (dict(model='local-dir:/nowhere'), 'nowhere'),
+    (dict(n_ctx=70), 'tokens'),
+    (dict(vocabulary=['a']), 'has the classes'),
+    (dict(cache_dir='/nowhere', model='ViT-B-16', pretrained='openai'), ''),
+])
+def test_a_stage_2_that_cannot_be_is_told_before_stage_1(
+        tmp_path, make_embeddings, options, message):
+    file = make_embeddings(8, 64, CLASSES)
+    text = dict(PROMPTS, embeddings=dict(type='ClassEmbeddings', file=file))
+    cfg = tiny_config(tmp_path, dict(text, **options), dict(switch_at=3), 4, 1)
+    with pytest.raises((ValueError, TextTowerError), match=message):
+        run(cfg)
+    assert not list(tmp_path.glob('work/iter_*'))
 
 
 @each_case('learn, heads', [(None, False), (None, True),

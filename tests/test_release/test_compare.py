@@ -28,7 +28,8 @@ def compared(tool, stock, text, tmp_path_factory):
     """The stock network and, of another config, the text network."""
     out = tmp_path_factory.mktemp('compared') / 'out'
     call(tool, stock.config, stock.checkpoint(20), text.config,
-         text.checkpoint(2), '--out', out)
+         text.checkpoint(2), '--out', out, '--cfg-options',
+         'val_evaluator.type=mmseg.IoUMetric')
     return out
 
 

@@ -185,6 +185,15 @@ def test_the_ledger(story):
     study.spec['networks']['net']['iterations'] = 8
     with pytest.raises(StudyError, match='another config'):
         Scheduler(study, ledger, root / 'work', ROOT)
+    # Nor is one that is to be measured on more than the runs were.
+    lines = [json.loads(x) for x in ledger.path.read_text().splitlines()]
+    less = root / 'less.jsonl'
+    less.write_text('\n'.join(
+        json.dumps(dict(line, test=None) if 'seed' in line else line)
+        for line in lines))
+    study = Study.load(root / 'study.yaml')
+    with pytest.raises(StudyError, match=r"without \['test'\]"):
+        Scheduler(study, Ledger(less), root / 'work', ROOT)
 
 
 def test_budget(configs, tmp_path):
@@ -305,9 +314,23 @@ def test_config_of_a_run(configs, tmp_path):
     raw = study.config(Run('net', 'stock', 7), resolved=False)
     assert raw.test_dataloader.dataset.data_root == '${data}'
     assert 'auxiliary_head' not in cfg.model
+    assert 'save_best' not in cfg.default_hooks.checkpoint
     [extra] = study.config(Run('net', 'extra', 7)).model.auxiliary_head
     assert extra.pop('norm_cfg') == dict(type='BN')
     assert extra == dict(head, in_channels=8, in_index=0, num_classes=8)
+    changes['arms__extra']['auxiliary_head']['text'] = dict(file='${data}')
+    best = {
+        'custom_hooks.1.load_best': True,
+        'default_hooks.checkpoint.save_best': 'mIoU'
+    }
+    changes['arms__best'] = dict(config='text', options=best)
+    path = write_study(configs, tmp_path, **changes)
+    changed = Study.load(path, dict(data='here'))
+    [extra] = changed.config(Run('net', 'extra', 7)).model.auxiliary_head
+    assert extra.text.file == 'here'
+    # A stage 2 from the best checkpoint of stage 1 needs one.
+    checkpoint = changed.config(Run('net', 'best', 7)).default_hooks.checkpoint
+    assert checkpoint.save_best == 'mIoU' and checkpoint.interval == INTERVAL
     # Options of one arm do not leak into the others.
     other = study.config(Run('net', 'random', 7))
     assert other.optim_wrapper.optimizer.lr == .05
@@ -494,9 +517,9 @@ def test_a_damaged_ledger_names_the_line(tmp_path):
 def test_two_drivers_append_a_run_once(tmp_path):
     path = tmp_path / 'l.jsonl'
     first, second = Ledger(path), Ledger(path)
-    assert first.append(entry(finished='1'))
-    # Measured again elsewhere, at another time.
-    assert not second.append(entry(finished='2'))
+    assert first.append(entry(finished='1', curve=[[1, 2.]]))
+    # Measured again elsewhere, at another time. A tuple is read as a list.
+    assert not second.append(entry(finished='2', curve=[(1, 2.)]))
     assert second.append(entry(seed=1)) and first.append(entry(seed=2))
     assert [e['seed'] for e in Ledger(path).entries] == [0, 1, 2]
     first.reload()
@@ -505,7 +528,8 @@ def test_two_drivers_append_a_run_once(tmp_path):
     with open(path, 'a') as file:
         file.write(json.dumps(entry(seed=1, finished='3')) + '\n')
     found = Ledger(path).entries
-    assert found == [entry(finished='1'), entry(seed=1), entry(seed=2)]
+    first = entry(finished='1', curve=[[1, 2.]])
+    assert found == [first, entry(seed=1), entry(seed=2)]
 
 
 def test_readers_wait_for_a_line_that_is_being_written(tmp_path):

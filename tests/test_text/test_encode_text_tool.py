@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import dataclasses
 import hashlib
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,7 @@ from mmseg_textkd.clip.text_tower import TextTower
 from mmseg_textkd.text.embedding_file import TextEmbeddings
 from mmseg_textkd.text.embedding_statistics import geometry
 from mmseg_textkd.text.encode_classes import encode_classes
+from mmseg_textkd.text.phrases import phrase_vectors
 from mmseg_textkd.text.vocabulary import Vocabulary
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'encode_text.py'
@@ -107,6 +109,11 @@ def test_import_by_phrase(tool, tmp_path, out, capsys):
         assert torch.allclose(made.bank[k][made.bank_mask[k]], unit[rows])
         mean = F.normalize(unit[rows].mean(0), dim=0)
         assert torch.allclose(made.vectors[k], mean, atol=1e-6)
+    # Vectors that come as the mean of several templates are one a phrase.
+    several = dataclasses.replace(made, templates=('a {}', 'the {}'))
+    vectors, mask = phrase_vectors(several)
+    assert torch.equal(mask, made.bank_mask)
+    assert torch.allclose(vectors[mask], made.bank[mask])
     file.write_text('sky\ntree: tree, bush\n')
     assert "no vectors of ['tree']" in fails(tool, capsys, *argv, '--force')
     assert TextEmbeddings.load(out).sha256 == made.sha256

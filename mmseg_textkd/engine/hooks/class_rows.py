@@ -1,11 +1,13 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Weights of classes, taken over from a checkpoint by the classes' names."""
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from ...models.fusion import ContextAwareText
 from ...models.layers import TextClassifier
+from ...models.layers.score_map import ScoreMap
 from ...models.text_parameters import text_providers
 from ...utils.checkpoint import class_names
 
@@ -37,19 +39,30 @@ def match_classes(model: nn.Module, checkpoint: dict,
     """
     theirs = class_names(checkpoint.get('meta') or {})
     state = checkpoint.get('state_dict', checkpoint)
-    if theirs is None or names is None or tuple(names) == theirs:
+    if theirs is None or names is None:
+        return ''
+    # Stock data sets have names such as 'bed '.
+    theirs, names = ([name.strip() for name in n] for n in (theirs, names))
+    if theirs == names:
         return ''
     # Of names that occur twice the first, as everywhere.
     place = {name: k for k, name in reversed(list(enumerate(theirs)))}
     found = {k: place[name] for k, name in enumerate(names) if name in place}
-    ours, source = list(found), list(found.values())
-    for key, own in class_weights(model, len(names)).items():
+    ours, source = (torch.tensor(list(x)) for x in (found, found.values()))
+    for key, (own, axes) in class_weights(model, len(names)).items():
         value = state.get(key)
-        if value is None or len(value) != len(theirs) or (value.shape[1:]
-                                                          != own.shape[1:]):
+        shape = list(own.shape)
+        for axis in axes:
+            shape[axis] = len(theirs)
+        if value is None or list(value.shape) != shape:
             continue  # MMEngine says so
         rows = own.detach().to(value, copy=True)
-        rows[ours] = value[source]
+        for axis in axes:
+            value = value.index_select(axis, source.to(value.device))
+        if axes == (0, ):
+            rows[ours] = value
+        else:
+            rows[ours[:, None] if 0 in axes else slice(None), ours] = value
         if key.endswith('.class_embeddings') and rows.isnan().any():
             raise ValueError(
                 f'{key}: there are no vectors of the classes '
@@ -66,31 +79,39 @@ def match_classes(model: nn.Module, checkpoint: dict,
              if new else 'there are no others.'))
 
 
-def class_weights(model: nn.Module, number: int) -> Dict[str, Tensor]:
-    """Find the weights that have a row for each class.
+def class_weights(model: nn.Module,
+                  number: int) -> Dict[str, Tuple[Tensor, Tuple[int, ...]]]:
+    """Find the weights that have a row or a column for each class.
 
     Args:
         model (nn.Module): The model, not wrapped.
         number (int): Number of classes K of the data set.
 
     Returns:
-        dict[str, Tensor]: By name: prompts and vectors of text providers,
+        dict[str, tuple]: By name the weight and which of its axes are the
+        classes: prompts and vectors of text providers,
         biases of text classifiers, and ``conv_seg`` of stock heads, or
         ``cls_seg`` of their further outputs, for that many classes.
     """
-    keys: List[str] = []
+    keys: Dict[str, Tuple[int, ...]] = {}
     for name, provider in text_providers(model).items():
-        keys += [f'{name}.{key}' for key in provider.class_rows()]
+        keys.update({f'{name}.{key}': (0, ) for key in provider.class_rows()})
     for name, module in model.named_modules():
         if isinstance(module, TextClassifier):
-            keys.append(f'{name}.logit_bias')
+            keys[f'{name}.logit_bias'] = (0, )
+        elif isinstance(module, ScoreMap):
+            for conv in module.convs:
+                keys[f'{name}.convs.{conv}.weight'] = (1, )
+        elif isinstance(module, ContextAwareText):
+            keys[f'{name}.score_weight'] = (0, 1)
         elif (name.endswith(
             ('conv_seg', 'cls_seg')) and isinstance(module, nn.Conv2d)
               and module.out_channels == number):
-            keys += [f'{name}.weight', f'{name}.bias']
+            keys.update({f'{name}.weight': (0, ), f'{name}.bias': (0, )})
     own = model.state_dict()
     return {
-        key: own[key]
-        for key in keys if key in own and own[key].dim()
-        and len(own[key]) == number and torch.is_floating_point(own[key])
+        key: (own[key], axes)
+        for key, axes in keys.items()
+        if key in own and own[key].dim() and own[key].shape[axes[0]] == number
+        and torch.is_floating_point(own[key])
     }

@@ -385,6 +385,9 @@ class PromptLearnerHook(Hook):
                 "Stage 2 without stage 1's weights: the whole run is stage 2, "
                 'but there is neither `load_from` nor a checkpoint to resume '
                 'from.', 'current', logging.WARNING)
+        if runner.iter < self.switch_iter:
+            for provider in text_providers(model).values():
+                provider.check_stage2()
         if self.load_best:
             self._check_load_best(runner)
         if is_model_wrapper(runner.model) and not getattr(

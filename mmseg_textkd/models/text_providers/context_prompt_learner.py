@@ -18,8 +18,9 @@ class ContextPromptLearner(PromptLearner):
 
     The prompt of class k is ``[SOS] v_1 ... v_M name_k . [EOS]``, encoded by
     the frozen tower, through which the gradient flows to the vectors
-    :math:`v_m`. The tower is loaded when stage 2 starts and not before, is
-    no part of the module tree, and so is in no optimizer and no checkpoint.
+    :math:`v_m`. The tower is there when stage 2 starts and not before (but to
+    be looked at once), is no part of the module tree, and so is in no
+    optimizer and no checkpoint.
 
     Source: `Learning to Prompt for Vision-Language Models
     <https://arxiv.org/abs/2109.01134>`_, section 3.2. With
@@ -51,6 +52,8 @@ class ContextPromptLearner(PromptLearner):
         vocabulary (str | dict | Sequence[str], optional): Where the names to
             encode come from; the first phrase of each class is taken.
             Defaults to None: the phrases in the embeddings file.
+        cache_dir (str, optional): Folder of downloaded weights. Defaults to
+            None: that of open_clip.
         position (str, optional): Deprecated.
     """
 
@@ -66,6 +69,7 @@ class ContextPromptLearner(PromptLearner):
                  suffix: str = '.',
                  init: Optional[str] = None,
                  vocabulary: Optional[Union[str, dict, Sequence[str]]] = None,
+                 cache_dir: Optional[str] = None,
                  position: Optional[str] = None) -> None:
         super().__init__(embeddings, num_classes)
         if position is not None:
@@ -85,7 +89,7 @@ class ContextPromptLearner(PromptLearner):
         self.token_dim, self.n_ctx = token_dim, n_ctx
         self.context_length = context_length
         self.suffix, self.init = suffix, init
-        self.vocabulary = vocabulary
+        self.vocabulary, self.cache_dir = vocabulary, cache_dir
         shape = (num_classes, n_ctx,
                  token_dim) if class_specific else (n_ctx, token_dim)
         self.context = nn.Parameter(torch.empty(shape).normal_(std=0.02))
@@ -143,7 +147,7 @@ class ContextPromptLearner(PromptLearner):
                 tower's context, or the words of ``init`` are not ``n_ctx``
                 tokens.
         """
-        tower = load_tower(self.model, self.pretrained)
+        tower = load_tower(self.model, self.pretrained, self.cache_dir)
         if (tower.token_dim, tower.dim) != (self.token_dim, self.dim):
             raise ValueError(
                 f'the tower {self.model!r} has tokens of width '
@@ -156,6 +160,18 @@ class ContextPromptLearner(PromptLearner):
                                                        self.context_length)
         if self.init is not None and not self.started:
             self._init_from_words(tower)
+
+    def check_stage2(self) -> None:
+        """Check before stage 1 what stage 2 will need, and keep nothing.
+
+        Raises:
+            ValueError: As of :meth:`prepare`.
+        """
+        # A run goes on as one that has not looked.
+        with torch.random.fork_rng(devices=[]):
+            self.prepare()
+        self.__dict__['tower'] = None
+        del self.__dict__['prompts']
 
     def _build_prompts(self,
                        tower: TextTower,

@@ -206,6 +206,9 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
     def start_learning(self) -> None:
         """Enter stage 2; a fixed provider stays as it is."""
 
+    def check_stage2(self) -> None:
+        """Check before stage 1 what stage 2 will need, and keep nothing."""
+
     def stop_learning(self) -> None:
         """Enter stage 1, in which the embeddings are fixed."""
         self.learning = False
