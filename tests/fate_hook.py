@@ -48,7 +48,7 @@ class FateHook(Hook):
     def __init__(self):
         fate = os.environ.get('FATE', 'none 0').split()
         self.event, self.at = fate[0], int(fate[1])
-        self.iters, self.learns, self.modules = [], [], []
+        self.iters, self.learns, self.modules, self.held = [], [], [], []
         self.images, self.losses, self.dtypes = [], [], set()
         self.validated = 0
         if self.event == 'write':
@@ -66,6 +66,7 @@ class FateHook(Hook):
             [osp.basename(s.img_path) for s in data_batch['data_samples']])
         self.iters.append(runner.iter)
         self.modules.append('open_clip' in sys.modules)
+        self.held.append(bool(tower_checksums(unwrap(runner.model))))
 
     def after_train_iter(self, runner, outputs, **kwargs):
         params = unwrap(runner.model).named_parameters()
@@ -100,6 +101,7 @@ class FateHook(Hook):
             dtypes=sorted(self.dtypes),
             written=sorted(filter(osp.isfile, WRITTEN)),
             open_clip=self.modules,
+            held=self.held,
             towers=list(tower_checksums(model).values()),
             tower_graded=graded,
             optimized=[names.get(id(p), 'UNKNOWN') for p in params],

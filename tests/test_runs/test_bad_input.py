@@ -10,6 +10,7 @@ from processes import ROOT
 from tiny import (CLASSES, CONTROL, PROMPTS, assert_equal, residual, run,
                   tiny_config)
 
+from mmseg_textkd.models.text_providers import ContextPromptLearner
 from mmseg_textkd.text.encode_classes import encode_classes
 
 
@@ -53,8 +54,8 @@ def test_learner_for_other_classes(tmp_path, make_embeddings, named, words):
     assert not list(tmp_path.glob('work/*.pth'))
 
 
-def test_bad_prompts_cost_nothing_but_a_resume(tmp_path):
-    """What is found at the switch can be put right from there."""
+def test_bad_prompts_cost_nothing(tmp_path, monkeypatch):
+    """They are looked at before stage 1, by a run that starts anew."""
     file = tmp_path / 'toy.safetensors'
     encode_classes(list(CLASSES), 'toyclip', 'photo').save(file)
     fixed = dict(type='ClassEmbeddings', file=str(file))
@@ -62,13 +63,16 @@ def test_bad_prompts_cost_nothing_but_a_resume(tmp_path):
     cfg = tiny_config(tmp_path, text, dict(switch_at=2), 4, save_every=1)
     with pytest.raises(ValueError, match="'a photo of' has 3 tokens"):
         run(cfg)
-    saved = {p.name for p in tmp_path.glob('work/*.pth')}
-    assert saved == {'iter_1.pth', 'iter_2.pth'}
+    assert not list(tmp_path.glob('work/*.pth'))
     cfg.model.decode_head.text.init = 'a photo of a'
-    runner = run(cfg, resume=True)
-    assert runner.iter == 4
-    whole = run(cfg, work_dir=str(tmp_path / 'whole'))
-    assert_equal(whole.model.state_dict(), runner.model.state_dict())
+    weights = []
+    for look in (True, False):
+        if not look:
+            monkeypatch.setattr(ContextPromptLearner, 'check_stage2',
+                                lambda self: None)
+        runner = run(cfg, work_dir=str(tmp_path / f'{look}'))
+        weights.append(runner.model.state_dict())
+    assert_equal(*weights)
 
 
 @each_case('head, error, message', [

@@ -106,7 +106,7 @@ def test_the_run_that_nobody_kills(runs, kind):
     assert facts['iters'] == list(range(ITERS))
     # The tower comes while the first iteration of stage 2 is being prepared.
     without = SWITCH + 1
-    assert facts['open_clip'] == [False] * without + [True] * (ITERS - without)
+    assert facts['held'] == [False] * without + [True] * (ITERS - without)
     # Bit for bit what a fresh one is, and nowhere.
     assert facts['towers'] == [tower.checksum()]
     assert facts['tower_graded'] == []
