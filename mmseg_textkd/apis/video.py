@@ -338,8 +338,8 @@ def segment_video(inferencer: 'TextSegInferencer',
         VideoError: See :func:`read_frames`. What came before the fault has
             been written then.
     """
-    if (isinstance(source, str) and out is not None and osp.exists(out)
-            and osp.samefile(source, out)):
+    if (isinstance(source, str) and osp.isfile(source) and out is not None
+            and osp.exists(out) and osp.samefile(source, out)):
         raise ValueError(f'{out} is the video that is read; write elsewhere.')
     frames, fps, expected = read_frames(source)
     meta, stopped = inferencer.model.dataset_meta, threading.Event()

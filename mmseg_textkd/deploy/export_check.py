@@ -144,7 +144,8 @@ def mean_iou(network: Network, config: str) -> float:
     cfg = Config.fromfile(config)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
-    faults = class_differences(network.classes, dataset.metainfo['classes'])
+    faults = class_differences(network.classes, dataset.metainfo['classes'],
+                               'network')
     if faults:
         raise ValueError('\n  '.join(
             [f'{config} has other classes than the network:', *faults]))

@@ -164,7 +164,7 @@ class StockConverter:
         if changed:
             raise ValueError(
                 f'{where}: {kind.__name__} differs from its stock head in '
-                f'{changed}, so that no stock head takes its place. Define '
+                f'{sorted({*changed})}, so that no stock head takes its place. Define '
                 'these in a head without text, in a module that does not '
                 f'import {PLUGIN}, and mix the text in there.')
         stock = next((c for c in lineage if c in names), None)

@@ -98,7 +98,8 @@ def set_length(cfg: Config, iterations: int, val_interval: int) -> None:
     # Else MMEngine counts validations by epoch, of which there is one.
     cfg.default_hooks.logger.log_metric_by_epoch = False
     # Only what a hook asks for: best checkpoints cost time and space.
-    wanted = any(hook.get('load_best') for hook in cfg.get('custom_hooks', []))
+    wanted = any(
+        hook.get('load_best') for hook in as_list(cfg.get('custom_hooks')))
     best = {
         key: value
         for key, value in (cfg.default_hooks.get('checkpoint') or {}).items()

@@ -277,8 +277,9 @@ class Scheduler:
             self.say(f'{run.name} is in the ledger by now')
             return
         if self.drop_checkpoints:
-            for path in job.folder.glob('iter_*.pth'):
-                path.unlink()
+            for pattern in ('iter_*.pth', 'best_*.pth'):
+                for path in job.folder.glob(pattern):
+                    path.unlink()
             (job.folder / 'last_checkpoint').unlink(missing_ok=True)
         scores = ', '.join(f'{split} {entry[split]["mIoU"]:.2f}'
                            for split in self.study.evaluate)

@@ -196,12 +196,14 @@ def class_names(meta: Mapping[str, Any]) -> Optional[Tuple[str, ...]]:
 
 
 def class_differences(theirs: Optional[Sequence[str]],
-                      ours: Optional[Sequence[str]]) -> List[str]:
+                      ours: Optional[Sequence[str]],
+                      of: str = 'checkpoint') -> List[str]:
     """Compare the classes of a checkpoint with those of a data set.
 
     Args:
         theirs (Sequence[str], optional): Names in the checkpoint.
         ours (Sequence[str], optional): Names in the data set.
+        of (str): What the first are in. Defaults to 'checkpoint'.
 
     Returns:
         list[str]: A line for each difference; empty if there is none, or if
@@ -213,7 +215,7 @@ def class_differences(theirs: Optional[Sequence[str]],
     pairs = zip_longest(*([name.strip() for name in names]
                           for names in (theirs, ours)))
     return [
-        f'{k}: {their!r} in the checkpoint, {our!r} in the data set'
+        f'{k}: {their!r} in the {of}, {our!r} in the data set'
         for k, (their, our) in enumerate(pairs) if their != our
     ]
 

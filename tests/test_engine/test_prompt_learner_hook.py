@@ -657,6 +657,13 @@ def test_rows_of_further_outputs(kind, number):
         dict(state_dict=state, meta=meta), CLASSES[::-1])
     for value in state.values():
         assert value.tolist() == list(range(7, -1, -1))
+    # Without a name in common all begin anew.
+    net = torch.nn.ModuleDict(dict(head=head))
+    own = {name: head.state_dict()[name] for name in biases}
+    said = match_classes(net, dict(state_dict=state, meta=meta), 'abcdefgh')
+    assert '0 classes were found' in said
+    for name, value in own.items():
+        assert torch.equal(state[f'head.{name}'], value)
 
 
 def mapped(kind):

@@ -81,6 +81,14 @@ def test_training_is_that_of_the_seen_classes_alone(text, norm, kind):
         text_branch=options,
         text_losses=[dict(ALIGN, class_weight=[weights[k] for k in SEEN])],
         **dict(SIX, num_classes=4))
+    # Weights of the seen classes alone are theirs.
+    again = [weights[k] for k in SEEN]
+    again = [dict(ALIGN, class_weight=again)]
+    again = TextFCNHead(
+        text=text, text_branch=branch, text_losses=again, **SIX)
+    for module in (head, again):
+        kept, = module.text_losses
+        assert kept.class_weight == [1., 2., 3., .5]
     state, key = head.state_dict(), 'conv_seg.text.class_embeddings'
     assert state[key].shape == (6, 16)
     alone.load_state_dict(dict(state, **{key: state[key][SEEN]}))

@@ -324,6 +324,8 @@ def test_config_of_a_run(configs, tmp_path):
         'default_hooks.checkpoint.save_best': 'mIoU'
     }
     changes['arms__best'] = dict(config='text', options=best)
+    changes['arms__bare'] = dict(
+        config='text', options=dict(custom_hooks=None))
     path = write_study(configs, tmp_path, **changes)
     changed = Study.load(path, dict(data='here'))
     [extra] = changed.config(Run('net', 'extra', 7)).model.auxiliary_head
@@ -331,6 +333,7 @@ def test_config_of_a_run(configs, tmp_path):
     # A stage 2 from the best checkpoint of stage 1 needs one.
     checkpoint = changed.config(Run('net', 'best', 7)).default_hooks.checkpoint
     assert checkpoint.save_best == 'mIoU' and checkpoint.interval == INTERVAL
+    assert changed.config(Run('net', 'bare', 7)).custom_hooks is None
     # Options of one arm do not leak into the others.
     other = study.config(Run('net', 'random', 7))
     assert other.optim_wrapper.optimizer.lr == .05

@@ -344,6 +344,10 @@ def test_a_video_is_never_written_over(inferencer, tmp_path):
     before = (tmp_path / 'in.avi').read_bytes()
     with pytest.raises(ValueError, match='is the video that is read'):
         segment_video(inferencer, path, str(tmp_path / '.' / 'in.avi'))
+    # What is no file is another thing.
+    for source in ('rtsp://127.0.0.1:1/x', str(tmp_path / 'gone.avi')):
+        with pytest.raises(VideoError):
+            segment_video(inferencer, source, path)
     assert (tmp_path / 'in.avi').read_bytes() == before
 
 

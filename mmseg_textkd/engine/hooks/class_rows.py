@@ -48,7 +48,9 @@ def match_classes(model: nn.Module, checkpoint: dict,
     # Of names that occur twice the first, as everywhere.
     place = {name: k for k, name in reversed(list(enumerate(theirs)))}
     found = {k: place[name] for k, name in enumerate(names) if name in place}
-    ours, source = (torch.tensor(list(x)) for x in (found, found.values()))
+    ours, source = (
+        torch.tensor(list(rows), dtype=torch.long)
+        for rows in (found, found.values()))
     for key, (own, axes) in class_weights(model, len(names)).items():
         value = state.get(key)
         shape = list(own.shape)

@@ -105,15 +105,17 @@ class LoadedCheckpointHook(Hook):
     def _check_classes(self, model: nn.Module, loop: BaseLoop,
                        checkpoint: dict, path: str) -> None:
         """Compare the classes of a checkpoint with those of a data set."""
-        names, of = class_names(checkpoint.get('meta') or {}), path
+        names, of = class_names(checkpoint.get('meta') or {}), 'checkpoint'
         for module in model.modules():
             if isinstance(module, SwitchableText) and module.switched:
                 # On purpose other classes than those of the training.
-                names, of = module.test_names, 'The text for testing'
+                names, of = module.test_names, 'text for testing'
         own = getattr(loop.dataloader.dataset, 'metainfo', {}).get('classes')
-        faults = class_differences(names, own)
+        faults = class_differences(names, own, of)
         if faults:
-            self._tell(f'{of} is for other classes than the data set:', faults)
+            where = path if of == 'checkpoint' else f'The {of}'
+            self._tell(f'{where} is for other classes than the data set:',
+                       faults)
 
     def _tell(self, what: str, faults: List[str]) -> None:
         """Raise an error, or warn."""

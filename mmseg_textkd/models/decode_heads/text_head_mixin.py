@@ -168,7 +168,7 @@ class TextHeadMixin(Base):
         losses: Sequence[Any] = list(self.text_losses)
         for loss in losses:
             weights = getattr(loss, 'class_weight', None)
-            if unseen and weights is not None:
+            if unseen and weights and len(weights) == self.num_classes:
                 loss.class_weight = [
                     w for k, w in enumerate(weights) if k not in unseen
                 ]

@@ -168,8 +168,10 @@ class ContextPromptLearner(PromptLearner):
             ValueError: As of :meth:`prepare`.
         """
         # A run goes on as one that has not looked.
+        context = self.context.detach().clone()
         with torch.random.fork_rng(devices=[]):
             self.prepare()
+        self.context.data.copy_(context)
         self.__dict__['tower'] = None
         del self.__dict__['prompts']
 
