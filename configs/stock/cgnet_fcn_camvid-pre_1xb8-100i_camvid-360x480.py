@@ -1,6 +1,7 @@
 _base_ = './cgnet_fcn_1xb8-10k_camvid-360x480.py'
 # Fine-tunes the weights that CGNet's author published, which were trained on
-# train + val: only test says anything. They saw RGB with these means.
+# train + val: only test says anything. They saw RGB with these means. From
+# https://github.com/wutianyiRosun/CGNet, keys renamed to MMSegmentation's.
 load_from = 'data/cgnet_camvid11_trainval_mmseg.pth'
 model = dict(
     data_preprocessor=dict(mean=[105.658, 103.33, 99.625], std=[1., 1., 1.]))

@@ -92,7 +92,7 @@ def test_five_lines_of_the_readme(tmp_path):
     vectors = encode_classes('cityscapes', 'toyclip', 'photo')
     assert vectors.names == CityscapesDataset.METAINFO['classes']
     vectors.save(tmp_path / 'cityscapes.safetensors')
-    words = small(**STAGES)
+    words = small(**STAGES, **{f'{EMBEDDINGS}dim': 64})
     done = train(tmp_path, 'my_config.py', 'work', *words, tool=STOCK_TRAIN)
     assert done.status == 0, done.output[-3000:]
     assert 'Stage 2 of text-knowledge training from iteration 2' in done.output
@@ -126,7 +126,7 @@ def test_decode_heads_in_a_list(tmp_path, monkeypatch, make_embeddings):
     """OCRNet of MMSegmentation, by the recipe of the guide."""
     monkeypatch.chdir(tmp_path)
     names = CityscapesDataset.METAINFO['classes']
-    make_embeddings(19, names=names, file='cityscapes')
+    make_embeddings(19, 512, names=names, file='cityscapes')
     heads = snippet(GUIDE, 'Heads')
     (tmp_path / 'my_heads.py').write_text(heads.replace('ASPP', 'OCR'))
     monkeypatch.syspath_prepend(tmp_path)
