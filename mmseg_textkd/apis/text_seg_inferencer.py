@@ -444,7 +444,10 @@ def load_network(cfg: Config, checkpoint: Path) -> Tuple[nn.Module, Dict]:
     has_text = any(k.endswith('.class_embeddings') for k in state)
     if not has_text and isclass(kind) and issubclass(kind, TextHeadMixin):
         cfg.model = to_stock_cfg(cfg, strip_auxiliary=True).model
-    meta = dict(saved['meta'].get('dataset_meta') or {})
+    old = saved['meta']  # of MMSegmentation 0.x
+    meta = dict(
+        old.get('dataset_meta')
+        or dict(classes=old.get('CLASSES'), palette=old.get('PALETTE')))
     if MODELS.get(cfg.model.type) is EBSeg:
         head = cfg.model.decode_head
         # Other classes of a config; here they come by their names.

@@ -18,7 +18,7 @@ from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 from processes import ROOT, load
 from text_runs import CONTEXT, FIXED, RUNS, logits_by_hand, make
-from tiny import CLASSES, CONTROL, save_weights, write_video
+from tiny import CLASSES, CONTROL, save_weights, tiny_config, write_video
 from tool_modules import call, fails, load_tool
 
 from mmseg_textkd.analysis.benchmark import peak_memory
@@ -369,6 +369,19 @@ def test_folded_weights_serve_their_own_classes(worded, tmp_path):
         assert np.array_equal(mine(run.images[0])['predictions'], some)
         with pytest.raises(ValueError, match='no pixel embeddings'):
             mine(run.images[0], similarity=['car'])
+
+
+def test_checkpoint_of_mmsegmentation_0(tmp_path):
+    cfg = tiny_config(tmp_path)
+    cfg.dump(tmp_path / 'c.py')
+    meta = dict(CLASSES=CLASSES, PALETTE=[[k, 0, 9] for k in range(8)])
+    state = MODELS.build(cfg.model).state_dict()
+    torch.save(dict(state_dict=state, meta=meta), tmp_path / 'w.pth')
+    mine = TextSegInferencer(
+        str(tmp_path / 'c.py'), tmp_path / 'w.pth', device='cpu')
+    assert mine.classes == CLASSES
+    assert list(map(list,
+                    mine.model.dataset_meta['palette'])) == meta['PALETTE']
 
 
 @each_case('text', [CONTROL, dict(type='LearnedEmbeddings')])
