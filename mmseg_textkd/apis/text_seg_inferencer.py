@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import os.path as osp
 import re
+import threading
 from inspect import isclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
@@ -111,6 +112,8 @@ class TextSegInferencer(MMSegInferencer):
         self.cache_dir, self.font = cache_dir, font
         self.max_pixels = max_pixels
         self.threshold: Optional[float] = None
+        # A call puts layers of its own into the network while it lasts.
+        self.lock = threading.RLock()
         self.source = 'as trained'
         super().__init__(config, str(checkpoint), device=device)
 
@@ -213,9 +216,11 @@ class TextSegInferencer(MMSegInferencer):
                 raise ValueError("a class is called 'other' already; give it "
                                  'as `other`.')
             names, palette = (*names, 'other'), [*palette, GRAY]
-        self.adapter.set_classes(found, new_bias, new_words)
-        self.model.dataset_meta = dict(classes=tuple(names), palette=palette)
-        self.threshold, self.source = threshold, found.source
+        with self.lock:
+            self.adapter.set_classes(found, new_bias, new_words)
+            self.model.dataset_meta = dict(
+                classes=tuple(names), palette=palette)
+            self.threshold, self.source = threshold, found.source
         print_log(f'{number} classes: {self.source}', 'current')
 
     def __call__(self,
@@ -301,16 +306,18 @@ class TextSegInferencer(MMSegInferencer):
         Raises:
             ValueError: If there is no such class.
         """
-        names, rows = self._rows(similarity)
-        batch = self.model.data_preprocessor(inputs, False)
-        images, samples = batch['inputs'], batch['data_samples']
-        samples = predict_labels(self.adapter, images, samples, self.threshold,
-                                 len(self.classes) - 1)
-        if rows:
-            found = self.adapter.similarities(images, samples, rows)
-            for sample, maps in zip(samples, found):
-                sample.similarity = PixelData(
-                    metainfo=dict(names=names), data=maps)
+        with self.lock:
+            names, rows = self._rows(similarity)
+            batch = self.model.data_preprocessor(inputs, False)
+            images, samples = batch['inputs'], batch['data_samples']
+            samples = predict_labels(self.adapter, images, samples,
+                                     self.threshold,
+                                     len(self.classes) - 1)
+            found = self.adapter.similarities(images, samples,
+                                              rows) if rows else []
+        for sample, maps in zip(samples, found):
+            sample.similarity = PixelData(
+                metainfo=dict(names=names), data=maps)
         return samples
 
     def _rows(self, names: Names) -> Tuple[Tuple[str, ...], List[int]]:
@@ -358,11 +365,14 @@ class TextSegInferencer(MMSegInferencer):
                 self.visualizer.show(drawn, name, wait_time)
             if img_out_dir:
                 write_image(osp.join(img_out_dir, name), drawn)
-                for word, values in zip(*_similarity(pred)):
-                    file = re.sub(r'[^\w-]+', '-', word)[:40]
+                words, maps = _similarity(pred)
+                files = [re.sub(r'[^\w-]+', '-', w)[:40] for w in words]
+                for k, (word, values) in enumerate(zip(words, maps)):
+                    file = files[k]
+                    if files.count(file) > 1:
+                        file += f'-{k}'
                     write_image(
-                        osp.join(img_out_dir,
-                                 f'{osp.splitext(name)[0]}_{file}.png'),
+                        osp.join(img_out_dir, f'{name}_{file}.png'),
                         draw_similarity(
                             values,
                             image[..., ::-1],

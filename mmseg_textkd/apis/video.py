@@ -286,7 +286,8 @@ def _predict(inferencer: 'TextSegInferencer', held: List[np.ndarray],
             for sample in inferencer.forward(data)
         ]
     batch = inferencer.model.data_preprocessor(data, False)
-    samples = inferencer.model(**batch, mode='predict')
+    with inferencer.lock:
+        samples = inferencer.model(**batch, mode='predict')
     maps = [
         smoother(sample.seg_logits.data, frame)
         for sample, frame in zip(samples, held)

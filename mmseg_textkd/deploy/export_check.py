@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Iterable, NamedTuple, Optional
+from typing import Dict, Iterable, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from mmseg.registry import DATASETS, METRICS
 from torch import Tensor
 
 from ..utils.checkpoint import class_differences
-from ..utils.config import as_list, type_name
+from ..utils.config import as_list, load_config, type_name
 from ..utils.progress import track
 from .export import Exported
 from .exportable import ExportableSegmentor
@@ -125,6 +125,31 @@ def _same_shape(name: str, got: Tensor, expected: Tensor) -> None:
                          f'{tuple(expected.shape)}.')
 
 
+def validation(config: str) -> Tuple[Config, Dict]:
+    """Read the config of a validation set, before work of hours.
+
+    Args:
+        config (str): Path of the config.
+
+    Returns:
+        tuple[Config, dict]: The config, and that of its ``IoUMetric``.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it has no validation set, or measures no IoU.
+    """
+    cfg = load_config(config)
+    if not (cfg.get('val_dataloader') and cfg.get('val_evaluator')):
+        raise ValueError(f'{config} has no val_dataloader and val_evaluator')
+    evaluators = [
+        evaluator for evaluator in as_list(cfg.val_evaluator)
+        if type_name(evaluator).endswith('IoUMetric')
+    ]
+    if not evaluators:
+        raise ValueError(f'val_evaluator of {config} has no IoUMetric')
+    return cfg, evaluators[0]
+
+
 def mean_iou(network: Network, config: str) -> float:
     """Measure the mIoU in per cent on the validation set of a config.
 
@@ -138,10 +163,10 @@ def mean_iou(network: Network, config: str) -> float:
         float: The mIoU.
 
     Raises:
-        ValueError: If the classes of the two are not the same, or the config
-            measures no IoU.
+        ValueError: If the classes of the two are not the same, or as of
+            :func:`validation`.
     """
-    cfg = Config.fromfile(config)
+    cfg, evaluator = validation(config)
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
     faults = class_differences(network.classes, dataset.metainfo['classes'],
@@ -149,13 +174,7 @@ def mean_iou(network: Network, config: str) -> float:
     if faults:
         raise ValueError('\n  '.join(
             [f'{config} has other classes than the network:', *faults]))
-    evaluators = [
-        evaluator for evaluator in as_list(cfg.val_evaluator)
-        if type_name(evaluator).endswith('IoUMetric')
-    ]
-    if not evaluators:
-        raise ValueError(f'val_evaluator of {config} has no IoUMetric')
-    metric = METRICS.build(dict(evaluators[0], prefix=None))
+    metric = METRICS.build(dict(evaluator, prefix=None))
     metric.dataset_meta = dataset.metainfo
     for i in track(range(len(dataset)), 'Testing'):
         data = dataset[i]

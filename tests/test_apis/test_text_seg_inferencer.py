@@ -4,6 +4,7 @@ import copy
 import functools
 import os.path as osp
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -579,6 +580,35 @@ def test_a_config_is_left_as_it_is(worded):
     assert cfg.to_dict() == before
 
 
+def test_threads_do_not_disturb_each_other(worded, inferencer):
+    mine, paths = inferencer(), worded('residual').images
+
+    def segment(path):
+        found = mine(path, similarity=['road', 'sky'])
+        return found['predictions'], found['similarity']
+
+    expected = [segment(path) for path in paths]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            for a, b in zip(pool.map(segment, paths), expected):
+                assert all(map(np.array_equal, a, b))
+
+
+def test_each_similarity_has_a_picture_of_its_own(inferencer, tmp_path):
+    """Of images that differ in their ending, and words in what is left out."""
+    image = np.zeros((32, 64, 3), np.uint8)
+    (tmp_path / 'in').mkdir()
+    for name in ('a.jpg', 'a.png'):
+        cv2.imwrite(str(tmp_path / 'in' / name), image)
+    mine = inferencer()
+    mine.set_classes(['car!', 'car?', 'sky'])
+    mine(
+        str(tmp_path / 'in'),
+        out_dir=str(tmp_path),
+        similarity=['car!', 'car?'])
+    assert len(list((tmp_path / 'vis').iterdir())) == 2 + 4
+
+
 def test_similarity_by_one_name_or_vocabulary(worded, inferencer, tmp_path):
     mine, image = inferencer(), worded().images[0]
     expected = mine(image, similarity=['road', 'sky'])['similarity']
@@ -637,7 +667,7 @@ def test_demo_on_images(worded, inferencer, demo, tmp_path, capsys):
         expected = [mine(path)['predictions'] for path in run.images[:count]]
         assert np.array_equal(written, expected)
         names = {path.name for path in (out / 'vis').iterdir()}
-        assert {'0.png', '0_tree.png', '0_other.png'} <= names
+        assert {'0.png', '0.png_tree.png', '0.png_other.png'} <= names
         assert len(names) == 3 * count
     drawn = mine(run.images[0], return_vis=True)['visualization']
     shown = cv2.imread(str(tmp_path / '1/vis/0.png'))[..., ::-1]

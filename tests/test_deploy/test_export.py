@@ -401,6 +401,8 @@ def test_bad_input_leaves_no_folder(stock, tmp_path, capsys, monkeypatch):
     cfg = Config.fromfile(stock.config)
     cfg.val_dataloader.dataset.metainfo.classes = CLASSES[::-1]
     cfg.dump(stock.out / 'other.py')
+    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+    cfg.dump(stock.out / 'noval.py')
     monkeypatch.setitem(sys.modules, 'ncnn', None)  # not installed
     int8, trt = ('--precision', 'int8', '--calibrate'), ('--to', 'tensorrt')
     for message, *words in [
@@ -416,6 +418,8 @@ def test_bad_input_leaves_no_folder(stock, tmp_path, capsys, monkeypatch):
         ('there are no images', *files, '--images', empty),
         ('there are no images', *files, *int8, empty),
         ('other classes', *files, '--eval', stock.out / 'other.py'),
+        ('has no val_dataloader', stock.config, 'gone.pth', '--eval',
+         stock.out / 'noval.py'),
         ('pip install -r requirements/ncnn.txt', *files, '--to', 'ncnn'),
         ('tensorrt has no int8', *files, *trt, *int8, stock.images),
         ('takes one size', *files, *trt, '--dynamic'),

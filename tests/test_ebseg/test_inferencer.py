@@ -260,7 +260,7 @@ def test_demo_and_page(files, inferencer, tmp_path, capsys):
     expected = mine(files.images[0])['predictions']
     label_map = cv2.imread(str(tmp_path / 'pred/00000000_pred.png'), -1)
     assert np.array_equal(label_map, expected)
-    assert (tmp_path / 'vis/0_tree.png').is_file()
+    assert (tmp_path / 'vis/0.png_tree.png').is_file()
     with pytest.raises(SystemExit, match='EBSeg balances'):
         demo['main']([*common, 'tree', '--new-bias', '1'])
     picture = cv2.imread(files.images[0])[..., ::-1]

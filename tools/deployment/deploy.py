@@ -118,6 +118,7 @@ import torch
 from torch import Tensor
 
 from mmseg_textkd.deploy.export import metadata
+from mmseg_textkd.deploy.export_check import validation
 from mmseg_textkd.deploy.exportable import ExportableSegmentor, Size
 from mmseg_textkd.deploy.folder import deploy, require
 from mmseg_textkd.deploy.load_stock import load_stock
@@ -205,10 +206,12 @@ def run(args: argparse.Namespace) -> None:
     calibration: List[Path] = []
     if args.calibrate:
         found = list_images(args.calibrate)
-        step = max(len(found) // args.num_images, 1)
-        calibration = found[::step][:args.num_images]
+        number = min(args.num_images, len(found))
+        calibration = [found[i * len(found) // number] for i in range(number)]
     for path in (*shown, *calibration):  # before hours of work
         check_image(path, args.max_pixels)
+    if args.eval:
+        validation(args.eval)
     cfg, model, classes = load_stock(args.config, args.checkpoint,
                                      read_options(args.cfg_options))
     network = ExportableSegmentor(model, args.output, args.preprocess).eval()
