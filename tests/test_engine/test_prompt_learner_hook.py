@@ -364,6 +364,35 @@ def test_a_validation_that_was_done_is_not_done_twice(tmp_path, residual):
         kill_and_resume(cfg, cfg.work_dir, 'StopHook', stop)
 
 
+@each_case('first, then, length, stage', [(.5, .5, 32, 2), (6, 4, 8, 1)])
+def test_a_resumed_run_stays_in_its_stage(tmp_path, residual, first, then,
+                                          length, stage):
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=first), 8, 1)
+    first = copy.deepcopy(cfg)
+    first.custom_hooks.append(dict(type='StopHook', at=5))
+    with pytest.raises(KeyboardInterrupt):
+        run(first)
+    cfg.custom_hooks[0].switch_at = then
+    message = f'was stopped in stage {stage}, after 5 iterations'
+    with pytest.raises(ValueError, match=message):
+        run(cfg, resume=True, **{'train_cfg.max_iters': length})
+
+
+def test_norms_without_weights_move_with_what_is_around(tmp_path, residual):
+    hook = dict(switch_at=3, learn=['backbone', r'\.text\.'])
+    cfg = tiny_config(tmp_path, residual, hook, 6, 1)
+    for part in (cfg.model.backbone, cfg.model.decode_head):
+        part.norm_cfg = dict(type='BN', affine=False)
+    run(cfg)
+    before, after = (
+        load(tmp_path / f'work/iter_{i}.pth')['state_dict'] for i in (3, 6))
+    moved = {
+        key.split('.')[0]: not torch.equal(value, after[key])
+        for key, value in before.items() if key.endswith('running_mean')
+    }
+    assert moved['backbone'] and not moved['decode_head']
+
+
 def test_gradients_that_a_checkpoint_has_not_are_told(tmp_path, residual):
     counts = {'optim_wrapper.accumulative_counts': 2}
     cfg = tiny_config(tmp_path, residual, {}, 6, 3, **counts)

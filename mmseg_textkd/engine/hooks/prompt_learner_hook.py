@@ -377,6 +377,8 @@ class PromptLearnerHook(Hook):
     def _prepare_stage2(self, runner, model: nn.Module) -> None:
         """Check and set when stage 2 starts, what it trains, and its rates."""
         self.switch_iter = self._get_switch_iter(runner)
+        if runner._resume:
+            self._check_resumed_stage(runner, model)
         self._lr_factors = self._get_lr_factors(model)
         self._group_factors = self._get_group_factors(runner, model)
         self._build_schedulers(runner)
@@ -396,6 +398,24 @@ class PromptLearnerHook(Hook):
                 'the stages freeze parameters after the model has been '
                 'wrapped for distributed training; add the line '
                 '`find_unused_parameters = True` to the config.')
+
+    def _check_resumed_stage(self, runner, model: nn.Module) -> None:
+        """Require the stage in which the run was stopped."""
+        started = [
+            bool(provider.started)
+            for provider in text_providers(model).values()
+            if hasattr(provider, 'started')
+        ]
+        if runner.iter < self.switch_iter and any(started) or (
+                runner.iter > self.switch_iter and started
+                and not any(started)):
+            stage = 2 if any(started) else 1
+            raise ValueError(
+                f'the run was stopped in stage {stage}, after {runner.iter} '
+                'iterations, but by the config stage 2 starts at iteration '
+                f'{self.switch_iter}: `switch_at` or, of a fraction, '
+                '`max_iters` is another. Give `switch_at` as the iteration '
+                'of the switch before, or of one to come.')
 
     def _get_switch_iter(self, runner) -> int:
         """Get the first iteration of stage 2."""
@@ -448,9 +468,9 @@ class PromptLearnerHook(Hook):
                 # A leftover gradient would still be applied.
                 param.grad = None
         self._frozen_norms = [
-            module for module in model.modules()
-            if self.freeze_norm and isinstance(module, _BatchNorm) and not any(
-                p.requires_grad for p in module.parameters())
+            module for name, module in model.named_modules()
+            if self.freeze_norm and isinstance(module, _BatchNorm)
+            and not _learns(name, module, learned)
         ]
         self.stage = stage
         follows = ''
@@ -658,6 +678,15 @@ def _ema_models(runner) -> List[BaseAveragedModel]:
         hook.ema_model for hook in runner.hooks
         if isinstance(hook, EMAHook) and hasattr(hook, 'ema_model')
     ]
+
+
+def _learns(name: str, norm: nn.Module, learned: Set[str]) -> bool:
+    """Whether a norm learns or, if it has no weights, what is around it."""
+    own = [f'{name}.{key}' for key, _ in norm.named_parameters()]
+    if own:
+        return not learned.isdisjoint(own)
+    around = name.rpartition('.')[0]
+    return any(key.startswith(f'{around}.') for key in learned)
 
 
 def _start_prompts(runner) -> None:
