@@ -168,8 +168,8 @@ from mmseg_textkd.utils.progress import track
 
 def split(words: str) -> Any:
     """Read class names: those of a vocabulary, or what is between commas."""
-    if words in Vocabulary.keys() or words.endswith(
-        ('.txt', '.json', '+synonyms')):
+    endings = '.txt', '.json', '+synonyms'
+    if words in Vocabulary.keys() or words.endswith(endings):
         return words
     return [word.strip() for word in words.split(',')]
 

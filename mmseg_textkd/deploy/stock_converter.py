@@ -156,15 +156,16 @@ class StockConverter:
         names = {thing: name for name, thing in MODELS.module_dict.items()}
         ours = [c for c in kind.__mro__ if issubclass(c, TextHeadMixin)]
         lineage = [c for c in kind.__mro__ if c not in ours]
-        changed = [
-            name for c in ours[:ours.index(TextHeadMixin)] for name in vars(c)
+        changed = sorted({
+            name
+            for c in ours[:ours.index(TextHeadMixin)] for name in vars(c)
             if name == '__init__' or name[:2] != '__' and name != '_abc_impl'
             and not name.startswith('loss')
-        ]
+        })
         if changed:
             raise ValueError(
                 f'{where}: {kind.__name__} differs from its stock head in '
-                f'{sorted({*changed})}, so that no stock head takes its place. Define '
+                f'{changed}, so that no stock head takes its place. Define '
                 'these in a head without text, in a module that does not '
                 f'import {PLUGIN}, and mix the text in there.')
         stock = next((c for c in lineage if c in names), None)

@@ -140,10 +140,8 @@ def test_text_for_testing_has_the_classes_of_the_data(trained, toy_text,
         if order[0] == 0:
             assert runner.test()['mIoU'] > 0
         else:
-            with pytest.raises(
-                    ValueError,
-                    match=
-                    'The text for testing is(.|\n)*in the text for testing'):
+            message = r'text for testing is[\s\S]*in the text for testing'
+            with pytest.raises(ValueError, match=message):
                 runner.test()
         os.remove(file)
 
