@@ -158,9 +158,9 @@ class StockConverter:
         lineage = [c for c in kind.__mro__ if c not in ours]
         changed = sorted({
             name
-            for c in ours[:ours.index(TextHeadMixin)] for name in vars(c)
-            if name == '__init__' or name[:2] != '__' and name != '_abc_impl'
-            and not name.startswith('loss')
+            for c in ours[:ours.index(TextHeadMixin)]
+            for name in vars(c) if name == '__init__' or name[:2] != '__'
+            and name != '_abc_impl' and not name.startswith('loss')
         })
         if changed:
             raise ValueError(
