@@ -97,7 +97,8 @@ def main() -> None:
                  f'which cannot hold the classes of {args.config}. Leave it '
                  'out, the scores are not made from them; '
                  'demo/image_demo.py writes label maps of 16 bits.')
-    several = type_name(cfg.test_dataloader.dataset) == 'MultiDataset'
+    loader = cfg.get('test_dataloader') or {}
+    several = type_name(loader.get('dataset')) == 'MultiDataset'
     for option in ('tta', 'out'):
         if several and getattr(args, option):
             sys.exit(f'Error: --{option}: MMSegmentation has it for one data '

@@ -292,8 +292,8 @@ def _predict(inferencer: 'TextSegInferencer', held: List[np.ndarray],
         smoother(sample.seg_logits.data, frame)
         for sample, frame in zip(samples, held)
     ]
-    if inferencer.adapter.binary:  # of one logit MMSegmentation gives the
-        # sigmoid
+    if inferencer.adapter.binary:
+        # Of one logit MMSegmentation gives the sigmoid.
         threshold = inferencer.model.decode_head.threshold
         return [(scores > threshold)[0].long().cpu().numpy()
                 for scores in maps]

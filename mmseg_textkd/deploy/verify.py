@@ -10,8 +10,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_textkd.models.input_channels import input_channels
-from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
-from mmseg_textkd.models.layers.lseg_text_classifier import without_rounding
+from mmseg_textkd.models.layers.text_classifier import as_folded
 from ..utils.progress import track
 from ..utils.report import Cost, count_cost
 
@@ -115,7 +114,7 @@ def verify(model: nn.Module,
         name: count_cost(m, partial(_logits, m, SIZES[0]))
         for name, m in zip(('as trained', 'folded'), models)
     }
-    with without_balance(model), without_rounding(model):
+    with as_folded(model):
         agreements = [
             _compare(f'random {size[0]}x{size[1]}', models, [size])
             for size in SIZES

@@ -383,6 +383,19 @@ def test_tensorrt_refuses_what_it_lacks(opset):
     assert ('opset 21' in said) == (opset == 21)
 
 
+def test_calibration_sees_the_whole_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'in').mkdir()
+    for k in range(19):
+        (tmp_path / 'in' / f'{k:02}.png').touch()
+    seen = []
+    monkeypatch.setattr(deploy, 'check_image',
+                        lambda path, most: seen.append(path.stem))
+    fails(deploy, capsys, 'gone.py', 'gone.pth', '--out', tmp_path / 'out',
+          '--to', 'onnx', '--precision', 'int8', '--calibrate',
+          tmp_path / 'in', '--num-images', 10)
+    assert len(seen) == 10 and seen[0] == '00' and seen[-1] >= '17'
+
+
 def test_bad_input_leaves_no_folder(stock, tmp_path, capsys, monkeypatch):
     files, out, empty = stock.files, tmp_path / 'out', stock.out / 'empty'
     empty.mkdir()

@@ -225,6 +225,17 @@ def test_options_for_one_data_set(network_cfg, tmp_path, monkeypatch, capsys,
     assert f'Error: {option[0]}: MMSegmentation has it for one' in code
 
 
+def test_a_config_that_tests_on_nothing(network_cfg, tmp_path, monkeypatch):
+    """MMEngine says so, not the look for several data sets."""
+    cfg = network_cfg()
+    for key in ('test_dataloader', 'test_cfg', 'test_evaluator'):
+        cfg.pop(key)
+    cfg.dump(tmp_path / 'c.py')
+    with pytest.raises(RuntimeError, match='test_loop'):
+        exit_of('test.py', monkeypatch, None, str(tmp_path / 'c.py'),
+                'weights.pth')
+
+
 def test_only_trained_words_in_the_role_auxiliary(network_cfg, tmp_path, fold):
     cfg = network_cfg('auxiliary')
     model = MODELS.build(cfg.model).eval()

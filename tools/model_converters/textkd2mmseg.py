@@ -112,8 +112,7 @@ from mmseg_textkd.deploy import (fold_state_dict, mean_lengths, to_stock_cfg,
                                  verify)
 from mmseg_textkd.deploy.load_stock import dataset_meta
 from mmseg_textkd.deploy.words import set_words, text_head, to_words_cfg
-from mmseg_textkd.models.layers.balanced_text_classifier import without_balance
-from mmseg_textkd.models.layers.lseg_text_classifier import without_rounding
+from mmseg_textkd.models.layers.text_classifier import as_folded
 from mmseg_textkd.utils.arguments import explain, read_config, warn_renamed
 from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
                                            read_checkpoint)
@@ -261,12 +260,11 @@ def convert(args: argparse.Namespace) -> None:
     if lengths:
         print('THE FOLD IS APPROXIMATE, with mean lengths '
               f'{lengths}: judge it by the figures above.')
-    with without_balance(model) as balanced:
-        if balanced:
+    with as_folded(model) as left_out:
+        if 'balance' in left_out:
             print('The balance for the classes without labels is left out: '
                   'it needs the plugin (TextSegInferencer).')
-    with without_rounding(model) as rounded:
-        if rounded:
+        if 'half_precision' in left_out:
             print('The rounding to half precision is left out.')
     print(f'wrote {args.out} and {out}')
 

@@ -1,6 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from contextlib import contextmanager
-from typing import Dict, Iterator, Optional
+from typing import Any, Dict, Optional
 
 import torch
 from mmseg.registry import MODELS
@@ -103,6 +102,11 @@ class BalancedTextClassifier(TextClassifier):
         return 'raw'
 
     @property
+    def left_out(self) -> Dict[str, Any]:
+        """dict: No balance, which needs the plugin."""
+        return dict(balance=dict(alpha=0., beta=0.)) if self.balanced else {}
+
+    @property
     def balanced(self) -> bool:
         """bool: Whether evaluation differs from :class:`TextClassifier`."""
         return bool(self.unseen) and any(self.balance.values())
@@ -158,27 +162,3 @@ class BalancedTextClassifier(TextClassifier):
                                'evaluation mode; call `.eval()` first.')
         text = self.text() if text is None else text
         return self.image_projection.fold(self.clip_scale * text.double())
-
-
-@contextmanager
-def without_balance(model: nn.Module) -> Iterator[bool]:
-    """Disable the balancing of all text classifiers of a model.
-
-    Args:
-        model (nn.Module): The model.
-
-    Yields:
-        bool: Whether there is a classifier with balancing.
-    """
-    found = [
-        m for m in model.modules()
-        if isinstance(m, BalancedTextClassifier) and m.balanced
-    ]
-    balances = [m.balance for m in found]
-    for module in found:
-        module.balance = dict(alpha=0., beta=0.)
-    try:
-        yield bool(found)
-    finally:
-        for module, balance in zip(found, balances):
-            module.balance = balance

@@ -1,10 +1,9 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Optional
 
 import torch
 from mmseg.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
 from .similarity import pixel_text_similarity
 from .text_classifier import TextClassifier
@@ -40,6 +39,11 @@ class LSegTextClassifier(TextClassifier):
         self.half_precision = half_precision
         # Numbers of the classes of a batch, while an episode lasts.
         self.episode: Optional[Tensor] = None
+
+    @property
+    def left_out(self) -> Dict[str, Any]:
+        """dict: No rounding, which no stock model does."""
+        return dict(half_precision=False) if self.half_precision else {}
 
     def forward(self, feat: Tensor) -> Tensor:
         """Classify each pixel.
@@ -87,26 +91,3 @@ class LSegTextClassifier(TextClassifier):
             if self.regularization is not None:
                 logits = self.regularization(logits)
         return logits
-
-
-@contextmanager
-def without_rounding(model: nn.Module) -> Iterator[bool]:
-    """Disable the rounding of all classifiers of a model.
-
-    Args:
-        model (nn.Module): The model.
-
-    Yields:
-        bool: Whether there is a classifier that rounds.
-    """
-    found = [
-        m for m in model.modules()
-        if isinstance(m, LSegTextClassifier) and m.half_precision
-    ]
-    for module in found:
-        module.half_precision = False
-    try:
-        yield bool(found)
-    finally:
-        for module in found:
-            module.half_precision = True

@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Optional, Sequence
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, Optional, Sequence, Set
 
 import torch
 from mmseg.registry import MODELS
@@ -152,6 +153,13 @@ class TextClassifier(TextBranch):
         return NEW_WORDS[0] if linear else super().default_new_words
 
     @property
+    def left_out(self) -> Dict[str, Any]:
+        """dict: Attributes, with their values in the folded network, of what
+        a fold leaves out.
+        """
+        return {}
+
+    @property
     def fuses_at_inference(self) -> bool:
         """bool: Whether the logits depend on a fusion."""
         return self.fusion is not None and self.fusion.used_at_inference
@@ -257,3 +265,31 @@ class TextClassifier(TextBranch):
                 bias = None if bias is None else bias[1:] - bias[:1]
         return self.projection.fold(self.scale().double() * text.double(),
                                     bias)
+
+
+@contextmanager
+def as_folded(model: nn.Module) -> Iterator[Set[str]]:
+    """Disable what a fold leaves out of the text classifiers of a model.
+
+    Args:
+        model (nn.Module): The model.
+
+    Yields:
+        set[str]: The attributes of which it is.
+    """
+    before = {
+        m: {
+            key: (getattr(m, key), value)
+            for key, value in m.left_out.items()
+        }
+        for m in model.modules() if isinstance(m, TextClassifier)
+    }
+    for module, values in before.items():
+        for key, (_, value) in values.items():
+            setattr(module, key, value)
+    try:
+        yield {key for values in before.values() for key in values}
+    finally:
+        for module, values in before.items():
+            for key, (own, _) in values.items():
+                setattr(module, key, own)
