@@ -480,7 +480,7 @@ def test_ema_is_evaluated_and_saved_with_its_own_text(tmp_path, residual):
     """The averaged parameters and the text must fit each other."""
     cfg = tiny_config(tmp_path, residual, dict(switch_at=2))
     cfg.custom_hooks.append(dict(type='EMAHook', momentum=0.3))
-    cfg.custom_hooks.append(dict(type='TextSeenInValidation'))
+    cfg.custom_hooks.append(dict(type='TextSeen'))
     runner = run(cfg)
     provider = runner.model.decode_head.conv_seg.text
     saved = load(tmp_path / 'work' / 'iter_6.pth')
@@ -490,17 +490,39 @@ def test_ema_is_evaluated_and_saved_with_its_own_text(tmp_path, residual):
     for state in (averaged, raw, runner.model.state_dict()):
         expected = of_offset(provider, state[OFFSET])
         assert_close(state[EMBEDDINGS], expected)
-    seen, = (
-        h.seen for h in runner.hooks if isinstance(h, TextSeenInValidation))
-    assert_close(seen, averaged[EMBEDDINGS])
+    hook, = (h for h in runner.hooks if isinstance(h, TextSeen))
+    assert_close(hook.seen['val'], averaged[EMBEDDINGS])
+    # Tested by a hook in the middle of stage 2, and used by one.
+    assert_close(hook.seen['test'], hook.expected['averaged'])
+    assert_close(hook.seen['hook'], hook.expected['raw'])
 
 
 @HOOKS.register_module()
-class TextSeenInValidation(Hook):
-    """Note the text with which validation is run."""
+class TextSeen(Hook):
+    """Note the text of evaluations, some of them in iteration 5."""
+
+    def __init__(self):
+        self.seen, self.expected = {}, {}
+
+    def note(self, runner, name):
+        provider = runner.model.decode_head.conv_seg.text
+        assert not provider.training
+        self.seen[name] = provider().clone()
+        return of_offset(provider, provider.offset).detach()
 
     def before_val_iter(self, runner, batch_idx, data_batch=None):
-        self.seen = runner.model.decode_head.conv_seg.text().clone()
+        self.note(runner, 'val')
+
+    def before_test_iter(self, runner, batch_idx, data_batch=None):
+        self.expected['averaged'] = self.note(runner, 'test')
+
+    def after_train_iter(self, runner, **kwargs):
+        if runner.iter == 4:
+            runner.model.eval()
+            self.expected['raw'] = self.note(runner, 'hook')
+            runner.model.train()
+            runner.test_loop.run()
+            runner.model.train()
 
 
 def test_log_of_the_text(tmp_path, residual):

@@ -270,10 +270,13 @@ def test_residual_equals_its_formula(fixed, vectors):
     drift = 1 - (expected * vectors).sum(1).mean().item()
     assert provider.distance_from_start() == pytest.approx(drift, abs=1e-6)
     assert keys(provider) == ['class_embeddings', 'offset', 'started']
-    # In evaluation it is what has been refreshed last.
-    near(provider.eval()(), vectors)
-    provider.refresh()
+    # The buffer is that of the start until evaluation begins.
+    near(provider.class_embeddings, vectors)
+    near(provider.eval()(), expected)
+    provider.offset.data.zero_()
     near(provider(), expected)
+    provider.refresh()
+    near(provider(), vectors)
 
 
 def test_residual_gradient(fixed, vectors):

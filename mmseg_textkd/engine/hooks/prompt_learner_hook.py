@@ -43,8 +43,8 @@ class PromptLearnerHook(Hook):
     a resumed run is in the stage in which it was interrupted.
 
     In both stages the hook checks that the text is for the classes of the
-    data sets. Before validation and before a checkpoint is saved it updates
-    the class embeddings from the prompts, those of :class:`EMAHook` included.
+    data sets. Before a checkpoint is saved it updates the class embeddings
+    from the prompts, those of :class:`EMAHook` included.
 
     Source: Lin, Chen and Wu, `Enhancing Real-Time Semantic Segmentation with
     Textual Knowledge of Pre-Trained VLM
@@ -318,26 +318,6 @@ class PromptLearnerHook(Hook):
             runner (Runner): The runner of the training process.
         """
         check_classes(unwrap(runner.model), runner.val_dataloader.dataset)
-
-    def before_val_epoch(self, runner) -> None:
-        """Update the embeddings, and swap in those of the averaged model.
-
-        Args:
-            runner (Runner): The runner of the training process.
-        """
-        _update_embeddings(runner)
-        _swap_ema_embeddings(runner)
-
-    def after_val_epoch(self,
-                        runner,
-                        metrics: Optional[Dict[str, float]] = None) -> None:
-        """Undo the swap of :meth:`before_val_epoch`.
-
-        Args:
-            runner (Runner): The runner of the training process.
-            metrics (dict[str, float], optional): Results. Defaults to None.
-        """
-        _swap_ema_embeddings(runner)
 
     def before_test(self, runner) -> None:
         """Check that the text is for the classes of the test set.
@@ -709,18 +689,3 @@ def _update_embeddings(runner, averaged: bool = True) -> None:
         for provider in text_providers(model).values():
             if provider.learning:
                 provider.refresh()
-
-
-def _swap_ema_embeddings(runner) -> None:
-    """Swap embeddings with the averaged model, as EMAHook swaps parameters.
-
-    With ``update_buffers=True`` it swaps these buffers itself.
-    """
-    for ema in _ema_models(runner):
-        if ema.update_buffers:
-            continue
-        averages = text_providers(ema.module)
-        for name, provider in text_providers(unwrap(runner.model)).items():
-            current = provider.class_embeddings.clone()
-            provider.class_embeddings.copy_(averages[name].class_embeddings)
-            averages[name].class_embeddings.copy_(current)

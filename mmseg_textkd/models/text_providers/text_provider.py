@@ -152,6 +152,21 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
                                    f'classes: {self._bank_hint}')
         return self.class_embeddings
 
+    def train(self, mode: bool = True) -> 'TextProvider':
+        """Set the mode; evaluation uses the text of the current weights.
+
+        Args:
+            mode (bool): Whether to train. Defaults to True.
+
+        Returns:
+            TextProvider: The provider.
+        """
+        super().train(mode)
+        if self.learning and not mode:
+            # Of averaged weights too: EMAHook swaps them in before this.
+            self.refresh()
+        return self
+
     def trained_vectors(self) -> Tensor:
         """Get all vectors that pixels are compared with in training.
 
