@@ -54,7 +54,8 @@ def ensure_regions(cfg: Mapping,
                         'mmseg')), FileLock(store.folder / '.lock'):
             dataset = DATASETS.build(dataset_cfg)
             store.check_weights()
-            mark = store.folder / 'complete' / _listing(dataset, store)
+            settings = [store.settings, dataset_cfg['pipeline']]
+            mark = store.folder / 'complete' / _listing(dataset, settings)
             if everything or not mark.is_file():
                 made += _fill(store, dataset, progress)
                 mark.parent.mkdir(exist_ok=True)
@@ -80,12 +81,13 @@ def _fill(store: RegionStore, dataset: Any, progress: bool) -> int:
     return made
 
 
-def _listing(dataset: Any, store: RegionStore) -> str:
+def _listing(dataset: Any, settings: Any) -> str:
     """Hash the files of a dataset by name, size and time of change.
 
     It only saves a look at each image: embeddings are found by content.
     """
-    total = hashlib.sha256(json.dumps(store.settings, sort_keys=True).encode())
+    total = hashlib.sha256(
+        json.dumps(settings, sort_keys=True, default=str).encode())
     for i in range(len(dataset)):
         info = dataset.get_data_info(i)
         label_map = info.get('label_map')

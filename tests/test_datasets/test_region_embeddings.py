@@ -152,6 +152,10 @@ def test_a_data_set_is_gone_through_once(cfg, tmp_path, calls, monkeypatch):
     assert changed.labels.tolist() == np.unique((labels + 1) % 8).tolist()
     cfg.train_dataloader.dataset.reduce_zero_label = True
     assert ensure_regions(cfg) == 6
+    # A transform before it changes the images.
+    resize = dict(type='Resize', scale=(40, 20), keep_ratio=False)
+    cfg.train_dataloader.dataset.pipeline.insert(2, resize)
+    assert ensure_regions(cfg) == 6 and ensure_regions(cfg) == 0
     assert ensure_regions(Config(dict())) == 0
 
 
