@@ -242,12 +242,20 @@ def test_hypotheses(tmp_path):
             f'{first.p:.4f} | {first.corrected:.4f} | **{first.reading}** |'
             ) in text
     assert '| `stock` | 8 | 4 of 4 | 1.00 |' in text
-    # Nothing is decided before all runs are done.
-    early = write_ledger(tmp_path / 'early.jsonl', runs, hypotheses=pairs)
-    text = make_page(early.path)
-    assert f'| {first.corrected:.4f} | too early |' in text
+    # Nothing is decided before all runs are done of the arms compared.
+    for left, reading in (('random', 'too early'), ('other',
+                                                    f'**{first.reading}**')):
+        early = write_ledger(
+            tmp_path / f'{left}.jsonl',
+            runs, [f'net/{left}/seed3'],
+            hypotheses=pairs)
+        assert f'| {first.corrected:.4f} | {reading} |' in make_page(
+            early.path)
     # Those of an arm that an amendment has taken out are none of them.
-    plan = dict(early.registrations('s')[-1], arms=dict(ARMS, gone=''))
+    plan = dict(
+        ledger.registrations('s')[-1],
+        arms=dict(ARMS, gone=''),
+        planned=[*ledger.registrations('s')[-1]['planned'], 'net/text/seed4'])
     dropped = Ledger(tmp_path / 'dropped.jsonl')
     dropped.register(plan, '2000-01-01')
     for run in [*runs, *(entry('gone', k, 40.) for k in range(3))]:

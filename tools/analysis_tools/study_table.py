@@ -105,9 +105,13 @@ class Study:
         self.registrations = registrations
         self.plan = registrations[-1]
         planned = set(self.plan['planned'])
+        named = {
+            Run(e['network'], e['arm'], e['seed'], e['train_fraction']).name: e
+            for e in entries
+        }
+        self.left = planned - set(named)
         self.entries = entries = [
-            e for e in entries if Run(e['network'], e['arm'], e['seed'],
-                                      e['train_fraction']).name in planned
+            e for name, e in named.items() if name in planned
         ]
         self.baseline = self.plan['baseline']
         self.arms: Dict[str, str] = self.plan['arms']
@@ -256,13 +260,14 @@ class Study:
         header = ('hypothesis', 'seeds', f'difference in {self.split} mIoU',
                   'p', 'p by Holm', 'at 5 %')
         title = '#### Hypotheses'
+        hypotheses = self.plan.get('hypotheses', [])
         # An early look decides nothing: looks at every seed would find more
         # than 5 % of what is not there.
-        early = len(self.entries) < len(self.plan['planned'])
+        arms = {arm for pair in hypotheses for arm in pair[:2]}
+        early = any(f'/{arm}/' in name for arm in arms for name in self.left)
         if early:
-            title += ' (so far; decided when all runs are done)'
-        found = check_hypotheses([*self.groups.values()],
-                                 self.plan.get('hypotheses', []))
+            title += ' (so far; decided when all runs of their arms are done)'
+        found = check_hypotheses([*self.groups.values()], hypotheses)
         return [
             f'{title}\n\n' + table(header, [[
                 f'`{t.better}` > `{t.worse}`' +
