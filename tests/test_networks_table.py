@@ -117,7 +117,7 @@ def test_exact_counts_of_one_network(rows):
 def test_count_agrees_with_mmengine(tool, rows):
     """On a real forward of another counter."""
     path = stock_twin(tool.text_configs()['fast_scnn'])
-    model = tool.build(Config.fromfile(path).model).eval()
+    model = tool.build(Config.fromfile(path)).eval()
     with torch.no_grad():
         image = torch.zeros(1, 3, *tool.SIZE)
         counts = FlopAnalyzer(model, image).by_operator()
@@ -132,10 +132,10 @@ def test_count_agrees_with_mmengine(tool, rows):
 
 def test_deployed_must_be_the_stock_network(tool):
     path = tool.text_configs()['fast_scnn']
-    stock = tool.build(Config.fromfile(stock_twin(path)).model)
+    stock = tool.build(Config.fromfile(stock_twin(path)))
     stock.further = nn.Linear(1, 1)
     for role in ('classifier', 'auxiliary'):
-        model = tool.build(Config.fromfile(path).model, role=role)
+        model = tool.build(Config.fromfile(path), role=role)
         with pytest.raises(RuntimeError, match='further.weight'):
             tool.take_text_away(model, stock)
 

@@ -16,6 +16,7 @@ from ..apis.text_seg_inferencer import load_network
 from ..models import TextHeadMixin
 from ..models.new_words import NEW_WORDS, place_new_words
 from ..models.record_calls import record_calls
+from ..utils.checkpoint import read_checkpoint
 from ..utils.progress import track
 
 TRAINED, ALL_NEW, RANDOM = 'trained names', 'all new', 'random vectors'
@@ -106,6 +107,7 @@ def measure_new_words(cfg: Config,
     arms = _arms(classes, trained, words, list(new.names))
     confusions = _score(model, conv, dataset, arms, stride)
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    saved = read_checkpoint(checkpoint)['meta']
     for arm, confusion in zip(arms, confusions):
         both = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
         iou = 100 * confusion.diagonal().double() / both
@@ -113,10 +115,10 @@ def measure_new_words(cfg: Config,
             study=study,
             network=network or type(model.backbone).__name__,
             arm=arm.name,
-            seed=int(_seed(checkpoint)),
+            seed=int(saved.get('seed') or 0),
             train_fraction=1.,
             config_hash=digest,
-            iterations=int(_meta(checkpoint).get('iter', 0)),
+            iterations=int(saved.get('iter', 0)),
             classes=classes,
             words=arm.words,
             images=len(dataset),
@@ -129,15 +131,6 @@ def measure_new_words(cfg: Config,
                     for v, n in zip(iou.tolist(), both.tolist())
                 ]),
             curve=[])
-
-
-def _meta(checkpoint: Path) -> Dict[str, Any]:
-    from ..utils.checkpoint import read_checkpoint
-    return read_checkpoint(checkpoint)['meta']
-
-
-def _seed(checkpoint: Path) -> int:
-    return _meta(checkpoint).get('seed') or 0
 
 
 def _arms(classes: Sequence[str], trained: Sequence[str],

@@ -20,7 +20,7 @@ from mmseg_textkd.models.text_providers import (ContextPromptLearner,
                                                 TextProvider)
 from mmseg_textkd.text import TextEmbeddings, Vocabulary, get_templates
 from mmseg_textkd.text.encode_classes import encode_classes
-from mmseg_textkd.utils.config import as_list
+from mmseg_textkd.utils.config import as_list, type_name
 
 # Classes at a time: the token ids of 10,000 classes in 14 templates are 350
 # MB.
@@ -92,7 +92,7 @@ class ClassEncoder:
                  tower: Optional[Mapping[str, Any]] = None) -> None:
         self.provider, self.names = provider, tuple(names)
         self.cache_dir = cache_dir
-        self.learner = _type_name(text)
+        self.learner = type_name(text)
         self.embeddings = text.get('embeddings') or text
         # Of several files, which are of one tower, the first.
         self.build = next(iter(as_list(self.embeddings.get('build'))), {})
@@ -172,7 +172,7 @@ class ClassEncoder:
     def _encode_new(self, words: Vocabulary, tower: Tower, templates: Any,
                     record: Optional[TextEmbeddings]) -> Tuple[Tensor, str]:
         """Get the vectors of new classes and describe their source."""
-        kind = _type_name(self.embeddings)
+        kind = type_name(self.embeddings)
         if kind in ('ControlEmbeddings', 'LearnedEmbeddings'):
             raise ValueError(
                 f'this network was trained with {kind}, vectors without '
@@ -325,12 +325,6 @@ class ClassEncoder:
                 f'(mean cosine {cosine:.2f}). Unless prompts have moved them '
                 'that far, it is another tower, unfit for new classes.',
                 'current', logging.WARNING)
-
-
-def _type_name(cfg: Mapping[str, Any]) -> str:
-    """Name of the class that a config builds."""
-    kind = cfg['type']
-    return getattr(kind, '__name__', kind).split('.')[-1]
 
 
 def _versions(tower: Tower) -> List:

@@ -161,26 +161,6 @@ def draw_similarity(similarity: np.ndarray,
     return np.hstack([shown.astype(np.uint8), column])
 
 
-def write_image(path: str, image: np.ndarray) -> None:
-    """Write an image and create its folder.
-
-    Args:
-        path (str): The file, in any script.
-        image (np.ndarray): RGB, uint8, or one channel, uint8 or uint16.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    if image.ndim == 3:
-        image = image[..., ::-1]
-    # Not cv2.imwrite, which knows no paths in other scripts everywhere.
-    done, data = cv2.imencode(Path(path).suffix, image)
-    if not done:
-        raise OSError(f'cannot write {path}')
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(data.tobytes())
-
-
 def _shorten(name: str,
              font: ImageFont.FreeTypeFont,
              scale: float = 1.,

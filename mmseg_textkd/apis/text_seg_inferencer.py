@@ -28,8 +28,7 @@ from mmseg_textkd.utils.checkpoint import build_segmentor, read_checkpoint
 from mmseg_textkd.utils.config import first_dataset, load_config
 from mmseg_textkd.utils.io import MAX_PIXELS, UnknownImageError, check_image
 from .adapters import build_adapter
-from .drawing import (GRAY, draw_labels, draw_similarity, palette_for,
-                      write_image)
+from .drawing import GRAY, draw_labels, draw_similarity, palette_for
 from .label_maps import predict_labels
 from .model_zoo import find_model
 
@@ -364,20 +363,20 @@ class TextSegInferencer(MMSegInferencer):
             if show:
                 self.visualizer.show(drawn, name, wait_time)
             if img_out_dir:
-                write_image(osp.join(img_out_dir, name), drawn)
+                mmcv.imwrite(drawn[..., ::-1], osp.join(img_out_dir, name))
                 words, maps = _similarity(pred)
                 files = [re.sub(r'[^\w-]+', '-', w)[:40] for w in words]
                 for k, (word, values) in enumerate(zip(words, maps)):
                     file = files[k]
                     if files.count(file) > 1:
                         file += f'-{k}'
-                    write_image(
-                        osp.join(img_out_dir, f'{name}_{file}.png'),
-                        draw_similarity(
-                            values,
-                            image[..., ::-1],
-                            f'cosine with {word}',
-                            font=self.font))
+                    shown_map = draw_similarity(
+                        values,
+                        image[..., ::-1],
+                        f'cosine with {word}',
+                        font=self.font)
+                    mmcv.imwrite(shown_map[..., ::-1],
+                                 osp.join(img_out_dir, f'{name}_{file}.png'))
             if return_vis:
                 shown.append(drawn)
             self.num_visualized_imgs += 1
@@ -406,10 +405,10 @@ class TextSegInferencer(MMSegInferencer):
                 results.setdefault('similarity',
                                    []).append(_similarity(pred)[1])
             if pred_out_dir:
-                write_image(
+                mmcv.imwrite(
+                    labels.astype(dtype),
                     osp.join(pred_out_dir,
-                             f'{self.num_pred_imgs:08d}_pred.png'),
-                    labels.astype(dtype))
+                             f'{self.num_pred_imgs:08d}_pred.png'))
             self.num_pred_imgs += 1
         if return_datasample:
             return preds[0] if len(preds) == 1 else preds

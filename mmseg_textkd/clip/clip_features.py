@@ -4,6 +4,7 @@ from typing import Any, Tuple
 
 import torch
 import torch.nn.functional as F
+from mmseg.models.backbones import VisionTransformer
 from torch import Tensor, nn
 
 
@@ -102,27 +103,6 @@ class CLIPFeatures:
         return self.network.ln_post(tokens) @ self.network.proj
 
 
-def resize_position(embedding: Tensor, grid: Tuple[int, int],
-                    size: Tuple[int, int]) -> Tensor:
-    """Interpolate a positional embedding.
-
-    Args:
-        embedding (Tensor): That of the class token and of the patches of a
-            grid, shape (1 + H·W, C).
-        grid (tuple[int, int]): H and W.
-        size (tuple[int, int]): h and w, in patches.
-
-    Returns:
-        Tensor: Embedding with shape (1 + h·w, C), class token first.
-    """
-    if size == grid:
-        return embedding
-    token, patches = embedding[:1], embedding[1:]
-    patches = patches.T.reshape(1, -1, *grid)
-    patches = F.interpolate(patches, size, mode='bicubic', align_corners=False)
-    return torch.cat([token, patches.flatten(2)[0].T])
-
-
 def encode_image(network: Any, images: Tensor, position: Tensor,
                  logit_scale: float) -> CLIPFeatures:
     """Run a CLIP image encoder on images of any size.
@@ -143,7 +123,8 @@ def encode_image(network: Any, images: Tensor, position: Tensor,
     patches = patches.flatten(2).transpose(1, 2)
     token = network.class_embedding.to(patches.dtype)
     tokens = torch.cat([token.expand(len(patches), 1, -1), patches], 1)
-    tokens = tokens + resize_position(position, tuple(network.grid_size), size)
+    tokens = tokens + VisionTransformer.resize_pos_embed(
+        position[None], size, tuple(network.grid_size), 'bicubic')
     states = [network.ln_pre(tokens)]
     for block in network.transformer.resblocks:
         states.append(block(states[-1]))

@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Any, List, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 from mmseg.datasets import BaseSegDataset
 
@@ -57,14 +57,6 @@ class EpisodeDataset(BaseSegDataset):
             label_map=None,
             reduce_zero_label=False,
             seg_fields=[])
-
-    def load_data_list(self) -> List[dict]:
-        """List the episodes.
-
-        Returns:
-            list[dict]: Sample information, in the order of the episodes.
-        """
-        raise NotImplementedError
 
 
 def check_fold(fold: int) -> int:

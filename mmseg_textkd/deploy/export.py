@@ -7,11 +7,10 @@ import traceback
 import warnings
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, Callable, Dict, Iterator, NamedTuple
+from typing import Any, Dict, Iterator
 
 import torch
 from mmseg.models.utils import resize
-from torch import Tensor
 
 from ..version import __version__
 from .adaptive_pool import replace_adaptive_pools
@@ -19,17 +18,6 @@ from .exportable import ExportableSegmentor, Size
 
 OPSET = 20
 META = 'mmseg_textkd'
-
-
-class Exported(NamedTuple):
-    """Exported network.
-
-    Attributes:
-        data (bytes): What the file will hold.
-        run (Callable): Runs it: from the input to the output.
-    """
-    data: bytes
-    run: Callable[[Tensor], Tensor]
 
 
 def metadata(network: ExportableSegmentor, classes: Dict) -> str:
@@ -55,7 +43,7 @@ def to_onnx(network: ExportableSegmentor,
             size: Size,
             dynamic: bool,
             meta: str,
-            opset: int = OPSET) -> Exported:
+            opset: int = OPSET) -> bytes:
     """Export to ONNX by ``torch.export``.
 
     Args:
@@ -67,7 +55,7 @@ def to_onnx(network: ExportableSegmentor,
             for which both tested versions of torch export.
 
     Returns:
-        Exported: To be run by ONNX Runtime on the CPU.
+        bytes: What the file will hold.
 
     Raises:
         ImportError: If onnx, onnxruntime or onnxscript is missing.
@@ -110,7 +98,7 @@ def to_onnx(network: ExportableSegmentor,
     onnx.helper.set_model_props(graph, {META: meta})
     graph.producer_name, graph.producer_version = META, __version__
     onnx.checker.check_model(graph)
-    return Exported(graph.SerializeToString(), _onnx_runner(graph))
+    return graph.SerializeToString()
 
 
 @contextmanager
@@ -136,22 +124,8 @@ def _strip_metadata(graph) -> None:
         part.ClearField('doc_string')
 
 
-def _onnx_runner(model) -> Callable:
-    """Run an ONNX model with ONNX Runtime."""
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised anyway
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=['CPUExecutionProvider'])
-
-    def run(image: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
-
-    return run
-
-
 def to_torchscript(network: ExportableSegmentor, size: Size, dynamic: bool,
-                   meta: str) -> Exported:
+                   meta: str) -> bytes:
     """Export to TorchScript, by tracing.
 
     Args:
@@ -163,7 +137,7 @@ def to_torchscript(network: ExportableSegmentor, size: Size, dynamic: bool,
             ``mmseg_textkd.json``.
 
     Returns:
-        Exported: The trace as it is after loading.
+        bytes: What the file will hold.
 
     Raises:
         ValueError: If it cannot be traced.
@@ -176,16 +150,9 @@ def to_torchscript(network: ExportableSegmentor, size: Size, dynamic: bool,
                 network, network.example(size), check_trace=False)
             torch.jit.save(
                 torch.jit.freeze(trace.eval()), buffer, {f'{META}.json': meta})
-            buffer.seek(0)
-            loaded = torch.jit.load(buffer)
     except Exception as error:  # torch raises anything
         raise ValueError(describe_failure(error, dynamic)) from error
-
-    def run(image: Tensor) -> Tensor:
-        with torch.no_grad():
-            return loaded(image)
-
-    return Exported(buffer.getvalue(), run)
+    return buffer.getvalue()
 
 
 def describe_failure(error: Exception, dynamic: bool) -> str:

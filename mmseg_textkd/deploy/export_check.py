@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Dict, Iterable, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterable, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from ..utils.checkpoint import class_differences
 from ..utils.config import as_list, load_config, type_name
 from ..utils.progress import track
-from .export import Exported
 from .exportable import ExportableSegmentor
 from .run import Network
 
@@ -51,7 +50,7 @@ class Comparison(NamedTuple):
 
 def check(name: str,
           network: ExportableSegmentor,
-          exported: Exported,
+          run: Callable[[Tensor], Tensor],
           images: Iterable[Tensor],
           exact: bool = True) -> Comparison:
     """Compare an export with PyTorch.
@@ -59,7 +58,7 @@ def check(name: str,
     Args:
         name (str): What the images are.
         network (ExportableSegmentor): The network.
-        exported (Exported): The same in another format.
+        run (Callable): The same in another format, from input to output.
         images (Iterable[Tensor]): Inputs.
         exact (bool): Whether scores may differ by no more than 1e-4 (of the
             largest, if that is above 1) and classes only where the two best
@@ -83,7 +82,7 @@ def check(name: str,
             raise ValueError(f'{name}: PyTorch itself predicts NaN or '
                              'infinite logits.')
         try:
-            output = exported.run(image)
+            output = run(image)
         except Exception as error:  # each runtime has its own
             raise ValueError(f'{name}: what was exported does not run: '
                              f'{error}') from error

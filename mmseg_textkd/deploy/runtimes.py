@@ -40,8 +40,7 @@ class Form(NamedTuple):
 
 def onnx(network: ExportableSegmentor, form: Form) -> Files:
     """Export to ONNX Runtime."""
-    data = to_onnx(network, form.size, form.dynamic, form.meta,
-                   form.opset).data
+    data = to_onnx(network, form.size, form.dynamic, form.meta, form.opset)
     if form.precision == 'fp16':
         data = half_precision(data)
     return {'model.onnx': data}
@@ -76,8 +75,7 @@ def openvino(network: ExportableSegmentor, form: Form) -> Files:
     ends the process with a segmentation fault.
     """
     import openvino
-    data = to_onnx(network, form.size, form.dynamic, form.meta,
-                   form.opset).data
+    data = to_onnx(network, form.size, form.dynamic, form.meta, form.opset)
     with _reasons(form), tempfile.TemporaryDirectory() as folder:
         source = Path(folder, 'model.onnx')
         source.write_bytes(data)
@@ -145,7 +143,7 @@ def executorch(network: ExportableSegmentor, form: Form) -> Files:
 
 def tensorrt(network: ExportableSegmentor, form: Form) -> Files:
     """Export to ONNX as TensorRT takes it, with what builds the engine."""
-    data = to_onnx(network, form.size, False, form.meta, form.opset).data
+    data = to_onnx(network, form.size, False, form.meta, form.opset)
     check_graph(data)
     half = form.precision == 'fp16'
     return {'model.onnx': data, 'build.py': build_script(half).encode()}
@@ -154,8 +152,7 @@ def tensorrt(network: ExportableSegmentor, form: Form) -> Files:
 def torchscript(network: ExportableSegmentor, form: Form) -> Files:
     """Export to TorchScript."""
     return {
-        'model.pt':
-        to_torchscript(network, form.size, form.dynamic, form.meta).data
+        'model.pt': to_torchscript(network, form.size, form.dynamic, form.meta)
     }
 
 

@@ -31,7 +31,7 @@ from torch import nn
 
 from mmseg_textkd.deploy import fold_state_dict, int8, tensorrt, to_stock_cfg
 from mmseg_textkd.deploy.adaptive_pool import MatrixAdaptiveAvgPool2d
-from mmseg_textkd.deploy.export import Exported, to_onnx
+from mmseg_textkd.deploy.export import to_onnx
 from mmseg_textkd.deploy.export_check import check
 from mmseg_textkd.deploy.exportable import ExportableSegmentor
 from mmseg_textkd.deploy.load_stock import load_stock
@@ -529,8 +529,8 @@ def test_check_finds_another_network(model):
         return same(image).argmax(1).byte()
 
     network = ExportableSegmentor(model)
-    scores = network, Exported(b'', same)
-    labels = (ExportableSegmentor(model, 'argmax'), Exported(b'', run_labels))
+    scores = network, same
+    labels = (ExportableSegmentor(model, 'argmax'), run_labels)
     images = [same.example((32, 64))]
     found = check('x', *scores, images)
     assert str(found).endswith('; another class at 0 of 2048 pixels')
@@ -542,7 +542,7 @@ def test_check_finds_another_network(model):
         (lambda x: same(x[..., :8]), r'shape .* instead of \(1, 8, 32'),
     ]:
         with pytest.raises(ValueError, match=message):
-            check('x', network, Exported(b'', other), images)
+            check('x', network, other, images)
     bias = model.decode_head.conv_seg.bias.data
     bias[0] += 0.25
     with pytest.raises(ValueError, match=r'differs by 0\.25 from scores'):
@@ -564,7 +564,7 @@ def test_ties_may_break_either_way(model):
     labels = ExportableSegmentor(model, 'argmax')
     zeros = torch.zeros(1, 32, 64, dtype=torch.uint8)
     images = [labels.example((32, 64))]
-    said = check('x', labels, Exported(b'', lambda image: zeros), images)
+    said = check('x', labels, lambda image: zeros, images)
     assert str(said) == ('x: another class at 2048 of 2048 pixels, all of '
                          'them ties within what is allowed')
 

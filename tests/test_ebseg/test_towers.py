@@ -13,7 +13,6 @@ from torch.testing import assert_close
 from torchvision.transforms.functional import normalize
 
 from mmseg_textkd.clip import TextTower
-from mmseg_textkd.clip.clip_features import resize_position
 from mmseg_textkd.clip.weights import TOY_CLIP, TextTowerError
 from mmseg_textkd.models.ebseg import FrozenCLIPViT, FrozenSAMViT
 
@@ -22,6 +21,7 @@ SIZES = dict(
 SAM = dict(img_size=32, patch_size=8, embed_dim=16, depth=6, num_heads=2)
 SAM.update(window_size=2, global_attn_indexes=(1, 2, 4, 5), use_rel_pos=True)
 SAM.update(neck_chans=8, num_classes=0)
+MEAN = (122.7709383, 116.7460125, 104.09373615)
 SAM_SIZES = dict(patch_size=8, embed_dims=16, grid_size=4)
 
 
@@ -137,13 +137,23 @@ def test_a_mask_is_embedded_by_its_own_pixels_alone(found):
 
 
 def test_positions_are_interpolated_and_trained(clip):
-    position = clip.positional_embedding
-    assert torch.equal(resize_position(position, (4, 4), (4, 4)), position)
-    wide = resize_position(position, (4, 4), (6, 3))
-    assert wide.shape == (19, 64) and torch.equal(wide[0], position[0])
+    position, taken = clip.positional_embedding, []
+    handle = clip.network.ln_pre.register_forward_pre_hook(
+        lambda module, args: taken.append(args[0][0]))
+    for size in ((4, 4), (6, 3)):
+        # Of an image of the mean color nothing but positions is left.
+        mean = torch.tensor(MEAN).view(1, 3, 1, 1)
+        clip(mean.expand(1, 3, 8 * size[0], 8 * size[1]))
+    handle.remove()
+    own, wide = (
+        x - clip.network.class_embedding.expand(1, -1) *
+        (torch.arange(len(x)) == 0)[:, None] for x in taken)
+    assert_close(own, position)
+    assert_close(wide[0], position[0])
     grid = position[1:].T.reshape(1, 64, 4, 4)
     expected = F.interpolate(grid, (6, 3), mode='bicubic')
-    assert_close(wide[1:].T.reshape(1, 64, 6, 3), expected)
+    assert_close(
+        wide[1:].T.reshape(1, 64, 6, 3), expected, atol=1e-5, rtol=1e-5)
     wide.sum().backward()
     assert position.grad.abs().sum() > 0
     position.grad = None

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from each_case import each_case
+from graphs import run_graph
 from heads import SIX
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
@@ -234,7 +235,8 @@ def test_a_graph_without_the_plugin():
     image = network.example((64, 96))
     with torch.no_grad():
         expected = network.reference(image)
-    logits = to_onnx(network, (64, 96), dynamic=False, meta='').run(image)
+    logits = run_graph(
+        to_onnx(network, (64, 96), dynamic=False, meta=''), image)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 

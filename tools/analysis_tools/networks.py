@@ -7,7 +7,6 @@ tensors without values: no weights, vectors, data or GPU are needed. Takes
 about a minute.
 """
 import argparse
-import copy
 import difflib
 import os
 import re
@@ -63,6 +62,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmseg_textkd  # noqa: F401  (registers the text heads)
+from mmseg_textkd.analysis.benchmark import randomize_text
 from mmseg_textkd.utils.report import count_params, flops_by_module, table
 
 # Network, and what follows the text encoder.
@@ -92,16 +92,10 @@ def text_configs() -> Dict[str, Path]:
     return {match[1]: path for match, path in matches if match}
 
 
-def build(cfg: dict, **head: str) -> nn.Module:
+def build(cfg: Config, **head: str) -> nn.Module:
     """Build a model, with vectors that need no file as the text."""
-    cfg = copy.deepcopy(cfg)
+    cfg = randomize_text(cfg).model
     cfg.decode_head.update(head)
-    if 'text' in cfg.decode_head:
-        provider = cfg.decode_head.text
-        provider.embeddings = dict(
-            type='ControlEmbeddings',
-            kind='random',
-            dim=provider.embeddings.dim)
     return revert_sync_batchnorm(MODELS.build(cfg))
 
 
@@ -200,9 +194,9 @@ def measure(name: str, path: Path) -> Row:
     Raises:
         RuntimeError: If the deployed network is not the stock one.
     """
-    cfg = Config.fromfile(path).model
+    cfg = Config.fromfile(path)
     twin = f'{name}_{NAME.fullmatch(path.name)[2]}'
-    stock = build(Config.fromfile(path.parents[1] / 'stock' / twin).model)
+    stock = build(Config.fromfile(path.parents[1] / 'stock' / twin))
     models = {
         'stock': stock,
         'classifier': build(cfg, role='classifier'),
@@ -235,7 +229,7 @@ def measure(name: str, path: Path) -> Row:
         config=path.name,
         heads=(type(stock.decode_head).__name__, type(head).__name__),
         channels=channels,
-        dim=cfg.decode_head.text.embeddings.dim,
+        dim=cfg.model.decode_head.text.embeddings.dim,
         stride=SIZE[0] // height,
         training_only=parts,
         params=params,
@@ -252,16 +246,14 @@ def score_map_row(path: Path) -> Tuple[str, ...]:
         tuple[str]: A row of the table.
     """
     name, rest = SCORE_MAP.fullmatch(path.name).groups()
-    cfg = Config.fromfile(path).model
-    cfg.score_map.text = dict(
-        type='ControlEmbeddings',
-        kind='random',
-        dim=cfg.score_map.text.embeddings.dim)
+    cfg = Config.fromfile(path)
+    text = cfg.model.score_map.text
+    # Without its offsets, which only training has.
+    cfg.model.score_map.text = text.embeddings
     model, stock = (
-        revert_sync_batchnorm(MODELS.build(c)).eval()
-        for c in (cfg,
-                  Config.fromfile(path.parents[1] / 'stock' /
-                                  f'{name}_{rest}').model))
+        build(c).eval() for c in (cfg,
+                                  Config.fromfile(path.parents[1] / 'stock' /
+                                                  f'{name}_{rest}')))
     shapes: List[torch.Size] = []
     model.score_map.register_forward_pre_hook(
         lambda module, args: shapes.append(args[0].shape))

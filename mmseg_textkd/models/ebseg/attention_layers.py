@@ -223,18 +223,6 @@ def xavier_init(module: nn.Module) -> None:
             nn.init.xavier_uniform_(value)
 
 
-def to_tokens(x: Tensor) -> Tensor:
-    """Flatten a map (N, C, h, w) to tokens.
-
-    Args:
-        x (Tensor): Features with shape (N, C, h, w).
-
-    Returns:
-        Tensor: Tokens with shape (N, h·w, C).
-    """
-    return x.flatten(2).transpose(1, 2)
-
-
 def _centers(size: Tuple[int, int], like: Tensor) -> Tensor:
     """Centers (x, y) of pixels, in [0, 1], shape (h·w, 2)."""
     y, x = ((torch.arange(side, device=like.device) + .5) / side

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from mmengine.model import BaseModule
+from mmseg.models.utils import nchw_to_nlc
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_textkd.clip.clip_features import CLIPFeatures
-from .attention_layers import (DeformableAttention, FeedForward, sine_position,
-                               to_tokens)
+from .attention_layers import DeformableAttention, FeedForward, sine_position
 
 
 class FusedFeatures(NamedTuple):
@@ -133,7 +133,7 @@ class CLIPSAMNeck(BaseModule):
     def _encode(self, maps: Sequence[Tensor]) -> List[Tensor]:
         """Encode all levels, coarse first, by deformable attention."""
         sizes = [(x.shape[2], x.shape[3]) for x in maps]
-        tokens = torch.cat([to_tokens(x) for x in maps], dim=1)
+        tokens = torch.cat([nchw_to_nlc(x) for x in maps], dim=1)
         position = torch.cat([
             sine_position(size, x.shape[1], x) + shift
             for size, x, shift in zip(sizes, maps, self.level_embed)

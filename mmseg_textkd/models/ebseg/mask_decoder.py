@@ -3,11 +3,11 @@ from typing import List, NamedTuple, Sequence
 
 import torch.nn.functional as F
 from mmengine.model import BaseModule
+from mmseg.models.utils import nchw_to_nlc
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from .attention_layers import (AttentionLayer, FeedForward, mlp, sine_position,
-                               to_tokens)
+from .attention_layers import AttentionLayer, FeedForward, mlp, sine_position
 
 
 class DecodedMasks(NamedTuple):
@@ -76,7 +76,7 @@ class MaskDecoder(BaseModule):
         """
         tokens, positions = [], []
         for level, shift in zip(levels, self.level_embed.weight):
-            tokens.append(to_tokens(level) + shift)
+            tokens.append(nchw_to_nlc(level) + shift)
             positions.append(
                 sine_position((level.shape[2], level.shape[3]), level.shape[1],
                               level))

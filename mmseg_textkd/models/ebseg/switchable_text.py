@@ -3,13 +3,12 @@ from typing import Optional, Tuple
 
 import torch
 from mmengine.model import BaseModule
-from mmseg.registry import MODELS
 from torch import Tensor
 
 from mmseg_textkd.text import TextEmbeddings, Vocabulary
 from mmseg_textkd.text.vocabulary import VocabularySpec
 from ..layers.balance import seen_classes
-from ..text_providers import ClassEmbeddings, TextProvider
+from ..text_providers import ClassEmbeddings, TextProvider, build_text
 
 
 class SwitchableText(BaseModule):
@@ -36,7 +35,7 @@ class SwitchableText(BaseModule):
                  train_classes: Optional[VocabularySpec] = None,
                  test_text: Optional[dict] = None) -> None:
         super().__init__()
-        self.trained = _build(dict(text, num_classes=num_classes))
+        self.trained = build_text(dict(text, num_classes=num_classes))
         bank = self.trained.phrase_bank
         if bank is not None and bank.mode != 'mean':
             raise ValueError(
@@ -44,7 +43,7 @@ class SwitchableText(BaseModule):
                 f'training draws or holds several (mode={bank.mode!r}). Use '
                 "mode='mean', or ClassEmbeddings.")
         self.train_classes = train_classes
-        self.switch(None if test_text is None else _build(test_text))
+        self.switch(None if test_text is None else build_text(test_text))
 
     @property
     def dim(self) -> int:
@@ -131,16 +130,6 @@ class SwitchableText(BaseModule):
             _vocabulary(self.trained)
             if trained is None else Vocabulary.from_spec(trained))
         return other().to(own), torch.tensor(seen, device=own.device)
-
-
-def _build(cfg: dict) -> TextProvider:
-    """Build a text provider."""
-    provider = MODELS.build(cfg)
-    if not isinstance(provider, TextProvider):
-        raise TypeError('The text must be the config of a text provider, such '
-                        "as dict(type='ClassEmbeddings', file=...), but "
-                        f'{cfg} builds a {type(provider).__name__}.')
-    return provider
 
 
 def _vocabulary(provider: TextProvider) -> Vocabulary:

@@ -4,10 +4,9 @@ from typing import Any, Dict
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
-from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from ..text_providers import TextProvider
+from ..text_providers import build_text
 from .similarity import pixel_text_similarity
 
 NORMS = ('l2', 'rms')
@@ -73,13 +72,7 @@ class ScoreMap(BaseModule):
         if init not in INITS:
             raise ValueError(
                 f'`init` must be one of {INITS}, but got {init!r}.')
-        self.text = MODELS.build(
-            text, default_args=dict(num_classes=num_classes))
-        if not isinstance(self.text, TextProvider):
-            raise TypeError(
-                '`text` must be the config of a text provider, such as '
-                f"dict(type='ClassEmbeddings', file=...), but {text} builds "
-                f'a {type(self.text).__name__}.')
+        self.text = build_text(text, num_classes=num_classes)
         if not projection and self.text.dim != in_channels:
             raise ValueError(
                 f'the text embeddings have width {self.text.dim}, but the '

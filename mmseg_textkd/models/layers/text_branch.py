@@ -6,7 +6,7 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from ..new_words import place_new_words
-from ..text_providers import TextProvider
+from ..text_providers import build_text
 from .pixel_projection import PixelProjection
 
 
@@ -37,13 +37,7 @@ class TextBranch(BaseModule):
                  fusion: Optional[dict] = None,
                  project: bool = True) -> None:
         super().__init__()
-        self.text = MODELS.build(
-            text, default_args=dict(num_classes=num_classes))
-        if not isinstance(self.text, TextProvider):
-            raise TypeError(
-                '`text` must be the config of a text provider, such as '
-                f"dict(type='ClassEmbeddings', file=...), but {text} builds "
-                f'a {type(self.text).__name__}.')
+        self.text = build_text(text, num_classes=num_classes)
         self.projection = PixelProjection(in_channels, self.text.dim, norm,
                                           norm_cfg, project)
         self.fusion = None

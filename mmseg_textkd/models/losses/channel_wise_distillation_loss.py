@@ -59,7 +59,7 @@ class ChannelWiseDistillationLoss(nn.Module):
         self.align = None if align is None else nn.Conv2d(*align, 1)
         self.temperature = temperature
         self.loss_weight = loss_weight
-        self._loss_name = loss_name
+        self.loss_name = loss_name
 
     def forward(self,
                 student: Tensor,
@@ -106,8 +106,3 @@ class ChannelWiseDistillationLoss(nn.Module):
                 log_target=True).where(valid, 0)
             mean = divergence.sum(dim=2).mean()
             return self.loss_weight * self.temperature**2 * mean
-
-    @property
-    def loss_name(self) -> str:
-        """str: Name of the loss in the log."""
-        return self._loss_name

@@ -44,7 +44,7 @@ class ImageEmbeddingDistillationLoss(nn.Module):
                  loss_name: str = 'loss_image_embedding') -> None:
         super().__init__()
         self.loss_weight = loss_weight
-        self._loss_name = loss_name
+        self.loss_name = loss_name
 
     def forward(self,
                 embeddings: Tensor,
@@ -93,8 +93,3 @@ class ImageEmbeddingDistillationLoss(nn.Module):
                 align_corners=False)
             gap = embeddings.to(dtype) - F.normalize(teacher, dim=1)
             return self.loss_weight * gap.square().sum(dim=1).mean()
-
-    @property
-    def loss_name(self) -> str:
-        """str: Name of the loss in the log."""
-        return self._loss_name

@@ -78,7 +78,7 @@ class LogitDistillationLoss(nn.Module):
                 f'`temperature` must be positive, but got {temperature}.')
         self.temperature = temperature
         self.loss_weight = loss_weight
-        self._loss_name = loss_name
+        self.loss_name = loss_name
 
     def forward(self,
                 student: Tensor,
@@ -103,11 +103,6 @@ class LogitDistillationLoss(nn.Module):
             return self.loss_weight * pixel_divergence(
                 student.to(dtype), teacher.detach(), labels != ignore_index,
                 self.temperature)
-
-    @property
-    def loss_name(self) -> str:
-        """str: Name of the loss in the log."""
-        return self._loss_name
 
 
 def teacher_logits(batch_data_samples: Sequence, size: Sequence[int],

@@ -105,7 +105,7 @@ class SemanticStructureLoss(nn.Module):
         self.register_buffer('memory',
                              None if shape is None else torch.zeros(shape))
         self.loss_weight = loss_weight
-        self._loss_name = loss_name
+        self.loss_name = loss_name
 
     def forward(self,
                 embeddings: Tensor,
@@ -206,11 +206,6 @@ class SemanticStructureLoss(nn.Module):
         if self.target == 'standardized':
             ours, theirs = (standardize(m, pairs) for m in (ours, theirs))
         return structure_loss(ours, theirs, self.off_diagonal, pairs)
-
-    @property
-    def loss_name(self) -> str:
-        """str: Name of the loss in the log."""
-        return self._loss_name
 
 
 def structure_loss(similarities_a: Tensor,

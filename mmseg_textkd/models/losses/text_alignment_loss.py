@@ -50,7 +50,7 @@ class TextAlignmentLoss(nn.Module):
         self.class_weight = get_class_weight(class_weight)
         self.full_resolution = upsample
         self.loss_weight = loss_weight
-        self._loss_name = loss_name
+        self.loss_name = loss_name
 
     def forward(self,
                 embeddings: Tensor,
@@ -111,8 +111,3 @@ class TextAlignmentLoss(nn.Module):
         # graph: under DDP each rank must have a gradient.
         tiny = torch.finfo(losses.dtype).tiny
         return losses.sum() / pixel_weight.sum().clamp(min=tiny)
-
-    @property
-    def loss_name(self) -> str:
-        """str: Name of the loss in the log."""
-        return self._loss_name

@@ -84,7 +84,7 @@ class TextGuidedDistillationLoss(nn.Module):
         self.temperature = temperature
         self.min_pixels = min_pixels
         self.loss_weight = loss_weight
-        self._loss_name = loss_name
+        self.loss_name = loss_name
 
     def forward(self,
                 embeddings: Tensor,
@@ -181,8 +181,3 @@ class TextGuidedDistillationLoss(nn.Module):
         maps = (logits.to(text) / self.temperature).softmax(dim=1)
         shares, counts = class_means(maps, labels, text.shape[1], ignore_index)
         return F.normalize(shares @ text, dim=2), counts > 0
-
-    @property
-    def loss_name(self) -> str:
-        """str: Name of the loss in the log."""
-        return self._loss_name

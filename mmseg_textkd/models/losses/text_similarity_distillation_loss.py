@@ -50,7 +50,7 @@ class TextSimilarityDistillationLoss(nn.Module):
         self.scale = LogitScale(**(scale or {}))
         self.temperature = temperature
         self.loss_weight = loss_weight
-        self._loss_name = loss_name
+        self.loss_name = loss_name
 
     def forward(self,
                 embeddings: Tensor,
@@ -87,8 +87,3 @@ class TextSimilarityDistillationLoss(nn.Module):
             return self.loss_weight * pixel_divergence(
                 self.scale() * cosines, teacher, labels != ignore_index,
                 self.temperature)
-
-    @property
-    def loss_name(self) -> str:
-        """str: Name of the loss in the log."""
-        return self._loss_name

@@ -44,7 +44,7 @@ class TextToTextContrastiveLoss(nn.Module):
                              f'{temperature}.')
         self.temperature = temperature
         self.loss_weight = loss_weight
-        self._loss_name = loss_name
+        self.loss_name = loss_name
 
     def forward(self, learned: Tensor, fixed: Tensor) -> Tensor:
         """Compute the loss.
@@ -67,8 +67,3 @@ class TextToTextContrastiveLoss(nn.Module):
             loss = (F.cross_entropy(similarity, own) +
                     F.cross_entropy(similarity.T, own)) / 2
             return self.loss_weight * loss
-
-    @property
-    def loss_name(self) -> str:
-        """str: Name of the loss in the log."""
-        return self._loss_name

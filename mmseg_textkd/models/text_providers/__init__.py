@@ -7,10 +7,10 @@ from .mixture_prompt_learner import MixturePromptLearner
 from .prompt_learner import PromptLearner
 from .residual_prompt_learner import ResidualPromptLearner
 from .synonym_sampler import SynonymSampler
-from .text_provider import TextProvider
+from .text_provider import TextProvider, build_text
 
 __all__ = [
     'ClassEmbeddings', 'ContextPromptLearner', 'ControlEmbeddings',
     'LearnedEmbeddings', 'MixturePromptLearner', 'PromptLearner',
-    'ResidualPromptLearner', 'SynonymSampler', 'TextProvider'
+    'ResidualPromptLearner', 'SynonymSampler', 'TextProvider', 'build_text'
 ]

@@ -1,12 +1,13 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import logging
 from abc import ABCMeta, abstractmethod
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
+from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from .phrase_bank import PhraseBank
@@ -296,3 +297,25 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         if value is not None and value.shape == self.class_embeddings.shape:
             self._filled = True
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def build_text(cfg: Mapping[str, Any], **defaults: Any) -> TextProvider:
+    """Build a text provider.
+
+    Args:
+        cfg (Mapping): Its config.
+        **defaults: What the config need not have.
+
+    Returns:
+        TextProvider: The provider.
+
+    Raises:
+        TypeError: If the config builds something else.
+    """
+    provider = MODELS.build(cfg, default_args=defaults)
+    if not isinstance(provider, TextProvider):
+        raise TypeError(
+            '`text` must be the config of a text provider, such as '
+            f"dict(type='ClassEmbeddings', file=...), but {cfg} builds a "
+            f'{type(provider).__name__}.')
+    return provider
