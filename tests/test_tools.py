@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """What all tools and demos have in common: their command lines."""
 import argparse
+import ast
 import io
 import json
 import os.path as osp
@@ -202,6 +203,19 @@ def test_settings_are_read_as_mmengine_does():
     cfg = Config(dict(a=dict(b=0)))
     merge_options(cfg, ['a.b=3'])
     assert cfg.a.b == 3
+
+
+def test_settings_given_twice_add_up():
+    """As with MMEngine's `DictAction`, in subcommands too."""
+    seen = 0
+    for tool in TOOLS:
+        for call in ast.walk(ast.parse(Path(tool).read_text())):
+            if isinstance(call, ast.Call) and call.args and getattr(
+                    call.args[0], 'value', '') in ('--cfg-options', '--vars'):
+                keys = {k.arg: k.value for k in call.keywords}
+                assert keys['action'].value == 'extend', tool
+                seen += 1
+    assert seen >= 14
 
 
 def test_bad_settings_are_refused():

@@ -23,6 +23,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument(
         '--vars',
         nargs='+',
+        action='extend',
         default=[],
         metavar='NAME=VALUE',
         help='paths of data and embeddings that the study calls ${NAME}')

@@ -50,22 +50,24 @@ def time_folders(folders: Mapping[str, Path],
             takes several. Defaults to None.
 
     Returns:
-        dict[str, Any]: ``gflops_peak`` and ``arms``: by name, as of
+        dict[str, Any]: ``gflops_peak``, ``size`` and ``arms``: by name, as of
         :func:`summarize`, with ``gflops`` a second, ``share_of_peak`` and,
         where there is one, the ratio ``to_stock`` with its interval.
 
     Raises:
-        ValueError: If a network takes several sizes and none is given.
+        ValueError: If a network takes several sizes and none is given, or
+            networks are of different sizes.
     """
     product, flops = peak(threads)
     arms = {PEAK: stopwatch(product, 'cpu')}
     counts = {PEAK: flops}
-    generator = np.random.default_rng(0)
+    generator, sizes = np.random.default_rng(0), {}
     for name, folder in folders.items():
         network = Network(folder, threads)
         taken = network.size or size
         if taken is None:
             raise ValueError(f'{folder} takes several sizes: give one.')
+        sizes[name] = tuple(taken)
         picture = generator.integers(0, 256, (*taken, 3), np.uint8)
         inputs = network.inputs(picture)
         arms[name] = stopwatch(
@@ -73,6 +75,10 @@ def time_folders(folders: Mapping[str, Path],
         scale = np.prod(taken) / np.prod(
             [n for n in network.meta['input']['shape'] if n != 3])
         counts[name] = network.meta['flops'] * scale
+    if len(set(sizes.values())) > 1:
+        raise ValueError('times of different sizes do not compare: ' +
+                         ', '.join(f'{name} takes {height}x{width}'
+                                   for name, (height, width) in sizes.items()))
     if model is not None:
         eager = ExportableSegmentor(model, preprocess=True).eval()
         example = eager.example(size)
@@ -96,4 +102,5 @@ def time_folders(folders: Mapping[str, Path],
             ratio = paired_ratio(seconds[name], stock)
             row.update(
                 to_stock=ratio.value, to_stock_ci95=[ratio.low, ratio.high])
-    return dict(gflops_peak=top / 1e9, arms=found)
+    taken = next(iter(sizes.values()), size)
+    return dict(gflops_peak=top / 1e9, size=taken, arms=found)

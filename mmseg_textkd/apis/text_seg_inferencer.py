@@ -509,7 +509,8 @@ def _checked_image(image: np.ndarray, channels: int = 3) -> np.ndarray:
         return image
     if image.ndim == 2:
         image = image[..., None]
-    if image.dtype != np.uint8 or image.ndim != 3 or image.size == 0:
+    if (image.dtype != np.uint8 or image.ndim != 3 or image.size == 0
+            or image.shape[2] not in (1, 3)):
         raise ValueError(
             'an image must be uint8, in [0, 255], BGR, with shape (H, W, 3), '
             f'but got {image.dtype} of shape {image.shape}. Convert it, for '

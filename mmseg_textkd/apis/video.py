@@ -280,7 +280,9 @@ def _flushed(frames: Iterable[np.ndarray]) -> Iterator[Optional[np.ndarray]]:
 def _predict(inferencer: 'TextSegInferencer', held: List[np.ndarray],
              data: dict, smoother: Optional[LogitSmoother]) -> List:
     """Label maps of a batch, as arrays."""
-    if smoother is None:
+    single = inferencer.model.out_channels == 1
+    # Nothing to smooth where all is of one class.
+    if smoother is None or single and not inferencer.adapter.binary:
         return [
             sample.pred_sem_seg.data[0].cpu().numpy()
             for sample in inferencer.forward(data)

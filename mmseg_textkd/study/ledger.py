@@ -123,17 +123,9 @@ class Ledger:
             OSError: If nothing can be added, also later.
         """
         self.reload()
-        known = self.registrations(entry['study'])
-        if known and {
-                **known[-1], 'registered': None
-        } == {
-                **entry, 'registered': None
-        }:
-            # Hours of training come before the next line.
-            open(self.path, 'ab').close()
-            return False
-        self.append(dict(entry, registered=registered))
-        return True
+        # Opens the file in any case: hours of training come before the next
+        # line.
+        return self.append(dict(entry, registered=registered))
 
     def append(self, entry: Dict[str, Any]) -> bool:
         """Append a line atomically.
@@ -194,16 +186,20 @@ class Ledger:
         return entry
 
     def _take(self, entry: Dict[str, Any], number: int) -> None:
+        if not self._is_new(entry, f'line {number}'):
+            return
         if 'registered' in entry:
             self._registered.setdefault(entry['study'], []).append(entry)
-        elif self._is_new(entry, f'line {number}'):
+        else:
             key = _key(entry)
             self._entries[key], self._lines[key] = entry, number
 
     def _is_new(self, entry: Dict[str, Any], where: str) -> bool:
-        """Whether there is no result of the run yet."""
+        """Whether there is no such registration, or result of the run, yet."""
         if 'registered' in entry:
-            return True
+            known = self.registrations(entry['study'])[-1:]
+            return [dict(k, registered=entry['registered'])
+                    for k in known] != [entry]
         key = _key(entry)
         known = self._entries.get(key)
         if known is None:

@@ -148,9 +148,10 @@ class Study:
         """
         network = self.spec['networks'][run.network]
         arm = self.spec['arms'][run.arm]
-        options = {}
-        for owner in (self.spec, network, arm):
-            options.update(copy.deepcopy(owner.get('options') or {}))
+        # MMEngine takes some keys out of what it merges.
+        options = copy.deepcopy([
+            owner.get('options') or {} for owner in (self.spec, network, arm)
+        ])
         extra = None
         if arm.get('auxiliary_head'):
             extra = {**arm['auxiliary_head'], **network['feature']}

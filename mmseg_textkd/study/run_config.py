@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
 from mmengine.config import Config
+from mmengine.optim.scheduler.param_scheduler import INF
 
 from mmseg_textkd.utils.config import as_list, dicts, type_name
 
+# What schedulers of MMEngine count iterations by, beside `begin`.
+ITERATIONS = ('end', 'T_max', 'milestones', 'periods', 'step_size',
+              'total_steps')
+
 
 def make_config(path: Path,
-                options: Dict[str, Any],
+                options: Sequence[Dict[str, Any]],
                 iterations: int,
                 val_interval: int,
                 seed: int,
@@ -22,9 +27,10 @@ def make_config(path: Path,
 
     Args:
         path (Path): A config.
-        options (dict): What ``--cfg-options`` would change.
-        iterations (int): Length of the run. Begin and end of the learning
-            rate schedule are scaled with it.
+        options (Sequence[dict]): What ``--cfg-options`` would change, one
+            after the other.
+        iterations (int): Length of the run. The learning rate schedule is
+            scaled with it.
         val_interval (int): Iterations between two validations and between
             two checkpoints.
         seed (int): Seed of the run.
@@ -43,7 +49,8 @@ def make_config(path: Path,
         ValueError: If an option does not fit the config.
     """
     cfg = copy.deepcopy(_load(path))
-    cfg.merge_from_dict(options)
+    for changes in options:
+        cfg.merge_from_dict(changes)
     # A variable of the text configs, whose vectors an arm may not use:
     # tools/train.py would make them all the same.
     cfg.pop('text_provider', None)
@@ -91,9 +98,16 @@ def set_length(cfg: Config, iterations: int, val_interval: int) -> None:
         raise ValueError(f'val_interval={val_interval} does not divide '
                          f'iterations={iterations}')
     factor = iterations / cfg.train_cfg.max_iters
-    for scheduler in cfg.param_scheduler:
+    for scheduler in as_list(cfg.get('param_scheduler')):
         scheduler.begin = round(scheduler.get('begin', 0) * factor)
-        scheduler.end = round(scheduler.end * factor)
+        for key in ITERATIONS:
+            value = scheduler.get(key)
+            if isinstance(value, (list, tuple)):
+                scheduler[key] = [round(v * factor) for v in value]
+            elif value is not None and value < INF:
+                scheduler[key] = round(value * factor)
+        if type_name(scheduler) == 'ExponentialLR':
+            scheduler.gamma **= 1 / factor
     cfg.train_cfg.update(max_iters=iterations, val_interval=val_interval)
     # Else MMEngine counts validations by epoch, of which there is one.
     cfg.default_hooks.logger.log_metric_by_epoch = False

@@ -552,7 +552,8 @@ def test_arrays_are_images_or_errors(worded, inferencer):
     for same in (gray, gray[..., 0]):
         assert np.array_equal(mine(same)['predictions'], expected)
     for bad in (image / 255, image.astype(np.uint16) * 257,
-                image.astype(np.float32), image[:0], image[None]):
+                image.astype(np.float32), image[:0], image[None],
+                np.dstack([image, gray])):
         with pytest.raises(ValueError, match='must be uint8'):
             mine(bad)
 

@@ -220,6 +220,10 @@ def test_deployed_folders(tmp_path):
     folders = {'x': paths[0], 'x stock': paths[1]}
     found = time_folders(folders, 3, 0, 1, model, (32, 64))['arms']
     assert found['eager']['ratio'] == 1 and found['x']['to_stock'] > 0
+    assert 'One picture of 32x64; 3 rounds' in page
+    deploy(tmp_path / 'c', 'torchscript', network, Form((64, 96)), classes, {})
+    with pytest.raises(SystemExit, match='a takes 32x64, .*c takes 64x96'):
+        run(TOOL, tmp_path, paths[0], tmp_path / 'c')
     low, high = found['x']['to_stock_ci95']
     assert low <= found['x']['to_stock'] <= high
 

@@ -19,7 +19,8 @@ import pytest
 import torch
 import yaml
 from each_case import each_case
-from mmseg.registry import MODELS
+from mmengine.config import Config
+from mmseg.registry import MODELS, PARAM_SCHEDULERS
 from network_tester import CONFIGS
 from processes import start
 from tiny import CLASSES, CONTROL, tiny_config, write_dataset
@@ -28,6 +29,7 @@ from tool_modules import ROOT, fails, load_tool
 from mmseg_textkd.study import Ledger, LedgerError, Run, Study, StudyError
 from mmseg_textkd.study.job import Job
 from mmseg_textkd.study.run import subset
+from mmseg_textkd.study.run_config import set_length
 from mmseg_textkd.study.scheduler import Scheduler
 
 ITERS, INTERVAL = 6, 2
@@ -339,6 +341,87 @@ def test_config_of_a_run(configs, tmp_path):
     assert other.optim_wrapper.optimizer.lr == .05
 
 
+def test_options_apply_one_after_the_other(configs, tmp_path):
+    """Of the study, the network, the arm, as the guide says."""
+    adam = dict(type='AdamW', lr=.001, _delete_=True)
+    path = write_study(
+        configs,
+        tmp_path,
+        options={
+            'optim_wrapper.optimizer.lr': .01,
+            'model.decode_head.dropout_ratio': .3
+        },
+        networks__net__options={'optim_wrapper.optimizer': adam},
+        arms__stock__options={'optim_wrapper.optimizer.lr': .005},
+        arms__random__options={'model.decode_head': dict(concat_input=True)})
+    stock, random = (
+        Study.load(path).config(Run('net', arm, 3))
+        for arm in ('stock', 'random'))
+    assert stock.optim_wrapper.optimizer == dict(type='AdamW', lr=.005)
+    assert random.optim_wrapper.optimizer == dict(type='AdamW', lr=.001)
+    head = random.model.decode_head
+    assert (head.concat_input, head.dropout_ratio) == (True, .3)
+
+
+def test_schedules_are_scaled(configs):
+    """A tenth of the length: each tenth step is that of the whole."""
+    schedules = [
+        [dict(type='CosineAnnealingLR', T_max=80, by_epoch=False)],
+        [
+            dict(type='LinearLR', start_factor=.1, end=20, by_epoch=False),
+            dict(
+                type='CosineAnnealingLR',
+                T_max=60,
+                begin=20,
+                end=80,
+                by_epoch=False)
+        ],
+        [dict(type='MultiStepLR', milestones=[20, 50], by_epoch=False)],
+        [dict(type='StepLR', step_size=20, by_epoch=False)],
+        [dict(type='ExponentialLR', gamma=.97, by_epoch=False)],
+        [dict(type='PolyLR', end=80, by_epoch=False)],
+        [
+            dict(
+                type='CosineRestartLR',
+                periods=[30, 50],
+                restart_weights=[1, .5],
+                eta_min=0.,
+                by_epoch=False)
+        ],
+    ]
+
+    def rates(cfg):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.)
+        schedulers = [
+            PARAM_SCHEDULERS.build(c, default_args=dict(optimizer=optimizer))
+            for c in cfg.param_scheduler
+        ]
+        for _ in range(cfg.train_cfg.max_iters):
+            yield optimizer.param_groups[0]['lr']
+            optimizer.step()
+            for scheduler in schedulers:
+                scheduler.step()
+
+    for schedule in schedules:
+        cfg = Config.fromfile(configs / 'stock.py')
+        cfg.merge_from_dict(
+            dict(train_cfg=dict(max_iters=80), param_scheduler=schedule))
+        whole, short = [*rates(cfg)], cfg.copy()
+        set_length(short, 8, 4)
+        short = [*rates(short)]
+        assert len(short) == 8
+        # But in warm-up, which ends a step before `end` at any length.
+        assert np.allclose(
+            short[2:], whole[20::10], atol=.13), schedule[0]['type']
+    cycle = dict(type='OneCycleLR', total_steps=80, eta_max=1.)
+    cfg.param_scheduler = [cycle]
+    cfg.train_cfg.max_iters = 80
+    set_length(cfg, 8, 4)
+    assert cfg.param_scheduler == [dict(cycle, begin=0, total_steps=8)]
+    cfg.param_scheduler = None
+    set_length(cfg, 8, 4)
+
+
 def test_the_hash_depends_on_what_counts(configs, tmp_path, make_embeddings):
     text = dict(_delete_=True, type='ClassEmbeddings', file='${text}')
     file, arm = make_embeddings(8, 16, CLASSES), dict(config='text')
@@ -558,6 +641,15 @@ def test_a_study_is_registered_once_and_amended_openly(tmp_path):
     assert Ledger(ledger.path).register(dict(plan, planned=[]), '2000-01-03')
     found = Ledger(ledger.path).registrations('s')
     assert [r['registered'] for r in found] == ['2000-01-01', '2000-01-03']
+    # Two drivers that begin at once: both have read the same file.
+    other = Ledger(ledger.path)
+    again = dict(plan, registered='2000-01-04')
+    assert ledger.append(again)
+    assert not other.append(dict(again, registered='2000-01-05'))
+    # As drivers did that did not look.
+    with open(ledger.path, 'a') as file:
+        file.write(json.dumps(dict(again, registered='2000-01-06')) + '\n')
+    assert len(Ledger(ledger.path).registrations('s')) == 3
 
 
 def test_the_tool_lists_the_runs(configs, tmp_path, monkeypatch, capsys):

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from each_case import each_case
+from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from mmseg.apis import inference_model, init_model
 from mmseg.registry import DATASETS, MODELS
 from text_runs import RUNS, make
-from tiny import CONTROL, PIPELINE, save_weights, stir, tiny_config
+from tiny import CLASSES, CONTROL, PIPELINE, save_weights, stir, tiny_config
 from tool_modules import ROOT, load_tool
 
 from mmseg_textkd.apis import TextSegInferencer, video
@@ -195,17 +197,25 @@ def test_smoothing_is_an_average_from_cut_to_cut(inferencer):
         next(stream_video(inferencer, frames, smoothing=1.))
 
 
-def test_one_logit_is_smoothed_too(tmp_path):
-    """A threshold decides, as without."""
+def of_one_logit(tmp_path):
+    """Config of a network with one logit for two classes."""
     cfg = tiny_config(tmp_path, CONTROL)
     classes = dict(classes=('a', 'b'), palette=[[0] * 3, [9] * 3])
     cfg.test_dataloader.dataset.metainfo = classes
+    cfg.val_dataloader.dataset.metainfo = classes
     cfg.model.decode_head.update(
         num_classes=2,
         out_channels=1,
         threshold=.4,
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True))
+    cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
     cfg.dump(tmp_path / 'config.py')
+    return Config.fromfile(tmp_path / 'config.py')
+
+
+def test_one_logit_is_smoothed_too(tmp_path):
+    """A threshold decides, as without."""
+    cfg = of_one_logit(tmp_path)
     weights = save_weights(tmp_path / 'w.pth', stir(MODELS.build(cfg.model)),
                            ('a', 'b'))
     mine = TextSegInferencer(
@@ -223,6 +233,40 @@ def test_one_logit_is_smoothed_too(tmp_path):
         for w in (None, .5))
     assert .3 < plain.mean() < .7
     assert (plain == smooth).mean() > .99
+
+
+def test_a_single_class_is_all_there_is(trained):
+    mine = TextSegInferencer(trained.config, trained.weights, device='cpu')
+    mine.set_classes([CLASSES[1]])
+    for weight in (None, .5):
+        [found] = stream_video(mine, frames_of(1), smoothing=weight)
+        assert found.labels.shape == (32, 64) and not found.labels.any()
+
+
+def test_one_logit_is_measured_too(tmp_path):
+    """Of labels that are its own the score is perfect."""
+    cfg = of_one_logit(tmp_path)
+    weights = save_weights(tmp_path / 'w.pth', stir(MODELS.build(cfg.model)),
+                           ('a', 'b'))
+    dataset = DATASETS.build(cfg.val_dataloader.dataset)
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    model = init_model(cfg.filename, weights, 'cpu')
+    scores = [
+        inference_model(model, info['img_path']).seg_logits.data[0]
+        for info in infos
+    ]
+    cfg.model.decode_head.threshold = torch.stack(scores).median().item()
+    cfg.dump(cfg.filename)
+    for info, score in zip(infos, scores):
+        labels = score > cfg.model.decode_head.threshold
+        cv2.imwrite(info['seg_map_path'], labels.byte().numpy())
+    path = tmp_path / 'l.jsonl'
+    load_tool('analysis_tools/video.py').main([
+        'smoothing', cfg.filename, weights, '--smoothing', '0', '--device',
+        'cpu', '--ledger',
+        str(path)
+    ])
+    assert Ledger(path).entries[0]['val']['mIoU'] == 100
 
 
 def test_smoothing_is_measured(trained, inferencer, monkeypatch, tmp_path,

@@ -186,7 +186,8 @@ def folders_page(results: Mapping[str, Any]) -> str:
              f'{100 * row["share_of_peak"]:.0f} %')
             for name, row in results['arms'].items()]
     return '\n\n'.join(
-        (f'One picture; {results["runs"]} rounds after {results["warmup"]}; '
+        (f'One picture of {"x".join(map(str, results["size"]))}; '
+         f'{results["runs"]} rounds after {results["warmup"]}; '
          f'{describe(results["environment"])} Peak: '
          f'{results["gflops_peak"]:.1f} GFLOP/s.',
          table(('folder', *TIME_HEADER, 'GFLOP/s', 'of peak'), rows))) + '\n'

@@ -87,6 +87,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     smoothing.add_argument(
         '--cfg-options',
         nargs='+',
+        action='extend',
         metavar='KEY=VALUE',
         help='settings of the config to override')
     for command in (speed, smoothing):
@@ -201,7 +202,10 @@ def measure_smoothing(args: argparse.Namespace) -> List[Dict[str, Any]]:
             frame = cv2.imread(sample.img_path)
             for smoother, metric in arms.values():
                 averaged = smoother(logits, frame) if smoother else logits
-                sample.pred_sem_seg.data = averaged.argmax(0, keepdim=True)
+                labels = averaged.argmax(0, keepdim=True)
+                if model.out_channels == 1:
+                    labels = (averaged > model.decode_head.threshold).long()
+                sample.pred_sem_seg.data = labels
                 metric.process(batch, [sample.to_dict()])
     return [
         _entry(
