@@ -2,7 +2,9 @@
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
+import torch.nn.functional as F
 from mmengine.dataset import ConcatDataset
+from mmengine.structures import InstanceData
 from mmseg.registry import DATASETS
 from mmseg.structures import SegDataSample
 from torch import Tensor
@@ -136,6 +138,16 @@ class MultiDataset(ConcatDataset):
 
     def _translate(self, sample: SegDataSample, number: int) -> None:
         """Turn the labels of a data set into words, in place."""
+        if 'region_embeddings' in sample:
+            regions = sample.region_embeddings
+            words, place = self._to_word[number][regions.labels].unique(
+                return_inverse=True)
+            # Of several classes by one word the mean of their regions.
+            sums = regions.vectors.new_zeros(
+                len(words), regions.vectors.shape[1])
+            sums.index_add_(0, place, regions.vectors)
+            sample.region_embeddings = InstanceData(
+                labels=words, vectors=F.normalize(sums, dim=1))
         if 'gt_sem_seg' not in sample:
             return
         labels: Tensor = sample.gt_sem_seg.data.long()

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from typing import Any, Iterator, Optional, Sequence
 
 import torch
+from mmseg.models.decode_heads import STDCHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.utils import resize
 from mmseg.structures import SegDataSample
@@ -120,8 +121,9 @@ def own_label_spaces(model: nn.Module,
     heads = {
         name: head
         for name, head in model.named_modules()
-        # Those with two classes or fewer predict boundaries.
-        if isinstance(head, BaseDecodeHead) and head.num_classes > 2
+        # Others predict boundaries.
+        if isinstance(head, BaseDecodeHead) and not isinstance(head, STDCHead)
+        and head.num_classes > min(2, spaces.shape[1] - 1)
     }
     for name, head in heads.items():
         if head.num_classes != spaces.shape[1]:

@@ -1,6 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Queries on the text providers and the text parameters of a model."""
-from typing import Any, Dict
+from typing import Any, Container, Dict
 
 from mmengine.model import is_model_wrapper
 from torch import nn
@@ -141,6 +141,33 @@ def check_text_losses(model: nn.Module) -> None:
                 'parts. Let its own `loss` call `self.decode_head.loss(inputs,'
                 ' data_samples, self.train_cfg)`, as EncoderDecoder does, or '
                 "use role='classifier' without `text_losses`.")
+
+
+def check_prompts_learn(model: nn.Module, learned: Container[str]) -> None:
+    """Require a loss from which gradients go to the prompts of each head.
+
+    Args:
+        model (nn.Module): The model, not wrapped.
+        learned (Container[str]): Names of the parameters of stage 2.
+
+    Raises:
+        ValueError: If a head in the role 'auxiliary' has none.
+    """
+    prompts = [name for name in prompt_parameters(model) if name in learned]
+    for name, head in model.named_modules():
+        if (getattr(head, 'role', None) == 'auxiliary' and any(
+                prompt.startswith(f'{name}.text_branch.')
+                for prompt in prompts) and head.text_branch.fusion is None
+                and not any(
+                    getattr(loss, 'trains_text', True)
+                    for loss in head.text_losses)):
+            losses = [type(loss).__name__ for loss in head.text_losses]
+            raise ValueError(
+                f"the prompts of {name} would learn nothing in stage 2: no "
+                f"gradient goes to the text from its {losses}, and role="
+                "'auxiliary' has no others. Add TextAlignmentLoss to "
+                "`text_losses`, use role='classifier', or set "
+                'switch_at=None.')
 
 
 def check_classes(model: nn.Module, dataset: Dataset) -> None:

@@ -367,6 +367,19 @@ def test_mixed_precision(model_cfg):
         assert value.item() == pytest.approx(plain[name].item(), rel=.2), name
 
 
+@torch.no_grad()
+def test_other_dtypes(model):
+    """A copy of another dtype leaves the towers that it shares alone."""
+    images = pixels()
+    expected = model(images)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        twin = copy.deepcopy(model).to(dtype)
+        found = twin(images.to(dtype))
+        assert found.dtype in (dtype, torch.float32)
+        assert (found.argmax(1) == expected.argmax(1)).float().mean() > .95
+        assert torch.equal(model(images), expected)
+
+
 def test_what_does_not_fit_is_refused(model, model_cfg, make_embeddings):
     wide = dict(type='ControlEmbeddings', kind='random', dim=32)
     builds = [

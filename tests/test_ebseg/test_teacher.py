@@ -66,6 +66,21 @@ def test_its_pixel_embeddings_are_taught(student):
         model.loss(inputs, tiny_batch())
 
 
+def test_its_scores_are_taught_as_probabilities(student):
+    """Their logarithms are logits: the softmax divides by their sum."""
+    model, teacher = student(embeddings=False)
+    pictures = 255 * torch.rand(2, 3, *SIZE)
+    own, theirs = model.data_preprocessor, teacher.data_preprocessor
+    with torch.no_grad():
+        scores = teacher((pictures - theirs.mean) / theirs.std, mode='tensor')
+    found = model.teacher((pictures.flip(1) - own.mean) / own.std, own)
+    assert_close(
+        found['logits'].softmax(1),
+        scores / scores.sum(1, keepdim=True),
+        rtol=1e-3,
+        atol=1e-5)
+
+
 def test_it_may_not_have_seen_what_is_hidden(student):
     data = SimpleNamespace(metainfo=dict(classes=CLASSES))
 

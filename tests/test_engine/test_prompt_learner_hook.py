@@ -717,6 +717,20 @@ def test_rows_of_further_outputs(kind, number):
         assert torch.equal(state[f'head.{name}'], value)
 
 
+def test_remembered_prototypes_follow_their_names():
+    loss = dict(type='SemanticStructureLoss', momentum=.9, shape=(8, 16))
+    head = MODELS.build(
+        dict(tiny.HEAD, type='TextFCNHead', text=RESIDUAL, text_losses=[loss]))
+    net, key = torch.nn.ModuleDict(dict(head=head)), 'text_losses.0.memory'
+    memory = torch.arange(8.)[:, None].repeat(1, 16) + 1
+    state = {f'head.{key}': memory}
+    meta = dict(dataset_meta=dict(classes=CLASSES))
+    match_classes(net, dict(state_dict=state, meta=meta),
+                  ('tram', *CLASSES[:0:-1]))
+    # Of a class that is new nothing has been seen.
+    assert state[f'head.{key}'][:, 0].tolist() == [0, 8, 7, 6, 5, 4, 3, 2]
+
+
 def mapped(kind):
     """A network with a score map, or with context that has scores."""
     cfg = dict(
@@ -770,6 +784,21 @@ def test_a_stage_2_that_cannot_be_is_told_before_stage_1(
     with pytest.raises((ValueError, TextTowerError), match=message):
         run(cfg)
     assert not list(tmp_path.glob('work/iter_*'))
+
+
+def test_prompts_that_no_loss_reaches_are_told_before_stage_1(
+        tmp_path, residual):
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=3), 6, 1)
+    losses = [dict(type='SemanticStructureLoss', min_pixels=1)]
+    cfg.model.decode_head.update(role='auxiliary', text_losses=losses)
+    with pytest.raises(
+            ValueError, match="decode_head .*gradient.*'SemanticStructure"):
+        run(cfg)
+    assert not list(tmp_path.glob('work/iter_*'))
+    losses.append(dict(type='TextAlignmentLoss'))
+    cfg.model.decode_head.text_losses = losses
+    runner = run(cfg)
+    assert runner.model.decode_head.text_branch.text.offset.any()
 
 
 @each_case('learn, heads', [(None, False), (None, True),

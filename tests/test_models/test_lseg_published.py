@@ -10,7 +10,8 @@ from tiny import CONTROL, stir, tiny_config
 from torch import nn
 
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg, verify
-from mmseg_textkd.models import LSegDPTHead, LSegTextClassifier
+from mmseg_textkd.models import (LSegDPTHead, LSegEpisodeHead,
+                                 LSegTextClassifier)
 
 pytestmark = pytest.mark.stacks
 
@@ -197,6 +198,20 @@ def test_episodes_learn_with_their_own_classes(text):
         loss, F.cross_entropy(products, labels), atol=1e-5, rtol=1e-5)
     assert branch.episode is None
     assert branch.projection.conv.weight.grad.abs().max() > 0
+
+
+def test_episodes_take_no_losses_on_the_text_of_all(text):
+    noise = dict(
+        type='ControlEmbeddings',
+        kind='noise',
+        phrases=2,
+        cosine=.9,
+        embeddings=text)
+    for changes in (dict(text_losses=[dict(type='TextAlignmentLoss')]),
+                    dict(fusion=dict(type='ContextAwareText', num_heads=2)),
+                    dict(text=noise)):
+        with pytest.raises(ValueError, match='LSegEpisodeHead takes no'):
+            small('r101', **dict(dict(text=text), **changes))
 
 
 def test_faults_are_named(text):

@@ -57,6 +57,13 @@ def test_losses_of_one_name_add_up():
     single, double = (
         h.loss(*data(), {})['loss_text_align'] for h in (one, two))
     torch.testing.assert_close(double, 2 * single)
+    # With those of the stock head too.
+    named = dict(ALIGN, loss_name='loss_ce')
+    both = TextFCNHead(text=CONTROL, text_losses=[named], **ARGS)
+    both.load_state_dict(one.state_dict(), strict=False)
+    torch.testing.assert_close(
+        both.loss(*data(), {})['loss_ce'],
+        sum(v for k, v in one.loss(*data(), {}).items() if 'loss' in k))
 
 
 def test_a_copy_of_the_base_head_is_as_good():

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from each_case import each_case
 from mmengine.dataset import pseudo_collate
 from mmseg.registry import DATA_SAMPLERS, DATASETS, MODELS
+from network_tester import samples
+from tiny import BACKBONE, CONTROL, HEAD, SIZE
 from torch.testing import assert_close
 from words_data import OWN, SPACES, WORDS, dataset_cfg, multi_cfg
 
+from mmseg_textkd import add_region_embeddings
 from mmseg_textkd.datasets.label_spaces import label_space, narrower_words
 from mmseg_textkd.models import DistilledEncoderDecoder, TextKD
-from mmseg_textkd.models.label_spaces import own_logits
+from mmseg_textkd.models.label_spaces import own_label_spaces, own_logits
 from mmseg_textkd.text import TextEmbeddings, united_embeddings
 from mmseg_textkd.text.united_embeddings import load_united
 
@@ -60,6 +63,36 @@ def test_labels_become_words(data):
             expected[raw == value] = WORDS.index(word)
         found = sample.gt_sem_seg.data[0].numpy()
         assert np.array_equal(found, expected) and (raw == 255).any()
+
+
+def test_regions_get_the_words_of_their_labels(data, tmp_path):
+    cfg = multi_cfg(
+        data.root, words=dict(lane=dict(truck='car')), relations=None)
+    load = dict(
+        type='LoadRegionEmbeddings',
+        model='toyclip',
+        folder=str(tmp_path),
+        min_pixels=1)
+    plain = add_region_embeddings(
+        dict(dataset=cfg['datasets'][1]), dict(load))['dataset']
+    cfg['datasets'] = [
+        add_region_embeddings(dict(dataset=d), dict(load))['dataset']
+        for d in cfg['datasets']
+    ]
+    sample = DATASETS.build(cfg)[6]['data_samples']
+    own = DATASETS.build(plain)[1]['data_samples'].region_embeddings
+    assert own.labels.tolist() == [0, 1, 2, 3]
+    found = sample.region_embeddings
+    words = DATASETS.build(cfg).metainfo['classes']
+    names = [words[k] for k in found.labels]
+    assert sorted(names) == ['car', 'road', 'tree']
+    present = sample.gt_sem_seg.data.unique()
+    assert found.labels.tolist() == present[present != 255].tolist()
+    expected = dict(
+        road=own.vectors[0],
+        car=F.normalize(own.vectors[1] + own.vectors[2], dim=0),
+        tree=own.vectors[3])
+    assert_close(found.vectors, torch.stack([expected[n] for n in names]))
 
 
 def test_classes_get_other_words(data):
@@ -208,6 +241,26 @@ def test_every_head_learns_in_the_own_label_space(network_cfg, data, role):
     # With all words in one softmax it would be another loss.
     union = head.loss(features, samples, {})
     assert union['loss_ce'] > losses['decode.loss_ce'] + .1
+
+
+def test_two_words_have_label_spaces_too():
+    """But heads that predict boundaries have none."""
+    stock = dict(HEAD, num_classes=2)
+    model = MODELS.build(
+        dict(
+            type='MultiDatasetEncoderDecoder',
+            backbone=BACKBONE,
+            decode_head=dict(stock, type='TextFCNHead', text=CONTROL),
+            auxiliary_head=[stock, dict(stock, type='STDCHead')]))
+    batch = samples(SIZE, 2)
+    for sample in batch:
+        sample.set_metainfo(dict(label_space=[0, -1]))
+    with own_label_spaces(model, batch):
+        own = [
+            name for name, head in model.named_modules()
+            if 'loss_by_feat' in vars(head)
+        ]
+    assert own == ['decode_head', 'auxiliary_head.0']
 
 
 def test_heads_of_another_number_of_classes_are_told(network_cfg):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ...models.fusion import ContextAwareText
 from ...models.layers import TextClassifier
 from ...models.layers.score_map import ScoreMap
+from ...models.losses import SemanticStructureLoss
 from ...models.text_parameters import text_providers
 from ...utils.checkpoint import class_names
 
@@ -91,7 +92,8 @@ def class_weights(model: nn.Module,
 
     Returns:
         dict[str, tuple]: By name the weight and which of its axes are the
-        classes: prompts and vectors of text providers,
+        classes: prompts and vectors of text providers, prototypes that a
+        structure loss remembers,
         biases of text classifiers, and ``conv_seg`` of stock heads, or
         ``cls_seg`` of their further outputs, for that many classes.
     """
@@ -104,6 +106,8 @@ def class_weights(model: nn.Module,
         elif isinstance(module, ScoreMap):
             for conv in module.convs:
                 keys[f'{name}.convs.{conv}.weight'] = (1, )
+        elif isinstance(module, SemanticStructureLoss):
+            keys[f'{name}.memory'] = (0, )
         elif isinstance(module, ContextAwareText):
             keys[f'{name}.score_weight'] = (0, 1)
         elif (name.endswith(

@@ -17,10 +17,11 @@ from mmseg.registry import HOOKS, MODELS, PARAM_SCHEDULERS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...models.text_parameters import (check_classes, check_text_losses,
-                                       prompt_parameters, text_parameters,
-                                       text_providers, text_statistics,
-                                       tower_checksums, unwrap)
+from ...models.text_parameters import (check_classes, check_prompts_learn,
+                                       check_text_losses, prompt_parameters,
+                                       text_parameters, text_providers,
+                                       text_statistics, tower_checksums,
+                                       unwrap)
 from ...text.encode_classes import ensure_embeddings
 from .class_rows import match_classes
 from .loaded_checkpoint_hook import LoadedCheckpointHook
@@ -360,6 +361,7 @@ class PromptLearnerHook(Hook):
         if runner._resume:
             self._check_resumed_stage(runner, model)
         self._lr_factors = self._get_lr_factors(model)
+        check_prompts_learn(model, self._lr_factors)
         self._group_factors = self._get_group_factors(runner, model)
         self._build_schedulers(runner)
         if self.switch_iter == 0 and not self._loaded:

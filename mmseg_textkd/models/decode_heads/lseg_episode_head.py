@@ -24,7 +24,8 @@ class LSegEpisodeHead(LSegDPTHead):
         **kwargs: Other arguments of :class:`LSegDPTHead`.
 
     Raises:
-        ValueError: If ``num_classes`` is not 2.
+        ValueError: If ``num_classes`` is not 2, or with text losses, a fusion
+            or phrases, which know no episodes.
     """
 
     def __init__(self,
@@ -37,6 +38,11 @@ class LSegEpisodeHead(LSegDPTHead):
                              f'num_classes={num_classes}.')
         branch = dict(text_branch or {}, type='LSegTextClassifier')
         super().__init__(text_branch=branch, num_classes=2, **kwargs)
+        if self._has_extra or self.text_branch.text.phrase_bank is not None:
+            raise ValueError(
+                'LSegEpisodeHead takes no `text_losses`, no `fusion` and no '
+                'SynonymSampler: they would compare the two classes of an '
+                'image with the text of all.')
 
     def loss(self, inputs: Union[Tensor, Sequence[Tensor]],
              *args) -> Dict[str, Tensor]:

@@ -1,7 +1,8 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import warnings
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Union
+from typing import (TYPE_CHECKING, Any, Dict, Iterator, Optional, Sequence,
+                    Tuple, Union)
 
 import torch
 import torch.nn.functional as F
@@ -233,8 +234,10 @@ class TextHeadMixin(Base):
         # fusions in evaluation mode.
         embeddings = pixels[0][1] if pixels else branch.projection(feat)
         text = texts[0][1] if texts else branch.text(feat.shape[0])
-        losses.update(
-            self._text_losses(feat, logits, embeddings, text, args[-2]))
+        for name, value in self._text_losses(feat, logits, embeddings, text,
+                                             args[-2]):
+            # Losses of one name add up, as those of `loss_decode` do.
+            losses[name] = losses[name] + value if name in losses else value
         return losses
 
     @property
@@ -272,7 +275,8 @@ class TextHeadMixin(Base):
 
     def _text_losses(self, feat: Tensor, logits: Tensor, embeddings: Tensor,
                      text: Tensor,
-                     batch_data_samples: list) -> Dict[str, Tensor]:
+                     batch_data_samples: list) -> Iterator[Tuple[str, Tensor]]:
+        """Compute the text losses and those of the fusion, with names."""
         labels, ignored = self._labels(batch_data_samples), self.ignore_index
         if getattr(self.text_branch, 'unseen', ()):
             # Losses over the seen classes only.
@@ -284,7 +288,6 @@ class TextHeadMixin(Base):
         small = F.interpolate(
             labels.float(), size=embeddings.shape[2:], mode='nearest')
         small, labels = small.squeeze(1).long(), labels.squeeze(1)
-        losses: Dict[str, Tensor] = {}
         for module in self.text_losses:
             if getattr(module, 'of_text', False):
                 fixed = self._fixed_text()
@@ -302,15 +305,12 @@ class TextHeadMixin(Base):
                     labels if full else small,
                     ignore_index=ignored,
                     batch_data_samples=batch_data_samples)
-            name = str(module.loss_name)
-            losses[name] = losses[name] + value if name in losses else value
+            yield str(module.loss_name), value
         if self.text_branch.fusion is not None:
             self.text_branch.fusion.check_text(text)
-            losses.update(
-                self.text_branch.fusion.loss(self.text_branch, feat,
-                                             embeddings, text, logits, small,
-                                             ignored))
-        return losses
+            yield from self.text_branch.fusion.loss(self.text_branch, feat,
+                                                    embeddings, text, logits,
+                                                    small, ignored).items()
 
     def _fixed_text(self) -> Tensor:
         """Get the class embeddings that the learned ones start from."""

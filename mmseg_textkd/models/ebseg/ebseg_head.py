@@ -141,6 +141,7 @@ class EBSegHead(BaseModule):
         Returns:
             Tensor: Logits with shape (N, Q, K + 1).
         """
+        text = text.to(embeddings)
         nothing = F.normalize(self.no_object.to(text), dim=0)
         with torch.autocast(embeddings.device.type, enabled=False):
             return scale * embeddings @ torch.cat([text, nothing[None]]).T

@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import copy
 from abc import ABCMeta, abstractmethod
 from typing import Any, Dict, Optional, Sequence
 
@@ -14,6 +15,8 @@ class _Unregistered:
 
     def __init__(self) -> None:
         self.network: Optional[nn.Module] = None
+        # Of other dtypes: those that share it may be of several.
+        self.copies: Dict[torch.dtype, nn.Module] = {}
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> '_Unregistered':
         return self
@@ -97,11 +100,13 @@ class FrozenTower(BaseModule, metaclass=ABCMeta):
         Returns:
             nn.Module: The network, on their device and of their dtype.
         """
-        network = self.network
-        weight = next(network.parameters())
-        if (weight.device, weight.dtype) != (pixels.device, pixels.dtype):
-            network.to(pixels.device, pixels.dtype)
-        return network
+        network, dtype = self.network, pixels.dtype
+        if next(network.parameters()).dtype != dtype:
+            copies = self._holder.copies
+            if dtype not in copies:
+                copies[dtype] = copy.deepcopy(network).to(dtype)
+            network = copies[dtype]
+        return network.to(pixels.device)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Normalize images for the network.

@@ -38,6 +38,7 @@ class ImageEmbeddingDistillationLoss(nn.Module):
 
     # The head gives the embeddings of its image projection.
     of_image_projection = True
+    trains_text = False
 
     def __init__(self,
                  loss_weight: float = 10.,

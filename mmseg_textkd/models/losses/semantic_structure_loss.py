@@ -64,6 +64,9 @@ class SemanticStructureLoss(nn.Module):
 
     memory: Optional[Tensor]
 
+    # No gradient goes to the text: prompts learn nothing by it.
+    trains_text = False
+
     def __init__(self,
                  target: str = 'centered',
                  off_diagonal: bool = True,

@@ -62,6 +62,9 @@ class TextGuidedDistillationLoss(nn.Module):
         ValueError: If an argument is out of range.
     """
 
+    # No gradient goes to the text: prompts learn nothing by it.
+    trains_text = False
+
     def __init__(self,
                  teacher: str = 'regions',
                  gamma: Optional[dict] = None,

@@ -38,6 +38,9 @@ class TextSimilarityDistillationLoss(nn.Module):
         ValueError: If the temperature is not positive.
     """
 
+    # No gradient goes to the text: prompts learn nothing by it.
+    trains_text = False
+
     def __init__(self,
                  scale: Optional[dict] = None,
                  temperature: float = 1.,
