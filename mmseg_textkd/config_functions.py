@@ -46,6 +46,7 @@ def stock_network(path: str,
     Raises:
         FileNotFoundError: If there is no such config; near matches are
             listed.
+        ValueError: If a head has its classes in parts of its own.
     """
     cfg = _read_stock(path)
     model, optim_wrapper = (
@@ -54,6 +55,14 @@ def stock_network(path: str,
     model['data_preprocessor']['size'] = size
     heads = as_list(model['decode_head']) + as_list(
         model.get('auxiliary_head'))
+    nested = [
+        h['type'] for h in heads if 'num_classes' not in h or 'loss_cls' in h
+    ]
+    if nested:
+        raise ValueError(
+            f'{path}: the classes of {nested} are in parts of the head too, '
+            'such as the weights of its loss. Inherit the config, and set '
+            'them there.')
     stock_classes = heads[0]['num_classes']
     for head in heads:
         if min_kept is not None and head.get('sampler'):

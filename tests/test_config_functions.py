@@ -27,6 +27,15 @@ def num_classes(name, classes):
     return [h['num_classes'] for some in heads for h in some]
 
 
+@pytest.mark.parametrize('path', [
+    'maskformer/maskformer_r50-d32_8xb2-160k_ade20k-512x512.py',
+    'knet/knet-s3_r50-d8_fcn_8xb2-adamw-80k_ade20k-512x512.py'
+])
+def test_heads_with_classes_in_their_parts_are_told(path):
+    with pytest.raises(ValueError, match='the classes of .* are in parts'):
+        stock_network(path, 5, (64, 64))
+
+
 def test_all_heads_but_the_boundary_head_get_the_classes():
     model, optim_wrapper = stock_network(STDC, 11, (360, 480))
     # All else is the stock config's, and that is left as it was.

@@ -172,8 +172,8 @@ class TextHeadAdapter(NetworkAdapter):
     """Adapter of a text head, which folds its projection with new vectors.
 
     In the role 'auxiliary' the head's own classifier does not depend on text.
-    For other classes it is replaced by the cosine classifier of the text
-    branch, which the alignment loss has trained.
+    Where one of the classes is new, it is replaced by the cosine classifier
+    of the text branch, which the alignment loss has trained.
     """
 
     def __init__(self,
@@ -218,6 +218,12 @@ class TextHeadAdapter(NetworkAdapter):
         if self.stays_binary(found):
             self._install(self.trained_layer, 1)
             self.vectors, self.binary = found.vectors, True
+            return
+        if (self.model.decode_head.role == 'auxiliary'
+                and not self._has_one_logit and None not in found.trained):
+            rows = torch.tensor(found.trained, device=self.bias.device)
+            self._install(select_classes(self.trained_layer, rows), len(rows))
+            self.vectors = found.vectors
             return
         vectors = self.branch.place_words(found.vectors, found.trained,
                                           new_words)

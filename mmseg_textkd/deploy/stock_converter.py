@@ -4,7 +4,7 @@ import inspect
 import os.path as osp
 import sys
 from glob import glob
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Set
 
 import mmengine.registry
 import mmseg.registry
@@ -66,6 +66,8 @@ class StockConverter:
             if isinstance(registry, Registry)
             for name, thing in registry.module_dict.items()
             if self.needs_plugin(thing.__module__)
+            or inspect.isclass(thing) and any(
+                self.needs_plugin(base.__module__) for base in thing.__mro__)
         }
 
     def needs_plugin(self, module: str) -> bool:
@@ -149,7 +151,8 @@ class StockConverter:
             f'{where}: {value["type"]!r} is defined in {kind.__module__}, '
             f'which needs {PLUGIN}, and MMSegmentation has nothing that '
             'could take its place. Remove it from the config, or define it '
-            f'in a module that does not import {PLUGIN}.')
+            f'in a module that does not import {PLUGIN}, nor a package that '
+            'does.')
 
     def _stock_head(self, kind: type, value: Dict, where: str) -> Dict:
         """Convert a text head to its stock head."""
@@ -199,8 +202,13 @@ class StockConverter:
         return head
 
 
-def _uses_plugin(name: str) -> bool:
-    """Whether a module of the config imports the plugin."""
+def _uses_plugin(name: str, seen: Optional[Set[str]] = None) -> bool:
+    """Whether a module of the config imports the plugin.
+
+    By itself or by what it imports of its own package.
+    """
+    seen = seen or set()
+    seen.add(name)
     homes = [name]
     module = sys.modules.get(name)
     for thing in () if module is None else vars(module).values():
@@ -210,7 +218,12 @@ def _uses_plugin(name: str) -> bool:
             homes += [c.__module__ for c in thing.__mro__]
         else:
             homes.append(str(getattr(thing, '__module__', '')))
-    return any(f'{home}.'.startswith(f'{PLUGIN}.') for home in homes)
+    if any(f'{home}.'.startswith(f'{PLUGIN}.') for home in homes):
+        return True
+    package = name.split('.')[0]
+    return any(
+        home.split('.')[0] == package and home not in seen
+        and _uses_plugin(home, seen) for home in homes)
 
 
 def _stock_dataset(kind: Any, value: Dict, where: str) -> Dict:

@@ -235,6 +235,26 @@ def test_auxiliary_role_classifies_by_its_branch(worded, inferencer):
         near(got, head.text_losses[0].scale() * cosine)
 
 
+def test_auxiliary_role_keeps_its_classifier(worded, inferencer):
+    """For trained classes: all of them, or rows of it."""
+    run, mine = worded('auxiliary'), inferencer('auxiliary')
+    head = init_model(run.config, run.weights, device='cpu').decode_head
+    feat = torch.randn(1, 16, 5, 6)
+    image = cv2.imread(run.images[0])
+    mine.set_classes(list(NEW))
+    for classes, rows in ((None, range(len(CLASSES))),
+                          ([CLASSES[5], CLASSES[0]], [5, 0])):
+        mine.set_classes(classes)
+        with torch.no_grad():
+            near(
+                mine.model.decode_head.conv_seg(feat),
+                head.conv_seg(feat)[:, list(rows)])
+        assert mine(image)['predictions'].max() < len(rows)
+    # Cosines are those of the text branch.
+    found = mine(image, similarity=[CLASSES[0]])['similarity']
+    assert np.abs(found).max() <= 1
+
+
 def test_vectors_of_a_file(worded, inferencer, tmp_path):
     mine, file = inferencer(), tmp_path / 'new.safetensors'
     record = encode_classes(list(NEW), 'toyclip', 'vild')

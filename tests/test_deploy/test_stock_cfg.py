@@ -246,6 +246,36 @@ def test_heads_of_a_project(project, tmp_path):
             to_stock_cfg(cfg)
 
 
+def test_heads_in_packages(project, monkeypatch, tmp_path):
+    """However `custom_imports` reaches them."""
+    package, heads = (types.ModuleType(n) for n in ('own', 'own.heads'))
+    parts, other = (types.ModuleType(n) for n in ('own.parts', 'other'))
+    package.heads, package.parts = heads, parts
+    text = type('TextHead', (TextHeadMixin, ASPPHead),
+                dict(__module__='own.heads'))
+    plain = type('PartHead', (FCNHead, ), dict(__module__='own.parts'))
+    heads.TextHead, parts.PartHead, other.TextHead = text, plain, text
+    for module in (package, heads, parts, other):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for thing in (text, plain):
+        monkeypatch.setitem(MODELS.module_dict, thing.__name__, thing)
+    cfg = tiny_config(tmp_path, CONTROL)
+    cfg.model.decode_head.type = 'TextHead'
+    # A package that imports the head, or a module that exports it again.
+    for name, kept in (('own', []), ('other', []), ('own.heads', []),
+                       ('own.parts', ['own.parts'])):
+        cfg.custom_imports = dict(imports=['mmseg_textkd', 'other', name])
+        stock = to_stock_cfg(cfg)
+        assert stock.model.decode_head.type == 'ASPPHead'
+        assert stock.get('custom_imports', {}).get('imports', []) == kept
+    # What is imported with the head cannot stay.
+    cfg.custom_imports = dict(imports=['mmseg_textkd', 'own'])
+    cfg.model.auxiliary_head = dict(cfg.model.decode_head, type='PartHead')
+    cfg.model.auxiliary_head.pop('text')
+    with pytest.raises(ValueError, match="'PartHead' .* nor a package that"):
+        to_stock_cfg(cfg)
+
+
 @each_case('more', [{}, dict(regularization=dict(kind='depthwise', depth=1))])
 def test_l2_classifiers_keep_their_norm_and_blocks_on_request(tmp_path, more):
     """And what belongs to zero-shot settings goes."""
