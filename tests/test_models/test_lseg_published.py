@@ -10,8 +10,7 @@ from tiny import CONTROL, stir, tiny_config
 from torch import nn
 
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg, verify
-from mmseg_textkd.models import (LSegDPTHead, LSegEpisodeHead,
-                                 LSegTextClassifier)
+from mmseg_textkd.models import LSegDPTHead, LSegTextClassifier
 
 pytestmark = pytest.mark.stacks
 
