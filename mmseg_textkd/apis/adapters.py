@@ -19,6 +19,7 @@ from mmseg_textkd.models.ebseg.mask_embedder import MaskEmbeddings
 from mmseg_textkd.models.ebseg.mask_scores import MaskScores, pixel_embeddings
 from mmseg_textkd.models.layers import PixelProjection, pixel_text_similarity
 from mmseg_textkd.models.layers.text_fusion import CANNOT_FOLD
+from mmseg_textkd.models.losses import TextAlignmentLoss
 from mmseg_textkd.text import TextEmbeddings, Vocabulary
 from .class_encoder import ClassEncoder, EncodedClasses
 from .label_maps import select_classes
@@ -192,7 +193,10 @@ class TextHeadAdapter(NetworkAdapter):
         self.trained_layer = head.conv_seg
         if head.role == 'auxiliary':
             self.uses_cosine = True
-            scales = [m.scale for m in head.text_losses if hasattr(m, 'scale')]
+            scales = [
+                loss.scale for loss in head.text_losses
+                if isinstance(loss, TextAlignmentLoss)
+            ]
             self.scale = scales[0]() if scales else torch.tensor(1 / 0.07)
             return
         if branch.fuses_at_inference:

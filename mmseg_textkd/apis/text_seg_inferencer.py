@@ -6,6 +6,7 @@ from inspect import isclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
+import cv2
 import mmcv
 import mmengine
 import numpy as np
@@ -363,7 +364,12 @@ class TextSegInferencer(MMSegInferencer):
             if show:
                 self.visualizer.show(drawn, name, wait_time)
             if img_out_dir:
-                mmcv.imwrite(drawn[..., ::-1], osp.join(img_out_dir, name))
+                path = osp.join(img_out_dir, name)
+                try:
+                    mmcv.imwrite(drawn[..., ::-1], path)
+                except (AttributeError, cv2.error) as error:
+                    # Of an ending that OpenCV reads and does not write.
+                    raise OSError(f'cannot write {path}') from error
                 words, maps = _similarity(pred)
                 files = [re.sub(r'[^\w-]+', '-', w)[:40] for w in words]
                 for k, (word, values) in enumerate(zip(words, maps)):

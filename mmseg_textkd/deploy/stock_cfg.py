@@ -1,13 +1,15 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import inspect
+import logging
 import re
 from typing import Dict
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ..utils.config import as_list, dicts, type_name
-from .stock_converter import DROPPED, PLUGIN, StockConverter
+from .stock_converter import DROPPED, PLUGIN, StockConverter, reaches_plugin
 
 # Parts of parameter names that only training with text or teacher has.
 # Not of DDRNet's `context_branch`.
@@ -76,6 +78,13 @@ def to_stock_cfg(cfg: Config,
     for split in ('val', 'test'):
         _ignore_unlabeled(cfg, stock, split, converter)
     imports = [name for name in imports if not converter.needs_plugin(name)]
+    still = [name for name in imports if reaches_plugin(name)]
+    if still:
+        print_log(
+            f'The stock config imports {still}, and {PLUGIN} with them, as '
+            'their packages do: it can be read only where that is installed. '
+            'Let these packages not import modules with text heads, and name '
+            'those in `custom_imports`.', 'current', logging.WARNING)
     if 'L2ConvSegHead' in str(stock['model']):
         imports.append(f'{PLUGIN}.deploy')
     if imports:

@@ -29,6 +29,8 @@ from ..utils.config import type_name
 from .l2_conv_seg import l2_conv_seg_head
 
 PLUGIN = 'mmseg_textkd'
+# What it puts into other packages.
+PATCHES = f'{PLUGIN}.compat', f'{PLUGIN}._mmcv_ops'
 DROPPED = object()
 # What only training needs.
 NOT_DEPLOYED = (CheckLabels, CPUDistributedDataParallel, HideClasses,
@@ -151,8 +153,7 @@ class StockConverter:
             f'{where}: {value["type"]!r} is defined in {kind.__module__}, '
             f'which needs {PLUGIN}, and MMSegmentation has nothing that '
             'could take its place. Remove it from the config, or define it '
-            f'in a module that does not import {PLUGIN}, nor a package that '
-            'does.')
+            f'in a module that does not import {PLUGIN}.')
 
     def _stock_head(self, kind: type, value: Dict, where: str) -> Dict:
         """Convert a text head to its stock head."""
@@ -202,13 +203,8 @@ class StockConverter:
         return head
 
 
-def _uses_plugin(name: str, seen: Optional[Set[str]] = None) -> bool:
-    """Whether a module of the config imports the plugin.
-
-    By itself or by what it imports of its own package.
-    """
-    seen = seen or set()
-    seen.add(name)
+def _homes(name: str) -> List[str]:
+    """Modules that a module is of, or has things from."""
     homes = [name]
     module = sys.modules.get(name)
     for thing in () if module is None else vars(module).values():
@@ -218,12 +214,33 @@ def _uses_plugin(name: str, seen: Optional[Set[str]] = None) -> bool:
             homes += [c.__module__ for c in thing.__mro__]
         else:
             homes.append(str(getattr(thing, '__module__', '')))
-    if any(f'{home}.'.startswith(f'{PLUGIN}.') for home in homes):
-        return True
-    package = name.split('.')[0]
-    return any(
-        home.split('.')[0] == package and home not in seen
-        and _uses_plugin(home, seen) for home in homes)
+    # What the plugin has put into MMEngine and MMCV is theirs to a user.
+    return [home for home in homes if home not in PATCHES]
+
+
+def _uses_plugin(name: str) -> bool:
+    """Whether a module of the config imports the plugin by itself."""
+    return any(f'{home}.'.startswith(f'{PLUGIN}.') for home in _homes(name))
+
+
+def reaches_plugin(name: str, seen: Optional[Set[str]] = None) -> bool:
+    """Whether the plugin is imported with a module.
+
+    Args:
+        name (str): The module, which is loaded.
+        seen (set[str], optional): Modules that need not be looked at.
+            Defaults to None.
+
+    Returns:
+        bool: True if it imports the plugin, or its package or what it imports
+        of that does.
+    """
+    seen = set() if seen is None else seen
+    seen.add(name)
+    parent, package = name.rpartition('.')[0], name.split('.')[0]
+    return _uses_plugin(name) or any(
+        home and home.split('.')[0] == package and home not in seen
+        and reaches_plugin(home, seen) for home in [parent, *_homes(name)])
 
 
 def _stock_dataset(kind: Any, value: Dict, where: str) -> Dict:

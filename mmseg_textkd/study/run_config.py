@@ -30,7 +30,7 @@ def make_config(path: Path,
         options (Sequence[dict]): What ``--cfg-options`` would change, one
             after the other.
         iterations (int): Length of the run. The learning rate schedule is
-            scaled with it.
+            scaled with it, but not that of hooks.
         val_interval (int): Iterations between two validations and between
             two checkpoints.
         seed (int): Seed of the run.
@@ -103,9 +103,9 @@ def set_length(cfg: Config, iterations: int, val_interval: int) -> None:
         for key in ITERATIONS:
             value = scheduler.get(key)
             if isinstance(value, (list, tuple)):
-                scheduler[key] = [round(v * factor) for v in value]
+                scheduler[key] = [max(1, round(v * factor)) for v in value]
             elif value is not None and value < INF:
-                scheduler[key] = round(value * factor)
+                scheduler[key] = max(1, round(value * factor))
         if type_name(scheduler) == 'ExponentialLR':
             scheduler.gamma **= 1 / factor
     cfg.train_cfg.update(max_iters=iterations, val_interval=val_interval)

@@ -24,6 +24,7 @@ from tool_modules import call, fails, load_tool
 
 from mmseg_textkd.analysis.benchmark import peak_memory
 from mmseg_textkd.apis import TextSegInferencer, predict_labels
+from mmseg_textkd.apis.adapters import build_adapter
 from mmseg_textkd.apis.class_encoder import ClassEncoder
 from mmseg_textkd.apis.drawing import draw_labels, draw_similarity, palette_for
 from mmseg_textkd.apis.label_maps import select_classes
@@ -233,6 +234,21 @@ def test_auxiliary_role_classifies_by_its_branch(worded, inferencer):
         cosine = F.conv2d(pixels, vectors[..., None, None])
         got = mine.model.decode_head.conv_seg(feat)
         near(got, head.text_losses[0].scale() * cosine)
+
+
+def test_auxiliary_role_takes_the_scale_of_the_alignment(tmp_path):
+    """Whatever losses there are beside, and in which order."""
+    structure = dict(type='SemanticStructureLoss')
+    distilled = dict(type='TextSimilarityDistillationLoss')
+    align = dict(type='TextAlignmentLoss', scale=dict(init=5.))
+    for losses, scale in (([structure, align], 5.), ([distilled, align], 5.),
+                          ([structure], 1 / .07)):
+        cfg = tiny_config(tmp_path, CONTROL)
+        cfg.model.decode_head.update(role='auxiliary', text_losses=losses)
+        model = MODELS.build(cfg.model)
+        model.cfg = cfg
+        adapter = build_adapter(model, CLASSES)
+        assert float(adapter.scale) == pytest.approx(scale)
 
 
 def test_auxiliary_role_keeps_its_classifier(worded, inferencer):
@@ -656,6 +672,14 @@ def test_results_never_replace_inputs(worded, inferencer, tmp_path, folder):
         inferencer()([worded().images[1], path], out_dir=str(tmp_path))
     assert np.array_equal(cv2.imread(str(path)), image)
     assert len(list(tmp_path.rglob('*.*'))) == 1
+
+
+def test_an_ending_that_cannot_be_written(worded, inferencer, tmp_path,
+                                          monkeypatch):
+    """As JPEG 2000 of most builds of OpenCV."""
+    monkeypatch.setattr(cv2, 'imencode', lambda *args: (False, ()))
+    with pytest.raises(OSError, match='cannot write .*vis/0.png'):
+        inferencer()(worded().images[0], out_dir=str(tmp_path / 'out'))
 
 
 @each_case('value, message', [(np.nan, 'NaN or infinite'), (0, 'all zero')])

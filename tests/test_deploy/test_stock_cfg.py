@@ -5,7 +5,9 @@ import re
 import sys
 import types
 
+import mmengine
 import pytest
+import tiny
 import torch
 from each_case import each_case
 from mmseg.datasets import BaseSegDataset
@@ -261,19 +263,34 @@ def test_heads_in_packages(project, monkeypatch, tmp_path):
         monkeypatch.setitem(MODELS.module_dict, thing.__name__, thing)
     cfg = tiny_config(tmp_path, CONTROL)
     cfg.model.decode_head.type = 'TextHead'
+    cfg.model.auxiliary_head = dict(tiny.HEAD, type='PartHead')
+    said = []
+    monkeypatch.setattr('mmseg_textkd.deploy.stock_cfg.print_log',
+                        lambda message, *args: said.append(message))
     # A package that imports the head, or a module that exports it again.
-    for name, kept in (('own', []), ('other', []), ('own.heads', []),
-                       ('own.parts', ['own.parts'])):
-        cfg.custom_imports = dict(imports=['mmseg_textkd', 'other', name])
+    for imports, kept in ((['own'], ['own']), (['other', 'own'], ['own']),
+                          (['own.parts', 'own.heads'], ['own.parts'])):
+        cfg.custom_imports = dict(imports=['mmseg_textkd', *imports])
         stock = to_stock_cfg(cfg)
         assert stock.model.decode_head.type == 'ASPPHead'
-        assert stock.get('custom_imports', {}).get('imports', []) == kept
-    # What is imported with the head cannot stay.
-    cfg.custom_imports = dict(imports=['mmseg_textkd', 'own'])
-    cfg.model.auxiliary_head = dict(cfg.model.decode_head, type='PartHead')
-    cfg.model.auxiliary_head.pop('text')
-    with pytest.raises(ValueError, match="'PartHead' .* nor a package that"):
-        to_stock_cfg(cfg)
+        assert stock.model.auxiliary_head.type == 'PartHead'
+        assert stock.custom_imports.imports == kept
+        # What is imported with the head cannot be had without the plugin.
+        assert f'imports {kept}, and mmseg_textkd with them' in said.pop()
+    del package.heads
+    assert to_stock_cfg(cfg).custom_imports.imports == kept and not said
+
+
+def test_what_the_plugin_puts_into_mmengine_is_no_import(
+        project, monkeypatch, tmp_path):
+    """Its own functions are in the place of some."""
+    module = types.ModuleType('own_utils')
+    module.is_installed = mmengine.utils.is_installed
+    assert module.is_installed.__module__ == 'mmseg_textkd.compat'
+    monkeypatch.setitem(sys.modules, 'own_utils', module)
+    cfg = tiny_config(tmp_path, CONTROL)
+    cfg.custom_imports = dict(imports=['mmseg_textkd', 'own_utils'])
+    assert to_stock_cfg(cfg).custom_imports.imports == ['own_utils']
 
 
 @each_case('more', [{}, dict(regularization=dict(kind='depthwise', depth=1))])

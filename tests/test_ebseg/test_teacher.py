@@ -11,6 +11,7 @@ from tiny import CLASSES, SIZE, tiny_config
 from torch.testing import assert_close
 
 from mmseg_textkd.engine import TeacherHook
+from mmseg_textkd.models.segmentors.frozen_teacher import FrozenTeacher
 
 
 def tiny_batch():
@@ -79,6 +80,19 @@ def test_its_scores_are_taught_as_probabilities(student):
         scores / scores.sum(1, keepdim=True),
         rtol=1e-3,
         atol=1e-5)
+
+
+def test_of_one_class_it_has_logits(model_cfg):
+    """One is all that the softmax of scores would leave."""
+    text = dict(type='ControlEmbeddings', kind='random', dim=64)
+    ebseg = MODELS.build(model_cfg(num_classes=1, text=text)).eval()
+    teacher, image = FrozenTeacher('x', 'y'), torch.randn(1, 3, *SIZE)
+    teacher._model = ebseg
+    own = ebseg.data_preprocessor
+    with torch.no_grad():
+        expected = ebseg(image, mode='tensor')
+    assert expected.shape[1] == 1
+    assert torch.equal(teacher(image, own)['logits'], expected)
 
 
 def test_it_may_not_have_seen_what_is_hidden(student):

@@ -144,8 +144,8 @@ class FrozenTeacher:
                 f'the head {type(head).__name__} of the teacher '
                 f'{self.config} gives no logits for each pixel and class and '
                 'cannot be a teacher.')
-        if hasattr(model, 'pixel_embeddings'):
-            # EBSeg gives scores in [0, 1] in place of logits.
+        if hasattr(model, 'pixel_embeddings') and logits.shape[1] > 1:
+            # EBSeg gives scores in [0, 1], but of one class, for logits.
             logits = logits.clamp(min=1e-8).log()
         if len(calls) != 1:
             return dict(logits=logits)
