@@ -91,7 +91,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='subtract the mean in the report (the file stays as it is)')
     args = parser.parse_args(argv)
     args.names = args.old_names
-    if args.classes and ',' in args.classes and args.names is None:
+    if (args.classes and ',' in args.classes and args.names is None
+            and not Path(args.classes).is_file()):
         args.names, args.classes = args.classes, None
     _check_args(parser, args)
     return args

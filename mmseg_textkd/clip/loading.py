@@ -74,8 +74,9 @@ def _load_model(open_clip: Any, model: str,
             pretrained=location.pretrained,
             precision='fp32',
             device='cpu',
-            # With a file in place of the tag, open_clip cannot infer it.
+            # With a file in place of the tag, open_clip cannot infer these.
             force_quick_gelu=location.quick_gelu,
+            force_preprocess_cfg=location.preprocess,
             require_pretrained=True)
     except Exception as error:
         raise TextTowerError(

@@ -15,7 +15,7 @@ import os
 import socket
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, List, NamedTuple, Optional, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -42,11 +42,15 @@ class WeightsLocation(NamedTuple):
         name (str): Architecture name or ``local-dir:`` name.
         pretrained (str, optional): Weights file of an architecture.
         quick_gelu (bool): Whether the weights were trained with QuickGELU.
+        preprocess (dict, optional): ``mean`` and ``std`` of the images that
+            they were trained with, in [0, 1], if not those of the
+            architecture.
     """
 
     name: str
     pretrained: Optional[str] = None
     quick_gelu: bool = False
+    preprocess: Optional[Dict[str, Sequence[float]]] = None
 
 
 class _NotHere(Exception):
@@ -270,8 +274,10 @@ def _locate_architecture(model: str, pretrained: Optional[str],
         raise missing_weights(
             model, pretrained, str(path.absolute()),
             f'{pretrained!r} is neither a file nor one of the tags {tags}.')
+    # open_clip cannot infer them from the file in place of the tag.
+    preprocess = {key: cfg[key] for key in ('mean', 'std') if key in cfg}
     return WeightsLocation(name, _tag_file(cfg, cache_dir),
-                           bool(cfg.get('quick_gelu')))
+                           bool(cfg.get('quick_gelu')), preprocess)
 
 
 def _needs_quick_gelu(path: Path) -> bool:

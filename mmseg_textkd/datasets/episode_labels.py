@@ -1,8 +1,11 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import io
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from mmcv.transforms import BaseTransform
+from mmengine import fileio
 from mmseg.registry import TRANSFORMS
 from PIL import Image
 
@@ -44,8 +47,9 @@ class EpisodeLabels(BaseTransform):
             dict: The same dict.
         """
         labels, value = results['gt_seg_map'], results['foreground']
-        if labels.ndim == 3:  # masks that are stored as color images
-            labels = np.array(Image.fromarray(labels[..., :3]).convert('L'))
+        if value is None:  # a mask, stored as gray, colors or a palette
+            data = io.BytesIO(fileio.get(results['seg_map_path']))
+            labels = np.array(Image.open(data).convert('L'))
         mine = labels >= 128 if value is None else labels == value
         mine = mine.astype(np.uint8)
         if results['ignored'] is not None:

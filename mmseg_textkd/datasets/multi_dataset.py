@@ -88,8 +88,9 @@ class MultiDataset(ConcatDataset):
         if len(union) > ignore_index >= 0:
             raise ValueError(
                 f'{len(union)} words need more labels than there are below '
-                f'ignore_index={ignore_index}; set another one, here and in '
-                'heads and evaluators.')
+                f'ignore_index={ignore_index}; set another one, here, in heads '
+                "and evaluators, and as the data preprocessor's "
+                '`seg_pad_val`.')
         below = narrower_words(relations or {}, union)
         colors: Dict[str, Any] = {}
         for labels, dataset in zip(own, built):
@@ -140,18 +141,20 @@ class MultiDataset(ConcatDataset):
         """Turn the labels of a data set into words, in place."""
         if 'region_embeddings' in sample:
             regions = sample.region_embeddings
-            words, place = self._to_word[number][regions.labels].unique(
+            present, place = self._to_word[number][regions.labels].unique(
                 return_inverse=True)
             # Of several classes by one word the mean of their regions.
             sums = regions.vectors.new_zeros(
-                len(words), regions.vectors.shape[1])
+                len(present), regions.vectors.shape[1])
             sums.index_add_(0, place, regions.vectors)
             sample.region_embeddings = InstanceData(
-                labels=words, vectors=F.normalize(sums, dim=1))
+                labels=present, vectors=F.normalize(sums, dim=1))
         if 'gt_sem_seg' not in sample:
             return
         labels: Tensor = sample.gt_sem_seg.data.long()
-        known = labels != self.ignore_index
+        # The label maps may ignore another label than what becomes of them.
+        own = getattr(self.datasets[number], 'ignore_index', 255)
+        known = (labels != own) & (labels != self.ignore_index)
         to_word = self._to_word[number]
         odd = known & ((labels < 0) | (labels >= len(to_word)))
         if odd.any():
@@ -160,9 +163,9 @@ class MultiDataset(ConcatDataset):
                 f'{sample.metainfo.get("seg_map_path", "of a sample")} has '
                 f'the labels {labels[odd].unique().tolist()[:10]}, beyond '
                 f'its {len(to_word)} classes.')
-        labels = labels.clone()
-        labels[known] = to_word[labels[known]]
-        sample.gt_sem_seg.data = labels
+        words = torch.full_like(labels, self.ignore_index)
+        words[known] = to_word[labels[known]]
+        sample.gt_sem_seg.data = words
 
 
 def _words_of(name: str, classes: Sequence[str],

@@ -1,11 +1,27 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import os
 import os.path as osp
-from typing import Any, List, Sequence
+import re
+from typing import Any, List, Sequence, Union
 
 from mmengine import fileio
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
+
+
+def frame_order(name: str) -> List[Union[str, int]]:
+    """Get a key to sort frames by: 2 comes before 10.
+
+    Args:
+        name (str): Name or path of a frame.
+
+    Returns:
+        list[str | int]: Its texts and numbers, by turns.
+    """
+    return [
+        int(part) if i % 2 else part
+        for i, part in enumerate(re.split(r'(\d+)', name))
+    ]
 
 
 @DATASETS.register_module()
@@ -105,7 +121,8 @@ class VideoFramesDataset(BaseSegDataset):
                 f'there is no folder of videos {osp.abspath(root)}; see the '
                 f'layout in {type(self).__name__}.')
         if not self.ann_file:
-            return sorted(e.name for e in os.scandir(root) if e.is_dir())
+            return sorted((e.name for e in os.scandir(root) if e.is_dir()),
+                          key=frame_order)
         text = fileio.get_text(self.ann_file, backend_args=self.backend_args)
         return [line.strip() for line in text.splitlines() if line.strip()]
 
@@ -114,5 +131,7 @@ class VideoFramesDataset(BaseSegDataset):
         """Names of the files with this suffix, sorted, without it."""
         if not osp.isdir(folder):
             return []
-        return sorted(name[:-len(suffix)] for name in os.listdir(folder)
-                      if name.endswith(suffix))
+        return sorted(
+            (name[:-len(suffix)]
+             for name in os.listdir(folder) if name.endswith(suffix)),
+            key=frame_order)

@@ -11,6 +11,8 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 from torch import Tensor
 
+from mmseg_textkd.datasets.video_frames import frame_order
+
 
 @METRICS.register_module()
 class VideoConsistencyMetric(IoUMetric):
@@ -107,7 +109,7 @@ class VideoConsistencyMetric(IoUMetric):
                                  'between those of its own; do not shuffle.')
             self._videos.append(video)
             self._before = None
-        elif path <= self._path:
+        elif frame_order(path) <= frame_order(self._path):
             raise ValueError(f'{path} comes behind {self._path}: frames must '
                              'come in their order.')
         self._path = path

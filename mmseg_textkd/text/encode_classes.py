@@ -102,12 +102,20 @@ def look_up_phrases(vocabulary: VocabularySpec,
         ValueError: If the first phrase of a class has no vector.
     """
     vocabulary = Vocabulary.from_spec(vocabulary)
-    rows = {name.lower(): row for row, name in enumerate(found.names)}
-    groups = [[p for p in phrases if p.lower() in rows]
+    # In its own case if it is there so: Polish is not polish.
+    rows = {name: row for row, name in enumerate(found.names)}
+    for name, row in list(rows.items()):
+        rows.setdefault(name.lower(), row)
+    place = {
+        p: rows.get(p, rows.get(p.lower()))
+        for phrases in vocabulary.phrases
+        for p in phrases
+    }
+    groups = [[p for p in phrases if place[p] is not None]
               for phrases in vocabulary.phrases]
     lost = [
         phrases[0] for phrases in vocabulary.phrases
-        if phrases[0].lower() not in rows
+        if place[phrases[0]] is None
     ]
     if lost:
         raise ValueError(f'no vectors of {lost}, which are the plain names of '
@@ -116,7 +124,7 @@ def look_up_phrases(vocabulary: VocabularySpec,
     print_log(
         f'{sum(map(len, groups))} of {number} phrases have a vector; the '
         'others are left out.', 'current')
-    vectors = [found.vectors[[rows[p.lower()] for p in g]] for g in groups]
+    vectors = [found.vectors[[place[p] for p in g]] for g in groups]
     return _assemble(
         vocabulary.names,
         groups,

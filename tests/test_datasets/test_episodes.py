@@ -144,16 +144,14 @@ def test_fss_has_ten_pictures_of_a_class(tmp_path):
 
 LABELS = np.array([[7, 3, 255], [7, 7, 0]], np.uint8)
 TWICE = np.array([[1, 0, 255], [1, 1, 0]]).repeat(2, 0).repeat(2, 1)
-COLORS = np.array([[127, 128, 255]], np.uint8)[..., None].repeat(3, 2)
 
 
 # COCO-20i has no pixels that are not scored. Of a smaller one the pixel counts
-# that a place begins in. FSS-1000's masks are colored.
+# that a place begins in.
 @each_case('labels, size, foreground, ignored, expected', [
     (LABELS, (4, 6), 7, 255, TWICE),
     (LABELS, (4, 6), 7, None, TWICE % 255),
     (LABELS, (1, 2), 7, 255, [[1, 0]]),
-    (COLORS, (1, 3), None, None, [[0, 1, 1]]),
 ])
 def test_labels_are_of_the_class_at_the_size_of_the_input(
         labels, size, foreground, ignored, expected):
@@ -162,6 +160,37 @@ def test_labels_are_of_the_class_at_the_size_of_the_input(
     mine = transform(dict(sample, foreground=foreground, ignored=ignored))
     np.testing.assert_array_equal(mine['gt_seg_map'], expected)
     assert mine['ori_shape'] == size
+
+
+def test_masks_are_read_as_gray(tmp_path):
+    """However they are stored, as HSNet reads those of FSS-1000."""
+    gray = np.array([[127, 128, 255, 0]], np.uint8)
+    colors = Image.fromarray(gray[..., None].repeat(3, 2))
+    odd = Image.fromarray(np.array([[(255, 120, 0), (0, 120, 255)]], np.uint8))
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), 'P')
+    palette.putpalette([0, 0, 0, 255, 255, 255])
+    load = TRANSFORMS.build(
+        dict(type='LoadAnnotations', imdecode_backend='pillow'))
+    convert = TRANSFORMS.build(dict(type='EpisodeLabels'))
+    for image, expected in ((Image.fromarray(gray), [[0, 1, 1, 0]]),
+                            (colors, [[0, 1, 1,
+                                       0]]), (odd, [[1,
+                                                     0]]), (palette, [[0, 1]]),
+                            (colors.convert('1', dither=0), [[0, 1, 1, 0]])):
+        image.save(tmp_path / 'a.png')
+        size = np.shape(expected)
+        found = convert(
+            load(
+                dict(
+                    seg_map_path=str(tmp_path / 'a.png'),
+                    seg_fields=[],
+                    label_map=None,
+                    reduce_zero_label=False,
+                    img_shape=size,
+                    class_id=0,
+                    foreground=None,
+                    ignored=None)))
+        np.testing.assert_array_equal(found['gt_seg_map'], expected)
 
 
 def test_pipeline_reads_pictures_as_torchvision_does(tmp_path):

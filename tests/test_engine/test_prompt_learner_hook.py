@@ -19,7 +19,7 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from mmseg.models import EncoderDecoder
 from mmseg.registry import HOOKS, METRICS, MODELS
-from processes import load
+from processes import ROOT, load
 from tiny import (CLASSES, PROMPTS, RESIDUAL, StopHook, assert_equal, run,
                   tiny_config)
 from torch.testing import assert_close
@@ -168,7 +168,6 @@ def test_stage_2_as_a_run_of_its_own(tmp_path, residual):
         assert torch.equal(recorder.rows[0]['before'][key], value), key
 
 
-ROOT = Path(__file__).parents[2]
 STDC = dict(type='STDCNet', stdc_type='STDCNet1', in_channels=3)
 STDC.update(channels=(8, 8, 16, 16, 16), bottleneck_type='cat', num_convs=4)
 STDC.update(norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU'))
@@ -268,6 +267,25 @@ def test_one_cycle_of_stage_2(tmp_path, residual):
         optimizer.step()
         if row is not recorder.rows[-1]:
             own.step()
+
+
+def test_the_example_of_the_guide(tmp_path, residual):
+    """Prompts and scale at their rate, the rest of the head at a tenth."""
+    guides = [
+        Path(ROOT, 'docs', language, 'user_guides/training.md').read_text()
+        for language in ('en', 'zh_cn')
+    ]
+    found = [re.search(r'learn = (\{[^}]*\})', guide)[1] for guide in guides]
+    assert found[0] == found[1]
+    cfg = tiny_config(tmp_path, residual,
+                      dict(learn=ast.literal_eval(found[0])))
+    cfg.custom_hooks[0].switch_at = 0
+    runner = run(cfg, **{'train_cfg.max_iters': 1})
+    hook, = (h for h in runner.hooks if isinstance(h, PromptLearnerHook))
+    factors = hook._lr_factors
+    assert factors[OFFSET] == factors[SCALE] == 1
+    assert factors['decode_head.convs.0.conv.weight'] == .1
+    assert all(name.startswith('decode_head.') for name in factors)
 
 
 def test_the_old_schedule_is_still_read(tmp_path, residual):

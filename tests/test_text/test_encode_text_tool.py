@@ -114,9 +114,24 @@ def test_import_by_phrase(tool, tmp_path, out, capsys):
     vectors, mask = phrase_vectors(several)
     assert torch.equal(mask, made.bank_mask)
     assert torch.allclose(vectors[mask], made.bank[mask])
-    file.write_text('sky\ntree: tree, bush\n')
+    # A word that is another one in another case.
+    unit, options = imported(tmp_path, ['Polish', 'polish', 'bus'])
+    file.write_text('x: Polish\ny: polish\nz: Bus\n')
+    argv = [str(file), *options, '--by-phrase', '--out', out, '--force']
+    tool.main(list(map(str, argv)))
+    assert torch.allclose(TextEmbeddings.load(out).vectors, unit, atol=1e-6)
+    made = TextEmbeddings.load(out)
+    file.write_text('bus\ntree: tree, bush\n')
     assert "no vectors of ['tree']" in fails(tool, capsys, *argv, '--force')
     assert TextEmbeddings.load(out).sha256 == made.sha256
+
+
+def test_a_file_with_a_comma_is_a_file(tool, tmp_path, out):
+    file = tmp_path / 'a, b' / 'c,d.txt'
+    file.parent.mkdir()
+    file.write_text('sky\nroad: road, street\n')
+    tool.main([str(file), '--model', 'toyclip', '--out', str(out)])
+    assert TextEmbeddings.load(out).names == ('sky', 'road')
 
 
 def test_looking_at_a_file(tool, tmp_path, capsys):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CLASSES
 from tiny_clip import EOS, TEXT_CFG, VARIANTS, open_clip_model, save_model
 
+from mmseg_textkd.clip.image_tower import ImageTower
 from mmseg_textkd.clip.text_tower import TextTower, TextTowerError, load_tower
 from mmseg_textkd.clip.weights import (_tag_file, find_weights,
                                        warn_of_activation)
@@ -310,18 +311,37 @@ def test_cached_hub_model_needs_no_network(clip_dirs, tmp_path, monkeypatch):
     assert (tower.encode_text(SENTENCES) - expected).abs().max() <= 1e-5
 
 
-@each_case('tag, repo, quick_gelu', [
-    ('openai', 'timm/vit_base_patch16_clip_224.openai', True),
-    ('laion2b_s34b_b88k', 'laion/CLIP-ViT-B-16-laion2B-s34B-b88K', False),
+@each_case('name, tag, repo, quick_gelu', [
+    ('ViT-B-16', 'openai', 'timm/vit_base_patch16_clip_224.openai', True),
+    ('ViT-B-16', 'laion2b_s34b_b88k', 'laion/CLIP-ViT-B-16-laion2B-s34B-b88K',
+     False),
+    ('ViT-B-16-SigLIP', 'webli', 'timm/ViT-B-16-SigLIP', False),
 ])
-def test_tags_bring_their_activation(tmp_path, tag, repo, quick_gelu):
+def test_tags_bring_what_a_file_does_not(tmp_path, name, tag, repo,
+                                         quick_gelu):
     """OpenAI's weights under the plain architecture need QuickGELU, of which
-    open_clip only warns."""
+    open_clip only warns; others were trained with another normalization."""
     file = cached(tmp_path, repo, lambda place: place.mkdir(parents=True))
     file = file / WEIGHTS
     file.touch()
-    found = find_weights('ViT-B-16', tag, tmp_path)
-    assert found == ('ViT-B-16', str(file), quick_gelu)
+    found = find_weights(name, tag, tmp_path)
+    assert found[:3] == (name, str(file), quick_gelu)
+    mean = .5 if tag == 'webli' else 0.48145466
+    assert found.preprocess['mean'][0] == mean
+
+
+def test_images_are_normalized_as_the_tag_says(tmp_path, monkeypatch):
+    """MobileCLIP's are not: mean 0, deviation 1."""
+    name, tag = 'MobileCLIP-S1', 'datacompdr'
+    cfg = open_clip.get_model_config(name)
+    cfg['text_cfg'].update(width=64, heads=1, layers=1)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, cfg)
+    file = tmp_path / 'weights.pt'
+    torch.save(open_clip.create_model(name).state_dict(), file)
+    monkeypatch.setattr('mmseg_textkd.clip.weights._tag_file',
+                        lambda *args: str(file))
+    tower = ImageTower(name, tag)
+    assert not tower.mean.any() and (tower.std == 255).all()
 
 
 def test_tag_with_a_plain_address(tmp_path):

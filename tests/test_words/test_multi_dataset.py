@@ -117,6 +117,18 @@ def test_bad_data_sets_are_told(data, changes, message):
         DATASETS.build(multi_cfg(data.root, **changes))
 
 
+def test_another_ignored_label(data):
+    """Of many words; the label maps still have 255 for it."""
+    plain, wide = (
+        DATASETS.build(multi_cfg(data.root, ignore_index=index))
+        for index in (255, 65535))
+    for i in (0, 6):
+        labels, found = (
+            d[i]['data_samples'].gt_sem_seg.data.long() for d in (plain, wide))
+        assert (labels == 255).any()
+        assert torch.equal(found, labels.masked_fill(labels == 255, 65535))
+
+
 def test_a_label_beyond_the_classes_is_told(data, tmp_path):
     image, labels = np.zeros((4, 4, 3)), np.full((4, 4), 9)
     for kind, array in (('img', image), ('ann', labels)):

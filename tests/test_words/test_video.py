@@ -2,6 +2,7 @@
 """Videos: data sets, consistency, and the stream of the inferencer."""
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -110,6 +111,29 @@ def test_toy_videos_move_and_are_labeled(tmp_path):
     assert 0 < (first != second).sum() < (first != last).sum()
     with pytest.raises(FileExistsError, match='nothing was touched'):
         generate_toy_videos(root)
+
+
+def test_frames_are_in_the_order_of_their_numbers(tmp_path):
+    """With leading zeros or without, in the metric too."""
+    names = [f'{i}' for i in (1, 2, 9, 10, 11)]
+    for folder, suffix in (('origin', '.jpg'), ('mask', '.png')):
+        (tmp_path / 'v' / folder).mkdir(parents=True)
+        for name in names:
+            cv2.imwrite(f'{tmp_path}/v/{folder}/{name}{suffix}',
+                        np.zeros((4, 4), np.uint8))
+    dataset = DATASETS.build(
+        dict(
+            type='VideoFramesDataset',
+            data_root=str(tmp_path),
+            metainfo=dict(classes='ab'),
+            pipeline=[]))
+    paths = [dataset.get_data_info(i)['img_path'] for i in range(5)]
+    assert [Path(path).stem for path in paths] == names
+    metric, label = consistency(), torch.zeros(4, 4, dtype=torch.long)
+    for path in paths:
+        metric.process({}, [sample(path, label, label)])
+    with pytest.raises(ValueError, match='come in their order'):
+        metric.process({}, [sample(paths[1], label, label)])
 
 
 def test_vspw_in_its_layout(tmp_path):
