@@ -88,9 +88,8 @@ class MultiDataset(ConcatDataset):
         if len(union) > ignore_index >= 0:
             raise ValueError(
                 f'{len(union)} words need more labels than there are below '
-                f'ignore_index={ignore_index}; set another one, here, in heads '
-                "and evaluators, and as the data preprocessor's "
-                '`seg_pad_val`.')
+                f'ignore_index={ignore_index}; set another one: here, in heads '
+                'and evaluators, and as `seg_pad_val` of the preprocessor.')
         below = narrower_words(relations or {}, union)
         colors: Dict[str, Any] = {}
         for labels, dataset in zip(own, built):

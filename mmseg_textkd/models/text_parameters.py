@@ -1,6 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Queries on the text providers and the text parameters of a model."""
-from typing import Any, Container, Dict
+from typing import Any, Collection, Dict, Optional
 
 from mmengine.model import is_model_wrapper
 from torch import nn
@@ -143,31 +143,39 @@ def check_text_losses(model: nn.Module) -> None:
                 "use role='classifier' without `text_losses`.")
 
 
-def check_prompts_learn(model: nn.Module, learned: Container[str]) -> None:
-    """Require a loss from which gradients go to the prompts of each head.
+def check_prompts_learn(model: nn.Module,
+                        learned: Collection[str]) -> Optional[str]:
+    """Look for prompts to which no loss of their head gives a gradient.
 
     Args:
         model (nn.Module): The model, not wrapped.
-        learned (Container[str]): Names of the parameters of stage 2.
+        learned (Collection[str]): Names of the parameters of stage 2.
+
+    Returns:
+        str, optional: What is wrong, if other parameters learn.
 
     Raises:
-        ValueError: If a head in the role 'auxiliary' has none.
+        ValueError: If nothing else learns.
     """
-    prompts = [name for name in prompt_parameters(model) if name in learned]
-    for name, head in model.named_modules():
-        if (getattr(head, 'role', None) == 'auxiliary' and any(
-                prompt.startswith(f'{name}.text_branch.')
-                for prompt in prompts) and head.text_branch.fusion is None
-                and not any(
-                    getattr(loss, 'trains_text', True)
-                    for loss in head.text_losses)):
-            losses = [type(loss).__name__ for loss in head.text_losses]
-            raise ValueError(
-                f"the prompts of {name} would learn nothing in stage 2: no "
-                f"gradient goes to the text from its {losses}, and role="
-                "'auxiliary' has no others. Add TextAlignmentLoss to "
-                "`text_losses`, use role='classifier', or set "
-                'switch_at=None.')
+    idle = {
+        prompt: [type(loss).__name__ for loss in head.text_losses]
+        for name, head in model.named_modules()
+        if getattr(head, 'role', None) == 'auxiliary'
+        and head.text_branch.fusion is None and not any(
+            getattr(loss, 'trains_text', True) for loss in head.text_losses)
+        for prompt in prompt_parameters(model)
+        if prompt in learned and prompt.startswith(f'{name}.text_branch.')
+    }
+    if not idle:
+        return None
+    message = (
+        f'the prompts {[*idle]} will learn nothing in stage 2: no gradient '
+        f'goes to the text from {[*idle.values()][0]}, and '
+        "role='auxiliary' has no other losses. Add TextAlignmentLoss to "
+        "`text_losses`, use role='classifier', or set switch_at=None.")
+    if idle.keys() >= set(learned):
+        raise ValueError(message)
+    return message
 
 
 def check_classes(model: nn.Module, dataset: Dataset) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from each_case import each_case
+from graphs import run_graph
 from mmcv.transforms import BaseTransform
 from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
@@ -82,7 +83,7 @@ def test_bands_are_those_of_the_network(tmp_path, bands, seen):
     export = to_torchscript(network, SIZE, False, '')
     expected = network.reference(image)
     torch.testing.assert_close(
-        export.run(image), expected, rtol=1e-4, atol=1e-4)
+        run_graph(export, image), expected, rtol=1e-4, atol=1e-4)
     assert len(network.spec()['mean']) == bands
     del cfg.model.data_preprocessor.mean, cfg.model.data_preprocessor.std
     assert input_channels(MODELS.build(cfg.model)) == bands
@@ -203,7 +204,7 @@ def test_networks_that_see_bgr_or_rgb(tmp_path, rgb):
     # With the preprocessing in the graph, and as it is described beside it.
     network = ExportableSegmentor(stock, preprocess=True)
     graph = to_torchscript(network, image.shape[:2], False, '{}')
-    assert_near(graph.run(torch.from_numpy(image)[None])[0])
+    assert_near(run_graph(graph, torch.from_numpy(image)[None])[0])
     assert ExportableSegmentor(stock).spec() == dict(spec, swap_channels=rgb)
 
 

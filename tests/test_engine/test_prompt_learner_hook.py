@@ -19,7 +19,7 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from mmseg.models import EncoderDecoder
 from mmseg.registry import HOOKS, METRICS, MODELS
-from processes import ROOT, load
+from processes import load
 from tiny import (CLASSES, PROMPTS, RESIDUAL, StopHook, assert_equal, run,
                   tiny_config)
 from torch.testing import assert_close
@@ -168,6 +168,7 @@ def test_stage_2_as_a_run_of_its_own(tmp_path, residual):
         assert torch.equal(recorder.rows[0]['before'][key], value), key
 
 
+ROOT = Path(__file__).parents[2]
 STDC = dict(type='STDCNet', stdc_type='STDCNet1', in_channels=3)
 STDC.update(channels=(8, 8, 16, 16, 16), bottleneck_type='cat', num_convs=4)
 STDC.update(norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU'))
@@ -271,10 +272,8 @@ def test_one_cycle_of_stage_2(tmp_path, residual):
 
 def test_the_example_of_the_guide(tmp_path, residual):
     """Prompts and scale at their rate, the rest of the head at a tenth."""
-    guides = [
-        Path(ROOT, 'docs', language, 'user_guides/training.md').read_text()
-        for language in ('en', 'zh_cn')
-    ]
+    guides = [(ROOT / f'docs/{language}/user_guides/training.md').read_text()
+              for language in ('en', 'zh_cn')]
     found = [re.search(r'learn = (\{[^}]*\})', guide)[1] for guide in guides]
     assert found[0] == found[1]
     cfg = tiny_config(tmp_path, residual,
@@ -498,7 +497,7 @@ def test_ema_is_evaluated_and_saved_with_its_own_text(tmp_path, residual):
     """The averaged parameters and the text must fit each other."""
     cfg = tiny_config(tmp_path, residual, dict(switch_at=2))
     cfg.custom_hooks.append(dict(type='EMAHook', momentum=0.3))
-    cfg.custom_hooks.append(dict(type='TextSeen'))
+    cfg.custom_hooks.append(dict(type='TextSeenByHook'))
     runner = run(cfg)
     provider = runner.model.decode_head.conv_seg.text
     saved = load(tmp_path / 'work' / 'iter_6.pth')
@@ -508,7 +507,7 @@ def test_ema_is_evaluated_and_saved_with_its_own_text(tmp_path, residual):
     for state in (averaged, raw, runner.model.state_dict()):
         expected = of_offset(provider, state[OFFSET])
         assert_close(state[EMBEDDINGS], expected)
-    hook, = (h for h in runner.hooks if isinstance(h, TextSeen))
+    hook, = (h for h in runner.hooks if isinstance(h, TextSeenByHook))
     assert_close(hook.seen['val'], averaged[EMBEDDINGS])
     # Tested by a hook in the middle of stage 2, and used by one.
     assert_close(hook.seen['test'], hook.expected['averaged'])
@@ -516,7 +515,7 @@ def test_ema_is_evaluated_and_saved_with_its_own_text(tmp_path, residual):
 
 
 @HOOKS.register_module()
-class TextSeen(Hook):
+class TextSeenByHook(Hook):
     """Note the text of evaluations, some of them in iteration 5."""
 
     def __init__(self):
@@ -806,17 +805,27 @@ def test_a_stage_2_that_cannot_be_is_told_before_stage_1(
 
 def test_prompts_that_no_loss_reaches_are_told_before_stage_1(
         tmp_path, residual):
-    cfg = tiny_config(tmp_path, residual, dict(switch_at=3), 6, 1)
-    losses = [dict(type='SemanticStructureLoss', min_pixels=1)]
+    hook = dict(switch_at=3, learn=[r'\.text\.'])
+    cfg = tiny_config(tmp_path, residual, hook, 6, 1, log_level='WARNING')
+    losses = [
+        dict(type='SemanticStructureLoss', min_pixels=1, scale=dict(init=1.))
+    ]
     cfg.model.decode_head.update(role='auxiliary', text_losses=losses)
     with pytest.raises(
-            ValueError, match="decode_head .*gradient.*'SemanticStructure"):
+            ValueError, match="decode_head.*gradient.*'SemanticStructure"):
         run(cfg)
     assert not list(tmp_path.glob('work/iter_*'))
+    # Where something else learns, it is only said.
+    cfg.custom_hooks[0].learn = None
+    runner = run(cfg)
+    assert not runner.model.decode_head.text_branch.text.offset.any()
+    said = 'will learn nothing in stage 2: no gradient'
+    assert said in logs(tmp_path)
     losses.append(dict(type='TextAlignmentLoss'))
     cfg.model.decode_head.text_losses = losses
-    runner = run(cfg)
+    runner = run(cfg, work_dir=str(tmp_path / 'more'))
     assert runner.model.decode_head.text_branch.text.offset.any()
+    assert said not in logs(tmp_path / 'more')
 
 
 @each_case('learn, heads', [(None, False), (None, True),

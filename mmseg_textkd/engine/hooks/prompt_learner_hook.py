@@ -361,7 +361,9 @@ class PromptLearnerHook(Hook):
         if runner._resume:
             self._check_resumed_stage(runner, model)
         self._lr_factors = self._get_lr_factors(model)
-        check_prompts_learn(model, self._lr_factors)
+        idle = check_prompts_learn(model, self._lr_factors)
+        if idle:
+            print_log(idle, 'current', logging.WARNING)
         self._group_factors = self._get_group_factors(runner, model)
         self._build_schedulers(runner)
         if self.switch_iter == 0 and not self._loaded:
