@@ -88,7 +88,7 @@ class MultiDataset(ConcatDataset):
         if len(union) > ignore_index >= 0:
             raise ValueError(
                 f'{len(union)} words need more labels than there are below '
-                f'ignore_index={ignore_index}; set another one: here, in heads '
+                f'ignore_index={ignore_index}; set another one here, in heads '
                 'and evaluators, and as `seg_pad_val` of the preprocessor.')
         below = narrower_words(relations or {}, union)
         colors: Dict[str, Any] = {}
