@@ -66,7 +66,7 @@ OVERVIEW = ('study', 'network', 'arm', 'runs', 'mIoU', 'baseline',
 # Okabe and Ito's, which also the color-blind tell apart; their yellow is too
 # light for lines.
 COLORS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00',
-          '#56B4E9', '#8A6D00')
+          '#56B4E9', '#8A6D00', '#999999', '#5B2A86')
 KEY = 'ledger'  # of the text in a PNG that names the ledger's content
 
 
