@@ -67,9 +67,7 @@ class StockConverter:
             for registry in vars(module).values()
             if isinstance(registry, Registry)
             for name, thing in registry.module_dict.items()
-            if self.needs_plugin(thing.__module__)
-            or inspect.isclass(thing) and any(
-                self.needs_plugin(base.__module__) for base in thing.__mro__)
+            if any(map(self.needs_plugin, _modules_of(thing)))
         }
 
     def needs_plugin(self, module: str) -> bool:
@@ -203,17 +201,20 @@ class StockConverter:
         return head
 
 
+def _modules_of(thing: Any) -> List[str]:
+    """Modules that a module, a class with its bases, or a function is of."""
+    if inspect.ismodule(thing):
+        return [thing.__name__]
+    if inspect.isclass(thing):
+        return [base.__module__ for base in thing.__mro__]
+    return [str(getattr(thing, '__module__', ''))]
+
+
 def _homes(name: str) -> List[str]:
     """Modules that a module is of, or has things from."""
-    homes = [name]
-    module = sys.modules.get(name)
+    homes, module = [name], sys.modules.get(name)
     for thing in () if module is None else vars(module).values():
-        if inspect.ismodule(thing):
-            homes.append(thing.__name__)
-        elif inspect.isclass(thing):
-            homes += [c.__module__ for c in thing.__mro__]
-        else:
-            homes.append(str(getattr(thing, '__module__', '')))
+        homes += _modules_of(thing)
     # What the plugin has put into MMEngine and MMCV is theirs to a user.
     return [home for home in homes if home not in PATCHES]
 

@@ -106,7 +106,9 @@ class FrozenTower(BaseModule, metaclass=ABCMeta):
             if dtype not in copies:
                 copies[dtype] = copy.deepcopy(network).to(dtype)
             network = copies[dtype]
-        return network.to(pixels.device)
+        if next(network.parameters()).device != pixels.device:
+            network.to(pixels.device)
+        return network
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Normalize images for the network.
