@@ -649,9 +649,10 @@ def get_installed_path(package: str) -> str:
         PackageNotFoundError: If neither exists.
         RuntimeError: If it is a namespace package or no package at all.
     """
+    from packaging.utils import canonicalize_name
     modules = [
         module for module, names in metadata.packages_distributions().items()
-        if _normalize_name(package) in map(_normalize_name, names)
+        if canonicalize_name(package) in map(canonicalize_name, names)
     ]
     # A distribution may bring several (mmsegmentation also brings `tests`).
     from mmengine.config.utils import MODULE2PACKAGE
@@ -663,8 +664,3 @@ def get_installed_path(package: str) -> str:
     if spec.origin is None or not spec.submodule_search_locations:
         raise RuntimeError(f'{package} has no folder of its own')
     return osp.dirname(spec.origin)
-
-
-def _normalize_name(name: str) -> str:
-    """Normalized name of a distribution."""
-    return name.lower().replace('_', '-').replace('.', '-')

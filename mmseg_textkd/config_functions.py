@@ -92,12 +92,8 @@ def insert_transform(dataloader: Dict, transform: Dict, before: str) -> Dict:
         ValueError: If no pipeline has a transform of the type ``before``.
     """
     dataloader = copy.deepcopy(dict(dataloader))
-    # Several data sets may have the very same.
-    pipelines = {
-        id(part): part
-        for part in walk(dataloader) if before in _types(part)
-    }
-    for pipeline in pipelines.values():
+    pipelines = _pipelines(dataloader, before)
+    for pipeline in pipelines:
         pipeline.insert(
             _types(pipeline).index(before), copy.deepcopy(transform))
     if not pipelines:
@@ -259,14 +255,8 @@ def add_region_embeddings(dataloader: Dict, transform: Dict) -> Dict:
             ``PackSegInputs``.
     """
     dataloader = copy.deepcopy(dict(dataloader))
-
-    # By identity: two datasets may share one.
-    pipelines = {
-        id(part): part
-        for part in walk(dataloader)
-        if {'LoadAnnotations', 'PackSegInputs'} <= set(_types(part))
-    }
-    for pipeline in pipelines.values():
+    pipelines = _pipelines(dataloader, 'LoadAnnotations', 'PackSegInputs')
+    for pipeline in pipelines:
         types = _types(pipeline)
         pipeline[types.index('PackSegInputs')]['type'] = 'PackRegionInputs'
         pipeline.insert(
@@ -275,6 +265,14 @@ def add_region_embeddings(dataloader: Dict, transform: Dict) -> Dict:
         raise ValueError('no pipeline of the data loader has '
                          "'LoadAnnotations' and 'PackSegInputs'.")
     return dataloader
+
+
+def _pipelines(dataloader: Dict, *types: str) -> List[List[Dict]]:
+    """Pipelines with these transforms; data sets may share one."""
+    return list({
+        id(part): part
+        for part in walk(dataloader) if {*types} <= {*_types(part)}
+    }.values())
 
 
 def _types(part: Any) -> List[str]:

@@ -47,6 +47,7 @@ from mmseg.evaluation import IoUMetric
 from mmseg_textkd.apis import TextSegInferencer
 from mmseg_textkd.datasets import ToyScenesDataset
 from mmseg_textkd.datasets.toy_scenes_generator import MANIFEST
+from mmseg_textkd.models.record_calls import record_calls
 from mmseg_textkd.utils.io import make_folder, write_files
 
 matplotlib.use('Agg')
@@ -209,14 +210,11 @@ def similarity(model: torch.nn.Module, image: np.ndarray,
         np.ndarray: Cosines, float, at the resolution of the features.
     """
     head = model.decode_head
-    taken = []
-    handle = head.text_branch.projection.register_forward_hook(
-        lambda module, args, output: taken.append(output))
     data = model.data_preprocessor(
         dict(inputs=[torch.from_numpy(image).permute(2, 0, 1)]))
-    model.encode_decode(data['inputs'], [dict(img_shape=image.shape[:2])])
-    handle.remove()
-    pixels = torch.nn.functional.normalize(taken[0][0], dim=0)
+    with record_calls(head.text_branch.projection) as calls:
+        model.encode_decode(data['inputs'], [dict(img_shape=image.shape[:2])])
+    pixels = torch.nn.functional.normalize(calls[0][1][0], dim=0)
     text = head.text_branch.text()[class_index]
     return torch.einsum('dhw,d->hw', pixels, text).numpy()
 

@@ -72,14 +72,14 @@ from mmengine.device import get_device
 from mmseg_textkd.compat import load_stock_tool, shorten_console
 from mmseg_textkd.engine import check_loaded, join_cpu_ranks
 from mmseg_textkd.utils.arguments import read_config, read_options
-from mmseg_textkd.utils.config import type_name
+from mmseg_textkd.utils.config import as_list, type_name
 
 
 def too_many_for_pictures(cfg: Config) -> bool:
     """Whether label maps need more than 8 bits, of which 255 is no class."""
-    evaluator = cfg.get('test_evaluator')
-    evaluators = evaluator if isinstance(evaluator, list) else [evaluator]
-    return any((e or {}).get('ignore_index', 255) > 255 for e in evaluators)
+    return any(
+        evaluator.get('ignore_index', 255) > 255
+        for evaluator in as_list(cfg.get('test_evaluator')))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
+from ..deploy.run import Writer
 from ..utils.progress import track
 from .drawing import draw_labels
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from .text_seg_inferencer import TextSegInferencer
 
 Source = Union[str, int, Iterable[np.ndarray]]
-CODECS = {'.mp4': 'mp4v', '.avi': 'MJPG'}
 END = object()
 # Mean absolute difference of two frames, in gray levels at 64x36, from which
 # on they are of two scenes.
@@ -345,6 +345,7 @@ def segment_video(inferencer: 'TextSegInferencer',
             and osp.exists(out) and osp.samefile(source, out)):
         raise ValueError(f'{out} is the video that is read; write elsewhere.')
     frames, fps, expected = read_frames(source)
+    writer = None if out is None else Writer(out, False, fps)
     meta, stopped = inferencer.model.dataset_meta, threading.Event()
     segmented = _stream(inferencer, frames, batch_size, smoothing, stopped)
     bar = track(None, 'Segmenting', 'frame', expected or None, progress)
@@ -358,26 +359,23 @@ def segment_video(inferencer: 'TextSegInferencer',
                               palette, opacity, legend, inferencer.font)
 
     def encoded(images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        writer = None
         try:
             for image in images:
-                if out is not None:
-                    if writer is None:
-                        writer = _open_writer(out, fps, image)
-                    writer.write(image)
+                if writer is not None:
+                    writer.write('', image)
                 yield image
         finally:
             if writer is not None:
-                writer.release()
+                writer.close()
             ended.set()
 
-    # Each stage has a stop of its own: what was segmented before a fault is
-    # drawn and written before the fault is raised.
-    stops = [threading.Event() for _ in range(3)]
+    # Not `stopped`, which is set where a fault is: what was segmented before
+    # it is drawn and written before it is raised.
+    stop = threading.Event()
     count = 0
-    network = _Stage(segmented, 2 * batch_size, stops[0])
-    drawing = _Stage(drawn(network), 2 * batch_size, stops[1])
-    encoding = _Stage(encoded(drawing), 2 * batch_size, stops[2])
+    network = _Stage(segmented, 2 * batch_size, stop)
+    drawing = _Stage(drawn(network), 2 * batch_size, stop)
+    encoding = _Stage(encoded(drawing), 2 * batch_size, stop)
     try:
         for image in encoding:
             count += 1
@@ -387,8 +385,8 @@ def segment_video(inferencer: 'TextSegInferencer',
     except KeyboardInterrupt:
         pass
     finally:
-        for stop in (stopped, *stops):
-            stop.set()
+        stopped.set()
+        stop.set()
         ended.wait(timeout=10)
         bar.close()
     if show is None and 0 < count < expected:
@@ -396,15 +394,3 @@ def segment_video(inferencer: 'TextSegInferencer',
             f'{source} ended after {count} of the {expected} frames that its '
             'header promises; those are written.', 'current', 30)
     return count
-
-
-def _open_writer(out: str, fps: float, image: np.ndarray) -> cv2.VideoWriter:
-    codec = CODECS.get(osp.splitext(out)[1])
-    if codec is None:
-        raise ValueError(
-            f'a video is written as {" or ".join(CODECS)}, not as {out}.')
-    writer = cv2.VideoWriter(out, cv2.VideoWriter_fourcc(*codec), fps,
-                             image.shape[1::-1])
-    if not writer.isOpened():
-        raise OSError(f'cannot write {out}')
-    return writer

@@ -71,26 +71,22 @@ def to_onnx(network: ExportableSegmentor,
         axes = (1, 2) if network.preprocess else (2, 3)
         shapes = dict(image=dict.fromkeys(axes, torch.export.Dim.DYNAMIC))
         names = dict(image=dict(zip(axes, ('height', 'width'))))
-    try:
-        with torch.no_grad(), warnings.catch_warnings(), _silence_resize():
-            warnings.simplefilter('ignore')
-            program = torch.export.export(
-                traced, (image, ), dynamic_shapes=shapes, strict=False)
-            exported: Any = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=opset,
-                input_names=['image'],
-                # Not 'argmax': so torch calls a value on the way.
-                output_names=[
-                    'labels' if network.output == 'argmax' else network.output
-                ],
-                # The program has symbols already; these name them.
-                dynamic_shapes=names,
-                verbose=False)
-            graph = exported.model_proto
-    except Exception as error:  # torch raises anything
-        raise ValueError(describe_failure(error, dynamic)) from error
+    with reasons(dynamic), _silence_resize():
+        program = torch.export.export(
+            traced, (image, ), dynamic_shapes=shapes, strict=False)
+        exported: Any = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=['image'],
+            # Not 'argmax': so torch calls a value on the way.
+            output_names=[
+                'labels' if network.output == 'argmax' else network.output
+            ],
+            # The program has symbols already; these name them.
+            dynamic_shapes=names,
+            verbose=False)
+        graph = exported.model_proto
     if graph.opset_import[0].version != opset:
         raise ValueError(f'torch {torch.__version__} cannot export opset '
                          f'{opset}, only {graph.opset_import[0].version}.')
@@ -143,28 +139,34 @@ def to_torchscript(network: ExportableSegmentor, size: Size, dynamic: bool,
         ValueError: If it cannot be traced.
     """
     buffer = io.BytesIO()
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            trace = torch.jit.trace(
-                network, network.example(size), check_trace=False)
-            torch.jit.save(
-                torch.jit.freeze(trace.eval()), buffer, {f'{META}.json': meta})
-    except Exception as error:  # torch raises anything
-        raise ValueError(describe_failure(error, dynamic)) from error
+    with reasons(dynamic):
+        trace = torch.jit.trace(
+            network, network.example(size), check_trace=False)
+        torch.jit.save(
+            torch.jit.freeze(trace.eval()), buffer, {f'{META}.json': meta})
     return buffer.getvalue()
 
 
-def describe_failure(error: Exception, dynamic: bool) -> str:
-    """Name the operator that does not export, and its place.
+@contextmanager
+def reasons(dynamic: bool) -> Iterator[None]:
+    """Say in one line what does not export, and where.
 
     Args:
-        error (Exception): What an exporter has raised.
         dynamic (bool): Whether a fixed size could help.
 
-    Returns:
-        str: One line.
+    Raises:
+        ValueError: If an exporter raises anything.
     """
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    except Exception as error:
+        raise ValueError(_describe_failure(error, dynamic)) from error
+
+
+def _describe_failure(error: Exception, dynamic: bool) -> str:
+    """Name the operator that does not export, and its place."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

@@ -7,13 +7,12 @@ import importlib.util
 import subprocess
 import tempfile
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Dict, Iterator, NamedTuple, Sequence, Tuple
+from typing import Callable, Dict, NamedTuple, Sequence, Tuple
 
 import torch
 
-from .export import OPSET, describe_failure, to_onnx, to_torchscript
+from .export import OPSET, reasons, to_onnx, to_torchscript
 from .exportable import ExportableSegmentor, Size
 from .tensorrt import build_script, check_graph
 
@@ -76,7 +75,7 @@ def openvino(network: ExportableSegmentor, form: Form) -> Files:
     """
     import openvino
     data = to_onnx(network, form.size, form.dynamic, form.meta, form.opset)
-    with _reasons(form), tempfile.TemporaryDirectory() as folder:
+    with reasons(form.dynamic), tempfile.TemporaryDirectory() as folder:
         source = Path(folder, 'model.onnx')
         source.write_bytes(data)
         openvino.save_model(
@@ -94,7 +93,7 @@ def ncnn(network: ExportableSegmentor, form: Form) -> Files:
     """
     import pnnx
     example = network.example(form.size)
-    with _reasons(form), tempfile.TemporaryDirectory() as folder:
+    with reasons(form.dynamic), tempfile.TemporaryDirectory() as folder:
         torch.jit.save(
             torch.jit.trace(network, example, check_trace=False),
             Path(folder, 'model.pt'))
@@ -123,7 +122,7 @@ def ncnn(network: ExportableSegmentor, form: Form) -> Files:
 def litert(network: ExportableSegmentor, form: Form) -> Files:
     """Export to LiteRT, once TensorFlow Lite."""
     import litert_torch
-    with _reasons(form), tempfile.TemporaryDirectory() as folder:
+    with reasons(form.dynamic), tempfile.TemporaryDirectory() as folder:
         edge = litert_torch.convert(network, (network.example(form.size), ))
         edge.export(str(Path(folder, 'model.tflite')))
         return _read(folder, 'model.tflite')
@@ -134,7 +133,7 @@ def executorch(network: ExportableSegmentor, form: Form) -> Files:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import \
         XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
-    with _reasons(form):
+    with reasons(form.dynamic):
         program = torch.export.export(network, (network.example(form.size), ))
         edge = to_edge_transform_and_lower(
             program, partitioner=[XnnpackPartitioner()])
@@ -154,17 +153,6 @@ def torchscript(network: ExportableSegmentor, form: Form) -> Files:
     return {
         'model.pt': to_torchscript(network, form.size, form.dynamic, form.meta)
     }
-
-
-@contextmanager
-def _reasons(form: Form) -> Iterator[None]:
-    """Say in one line what does not export, and where."""
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    except Exception as error:  # each converter raises anything
-        raise ValueError(describe_failure(error, form.dynamic)) from error
 
 
 def _read(folder: str, *names: str) -> Files:

@@ -6,9 +6,6 @@ import sys
 from glob import glob
 from typing import Any, Dict, List, Optional, Set
 
-import mmengine.registry
-import mmseg.registry
-from mmengine.registry import Registry
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import MODELS
 
@@ -25,7 +22,7 @@ from mmseg_textkd.models import (DistilledEncoderDecoder,
                                  TextKD)
 from mmseg_textkd.models.layers.score_map import KEPT_AS_IT_IS
 from mmseg_textkd.models.layers.text_fusion import CANNOT_FOLD
-from ..utils.config import type_name
+from ..utils.config import REGISTRIES, type_name
 from .l2_conv_seg import l2_conv_seg_head
 
 PLUGIN = 'mmseg_textkd'
@@ -63,9 +60,7 @@ class StockConverter:
         self.packages = {PLUGIN, *filter(_uses_plugin, imports)}
         self.registered = {
             name: thing
-            for module in (mmengine.registry, mmseg.registry)
-            for registry in vars(module).values()
-            if isinstance(registry, Registry)
+            for registry in REGISTRIES
             for name, thing in registry.module_dict.items()
             if any(map(self.needs_plugin, _modules_of(thing)))
         }

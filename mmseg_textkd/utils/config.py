@@ -131,17 +131,16 @@ def as_list(value: Any) -> List:
     return [] if value is None else [value]
 
 
-def first_dataset(cfg: Mapping, split: str = 'test') -> Dict:
-    """Get the config of a dataset, the first of several.
+def first_dataset(cfg: Mapping) -> Dict:
+    """Get the config of the dataset to test on, the first of several.
 
     Args:
         cfg (Config): The config.
-        split (str): 'train', 'val' or 'test'. Defaults to 'test'.
 
     Returns:
         dict: Its config; empty if the config has none.
     """
-    dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
     while 'dataset' in dataset or 'datasets' in dataset:
         dataset = dataset.get('dataset') or dataset['datasets'][0]
     return dataset

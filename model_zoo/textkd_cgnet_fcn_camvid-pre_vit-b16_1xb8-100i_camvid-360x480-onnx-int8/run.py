@@ -332,7 +332,7 @@ class Writer:
         self.video: Any = None
         if fps and os.path.splitext(out)[1] not in CODECS:
             raise ValueError(f'a video is written as {" or ".join(CODECS)}, '
-                             f'but --out is {out}')
+                             f'not as {out}')
 
     def write(self, name: str, shown: np.ndarray) -> None:
         """Write one image."""

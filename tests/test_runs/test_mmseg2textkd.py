@@ -291,8 +291,9 @@ BAD = [
      'plain `load_from`; in.pth'),
     (dict(weight=ONES[:8]), CLASSES,
      '24 input channels; decode_head has 16; in.pth'),
-    ({}, SWAPPED, "in another order; 1: 'truck' instead of 'building'; "
-     "6: 'building' instead of 'truck'; in.pth"),
+    ({}, SWAPPED,
+     "in another order; 1: 'truck' in the checkpoint, 'building' in the "
+     "data set; 6: 'building' in the checkpoint; in.pth"),
     (dict(weight=None), CLASSES, f'has no {KEY}.weight and .bias; '
      "['auxiliary_head', 'backbone', 'decode_head']; in.pth"),
     (TEXTUAL, CLASSES, 'has a text classifier; `load_from`; in.pth'),

@@ -133,4 +133,4 @@ def test_first_dataset_of_wrappers_and_of_none():
     loader = dict(dataset=dict(type='Repeat', dataset=several))
     cfg = Config(dict(test_dataloader=loader, val_dataloader=None))
     assert first_dataset(cfg) == first
-    assert first_dataset(cfg, 'val') == first_dataset(cfg, 'train') == {}
+    assert first_dataset({}) == {}

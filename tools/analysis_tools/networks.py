@@ -63,6 +63,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmseg_textkd  # noqa: F401  (registers the text heads)
 from mmseg_textkd.analysis.benchmark import randomize_text
+from mmseg_textkd.models.record_calls import record_calls
 from mmseg_textkd.utils.report import count_params, flops_by_module, table
 
 # Network, and what follows the text encoder.
@@ -206,12 +207,10 @@ def measure(name: str, path: Path) -> Row:
     training = {key: training_macs(model) for key, model in models.items()}
     macs = {f'training {key}': value[''] for key, value in training.items()}
 
-    head, shapes = models['classifier'].decode_head, []
-    handle = head.conv_seg.register_forward_pre_hook(
-        lambda module, args: shapes.append(args[0].shape))
-    macs['text'] = evaluation_macs(models['classifier'])['']
-    handle.remove()
-    (_, channels, height, _), = shapes
+    head = models['classifier'].decode_head
+    with record_calls(head.conv_seg) as calls:
+        macs['text'] = evaluation_macs(models['classifier'])['']
+    _, channels, height, _ = calls[0][0].shape
 
     evaluation = evaluation_macs(stock)
     macs['stock'] = evaluation['']
@@ -254,18 +253,17 @@ def score_map_row(path: Path) -> Tuple[str, ...]:
         build(c).eval() for c in (cfg,
                                   Config.fromfile(path.parents[1] / 'stock' /
                                                   f'{name}_{rest}')))
-    shapes: List[torch.Size] = []
-    model.score_map.register_forward_pre_hook(
-        lambda module, args: shapes.append(args[0].shape))
-    macs, before = (evaluation_macs(m)[''] for m in (model, stock))
+    with record_calls(model.score_map) as calls:
+        macs, before = (evaluation_macs(m)[''] for m in (model, stock))
+    _, channels, height, _ = calls[0][0].shape
     params = count_params(model) - count_params(stock)
     readers = [key.replace('/', '.') for key in model.score_map.convs]
     place = os.path.commonprefix([r.split('.') for r in readers])
     text = f'`{readers[0]}`'
     if len(readers) > 1:
         text = f'{len(readers)} convolutions of `{".".join(place)}`'
-    return (f'[{name}](../../configs/textkd/{path.name})', f'{shapes[0][1]}',
-            str(SIZE[0] // shapes[0][2]), text, f'+{params / 1e6:.3f}',
+    return (f'[{name}](../../configs/textkd/{path.name})', f'{channels}',
+            str(SIZE[0] // height), text, f'+{params / 1e6:.3f}',
             f'+{(macs - before) / 1e9:.3f}',
             f'+{100 * (macs / before - 1):.2f} %')
 

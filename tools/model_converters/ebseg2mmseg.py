@@ -9,13 +9,11 @@ for machines without a network. Every key of the checkpoint must be known and
 every key that is needed must be there; nothing is written else.
 """
 import argparse
-import io
 import re
 import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Dict, List, Optional, Sequence, Tuple
 
 VARIANTS = ('vit-b16', 'vit-l14-336')
@@ -77,6 +75,7 @@ import mmseg_textkd
 from mmseg_textkd.text import TextEmbeddings
 from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.utils.arguments import warn_renamed
+from mmseg_textkd.utils.checkpoint import checkpoint_bytes, load_file
 from mmseg_textkd.utils.io import write_files
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs/ebseg'
@@ -164,12 +163,7 @@ def read(path: Path) -> State:
     """Read a checkpoint of Detectron2, of which ``model`` counts."""
     if not path.is_file():
         raise FileNotFoundError(f'There is no checkpoint {path}.')
-    try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
-    except (EOFError, RuntimeError, UnpicklingError) as error:
-        raise ValueError(
-            f'{path} is damaged, or a pickle with more than tensors in it, '
-            f'which could run code and is not opened: {error}') from error
+    saved = load_file(path)
     state = saved.get('model', saved) if isinstance(saved, dict) else saved
     if not isinstance(state, dict):
         raise ValueError(f'{path} holds no weights but {type(state)}.')
@@ -312,17 +306,15 @@ def convert(args: argparse.Namespace) -> None:
         print("encoding the classes' names")
         text = encode(parts['clip'], architecture, meta['classes'])
     parts['model'][TEXT] = text
-    buffer = io.BytesIO()
-    torch.save(
-        dict(
-            state_dict=parts['model'],
-            meta=dict(
-                dataset_meta={k: meta[k]
-                              for k in ('classes', 'palette')},
-                converted_from=args.checkpoint.name,
-                mmseg_textkd_version=mmseg_textkd.__version__)), buffer)
+    checkpoint = dict(
+        state_dict=parts['model'],
+        meta=dict(
+            dataset_meta={k: meta[k]
+                          for k in ('classes', 'palette')},
+            converted_from=args.checkpoint.name,
+            mmseg_textkd_version=mmseg_textkd.__version__))
     paths = out_paths(args.out)
-    files = {args.out: buffer.getvalue()}
+    files = {args.out: checkpoint_bytes(checkpoint)}
     if args.towers:
         for part in ('clip', 'sam'):
             files[paths[part]] = save({

@@ -9,7 +9,6 @@ used, of that CLIP, or one that their network does not use. Else nothing is
 written.
 """
 import argparse
-import io
 import re
 import sys
 import tempfile
@@ -72,7 +71,8 @@ from mmseg_textkd.models import LSegDPTHead
 from mmseg_textkd.text.encode_classes import encode_classes
 from mmseg_textkd.text.vocabulary import Vocabulary
 from mmseg_textkd.utils.arguments import explain, read_config, warn_renamed
-from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
+from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
+                                           read_checkpoint)
 from mmseg_textkd.utils.io import write_files
 
 NET, CLIP = 'net.', 'clip_pretrained.'
@@ -309,9 +309,8 @@ def convert(args: argparse.Namespace) -> None:
     meta = dict(
         dataset_meta=dict(classes=tuple(names)),
         lseg_checkpoint=args.checkpoint.name)
-    buffer = io.BytesIO()
-    torch.save(dict(state_dict=model.state_dict(), meta=meta), buffer)
-    files = {args.out: buffer.getvalue()}
+    checkpoint = dict(state_dict=model.state_dict(), meta=meta)
+    files = {args.out: checkpoint_bytes(checkpoint)}
     if args.clip:
         files[args.clip] = clip
     write_files(files)

@@ -67,7 +67,8 @@ from mmseg_textkd.models.stock_init import (compare_with_stock, head_features,
 from mmseg_textkd.models.text_parameters import check_classes
 from mmseg_textkd.text.encode_classes import ensure_embeddings
 from mmseg_textkd.utils.arguments import explain, read_config, warn_renamed
-from mmseg_textkd.utils.checkpoint import checkpoint_bytes
+from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, class_differences,
+                                           class_names)
 from mmseg_textkd.utils.io import write_files
 
 SEED = 0  # the same images whenever the tool runs
@@ -80,14 +81,11 @@ def read_stock(path: str) -> Tuple[Dict[str, Tensor], Names]:
         checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
         state = checkpoint.get('state_dict', checkpoint)
         state = {key.removeprefix('module.'): v for key, v in state.items()}
-        meta = checkpoint.get('meta') or {}
-        # CLASSES: checkpoints of MMSegmentation 0.x.
-        names = (meta.get('dataset_meta') or {}).get('classes',
-                                                     meta.get('CLASSES'))
+        names = class_names(checkpoint.get('meta') or {})
     except AttributeError as error:
         raise ValueError(f'{path} is no checkpoint, or a damaged one: '
                          f'{error}') from error
-    return state, None if names is None else tuple(names)
+    return state, names
 
 
 def stock_classifier(path: str, state: Dict[str, Tensor], names: Names,
@@ -125,13 +123,11 @@ def check_names(path: str, names: Names, dataset: Dataset) -> None:
     if names is None or classes is None:
         print(f'The classes of {path} or of {where} are not named; they are '
               'taken to be the same in the same order.')
-    elif names != tuple(classes):
-        differences = (f'  {k}: {theirs!r} instead of {ours!r}'
-                       for k, (theirs, ours) in enumerate(zip(names, classes))
-                       if theirs != ours)
+    differences = class_differences(names, classes)
+    if differences:
         raise ValueError(
             f'{path} is for other classes than {where}, or in another '
-            'order:\n' + '\n'.join(differences))
+            'order:\n  ' + '\n  '.join(differences))
 
 
 def endless(loader: DataLoader) -> Iterator[dict]:

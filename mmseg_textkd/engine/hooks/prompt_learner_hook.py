@@ -23,6 +23,7 @@ from ...models.text_parameters import (check_classes, check_prompts_learn,
                                        text_statistics, tower_checksums,
                                        unwrap)
 from ...text.encode_classes import ensure_embeddings
+from ...utils.config import as_list
 from .class_rows import match_classes
 from .loaded_checkpoint_hook import LoadedCheckpointHook
 from .text_groups import check_groups, group_faults
@@ -114,10 +115,8 @@ class PromptLearnerHook(Hook):
                 'load_best=True needs a stage 1 and a stage 2 in this run, '
                 f'but got switch_at={switch_at}. To start from the best '
                 'checkpoint of another run, give that as `load_from`.')
-        if isinstance(learn, str):
-            learn = [learn]
         if learn is not None and not isinstance(learn, dict):
-            learn = {pattern: 1.0 for pattern in learn}
+            learn = dict.fromkeys(as_list(learn), 1.0)
         if any(factor < 0 for factor in (learn or {}).values()):
             raise ValueError('factors in `learn` must not be negative, but '
                              f'got {learn}.')
@@ -125,11 +124,9 @@ class PromptLearnerHook(Hook):
             warnings.warn('`schedule` of PromptLearnerHook is deprecated; use '
                           '`param_scheduler`, a list of MMEngine schedulers.')
             param_scheduler = _convert_schedule(**schedule)
-        if isinstance(param_scheduler, dict):
-            param_scheduler = [param_scheduler]
         self.switch_at = switch_at
         self.learn = learn
-        self.param_scheduler = list(param_scheduler or [])
+        self.param_scheduler = as_list(param_scheduler)
         self.load_best = load_best
         self.freeze_norm = freeze_norm
         self.log_interval = log_interval

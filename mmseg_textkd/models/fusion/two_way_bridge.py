@@ -203,22 +203,9 @@ class TwoWayBridge(TextFusion):
         losses = dict(loss_bridge_ce=self.ce_weight * ce)
         if self.kl_weight:
             teacher = fused.detach() if self.detach_teacher else fused
-            kl = self.divergence(teacher, logits, labels != ignore_index)
+            with torch.autocast(teacher.device.type, enabled=False):
+                kl = pixel_divergence(
+                    logits.to(teacher.dtype), teacher, labels != ignore_index,
+                    self.temperature)
             losses['loss_bridge_kl'] = self.kl_weight * kl
         return losses
-
-    def divergence(self, teacher: Tensor, student: Tensor,
-                   valid: Tensor) -> Tensor:
-        """Compute the distillation loss by :func:`pixel_divergence`.
-
-        Args:
-            teacher (Tensor): Logits with shape (N, K, H, W).
-            student (Tensor): The same.
-            valid (Tensor): Bool tensor with shape (N, H, W).
-
-        Returns:
-            Tensor: Scalar; 0 with a graph if no pixel is valid.
-        """
-        with torch.autocast(teacher.device.type, enabled=False):
-            return pixel_divergence(
-                student.to(teacher.dtype), teacher, valid, self.temperature)

@@ -208,30 +208,21 @@ class SemanticStructureLoss(nn.Module):
             ours = self.scale() * ours
         if self.target == 'standardized':
             ours, theirs = (standardize(m, pairs) for m in (ours, theirs))
-        return structure_loss(ours, theirs, self.off_diagonal, pairs)
+        return structure_loss(ours, theirs, pairs)
 
 
-def structure_loss(similarities_a: Tensor,
-                   similarities_b: Tensor,
-                   off_diagonal: bool = True,
-                   pairs: Optional[Tensor] = None) -> Tensor:
+def structure_loss(similarities_a: Tensor, similarities_b: Tensor,
+                   pairs: Tensor) -> Tensor:
     """Mean squared difference of two similarity matrices.
 
     Args:
         similarities_a (Tensor): Float tensor with shape (P, P).
         similarities_b (Tensor): Float tensor with shape (P, P).
-        off_diagonal (bool): Whether to leave out the similarity of each
-            thing with itself. Defaults to True.
-        pairs (Tensor, optional): Bool tensor with shape (P, P), the pairs
-            to compare. Defaults to None: all.
+        pairs (Tensor): Bool tensor with shape (P, P), the pairs to compare.
 
     Returns:
         Tensor: Scalar; 0 with a graph if there is no pair.
     """
-    if pairs is None:
-        pairs = torch.ones_like(similarities_a, dtype=torch.bool)
-    if off_diagonal:
-        pairs = pairs.clone().fill_diagonal_(False)
     squares = (similarities_a - similarities_b).square()
     return squares.where(pairs, 0).sum() / pairs.sum().clamp(min=1)
 

@@ -2,7 +2,7 @@
 import copy
 from fnmatch import fnmatch
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -281,15 +281,10 @@ class TextKD(EncoderDecoder):
                      if isinstance(m, nn.Conv2d)), 128, 128)
         image = torch.randn(
             size, generator=torch.Generator().manual_seed(0)).to(first)
-        seen: List[Tensor] = []
-        handle = self.score_map.register_forward_pre_hook(
-            lambda module, args: seen.append(args[0]))
-        try:
-            with record_calls(self.get_submodule(name)) as calls:
-                self.forward(image, mode='tensor')
-        finally:
-            handle.remove()
-        feature, read = seen[0], calls[0][0]
+        with record_calls(self.score_map) as seen, \
+                record_calls(self.get_submodule(name)) as calls:
+            self.forward(image, mode='tensor')
+        feature, read = seen[0][0], calls[0][0]
         if feature.shape != read.shape:
             feature = F.adaptive_avg_pool2d(feature,
                                             (read.shape[2], read.shape[3]))

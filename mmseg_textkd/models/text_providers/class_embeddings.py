@@ -12,11 +12,11 @@ from mmseg_textkd.text.encode_classes import build_command
 from mmseg_textkd.text.united_embeddings import load_united
 from mmseg_textkd.text.vocabulary import Vocabulary
 from mmseg_textkd.utils.config import as_list
-from .text_provider import TextProvider
+from .text_provider import FixedProvider
 
 
 @MODELS.register_module()
-class ClassEmbeddings(TextProvider):
+class ClassEmbeddings(FixedProvider):
     """Fixed class embeddings from a file.
 
     The file is made by ``tools/encode_text.py``, or once by
@@ -99,8 +99,6 @@ class ClassEmbeddings(TextProvider):
         self.file = file
         self.record = record
         self._missing_hint = hint
-        # Kept apart from the buffer, which a checkpoint may overwrite.
-        self._source: Optional[Tensor] = None
         # Learners that start from this text are centered by the same vector.
         self.shift: Optional[Tensor] = None
         if record is not None:
@@ -113,17 +111,3 @@ class ClassEmbeddings(TextProvider):
     def _rows(self, record: TextEmbeddings) -> Tensor:
         """Get the vectors of the classes."""
         return record.vectors
-
-    @property
-    def can_compute(self) -> bool:
-        """bool: Whether the vectors of the file are loaded."""
-        return self._source is not None
-
-    def compute(self) -> Tensor:
-        """Get the vectors of the file.
-
-        Returns:
-            Tensor: Unit rows with shape (K, D).
-        """
-        assert self._source is not None
-        return self._source.to(self.class_embeddings)

@@ -7,13 +7,13 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from .phrase_bank import PhraseBank
-from .text_provider import TextProvider
+from .text_provider import FixedProvider
 
 KINDS = ('random', 'shuffled', 'onehot', 'noise')
 
 
 @MODELS.register_module()
-class ControlEmbeddings(TextProvider):
+class ControlEmbeddings(FixedProvider):
     """Control class embeddings without the meaning of the class names.
 
     A gain that these reach too does not come from language. They take the
@@ -82,7 +82,7 @@ class ControlEmbeddings(TextProvider):
         self.kind = kind
         generator = torch.Generator().manual_seed(seed)
         if kind == 'random':
-            self._source: Optional[Tensor] = torch.linalg.qr(
+            self._source = torch.linalg.qr(
                 torch.randn(dim, num_classes, generator=generator))[0].T
         elif kind == 'onehot':
             self._source = torch.eye(num_classes, dim)
@@ -94,7 +94,6 @@ class ControlEmbeddings(TextProvider):
             if source.phrase_bank is not None:
                 self.phrase_bank = source.phrase_bank.select(rows)
         else:
-            self._source = None
             self._missing_hint = source._missing_hint
             if kind == 'noise':
                 self._bank_hint = self._missing_hint
@@ -104,20 +103,6 @@ class ControlEmbeddings(TextProvider):
             vectors = around(self.class_embeddings, phrases, cosine, generator)
             self.phrase_bank = PhraseBank(
                 vectors, torch.full((num_classes, phrases), 1 / phrases))
-
-    @property
-    def can_compute(self) -> bool:
-        """bool: Whether the control vectors can be computed."""
-        return self._source is not None
-
-    def compute(self) -> Tensor:
-        """Get the control vectors.
-
-        Returns:
-            Tensor: Unit rows with shape (K, D).
-        """
-        assert self._source is not None
-        return self._source.to(self.class_embeddings)
 
 
 def around(rows: Tensor, number: int, cosine: float,

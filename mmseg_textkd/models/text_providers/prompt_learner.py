@@ -1,5 +1,4 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from abc import abstractmethod
 from typing import Dict, Optional
 
 import torch
@@ -75,14 +74,6 @@ class PromptLearner(TextProvider):
 
     def prepare(self) -> None:
         """Prepare stage 2."""
-
-    @abstractmethod
-    def compute(self) -> Tensor:
-        """Compute the embeddings from the parameters.
-
-        Returns:
-            Tensor: Unit rows with shape (K, D), with gradient.
-        """
 
     def expected(self) -> Optional[Tensor]:
         """Compute the embeddings from the config and the parameters.

@@ -299,6 +299,27 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+class FixedProvider(TextProvider):
+    """Provider of vectors that do not depend on parameters."""
+
+    # Kept apart from the buffer, which a checkpoint may overwrite.
+    _source: Optional[Tensor] = None
+
+    @property
+    def can_compute(self) -> bool:
+        """bool: Whether the vectors are there."""
+        return self._source is not None
+
+    def compute(self) -> Tensor:
+        """Get the vectors of the config.
+
+        Returns:
+            Tensor: Unit rows with shape (K, D).
+        """
+        assert self._source is not None
+        return self._source.to(self.class_embeddings)
+
+
 def build_text(cfg: Mapping[str, Any], **defaults: Any) -> TextProvider:
     """Build a text provider.
 
