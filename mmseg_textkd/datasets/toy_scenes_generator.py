@@ -11,6 +11,7 @@ from typing import Dict, Optional, Tuple, Union
 
 import cv2
 
+from ..utils.io import new_folder
 from ..utils.progress import track
 from .toy_scenes_painter import CLASSES, IGNORE_INDEX, PALETTE
 from .toy_scenes_renderer import Scene, render_scene, render_video
@@ -128,16 +129,10 @@ def generate_toy_videos(root: Union[str, Path],
         if value < low:
             raise ValueError(f'{name} must be at least {low}, got {value}')
     root = Path(os.path.realpath(root))
-    if os.path.lexists(root):
-        raise FileExistsError(f'{root} is there already; nothing was touched. '
-                              'Choose another folder.')
     root.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(
-        tempfile.mkdtemp(
-            prefix=f'.{root.name}-', suffix='.tmp', dir=root.parent))
-    try:
+    with new_folder(root) as new:
         for video in range(num_videos):
-            folder = holder / 'new' / f'video{video:02d}'
+            folder = new / f'video{video:02d}'
             for part in ('origin', 'mask'):
                 (folder / part).mkdir(parents=True)
             scenes = render_video(seed, video, num_frames, height, width)
@@ -147,9 +142,6 @@ def generate_toy_videos(root: Union[str, Path],
                     path = folder / part / f'{number:04d}.png'
                     if not cv2.imwrite(str(path), pixels):
                         raise OSError(f'could not write {path}')
-        os.rename(holder / 'new', root)
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
 
 
 def generate_toy_scenes(root: Union[str, Path],

@@ -109,7 +109,7 @@ def test_toy_videos_move_and_are_labeled(tmp_path):
     assert first.shape == (64, 96) and len(first.unique()) > 3
     # A little from frame to frame, and more over the whole video.
     assert 0 < (first != second).sum() < (first != last).sum()
-    with pytest.raises(FileExistsError, match='nothing was touched'):
+    with pytest.raises(FileExistsError, match='write elsewhere'):
         generate_toy_videos(root)
 
 
