@@ -374,7 +374,10 @@ class FoldedAdapter(NetworkAdapter):
     def encode(self, classes: Any, **options: Any) -> EncodedClasses:
         """Look up the classes among the trained ones."""
         words = Vocabulary.from_spec(classes)
-        new = [name for name in words.names if name not in self.names]
+        # Stock data sets have names such as 'bed '.
+        own = [name.strip() for name in self.names]
+        names = [name.strip() for name in words.names]
+        new = [name for name in names if name not in own]
         if new:
             raise ValueError(
                 f'this checkpoint is folded, or stock: without the projection '
@@ -383,7 +386,7 @@ class FoldedAdapter(NetworkAdapter):
                 'the training, not the one of textkd2mmseg.py, with its '
                 'config.')
         return EncodedClasses(words.names, words.phrases, None,
-                              [self.names.index(name) for name in words.names],
+                              [own.index(name) for name in names],
                               'as trained')
 
     def set_classes(self,

@@ -6,8 +6,8 @@ import logging
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import (Any, Callable, List, Mapping, NamedTuple, Optional,
-                    Sequence, Tuple)
+from typing import (Any, Callable, Dict, List, Mapping, NamedTuple, Optional,
+                    Sequence, Set, Tuple)
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +66,8 @@ def default_cache_dir() -> Path:
 class ClassEncoder:
     """Encoder of class names for a network that was trained with text.
 
-    The name of a trained class keeps the vector that was learned for it.
-    Other names are encoded by the tower that made the embeddings file: in the
+    The name of a trained class, alone or with the phrases that it was trained
+    with, keeps the vector that was learned for it. Other names are encoded by the tower that made the embeddings file: in the
     learned context of a ``ContextPromptLearner`` where that is one for all
     classes, else in the templates of the file. What was learned for each
     class (context of its own, offsets, mixtures) does not exist for a new
@@ -95,16 +95,21 @@ class ClassEncoder:
         self.learner = type_name(text)
         self.embeddings = text.get('embeddings') or text
         # Of several files, which are of one tower, the first.
-        self.build = next(iter(as_list(self.embeddings.get('build'))), {})
+        builds = as_list(self.embeddings.get('build'))
+        self.build = next(iter(builds), {})
         self.record: Optional[TextEmbeddings] = getattr(
             provider, 'record', None)
-        self.weights_dir = (tower or self.build).get('cache_dir')
+        self._trained_by: Dict[str, Set[Tuple[str, ...]]] = {}
+        for vocabulary in _vocabularies(provider, self.record, builds):
+            for name, phrases in zip(vocabulary.names, vocabulary.phrases):
+                self._trained_by.setdefault(name.strip(), set()).add(phrases)
         known: Any = self.build
         if self.record is not None and self.record.model:
             known = vars(self.record)
         if isinstance(provider, ContextPromptLearner):
             known = vars(provider)
         known = tower or known
+        self.weights_dir = known.get('cache_dir', self.build.get('cache_dir'))
         self.tower = known.get('model'), known.get('pretrained') or None
         # Held so that the next names need not load it again.
         self._loaded: Optional[TextTower] = None
@@ -149,8 +154,8 @@ class ClassEncoder:
             for k, name in reversed(list(enumerate(self.names)))
         }
         trained = [
-            rows.get(name.strip()) if phrases == (name.strip().replace(
-                '_', ' '), ) else None
+            rows.get(name.strip())
+            if self._is_trained(name.strip(), phrases) else None
             for name, phrases in zip(words.names, words.phrases)
         ]
         own = self.provider.class_embeddings.detach()
@@ -169,15 +174,25 @@ class ClassEncoder:
         return EncodedClasses(words.names, words.phrases, vectors, trained,
                               source)
 
+    def _is_trained(self, name: str, phrases: Tuple[str, ...]) -> bool:
+        """Whether phrases are those of the training, or the name itself."""
+        return (not self._has_language()
+                or phrases == (name.replace('_', ' '), )
+                or phrases in self._trained_by.get(name, ()))
+
+    def _has_language(self) -> bool:
+        """Whether vectors of other words could be had."""
+        return type_name(self.embeddings) not in ('ControlEmbeddings',
+                                                  'LearnedEmbeddings')
+
     def _encode_new(self, words: Vocabulary, tower: Tower, templates: Any,
                     record: Optional[TextEmbeddings]) -> Tuple[Tensor, str]:
         """Get the vectors of new classes and describe their source."""
-        kind = type_name(self.embeddings)
-        if kind in ('ControlEmbeddings', 'LearnedEmbeddings'):
+        if not self._has_language():
             raise ValueError(
-                f'this network was trained with {kind}, vectors without '
-                'language: it can only predict its own classes, '
-                f'{list(self.names)}.')
+                'this network was trained with '
+                f'{type_name(self.embeddings)}, vectors without language: it '
+                f'can only predict its own classes, {list(self.names)}.')
         if record is not None:
             vectors = self._from_file(record, words, tower)
             return self._center(vectors), 'from the embeddings file'
@@ -327,15 +342,34 @@ class ClassEncoder:
                 'current', logging.WARNING)
 
 
+def _vocabularies(provider: TextProvider, record: Optional[TextEmbeddings],
+                  builds: Sequence[Mapping]) -> List[Any]:
+    """What names and phrases the vectors of a network were made of."""
+    sources: List[Any] = [getattr(provider, 'vocabulary', None), record]
+    if record is None:
+        sources += [build.get('vocabulary') for build in builds]
+    found = []
+    for source in filter(None, sources):
+        try:
+            found.append(
+                source if source is
+                record else Vocabulary.from_spec(source, provider.names))
+        except OSError:
+            pass  # a file of the training that is not here
+    return found
+
+
 def _versions(tower: Tower) -> List:
     """Version of open_clip, size and time of local weights."""
     try:
         found: List[Any] = [version('open_clip_torch')]
     except PackageNotFoundError:
         found = ['']
-    folder = Path(tower[0].removeprefix('local-dir:'))
-    files = sorted(folder.glob('*')) if str(folder) != tower[0] else []
-    for file in (*files, Path(tower[1] or '')):
+    folder = tower[0].removeprefix('local-dir:')
+    files = []
+    if folder != tower[0]:
+        files = sorted(Path(folder).expanduser().glob('*'))
+    for file in (*files, Path(tower[1] or '').expanduser()):
         if file.is_file():
             stat = file.stat()
             found.append((file.name, stat.st_size, stat.st_mtime_ns))

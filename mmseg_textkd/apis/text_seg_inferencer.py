@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mmseg_textkd.clip.weights import PathLike
 from mmseg_textkd.deploy import to_stock_cfg
+from mmseg_textkd.deploy.words import united_cfg
 from mmseg_textkd.models import EBSeg, TextHeadMixin
 from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.text import TextEmbeddings, Vocabulary
@@ -455,14 +456,15 @@ def load_network(cfg: Config, checkpoint: Path) -> Tuple[nn.Module, Dict]:
             f'{checkpoint} has class embeddings that are all zero: {faults}')
     if isinstance(cfg.model.decode_head, list):
         raise ValueError('a cascade of decode heads is not supported.')
-    kind = MODELS.get(cfg.model.decode_head.type)
-    has_text = any(k.endswith('.class_embeddings') for k in state)
-    if not has_text and isclass(kind) and issubclass(kind, TextHeadMixin):
-        cfg.model = to_stock_cfg(cfg, strip_auxiliary=True).model
     old = saved['meta']  # of MMSegmentation 0.x
     meta = dict(
         old.get('dataset_meta')
         or dict(classes=old.get('CLASSES'), palette=old.get('PALETTE')))
+    kind = MODELS.get(cfg.model.decode_head.type)
+    has_text = any(k.endswith('.class_embeddings') for k in state)
+    if not has_text and isclass(kind) and issubclass(kind, TextHeadMixin):
+        united = united_cfg(cfg, meta)
+        cfg.model = to_stock_cfg(united, strip_auxiliary=True).model
     if MODELS.get(cfg.model.type) is EBSeg:
         head = cfg.model.decode_head
         # Other classes of a config; here they come by their names.

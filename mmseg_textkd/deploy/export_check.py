@@ -15,6 +15,8 @@ from .exportable import ExportableSegmentor
 from .run import Network
 
 TOLERANCE = 1e-4
+# Metrics that need nothing but label maps.
+METRICS_OF_LABELS = ('IoUMetric', 'ConfusionIoUMetric', 'ZeroShotIoUMetric')
 
 
 class Comparison(NamedTuple):
@@ -142,10 +144,11 @@ def validation(config: str) -> Tuple[Config, Dict]:
         raise ValueError(f'{config} has no val_dataloader and val_evaluator')
     evaluators = [
         evaluator for evaluator in as_list(cfg.val_evaluator)
-        if type_name(evaluator).endswith('IoUMetric')
+        if type_name(evaluator) in METRICS_OF_LABELS
     ]
     if not evaluators:
-        raise ValueError(f'val_evaluator of {config} has no IoUMetric')
+        raise ValueError(f'val_evaluator of {config} has no IoUMetric '
+                         'over the labels of one data set')
     return cfg, evaluators[0]
 
 

@@ -11,6 +11,7 @@ from mmseg_textkd.models.layers.text_fusion import CANNOT_FOLD
 from ..utils.checkpoint import non_finite
 from .l2_conv_seg import fold_with_length, fuse_l2
 from .stock_cfg import to_stock_cfg
+from .words import united_cfg
 
 
 def fold_state_dict(
@@ -103,6 +104,7 @@ def fold(model: nn.Module,
         ValueError: As of :func:`fold_state_dict` and :func:`to_stock_cfg`.
     """
     state = fold_state_dict(model, strip_auxiliary)
+    cfg = united_cfg(cfg, getattr(model, 'dataset_meta', None))
     stock_cfg = to_stock_cfg(cfg, strip_auxiliary)
     stock = MODELS.build(stock_cfg.model)
     stock.load_state_dict(state, strict=True)

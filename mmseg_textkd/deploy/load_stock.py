@@ -18,6 +18,7 @@ from ..utils.config import first_dataset, load_config, type_name
 from .fold import fold_state_dict
 from .stock_cfg import to_stock_cfg
 from .verify import verify
+from .words import united_cfg
 
 
 def load_stock(
@@ -58,6 +59,7 @@ def load_stock(
     has_text = inspect.isclass(kind) and issubclass(kind, TextHeadMixin)
     saved = read_checkpoint(checkpoint)
     state = saved['state_dict']
+    cfg = united_cfg(cfg, saved['meta'].get('dataset_meta'))
     text_state = any(k.endswith('.class_embeddings') for k in state)
     if text_state and not has_text and not kept:
         raise ValueError(f'{checkpoint} is the checkpoint of a text network, '

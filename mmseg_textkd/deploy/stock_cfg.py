@@ -98,6 +98,8 @@ def _drop_pretrained(model: Dict) -> None:
     for part in dicts(model):
         if part.get('pretrained'):
             part['pretrained'] = None
+        if part.get('checkpoint_path'):  # of TIMMBackbone
+            part['checkpoint_path'] = ''
         init = part.get('init_cfg') or []
         kept = [cfg for cfg in as_list(init) if type_name(cfg) != 'Pretrained']
         if init and not kept:

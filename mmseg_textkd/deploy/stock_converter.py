@@ -12,11 +12,12 @@ from mmseg.registry import MODELS
 from mmseg_textkd.datasets import (CamVidDataset, CheckLabels, HideClasses,
                                    LabelMeFacadeDataset, LoadRegionEmbeddings,
                                    PackRegionInputs, ToyScenesDataset)
-from mmseg_textkd.engine import (CPUAmpOptimWrapper,
+from mmseg_textkd.engine import (ChannelsLastHook, CPUAmpOptimWrapper,
                                  CPUDistributedDataParallel,
                                  LoadedCheckpointHook, PromptLearnerHook,
                                  TeacherHook)
-from mmseg_textkd.evaluation import ZeroShotIoUMetric
+from mmseg_textkd.evaluation import (ConfusionIoUMetric,
+                                     VideoConsistencyMetric, ZeroShotIoUMetric)
 from mmseg_textkd.models import (DistilledEncoderDecoder,
                                  MultiDatasetEncoderDecoder, TextHeadMixin,
                                  TextKD)
@@ -30,18 +31,20 @@ PLUGIN = 'mmseg_textkd'
 PATCHES = f'{PLUGIN}.compat', f'{PLUGIN}._mmcv_ops'
 DROPPED = object()
 # What only training needs.
-NOT_DEPLOYED = (CheckLabels, CPUDistributedDataParallel, HideClasses,
-                LoadedCheckpointHook, LoadRegionEmbeddings, PromptLearnerHook,
-                TeacherHook)
+NOT_DEPLOYED = (ChannelsLastHook, CheckLabels, CPUDistributedDataParallel,
+                HideClasses, LoadedCheckpointHook, LoadRegionEmbeddings,
+                PromptLearnerHook, TeacherHook)
 # What is a ``BaseSegDataset`` with checks, classes and suffixes.
 STOCK_DATASETS = CamVidDataset, LabelMeFacadeDataset, ToyScenesDataset
 # What is a stock thing with additions: its name, and their arguments.
 STOCK_FORMS = {
+    ConfusionIoUMetric: ('IoUMetric', ()),
     CPUAmpOptimWrapper: ('OptimWrapper', ()),
     DistilledEncoderDecoder: ('EncoderDecoder', ('teacher', 'distill_losses')),
     MultiDatasetEncoderDecoder: ('EncoderDecoder', ()),
     PackRegionInputs: ('PackSegInputs', ()),
     TextKD: ('EncoderDecoder', ('score_map', 'alignment_head', 'text_loss')),
+    VideoConsistencyMetric: ('IoUMetric', ('windows', 'correct', 'video')),
     ZeroShotIoUMetric: ('IoUMetric', ('unseen', )),
 }
 

@@ -1,7 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """A trained text network as one of other words, ready to be folded."""
 import copy
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 from mmengine.config import Config
@@ -9,7 +9,7 @@ from mmseg.registry import DATASETS
 from torch import Tensor, nn
 
 from ..models.decode_heads import TextHeadMixin
-from ..utils.config import as_list, first_dataset, type_name
+from ..utils.config import as_list, dicts, first_dataset, type_name
 
 # What a network for inference alone does not need.
 TRAINING = ('train_dataloader', 'train_cfg', 'optim_wrapper',
@@ -163,6 +163,26 @@ def to_words_cfg(cfg: Config,
     for key in TRAINING:
         cfg.pop(key, None)
     return cfg
+
+
+def united_cfg(cfg: Config, meta: Optional[Mapping[str, Any]]) -> Config:
+    """Make the config of a network of several data sets one of its words.
+
+    Args:
+        cfg (Config): Config of a network.
+        meta (Mapping, optional): ``dataset_meta`` of the trained network.
+
+    Returns:
+        Config: The new config; the old one where there is one data set, or
+        the words are not known.
+    """
+    classes = (meta or {}).get('classes')
+    several = any(
+        type_name(part) in ('MultiDataset', 'MultiDatasetEncoderDecoder')
+        for part in dicts(cfg))
+    if not (several and classes):
+        return cfg
+    return to_words_cfg(cfg, classes, (meta or {}).get('palette'))
 
 
 def _choose(dataset: Dict, words: Sequence[str]) -> Optional[Dict]:

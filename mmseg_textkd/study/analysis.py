@@ -279,9 +279,9 @@ class Group:
         return float(np.mean(gains)) if gains else None
 
 
-def check_hypotheses(
-        parts: Sequence[Group],
-        hypotheses: Sequence[Sequence[str]]) -> List[List[Tested]]:
+def check_hypotheses(parts: Sequence[Group],
+                     hypotheses: Sequence[Sequence[str]],
+                     number: Optional[int] = None) -> List[List[Tested]]:
     """Test the registered hypotheses, with Holm's correction over all.
 
     In each group, on the seeds that have all arms of the hypotheses that it
@@ -292,13 +292,15 @@ def check_hypotheses(
         parts (Sequence[Group]): The groups of a study.
         hypotheses (Sequence[Sequence[str]]): Pairs of arms, the better one
             first, and where it is about one of several data sets its name.
+        number (int, optional): Number of tests that are planned. Defaults to
+            None: each hypothesis in each group.
 
     Returns:
         list[list[Tested]]: For each group one for each of its hypotheses;
         none with fewer than two such seeds.
     """
     found: List[List[Tested]] = []
-    values, left = [], {(*pair, None)[:3] for pair in hypotheses}
+    values: List[float] = []
     for part in parts:
         pairs = [(*p, None)[:3] for p in hypotheses
                  if {*p[:2]} <= {*part.arms}]
@@ -311,13 +313,14 @@ def check_hypotheses(
             if pairs else []
         found.append([])
         for better, worse, on in pairs if len(seeds) > 1 else []:
-            left.discard((better, worse, on))
             ours, theirs = scores[better, on], scores[worse, on]
             gains = [ours[s] - theirs[s] for s in seeds]
             values.append(float(stats.ttest_1samp(gains, 0).pvalue))
             found[-1].append(
                 Tested(better, worse, interval(gains), values[-1], 1., on))
-    corrected = iter(holm(values + [1.] * len(left)))
+    if number is None:
+        number = len(parts) * len(hypotheses)
+    corrected = iter(holm(values + [1.] * (number - len(values))))
     return [[t._replace(corrected=next(corrected)) for t in tests]
             for tests in found]
 

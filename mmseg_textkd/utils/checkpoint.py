@@ -16,6 +16,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ..compat import weights_only
+from .config import dicts, type_name
 
 SHOWN = 5
 NUMBERED = re.compile(r'(?:iter|epoch)_(\d+)\.pth')
@@ -226,7 +227,8 @@ def build_segmentor(model: Dict, state: Mapping[str, Tensor],
 
     Args:
         model (dict): Config of the segmentor. Its ``auxiliary_head``, which
-            only training needs, is removed.
+            only training needs, is removed, and so are weights that timm
+            would load.
         state (Mapping[str, Tensor]): Weights by name, with those of auxiliary
             heads or without.
         path (str or PathLike): Where they come from, for messages.
@@ -238,6 +240,9 @@ def build_segmentor(model: Dict, state: Mapping[str, Tensor],
         ValueError: As of :func:`load_strictly`.
     """
     model.pop('auxiliary_head', None)
+    for part in dicts(model):
+        if type_name(part) == 'TIMMBackbone':
+            part.update(pretrained=False, checkpoint_path='')
     segmentor = revert_sync_batchnorm(MODELS.build(model))
     load_strictly(segmentor, {
         k: v

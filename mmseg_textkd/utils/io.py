@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ PathLike = Union[str, os.PathLike]
 # Pillow's own: of more pixels it warns as of an attack.
 MAX_PIXELS = 89_478_485
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+_PILLOW = threading.Lock()  # its limit is one of the whole process
 MARK = '.mmseg_textkd'
 MARK_TEXT = 'Made by mmseg_textkd, which may remove this folder.\n'
 
@@ -223,19 +225,20 @@ def check_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> None:
         ValueError: If it has more pixels.
     """
     from PIL import Image
-    limit = Image.MAX_IMAGE_PIXELS
-    try:
-        # Its own limit is another one.
-        Image.MAX_IMAGE_PIXELS = None
-        with Image.open(path) as image:
-            width, height = image.size
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UnknownImageError(
-            f'{path} cannot be read as an image: {error}') from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with _PILLOW:
+        limit = Image.MAX_IMAGE_PIXELS
+        try:
+            # Its own limit is another one.
+            Image.MAX_IMAGE_PIXELS = None
+            with Image.open(path) as image:
+                width, height = image.size
+        except FileNotFoundError:
+            raise
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UnknownImageError(
+                f'{path} cannot be read as an image: {error}') from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
     if width * height > max_pixels:
         raise ValueError(
             f'{path} has {width} x {height} = {width * height} pixels, more '

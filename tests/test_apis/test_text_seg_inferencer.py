@@ -5,6 +5,8 @@ import functools
 import os.path as osp
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -21,13 +23,15 @@ from processes import ROOT, load
 from text_runs import CONTEXT, FIXED, RUNS, logits_by_hand, make
 from tiny import CLASSES, CONTROL, save_weights, tiny_config, write_video
 from tool_modules import call, fails, load_tool
+from torch import nn
 
 from mmseg_textkd.analysis.benchmark import peak_memory
 from mmseg_textkd.apis import TextSegInferencer, predict_labels
-from mmseg_textkd.apis.adapters import build_adapter
-from mmseg_textkd.apis.class_encoder import ClassEncoder
+from mmseg_textkd.apis.adapters import FoldedAdapter, build_adapter
+from mmseg_textkd.apis.class_encoder import ClassEncoder, _versions
 from mmseg_textkd.apis.drawing import draw_labels, draw_similarity, palette_for
 from mmseg_textkd.apis.label_maps import select_classes
+from mmseg_textkd.clip import TextTower
 from mmseg_textkd.deploy import L2ConvSeg, fold_state_dict, to_stock_cfg
 from mmseg_textkd.text import TextEmbeddings
 from mmseg_textkd.text.encode_classes import encode_classes
@@ -598,8 +602,58 @@ def test_names_with_blanks_around_are_trained_names():
     """As 'bed ' of ADE20K."""
     text = dict(CONTROL, num_classes=2)
     encoder = ClassEncoder(MODELS.build(text), text, ('bed ', 'street_sign'))
-    for names in (['street_sign', 'bed'], ['street_sign', 'bed ']):
-        assert encoder.encode(names).trained == [1, 0]
+    model = SimpleNamespace(out_channels=2, decode_head=nn.Module())
+    model.decode_head.conv_seg = nn.Conv2d(4, 2, 1)
+    for mine in (encoder, FoldedAdapter(model, ('bed ', 'street_sign'))):
+        for names in (['street_sign', 'bed'], ['street_sign', 'bed ']):
+            assert mine.encode(names).trained == [1, 0]
+
+
+def test_phrases_of_the_training_are_no_new_words(tmp_path):
+    """Of its file, or of its config where the file is not here."""
+    vocabulary = dict(road=['street', 'lane'], car='car', bus=['coach', 'bus'])
+    file = str(tmp_path / 'own.safetensors')
+    build = dict(model='toyclip', vocabulary=vocabulary, templates='none')
+    text = dict(
+        type='ResidualPromptLearner',
+        num_classes=3,
+        embeddings=dict(
+            type='ClassEmbeddings', file=file, dim=64, build=build))
+    encode_classes(vocabulary, TextTower('toyclip'), 'none').save(file)
+    there = MODELS.build(text)
+    Path(file).unlink()
+    for provider in (there, MODELS.build(text)):
+        encoder = ClassEncoder(provider, text, tuple(vocabulary))
+        provider.fill(torch.randn(3, 64))
+        assert encoder.encode(vocabulary).trained == [0, 1, 2]
+        assert encoder.encode(['bus', 'road']).trained == [2, 0]
+        other = dict(vocabulary, road='street', bus=['bus', 'coach'])
+        assert encoder.encode(other).trained == [None, 1, None]
+    # Vectors without language have no others, whatever the phrases are.
+    control = dict(CONTROL, num_classes=3)
+    encoder = ClassEncoder(MODELS.build(control), control, tuple(vocabulary))
+    assert encoder.encode(vocabulary).trained == [0, 1, 2]
+
+
+def test_weights_of_a_tower_in_the_home_folder(tmp_path, monkeypatch):
+    """They are in the key of the cache, and where the provider says."""
+    monkeypatch.setenv('HOME', str(tmp_path))
+    weights = tmp_path / 'clip' / 'weights.safetensors'
+    weights.parent.mkdir()
+    weights.write_bytes(b'a')
+    towers = ('local-dir:~/clip', None), ('ViT-B-16', f'~/clip/{weights.name}')
+    before = [_versions(tower) for tower in towers]
+    weights.write_bytes(b'other')
+    assert all(_versions(t) != old for t, old in zip(towers, before))
+    text = dict(
+        type='ContextPromptLearner',
+        embeddings=CONTROL,
+        num_classes=2,
+        model='toyclip',
+        vocabulary=['road', 'car'],
+        cache_dir=str(tmp_path))
+    encoder = ClassEncoder(MODELS.build(text), text, ('road', 'car'))
+    assert encoder.weights_dir == str(tmp_path)
 
 
 def test_a_config_is_left_as_it_is(worded):

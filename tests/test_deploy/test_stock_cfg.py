@@ -12,7 +12,7 @@ import torch
 from each_case import each_case
 from mmseg.datasets import BaseSegDataset
 from mmseg.models.decode_heads import ASPPHead, FCNHead
-from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS
+from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS
 from network_tester import CONFIGS, load_config, stock_twin
 from tiny import CONTROL, tiny_config
 
@@ -118,6 +118,30 @@ def test_unlabeled_pixels_of_one_data_set_of_several():
     cfg.test_dataloader.dataset = dict(
         type='ConcatDataset', datasets=[cfg.test_dataloader.dataset])
     assert to_stock_cfg(cfg).test_evaluator.ignore_index == 11
+
+
+def test_what_runs_beside_the_network_is_no_obstacle(tmp_path):
+    """Hooks go, metrics of one data set become the stock one."""
+    cfg = tiny_config(tmp_path)
+    ours = {
+        registry: [
+            name for name, thing in registry.module_dict.items()
+            if thing.__module__.startswith('mmseg_textkd.')
+        ]
+        for registry in (HOOKS, METRICS, OPTIM_WRAPPERS)
+    }
+    assert all(ours.values())
+    cfg.custom_hooks = [dict(type=name) for name in ours[HOOKS]]
+    assert 'custom_hooks' not in to_stock_cfg(cfg)
+    own = dict(VideoConsistencyMetric=dict(windows=[8]))
+    for name in {*ours[METRICS]} - {'DatasetIoUMetric', 'EpisodeIoUMetric'}:
+        metric = dict(type=name, iou_metrics=['mIoU'], **own.get(name, {}))
+        cfg.test_evaluator = metric
+        stock = to_stock_cfg(cfg).test_evaluator
+        assert stock == dict(type='IoUMetric', iou_metrics=['mIoU'])
+    for name in ours[OPTIM_WRAPPERS]:
+        cfg.optim_wrapper.type = name
+        assert to_stock_cfg(cfg).optim_wrapper.type == 'OptimWrapper'
 
 
 def test_datasets_of_the_user_are_theirs(monkeypatch):

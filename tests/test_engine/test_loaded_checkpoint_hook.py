@@ -28,6 +28,9 @@ def config(folder, name='text', **options):
     cfg.train_cfg.val_interval = 2
     cfg.default_hooks.checkpoint.save_best = 'mIoU'
     cfg.default_hooks.logger.log_metric_by_epoch = False
+    if name == 'averaged':
+        cfg.custom_hooks.append(dict(type='EMAHook', momentum=0.1))
+        cfg.optim_wrapper.optimizer.lr = 0.5
     return cfg
 
 
@@ -35,7 +38,7 @@ def config(folder, name='text', **options):
 def trained(tmp_path_factory):
     """A text network and its stock twin, trained: folders by name."""
     root = tmp_path_factory.mktemp('runs')
-    folders = {name: root / name for name in ('text', 'stock')}
+    folders = {name: root / name for name in ('text', 'stock', 'averaged')}
     for name, folder in folders.items():
         cfg = config(root, name, work_dir=str(folder))
         run(cfg)
@@ -190,7 +193,7 @@ def curve(folder):
     return found
 
 
-@each_case('name, step', [('text', 2), ('stock', 4)])
+@each_case('name, step', [('text', 2), ('stock', 4), ('averaged', 4)])
 def test_a_validation_that_was_killed_is_made_up_for(trained, tmp_path, tool,
                                                      name, step):
     cfg = config(tmp_path, name)

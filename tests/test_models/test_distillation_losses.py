@@ -172,6 +172,17 @@ def test_one_logit_is_that_of_the_second_of_two_classes():
                                                    two(teacher))))
     assert one > 0
     torch.testing.assert_close(one, both)
+    # Of a teacher with one logit, read as the two names.
+    data = batch()
+    data.update(text=unit(2, D), labels=data['labels'].clamp(max=1))
+    for case in (SEGMENTOR, SIMILARITY):
+        found = []
+        for form in (lambda logit: logit, two):
+            for image, logit in zip(data['samples'], teacher):
+                image.teacher = PixelData(logits=form(logit[None])[0])
+            found.append(call(build(**case), data))
+        torch.testing.assert_close(*found)
+        assert found[0] > 0
 
 
 @each_case('kind', ['LogitDistillationLoss', 'ChannelWiseDistillationLoss'])

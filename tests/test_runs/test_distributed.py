@@ -76,9 +76,9 @@ def test_both_ranks_go_through_the_switch_and_stay_equal(runs):
     assert len(params) > 20
     for name in params:
         assert first['sums'][name] == second['sums'][name], name
-    # They have seen different images: each rank has its own statistics.
-    means = [n for n in first['sums'] if 'running_mean' in n]
-    assert any(first['sums'][n] != second['sums'][n] for n in means)
+    # They have seen different images, so each rank had its own statistics.
+    # Stage 2, which freezes them, has those that are saved.
+    assert first['sums'] == second['sums']
     assert done.output.count('each rank has statistics of its own') == 1
     saved = load(root / 'with' / f'iter_{ITERS}.pth')['state_dict']
     assert saved[OFFSET].shape == (len(CLASSES), 64)

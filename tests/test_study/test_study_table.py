@@ -251,6 +251,13 @@ def test_hypotheses(tmp_path):
             hypotheses=pairs)
         assert f'| {first.corrected:.4f} | {reading} |' in make_page(
             early.path)
+    # What is planned for another network counts before it has a run.
+    wide = write_ledger(
+        tmp_path / 'wide.jsonl',
+        runs, [f'other/{arm}/seed0' for arm in scores],
+        hypotheses=pairs)
+    corrected = holm([*values, 1., 1., 1.])[0]
+    assert f'| {corrected:.4f} | too early |' in make_page(wide.path)
     # Those of an arm that an amendment has taken out are none of them.
     plan = dict(
         ledger.registrations('s')[-1],
@@ -404,7 +411,8 @@ def test_without_test_and_with_fewer_images(tmp_path):
 
 
 def test_a_study_without_runs_shows_its_registration(tmp_path):
-    text = make_page(write_ledger(tmp_path / 's.jsonl', [], ['run'] * 9).path)
+    planned = [f'net/stock/seed{seed}' for seed in range(9)]
+    text = make_page(write_ledger(tmp_path / 's.jsonl', [], planned).path)
     assert '0 of 9 planned runs' in text and 'The question.' in text
     assert len(list(tmp_path.iterdir())) == 2
 

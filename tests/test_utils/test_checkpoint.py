@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Checkpoints of anybody: no code of theirs runs, no damage goes unseen."""
+import copy
 import os
 import pickle
 import sys
@@ -14,14 +15,17 @@ import numpy as np
 import pytest
 import torch
 from each_case import each_case
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.runner.checkpoint import CheckpointLoader
-from tiny import run, tiny_config
+from mmseg.registry import MODELS
+from tiny import assert_equal, run, tiny_config
 from tool_modules import load_tool
 
 from mmseg_textkd import compat
-from mmseg_textkd.utils.checkpoint import (find_checkpoint, load_file,
-                                           read_checkpoint)
+from mmseg_textkd.deploy import to_stock_cfg
+from mmseg_textkd.utils.checkpoint import (build_segmentor, find_checkpoint,
+                                           load_file, read_checkpoint)
 
 pytestmark = pytest.mark.stacks
 WEIGHTS = dict(weight=torch.arange(4000.))
@@ -220,3 +224,28 @@ def test_resume_executes_nothing_and_passes_over_damage(
     with pytest.raises(SystemExit, match='bomb.pth is no checkpoint'):
         tool.main()
     assert not trace.exists()
+
+
+def test_weights_of_timm_are_not_read_before_those_of_a_checkpoint():
+    """Neither by a teacher nor by the stock config of a release."""
+    pytest.importorskip('timm')
+    model = dict(
+        type='EncoderDecoder',
+        backbone=dict(
+            type='TIMMBackbone',
+            model_name='tf_efficientnet_lite0',
+            features_only=True,
+            pretrained=False,
+            out_indices=[1]),
+        decode_head=dict(
+            type='FCNHead', in_channels=24, channels=4, num_classes=2))
+    network = MODELS.build(copy.deepcopy(model))
+    state = network.state_dict()
+    for gone in (dict(checkpoint_path='gone.pth'), dict(pretrained=True)):
+        own = dict(model, backbone=dict(model['backbone'], **gone))
+        stock = to_stock_cfg(Config(dict(model=copy.deepcopy(own)))).model
+        for cfg in (own, stock):
+            built = build_segmentor(cfg, state, 'mine.pth')
+            assert_equal(built.state_dict(), state)
+    assert not stock.backbone.pretrained and not (to_stock_cfg(
+        Config(dict(model=own))).model.backbone.checkpoint_path)

@@ -21,6 +21,9 @@ from words_data import DIM, OWN, SPACES, WORDS
 
 from mmseg_textkd.analysis.compare import evaluate
 from mmseg_textkd.apis import TextSegInferencer
+from mmseg_textkd.deploy import fold as fold_model
+from mmseg_textkd.deploy.export_check import validation
+from mmseg_textkd.deploy.load_stock import load_stock
 from mmseg_textkd.text import TextEmbeddings
 
 FAST = {'optim_wrapper.optimizer.lr': 0.3}
@@ -186,7 +189,7 @@ def test_fold_for_any_list_of_words(network_cfg, tmp_path, fold, data):
     logits, stock = model.test_step(sample)[0].seg_logits.data, {}
     for name, words, embeddings in (('all', None, None), ('lane', OWN['lane'],
                                                           None),
-                                    ('new', ('road', 'tree house', 'car'),
+                                    ('a,b', ('road', 'tree house', 'car'),
                                      new)):
         state = fold(cfg, model, name, words, embeddings)
         own = Config.fromfile(tmp_path / f'{name}.py')
@@ -202,18 +205,31 @@ def test_fold_for_any_list_of_words(network_cfg, tmp_path, fold, data):
     # A trained word is as before, beside a new one.
     for found, expected in ((stock['all'], logits), (stock['lane'],
                                                      logits[rows]),
-                            (stock['new'][[0, 2]], logits[[1, 4]])):
+                            (stock['a,b'][[0, 2]], logits[[1, 4]])):
         assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(stock['new'][1], logits[6], atol=.1)
+    assert not torch.allclose(stock['a,b'][1], logits[6], atol=.1)
+    # Folded on the way, from the text checkpoint or the folded one.
+    model.dataset_meta = dataset.metainfo
+    for network in (fold_model(
+            model,
+            cfg), *(load_stock(str(tmp_path / 'config.py'), tmp_path / name)[1]
+                    for name in ('w.pth', 'all.pth'))):
+        found = network.test_step(sample)[0].seg_logits.data
+        assert_close(found, logits, rtol=1e-4, atol=1e-4)
+    inferencer = TextSegInferencer(
+        tmp_path / 'config.py', tmp_path / 'all.pth', device='cpu')
+    assert inferencer.classes == WORDS
     # One data set is trained and tested as ever; a list of words is not.
     lane, new = (
-        Config.fromfile(tmp_path / f'{name}.py') for name in ('lane', 'new'))
+        Config.fromfile(tmp_path / f'{name}.py') for name in ('lane', 'a,b'))
     labels = DATASETS.build(lane.test_dataloader.dataset)
     assert len(labels) == 3 and labels.metainfo['classes'] == OWN['lane']
     assert lane.val_evaluator.type == 'IoUMetric'
     assert lane.default_hooks.checkpoint.save_best == 'mIoU'
     assert 'train_dataloader' not in new and 'test_evaluator' not in new
     assert new.test_dataloader.dataset.pipeline
+    with pytest.raises(ValueError, match='labels of one data set'):
+        validation(str(tmp_path / 'config.py'))
 
 
 @pytest.mark.parametrize('option', [['--tta'], ['--out', 'labels']])

@@ -13,7 +13,7 @@ import io
 import math
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -267,7 +267,15 @@ class Study:
         early = any(f'/{arm}/' in name for arm in arms for name in self.left)
         if early:
             title += ' (so far; decided when all runs of their arms are done)'
-        found = check_hypotheses([*self.groups.values()], hypotheses)
+        planned: Dict[Tuple[str, str], Set[str]] = {}
+        for name in self.plan['planned']:
+            network, arm, seed = name.split('/')
+            share = seed.partition('_')[2]
+            planned.setdefault((network, share), set()).add(arm)
+        found = check_hypotheses([*self.groups.values()], hypotheses,
+                                 sum({*pair[:2]} <= there
+                                     for there in planned.values()
+                                     for pair in hypotheses))
         return [
             f'{title}\n\n' + table(header, [[
                 f'`{t.better}` > `{t.worse}`' +

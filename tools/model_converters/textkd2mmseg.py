@@ -112,7 +112,8 @@ from mmseg_textkd.apis.drawing import palette_for
 from mmseg_textkd.deploy import (fold_state_dict, mean_lengths, to_stock_cfg,
                                  verify)
 from mmseg_textkd.deploy.load_stock import dataset_meta
-from mmseg_textkd.deploy.words import set_words, text_head, to_words_cfg
+from mmseg_textkd.deploy.words import (set_words, text_head, to_words_cfg,
+                                       united_cfg)
 from mmseg_textkd.models.layers.text_classifier import as_folded
 from mmseg_textkd.utils.arguments import explain, read_config, warn_renamed
 from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
@@ -167,15 +168,14 @@ def choose_words(args: argparse.Namespace, cfg: Config, model: nn.Module,
     own = dataset_meta(cfg, meta.get('dataset_meta'))
     names, palette = own['classes'], own.get('palette')
     if args.classes is None:
-        several = 'label_spaces' in (meta.get('dataset_meta') or {})
-        return to_words_cfg(cfg, names, palette) if several else cfg
+        return united_cfg(cfg, meta.get('dataset_meta'))
     encoder = ClassEncoder(
         text_head(model).text_branch.text, cfg.model.decode_head.text, names)
     classes = args.classes
-    if ',' in classes:
-        classes = [name.strip() for name in classes.split(',')]
-    elif Path(classes).is_file():
+    if Path(classes).is_file():
         classes = Path(classes)
+    elif ',' in classes:
+        classes = [name.strip() for name in classes.split(',')]
     found = encoder.encode(
         classes,
         tower=args.model,
@@ -214,7 +214,9 @@ def convert(args: argparse.Namespace) -> None:
         if args.classes is not None:
             raise ValueError('a checkpoint without text has its own classes '
                              'alone; take that of the training.')
-        stock_cfg = to_stock_cfg(cfg, strip, args.l2 == 'keep')
+        stock_cfg = to_stock_cfg(
+            united_cfg(cfg, meta.get('dataset_meta')), strip,
+            args.l2 == 'keep')
         text = stock_cfg.pretty_text
         # What is verified is what will be in the file.
         stock_cfg = Config.fromstring(text, '.py')

@@ -5,7 +5,7 @@ import warnings
 from typing import Dict, List, Optional, Sequence, Set, Union
 
 import torch
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import barrier, broadcast, is_main_process
 from mmengine.fileio import exists
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import print_log
@@ -357,6 +357,9 @@ class PromptLearnerHook(Hook):
         self.switch_iter = self._get_switch_iter(runner)
         if runner._resume:
             self._check_resumed_stage(runner, model)
+            if runner.iter > self.switch_iter:
+                # A validation may come before the first iteration.
+                _start_prompts(runner)
         self._lr_factors = self._get_lr_factors(model)
         idle = check_prompts_learn(model, self._lr_factors)
         if idle:
@@ -435,6 +438,12 @@ class PromptLearnerHook(Hook):
                 self._load_best(runner, model)
             _start_prompts(runner)
             self._checksums = tower_checksums(model)
+            # Each process has its own unless it is a SyncBatchNorm; those of
+            # the first are saved, and the prompts learn for them.
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    for statistic in module.buffers():
+                        broadcast(statistic)
             self._warn_if_nothing_is_deployed()
             learned = set(self._lr_factors)
         else:

@@ -5,6 +5,7 @@ from mmseg.registry import HOOKS
 from mmseg_textkd.models.layers import seen_classes
 from mmseg_textkd.models.text_parameters import unwrap
 from mmseg_textkd.text import Vocabulary
+from mmseg_textkd.utils.checkpoint import class_differences
 
 
 @HOOKS.register_module()
@@ -47,18 +48,14 @@ class TeacherHook(Hook):
             branch = getattr(model.decode_head, 'text_branch', None)
             self._check_unseen(
                 teacher, [classes[k] for k in getattr(branch, 'unseen', ())])
-        elif teacher.classes != classes:
-            first = next(
-                (i for i, pair in enumerate(zip(teacher.classes, classes))
-                 if len(set(pair)) > 1),
-                min(len(classes), len(teacher.classes)))
-            raise ValueError(
+            return
+        faults = class_differences(teacher.classes, classes, 'teacher')
+        if faults:
+            raise ValueError('\n  '.join([
                 f'The teacher {teacher.checkpoint} has other classes than '
-                f'{type(dataset).__name__}, from number {first} on: '
-                f'{list(teacher.classes[first:first + 3])} instead of '
-                f'{list(classes[first:first + 3])} ({len(teacher.classes)} '
-                f'and {len(classes)} in all). Train a teacher on the same '
-                'classes.')
+                f'{type(dataset).__name__}; train one on the same:',
+                *faults[:5], '...' if faults[5:] else ''
+            ]).rstrip())
 
     @staticmethod
     def _check_unseen(teacher, unseen) -> None:

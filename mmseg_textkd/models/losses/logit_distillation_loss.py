@@ -128,6 +128,9 @@ def teacher_logits(batch_data_samples: Sequence, size: Sequence[int],
             "model=dict(type='DistilledEncoderDecoder', teacher=dict("
             'config=..., checkpoint=...)) in the config.')
     logits = torch.stack([s.teacher.logits for s in batch_data_samples])
+    if logits.shape[1] == 1 and num_classes == 2:
+        # One logit stands for 0 and itself.
+        logits = F.pad(logits, (0, 0, 0, 0, 1, 0))
     if logits.shape[1] != num_classes:
         raise ValueError(f'the teacher has {logits.shape[1]} classes, but the '
                          f'text {num_classes}.')

@@ -9,7 +9,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_textkd.utils.checkpoint import (build_segmentor, checksum,
-                                           read_checkpoint)
+                                           class_names, read_checkpoint)
 from mmseg_textkd.utils.config import load_config
 from ..record_calls import record_calls
 from .normalization import renormalize
@@ -104,8 +104,7 @@ class FrozenTeacher:
         with torch.random.fork_rng(devices=[]):
             model = build_segmentor(cfg.model, saved['state_dict'], path)
         self._model = model.requires_grad_(False)
-        classes = (saved['meta'].get('dataset_meta') or {}).get('classes')
-        self._classes = tuple(classes) if classes else None
+        self._classes = class_names(saved['meta'])
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor,
