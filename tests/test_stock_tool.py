@@ -6,6 +6,10 @@ from collections import OrderedDict
 import cv2
 import numpy as np
 import pytest
+import torch
+from each_case import each_case
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
 from mmseg.visualization import SegLocalVisualizer
 from tool_modules import ROOT, load_tool
 
@@ -13,6 +17,10 @@ from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_scenes
 
 CONFIG = str(ROOT / 'configs/text_classifier' /
              'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py')
+
+
+class Samples(list):
+    """A list that has what a data set has besides."""
 
 
 @pytest.fixture(scope='module')
@@ -68,6 +76,31 @@ def test_confusion_matrix(tool, toys):
     np.testing.assert_array_equal(taken[1][:, 0], counts)
     height, width = cv2.imread('out/confusion_matrix.png').shape[:2]
     assert height < 1000 and width < 1000  # MMSegmentation's: 3840 x 4800
+
+
+@each_case('number, reduce', [(19, False), (150, True)])
+def test_confusions_of_many_classes(tool, number, reduce):
+    """Pixel by pixel; as `IoUMetric` writes what it predicts."""
+    generator = np.random.default_rng(0)
+    truth, found = generator.integers(0, number, (2, 3, 20, 30))
+    truth[0, :2] = 255
+    samples = [
+        dict(
+            data_samples=SegDataSample(
+                gt_sem_seg=PixelData(data=torch.from_numpy(labels)[None])))
+        for labels in truth
+    ]
+    dataset = Samples(samples)
+    dataset.metainfo = dict(classes=[f'class {i}' for i in range(number)])
+    dataset.ignore_index, dataset.reduce_zero_label = 255, reduce
+    expected = np.zeros((number, number))
+    for true, labels in zip(truth.flat, found.flat):
+        if true != 255:
+            expected[true, labels] += 1
+    matrix = tool.count_confusions(dataset,
+                                   list((found + reduce).astype(np.uint8)))
+    np.testing.assert_array_equal(matrix, expected)
+    assert dataset.METAINFO['classes'][-1] == f'class {number - 1}'
 
 
 def test_what_is_no_tool_is_said(tool):

@@ -50,8 +50,8 @@ def ensure_regions(cfg: Mapping,
         # Transforms are looked up in the scope that a runner would set. Of a
         # killed holder the system releases the lock.
         with DefaultScope.overwrite_default_scope(
-                cfg.get('default_scope',
-                        'mmseg')), FileLock(store.folder / '.lock'):
+                cfg.get('default_scope')
+                or 'mmseg'), FileLock(store.folder / '.lock'):
             dataset = DATASETS.build(dataset_cfg)
             store.check_weights()
             settings = [store.settings, dataset_cfg['pipeline']]

@@ -169,7 +169,7 @@ def mean_iou(network: Network, config: str) -> float:
             :func:`validation`.
     """
     cfg, evaluator = validation(config)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    init_default_scope(cfg.get('default_scope') or 'mmseg')
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
     faults = class_differences(network.classes, dataset.metainfo['classes'],
                                'network')

@@ -48,7 +48,7 @@ def load_stock(
             the network does not fold, with what to do.
     """
     cfg = load_config(config, cfg_options)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    init_default_scope(cfg.get('default_scope') or 'mmseg')
     head = cfg.model.decode_head
     if isinstance(head, list):
         raise ValueError('a cascade of decode heads is not supported.')
@@ -128,11 +128,7 @@ def dataset_meta(cfg: Config, saved: Optional[Dict]) -> Dict:
     Raises:
         ValueError: If neither names the classes, or they name others.
     """
-    own, dataset = None, first_dataset(cfg)
-    kind = DATASETS.get(dataset['type']) if dataset else None
-    if kind is not None:
-        # As the dataset does itself, but its files need not be there.
-        own = kind._load_metainfo(dataset.get('metainfo'))
+    own = _metainfo(first_dataset(cfg))
     if not (saved or own):
         raise ValueError('neither the checkpoint nor a test_dataloader of '
                          'the config names the classes.')
@@ -147,6 +143,19 @@ def dataset_meta(cfg: Config, saved: Optional[Dict]) -> Dict:
         ]))
     saved = saved or own or {}
     return {k: saved[k] for k in ('classes', 'palette') if k in saved}
+
+
+def _metainfo(dataset: Dict) -> Optional[Dict]:
+    """What a dataset tells of its classes, without its images."""
+    kind = DATASETS.get(dataset['type']) if dataset else None
+    if kind is None:
+        return None
+    try:
+        found = DATASETS.build(dict(dataset, lazy_init=True)).metainfo
+    except (AssertionError, KeyError, OSError, TypeError, ValueError):
+        found = kind._load_metainfo(dataset.get('metainfo'))
+    # The path of a file of names that is not here says nothing.
+    return None if isinstance(found.get('classes'), str) else found
 
 
 def complete_meta(meta: Dict, num_classes: int) -> Dict:

@@ -5,6 +5,7 @@ import re
 from typing import Dict
 
 from mmengine.config import Config
+from mmengine.fileio import exists, list_from_file
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
@@ -31,7 +32,8 @@ def to_stock_cfg(cfg: Config,
     takes the place of ``ZeroShotIoUMetric``.
 
     Pre-trained weights and ``load_from`` go too: a run of the new config
-    starts from the folded checkpoint, which would overwrite them.
+    starts from the folded checkpoint, which would overwrite them. Class names
+    in a file are written down themselves.
 
     Args:
         cfg (Config): Config of a network, with text or without.
@@ -52,6 +54,9 @@ def to_stock_cfg(cfg: Config,
     for part in dicts(stock):  # of what was inherited as `mmseg_textkd::`
         if part.get('_scope_') == PLUGIN:
             del part['_scope_']
+        names = (part.get('metainfo') or {}).get('classes')
+        if isinstance(names, str) and exists(names):
+            part['metainfo']['classes'] = list_from_file(names)
     imports = (stock.pop('custom_imports', None) or {}).get('imports', [])
     imports = [imports] if isinstance(imports, str) else imports
     converter = StockConverter(imports, keep_l2)

@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Queries on the text providers and the text parameters of a model."""
+import os
 from typing import Any, Collection, Dict, Optional
 
 from mmengine.model import is_model_wrapper
@@ -189,11 +190,16 @@ def check_classes(model: nn.Module, dataset: Dataset) -> None:
 
     Raises:
         EmbeddingFileError: If the classes differ, with the differences.
-        ValueError: If their number differs.
+        ValueError: If their number differs, or a file of names is missing.
     """
     classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
     if classes is None:
         return
+    if isinstance(classes, str):  # MMEngine keeps the path of no file
+        raise ValueError(
+            f'The classes of {type(dataset).__name__} are to be read from '
+            f'{classes!r}, and there is no such file (working directory '
+            f'{os.getcwd()}).')
     for name, provider in text_providers(model).items():
         record = getattr(provider, 'record', None)
         where = f'{type(dataset).__name__} ({name})'

@@ -17,6 +17,9 @@ REGISTRIES = [
     for registry in vars(module).values() if isinstance(registry, Registry)
 ]
 
+# Packages that MMSegmentation imports.
+KNOWN = ('builtins', 'mmcv', 'mmengine', 'mmseg', 'torch', 'torchvision')
+
 
 def load_config(config: Union[str, os.PathLike, Config],
                 options: Optional[Mapping[str, Any]] = None) -> Config:
@@ -37,15 +40,30 @@ def load_config(config: Union[str, os.PathLike, Config],
     else:
         config = Config.fromfile(config)
     config.merge_from_dict(dict(options or {}))
-    content, changed = config.to_dict(), False
+    content, modules = config.to_dict(), set()
     for part in dicts(content):
         kind = part.get('type')
         if isinstance(kind, str) and '.' not in kind or kind is None:
             continue
         name = registered_name(kind)
         if name != kind:
-            part['type'], changed = name, True
-    return Config(content, filename=config.filename) if changed else config
+            part['type'] = name
+            modules.add(_object(kind).__module__)
+    if not modules:
+        return config
+    # What its imports had done.
+    content['default_scope'] = content.get('default_scope') or 'mmseg'
+    own = {
+        module.split('.')[0] if module.startswith('mmseg_textkd.') else module
+        for module in modules if module.split('.')[0] not in KNOWN
+    }
+    done = content.setdefault('custom_imports',
+                              dict(imports=[], allow_failed_imports=False))
+    imports = as_list(done['imports'])
+    done['imports'] = imports + sorted(own - {*imports})
+    if not done['imports']:
+        del content['custom_imports']
+    return Config(content, filename=config.filename)
 
 
 def registered_name(kind: Any) -> Any:
@@ -57,7 +75,7 @@ def registered_name(kind: Any) -> Any:
     Returns:
         str: The name; what was given if it is not registered.
     """
-    found = get_object_from_string(kind) if isinstance(kind, str) else kind
+    found = _object(kind)
     if found is None:
         return kind
     names = [
@@ -67,6 +85,11 @@ def registered_name(kind: Any) -> Any:
     # Some have others than that of the class, as `BN` for `BatchNorm2d`.
     own = getattr(found, '__name__', '')
     return own if own in names else names[0] if names else kind
+
+
+def _object(kind: Any) -> Any:
+    """The class that a ``type`` is, or names with its module."""
+    return get_object_from_string(kind) if isinstance(kind, str) else kind
 
 
 def walk(node: Any) -> Iterator[Container]:

@@ -18,8 +18,8 @@ from mmseg.apis import inference_model, init_model
 from mmseg.models.backbones import ResNet
 from mmseg.registry import MODELS, TRANSFORMS
 from network_tester import samples
-from tiny import (CLASSES, CONTROL, SIZE, predict_logits, run, save_weights,
-                  stir, tiny_config)
+from tiny import (BACKBONE, CLASSES, CONTROL, SIZE, predict_logits, run,
+                  save_weights, stir, tiny_config)
 from tool_modules import call, load_tool
 
 from mmseg_textkd.apis import TextSegInferencer
@@ -345,13 +345,43 @@ def pure_python(cfg):
     return '\n'.join([*sorted(lines), text])
 
 
-def test_pure_python_configs_are_configs(tmp_path):
+OWN_BACKBONE = """from mmengine.model import BaseModule
+from mmseg.registry import MODELS
+
+
+@MODELS.register_module()
+class OwnBackbone(BaseModule):
+    pass
+"""
+
+
+def test_pure_python_configs_are_configs(tmp_path, monkeypatch):
     cfg = tiny_config(tmp_path, CONTROL, dict(switch_at=3))
     config, weights = write(tmp_path, cfg, build(cfg), tuple('abcdefgh'))
     path = tmp_path / 'lazy.py'
     path.write_text(pure_python(Config.fromfile(config)))
     assert isinstance(Config.fromfile(path).model.type, type)
     assert load_config(path).to_dict() == cfg.to_dict()
+    # Lazy ones need neither: what is read stands for their imports.
+    text = path.read_text()
+    bare = re.sub(
+        r'^(custom_imports|default_scope) = .*?^(?=\w)',
+        '',
+        text,
+        flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / 'own_nets.py').write_text(OWN_BACKBONE)
+    monkeypatch.syspath_prepend(tmp_path)
+    bare = bare.replace(f'type={BACKBONE["type"]}', 'type=OwnBackbone')
+    path.write_text(f'from own_nets import OwnBackbone\n{bare}\n'
+                    'default_scope = None\n')
+    read = load_config(path)
+    assert read.custom_imports.imports == ['mmseg_textkd', 'own_nets']
+    stock = to_stock_cfg(read)
+    assert stock.custom_imports.imports == ['own_nets']
+    assert stock.default_scope == 'mmseg'
+    assert stock.model.backbone.type == 'OwnBackbone'
+    del MODELS.module_dict['OwnBackbone'], sys.modules['own_nets']
+    path.write_text(text)
     # One that is loaded stays as it is.
     merged = load_config(cfg, {'model.decode_head.channels': 3})
     assert merged.model.decode_head.channels == 3

@@ -10,13 +10,15 @@ import pytest
 import tiny
 import torch
 from each_case import each_case
-from mmseg.datasets import BaseSegDataset
+from mmengine.config import Config
+from mmseg.datasets import BaseSegDataset, CityscapesDataset
 from mmseg.models.decode_heads import ASPPHead, FCNHead
 from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS
 from network_tester import CONFIGS, load_config, stock_twin
 from tiny import CONTROL, tiny_config
 
 from mmseg_textkd.deploy import to_stock_cfg
+from mmseg_textkd.deploy.load_stock import dataset_meta
 from mmseg_textkd.models import TextHeadMixin
 
 # One of each network; test_configs.py compares all.
@@ -118,6 +120,22 @@ def test_unlabeled_pixels_of_one_data_set_of_several():
     cfg.test_dataloader.dataset = dict(
         type='ConcatDataset', datasets=[cfg.test_dataloader.dataset])
     assert to_stock_cfg(cfg).test_evaluator.ignore_index == 11
+
+
+def test_names_that_a_dataset_gives_itself(monkeypatch):
+    """Not those of the class that it is derived from."""
+
+    class Own(CityscapesDataset):
+
+        def __init__(self, **options):
+            super().__init__(metainfo=dict(classes=['road', 'car']), **options)
+
+    monkeypatch.setitem(DATASETS.module_dict, 'OwnDataset', Own)
+    cfg = Config(dict(test_dataloader=dict(dataset=dict(type='OwnDataset'))))
+    meta = dataset_meta(cfg, dict(classes=('road', 'car')))
+    assert meta == dict(classes=('road', 'car'))
+    with pytest.raises(ValueError, match="1: 'bus' in the checkpoint, 'car'"):
+        dataset_meta(cfg, dict(classes=('road', 'bus')))
 
 
 def test_what_runs_beside_the_network_is_no_obstacle(tmp_path):

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from processes import ROOT
 from tiny import (CLASSES, CONTROL, PROMPTS, assert_equal, residual, run,
-                  tiny_config)
+                  tiny_config, watch)
 
 from mmseg_textkd.models.text_providers import ContextPromptLearner
 from mmseg_textkd.text.encode_classes import encode_classes
@@ -52,6 +52,30 @@ def test_learner_for_other_classes(tmp_path, make_embeddings, named, words):
         for word in [*words, 'BaseSegDataset']:
             assert word in str(error.value)
     assert not list(tmp_path.glob('work/*.pth'))
+
+
+@each_case('classes, said', [
+    (CLASSES[::-1], "'sky' instead of 'person'"),
+    ('data/clases.txt', "read from 'data/clases.txt', and there is no such"),
+    (None, 'names no classes'),
+])
+def test_classes_of_the_validation_set_are_checked_first(
+        tmp_path, make_embeddings, classes, said):
+    """Not after the hours before the first validation."""
+    text = residual(make_embeddings(8, names=list(CLASSES)))
+    cfg = tiny_config(tmp_path, text, dict(switch_at=3), 4)
+    cfg.log_level = 'WARNING'
+    cfg.val_dataloader.dataset.metainfo = dict(classes=classes)
+    if classes is None:
+        del cfg.val_dataloader.dataset.metainfo
+    with pytest.raises((ValueError, KeyError, AssertionError)) as error:
+        run(cfg)
+    if classes is None:  # by MMSegmentation
+        logs = list(tmp_path.rglob('*.log'))
+        assert said in logs[0].read_text()
+    else:
+        assert said in str(error.value) and 'BaseSegDataset' in str(error)
+        assert not list(tmp_path.glob('work/*.pth'))
 
 
 def test_bad_prompts_cost_nothing(tmp_path, monkeypatch):

@@ -16,8 +16,11 @@ from processes import (ROOT, STOCK_TRAIN, load, loaders, options, side_by_side,
                        train)
 from tiny import folded
 
+from mmseg_textkd.deploy import to_stock_cfg
+from mmseg_textkd.deploy.load_stock import load_stock
 from mmseg_textkd.models.text_parameters import text_providers
 from mmseg_textkd.text.encode_classes import encode_classes
+from mmseg_textkd.utils.config import load_config
 
 GUIDE = 'docs/en/user_guides/mixing_in.md'
 AUXILIARY = 'Text on auxiliary heads'
@@ -162,7 +165,7 @@ def project(tmp_path):
 
 
 @pytest.mark.stacks
-def test_own_data_without_python(project):
+def test_own_data_without_python(project, monkeypatch):
     """Train stock and text, and make the embeddings on the way."""
 
     def text():
@@ -181,6 +184,18 @@ def test_own_data_without_python(project):
     vectors = encode_classes(NAMES, 'toyclip')
     assert vectors.vectors.shape == (5, 64)
     check_learned(project / 'text' / 'iter_3.pth', vectors.vectors)
+    # Where the file of names is not, the checkpoint has them.
+    config = load_config(project / 'text' / 'own_text.py')
+    for folder in (project, project / 'text'):
+        monkeypatch.chdir(folder)
+        _, network, meta = load_stock(
+            str(project / 'text' / 'own_text.py'),
+            project / 'text' / 'iter_3.pth')
+        assert meta['classes'] == list(NAMES)
+        assert network.num_classes == len(NAMES)
+        found = to_stock_cfg(config).test_dataloader.dataset.metainfo.classes
+        assert found == ('data/own/classes.txt'
+                         if 'text' in folder.name else list(NAMES))
     stock = load(project / 'stock' / 'iter_3.pth')
     assert stock['state_dict']['decode_head.conv_seg.weight'].shape[0] == 5
     # The network's own, not the schedule's 0.01.

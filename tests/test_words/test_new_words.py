@@ -179,6 +179,23 @@ def test_the_tool_folds_what_the_inferencer_predicts(tmp_path, monkeypatch,
                 atol=1e-3)
 
 
+def test_a_seed_that_was_not_measured_to_its_end_counts_nowhere(
+        tmp_path, capsys):
+    """Else columns would be means of other seeds."""
+    results = ROOT / 'docs' / 'results' / 'new_words.jsonl'
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    own = [e for e in lines if e['study'] == 'CamVid' and e['seed'] < 3]
+    pages = []
+    for number, left in enumerate((own, own[:-1])):
+        path = tmp_path / f'{number}' / 'ledger.jsonl'
+        path.parent.mkdir()
+        path.write_text(''.join(f'{json.dumps(line)}\n' for line in left
+                                if number or line['seed'] != own[-1]['seed']))
+        load_tool('analysis_tools/new_words.py').main(['table', str(path)])
+        pages.append(capsys.readouterr().out)
+    assert pages[0] == pages[1] and '| 2 |' in pages[0]
+
+
 def test_the_published_page_is_what_the_ledger_says(capsys):
     tool = load_tool('analysis_tools/new_words.py')
     results = ROOT / 'docs' / 'results'

@@ -189,7 +189,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             cfg = read_config(path, args.cfg_options)
         except (OSError, ValueError) as error:
             sys.exit(f'Error: {error}')
-        init_default_scope(cfg.get('default_scope', 'mmseg'))
+        init_default_scope(cfg.get('default_scope') or 'mmseg')
         model = build(cfg)
         rows[name] = count(model, args.size)
         deployed = deploy(model, cfg)

@@ -83,7 +83,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         settings = combinations(read_options(args.vary))
     except (OSError, ValueError) as error:
         sys.exit(f'Error: {error}')
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    init_default_scope(cfg.get('default_scope') or 'mmseg')
     cfg.model.pop('auxiliary_head', None)
     cfg.model.decode_head.pop('fusion', None)
     stock = cost(to_stock_cfg(cfg).model, args.size)

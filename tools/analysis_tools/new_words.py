@@ -7,6 +7,7 @@ results to a ledger. table: make the tables from the ledger alone.
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -118,6 +119,11 @@ def mean(scores: Dict[int, float]) -> str:
 
 def tables(entries: Sequence[Dict[str, Any]]) -> str:
     """Write the tables of one study and network."""
+    # Of a seed that was not measured to its end, nothing: means of other
+    # seeds could not be compared.
+    arms = {e['arm'] for e in entries}
+    counts = Counter(e['seed'] for e in entries)
+    entries = [e for e in entries if counts[e['seed']] == len(arms)]
     part, first = Group(entries, 'val'), entries[0]
     rows: List[Tuple[str, ...]] = []
     for arm in part.arms:

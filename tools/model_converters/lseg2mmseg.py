@@ -287,7 +287,7 @@ def encode_words(theirs: Dict[str, Tensor], text: dict,
 def convert(args: argparse.Namespace) -> None:
     """Do what the command line says."""
     cfg = read_config(args.config, args.cfg_options)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    init_default_scope(cfg.get('default_scope') or 'mmseg')
     theirs = read_lightning(args.checkpoint)
     cfg.model.backbone.pop('init_cfg', None)
     cfg.model.decode_head.norm_cfg.type = 'BN'

@@ -202,7 +202,7 @@ def convert(args: argparse.Namespace) -> None:
     """Do what the command line says."""
     path = args.checkpoint
     cfg = read_config(args.config, args.cfg_options)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    init_default_scope(cfg.get('default_scope') or 'mmseg')
     state, names = read_stock(path)
     ensure_embeddings(cfg)
     set_random_seed(SEED)

@@ -142,7 +142,7 @@ def publish(args: argparse.Namespace) -> Path:
     cfg, params = None, UNKNOWN
     if args.config:
         cfg = load_config(args.config)
-        init_default_scope(cfg.get('default_scope', 'mmseg'))
+        init_default_scope(cfg.get('default_scope') or 'mmseg')
         model = MODELS.build(cfg.model)
         if isinstance(model, DistilledEncoderDecoder):
             raise ValueError(

@@ -195,7 +195,7 @@ def choose_words(args: argparse.Namespace, cfg: Config, model: nn.Module,
 def convert(args: argparse.Namespace) -> None:
     """Do what the command line says."""
     cfg = read_config(args.config, args.cfg_options)
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
+    init_default_scope(cfg.get('default_scope') or 'mmseg')
     # TF32 would be measured in place of the fold.
     torch.backends.cudnn.allow_tf32 = False
     checkpoint = read_checkpoint(args.checkpoint)

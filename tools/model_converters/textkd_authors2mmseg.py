@@ -227,7 +227,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     warn_renamed(args, out='--out')
     try:
         cfg = read_config(args.config, args.cfg_options)
-        init_default_scope(cfg.get('default_scope', 'mmseg'))
+        init_default_scope(cfg.get('default_scope') or 'mmseg')
         theirs = read_checkpoint(args.checkpoint)['state_dict']
         model = MODELS.build(cfg.model)
         if not isinstance(model, TextKD):

@@ -207,7 +207,14 @@ class PromptLearnerHook(Hook):
         if not all(p.filled for p in text_providers(model).values()):
             # `tools/train.py` has done it; MMSegmentation's has not.
             self._make_embeddings(runner, model)
-        check_classes(model, getattr(runner.train_dataloader, 'dataset', None))
+        for loop in (runner.train_loop, runner.val_loop):
+            dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', {})
+            check_classes(model, dataset)
+            if 'classes' not in getattr(dataset, 'metainfo', {'classes'}):
+                print_log(
+                    f'{type(dataset).__name__} names no classes (`metainfo`): '
+                    'whether the text is for them is not known.', 'current',
+                    logging.WARNING)
         for name, provider in text_providers(model).items():
             message = provider.check_loaded(resumed=runner._resume)
             if message:
