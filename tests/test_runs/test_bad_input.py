@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from processes import ROOT
 from tiny import (CLASSES, CONTROL, PROMPTS, assert_equal, residual, run,
-                  tiny_config, watch)
+                  tiny_config)
 
 from mmseg_textkd.models.text_providers import ContextPromptLearner
 from mmseg_textkd.text.encode_classes import encode_classes
