@@ -67,11 +67,11 @@ class ClassEncoder:
     """Encoder of class names for a network that was trained with text.
 
     The name of a trained class, alone or with the phrases that it was trained
-    with, keeps the vector that was learned for it. Other names are encoded by the tower that made the embeddings file: in the
-    learned context of a ``ContextPromptLearner`` where that is one for all
-    classes, else in the templates of the file. What was learned for each
-    class (context of its own, offsets, mixtures) does not exist for a new
-    one.
+    with, keeps the vector that was learned for it. Other names are encoded by
+    the tower that made the embeddings file: in the learned context of a
+    ``ContextPromptLearner`` where that is one for all classes, else in the
+    templates of the file. What was learned for each class (context of its
+    own, offsets, mixtures) does not exist for a new one.
 
     Args:
         provider (TextProvider): The text of the network, as trained.
