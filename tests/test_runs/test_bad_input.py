@@ -56,7 +56,7 @@ def test_learner_for_other_classes(tmp_path, make_embeddings, named, words):
 
 @each_case('classes, said', [
     (CLASSES[::-1], "'sky' instead of 'person'"),
-    ('data/classen.txt', "read from 'data/clases.txt', and there is no such"),
+    ('data/classen.txt', "read from 'data/classen.txt', and there is no such"),
     (None, 'names no classes'),
 ])
 def test_classes_of_the_validation_set_are_checked_first(

@@ -112,7 +112,8 @@ class Training:
             hooks=[],
             iter=0,
             max_iters=sys.maxsize,
-            train_dataloader=None,
+            train_loop=None,
+            val_loop=None,
             message_hub=MessageHub.get_current_instance(),
             _resume=False)
         self.hook.before_train(self.runner)
