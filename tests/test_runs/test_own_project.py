@@ -88,9 +88,9 @@ def check_learned(path, vectors):
     torch.testing.assert_close(state[prefix + 'class_embeddings'], expected)
 
 
-def test_five_lines_of_the_readme(tmp_path):
+def test_five_statements_of_the_readme(tmp_path):
     """With the tools of MMSegmentation, on data laid out as Cityscapes."""
-    (tmp_path / 'my_config.py').write_text(snippet('README.md', 'Five lines'))
+    (tmp_path / 'my_config.py').write_text(snippet('README.md', 'Five statements'))
     write_pictures(tmp_path / 'data' / 'cityscapes', CITYSCAPES, 19)
     vectors = encode_classes('cityscapes', 'toyclip', 'photo')
     assert vectors.names == CityscapesDataset.METAINFO['classes']

@@ -132,7 +132,7 @@ def tables(entries: Sequence[Dict[str, Any]]) -> str:
                 (arm, str(len(part.arms[arm])), mean(part.scores(arm))))
     text = [
         f'### {first["study"]}, {first["network"]}',
-        f'{first["images"]} images, every {first["stride"]}. pixel.',
+        f'{first["images"]} images, pixels at stride {first["stride"]}.',
         table(('words', 'seeds', 'mIoU'), rows)
     ]
     whole = {how: f'{ALL_NEW}, {how}' for how in NEW_WORDS}
