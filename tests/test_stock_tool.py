@@ -100,6 +100,8 @@ def test_confusions_of_many_classes(tool, number, reduce):
     matrix = tool.count_confusions(dataset,
                                    list((found + reduce).astype(np.uint8)))
     np.testing.assert_array_equal(matrix, expected)
+    with pytest.raises(SystemExit, match='1 predictions.* 3 images'):
+        tool.count_confusions(dataset, [found[0]])
     assert dataset.METAINFO['classes'][-1] == f'class {number - 1}'
 
 

@@ -1,6 +1,7 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Make, import or look at a file of class embeddings."""
 import argparse
+import os.path as osp
 import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
@@ -92,7 +93,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.names = args.old_names
     if (args.classes and ',' in args.classes and args.names is None
-            and not Path(args.classes).is_file()):
+            and not osp.isfile(args.classes)):
         args.names, args.classes = args.classes, None
     _check_args(parser, args)
     return args

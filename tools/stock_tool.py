@@ -70,6 +70,9 @@ def count_confusions(dataset: Dataset,
     Returns:
         np.ndarray: Pixels, shape (K, K).
     """
+    if len(dataset) != len(results):
+        sys.exit(f'Error: there are {len(results)} predictions, but the test '
+                 f'set has {len(dataset)} images: write them all again.')
     # Its class's, which is what MMSegmentation's tool takes the names of.
     dataset.METAINFO = dataset.metainfo
     number = len(dataset.metainfo['classes'])

@@ -43,6 +43,7 @@ python3 -W ignore "$ROOT/tools/study.py" "$STUDY" --work-dir "$WORK/$NAME" \
     --ledger "$OUT/$NAME.jsonl" --jobs "$JOBS" --drop-checkpoints \
     --budget $((SECONDS_LEFT - SECONDS + START)) "$@" || status=$?
 # Logs alone: weights stay where they are.
+mkdir -p "$WORK/$NAME"
 (cd "$WORK" && find "$NAME" -name '*.json' -o -name '*.txt' \
-    -o -name config.py | tar -czf "$OUT/$NAME-logs.tar.gz" -T -)
+    -o -name config.py | tar -czf "$OUT/$NAME-logs.tar.gz" -T -) || true
 exit "$status"

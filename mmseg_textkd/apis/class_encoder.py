@@ -109,7 +109,8 @@ class ClassEncoder:
         if isinstance(provider, ContextPromptLearner):
             known = vars(provider)
         known = tower or known
-        self.weights_dir = known.get('cache_dir', self.build.get('cache_dir'))
+        self.weights_dir = known.get('cache_dir') or self.build.get(
+            'cache_dir')
         self.tower = known.get('model'), known.get('pretrained') or None
         # Held so that the next names need not load it again.
         self._loaded: Optional[TextTower] = None

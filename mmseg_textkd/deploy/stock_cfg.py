@@ -29,7 +29,8 @@ def to_stock_cfg(cfg: Config,
     parameters, ``CheckLabels`` and the import of the plugin go; so does
     ``find_unused_parameters``, which the stages had needed. To a stock
     network no class is unseen: ``HideClasses`` goes, and an ``IoUMetric``
-    takes the place of ``ZeroShotIoUMetric``.
+    takes the place of ``ZeroShotIoUMetric``. A ``MultiDataset`` goes, with its
+    loop, see :func:`.united_cfg`.
 
     Pre-trained weights and ``load_from`` go too: a run of the new config
     starts from the folded checkpoint, which would overwrite them. Class names
@@ -57,6 +58,11 @@ def to_stock_cfg(cfg: Config,
         names = (part.get('metainfo') or {}).get('classes')
         if isinstance(names, str) and exists(names):
             part['metainfo']['classes'] = list_from_file(names)
+    for split in ('train', 'val', 'test'):
+        loader = stock.get(f'{split}_dataloader')
+        if any(type_name(part) == 'MultiDataset' for part in dicts(loader)):
+            for key in ('cfg', 'dataloader', 'evaluator'):
+                stock.pop(f'{split}_{key}', None)
     imports = (stock.pop('custom_imports', None) or {}).get('imports', [])
     imports = [imports] if isinstance(imports, str) else imports
     converter = StockConverter(imports, keep_l2)

@@ -57,12 +57,12 @@ def load_config(config: Union[str, os.PathLike, Config],
         module.split('.')[0] if module.startswith('mmseg_textkd.') else module
         for module in modules if module.split('.')[0] not in KNOWN
     }
-    done = content.setdefault('custom_imports',
-                              dict(imports=[], allow_failed_imports=False))
+    done = content.pop('custom_imports', None) or dict(
+        imports=[], allow_failed_imports=False)
     imports = as_list(done['imports'])
-    done['imports'] = imports + sorted(own - {*imports})
-    if not done['imports']:
-        del content['custom_imports']
+    if own or imports:
+        imports += sorted(own - {*imports})
+        content['custom_imports'] = dict(done, imports=imports)
     return Config(content, filename=config.filename)
 
 

@@ -652,8 +652,15 @@ def test_weights_of_a_tower_in_the_home_folder(tmp_path, monkeypatch):
         model='toyclip',
         vocabulary=['road', 'car'],
         cache_dir=str(tmp_path))
-    encoder = ClassEncoder(MODELS.build(text), text, ('road', 'car'))
-    assert encoder.weights_dir == str(tmp_path)
+    for own in (text,
+                dict(
+                    text,
+                    cache_dir=None,
+                    embeddings=dict(
+                        CONTROL, build=dict(cache_dir=str(tmp_path))))):
+        learner = MODELS.build(dict(text, cache_dir=own['cache_dir']))
+        encoder = ClassEncoder(learner, own, ('road', 'car'))
+        assert encoder.weights_dir == str(tmp_path)
 
 
 def test_a_config_is_left_as_it_is(worded):

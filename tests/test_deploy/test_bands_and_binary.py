@@ -373,7 +373,7 @@ def test_pure_python_configs_are_configs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     bare = bare.replace(f'type={BACKBONE["type"]}', 'type=OwnBackbone')
     path.write_text(f'from own_nets import OwnBackbone\n{bare}\n'
-                    'default_scope = None\n')
+                    'default_scope = None\ncustom_imports = None\n')
     read = load_config(path)
     assert read.custom_imports.imports == ['mmseg_textkd', 'own_nets']
     stock = to_stock_cfg(read)

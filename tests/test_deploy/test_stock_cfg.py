@@ -131,7 +131,10 @@ def test_names_that_a_dataset_gives_itself(monkeypatch):
             super().__init__(metainfo=dict(classes=['road', 'car']), **options)
 
     monkeypatch.setitem(DATASETS.module_dict, 'OwnDataset', Own)
-    cfg = Config(dict(test_dataloader=dict(dataset=dict(type='OwnDataset'))))
+    # Nor is what reads its images needed for them.
+    pipeline = [dict(type='LoadSingleRSImageFromFile')]
+    dataset = dict(type='OwnDataset', pipeline=pipeline)
+    cfg = Config(dict(test_dataloader=dict(dataset=dataset)))
     meta = dataset_meta(cfg, dict(classes=('road', 'car')))
     assert meta == dict(classes=('road', 'car'))
     with pytest.raises(ValueError, match="1: 'bus' in the checkpoint, 'car'"):

@@ -263,6 +263,30 @@ def test_one_vector_for_each_class(model, model_cfg):
     assert_close(vectors, model.decode_head.text())
 
 
+def test_new_classes_are_centered_as_the_training_was(model_cfg, tmp_path):
+    """By its mean, whatever the new classes are."""
+    text = dict(model_cfg().decode_head.text, center=True)
+    net = MODELS.build(model_cfg(text=text))
+    own = net.decode_head.text().clone()
+    for names in (list(CLASSES), [*CLASSES[:2], 'tree']):
+        net.set_classes(names, 'photo')
+        found, _ = net.decode_head.text.vocabulary()
+        assert_close(found[:2], own[:2], rtol=1e-4, atol=1e-5)
+    assert_close(found.norm(dim=1), torch.ones(3))
+    # Not by another mean, and not without it.
+    for key in ('text', 'test_text'):
+        texts = dict(
+            text=model_cfg().decode_head.text,
+            test_text=dict(model_cfg().decode_head.text, num_classes=8))
+        texts[key] = dict(texts[key], center=True)
+        with pytest.raises(ValueError, match='is centered'):
+            MODELS.build(model_cfg(**texts))
+    gone = dict(text, file=str(tmp_path / 'gone.safetensors'), dim=64)
+    lost = MODELS.build(model_cfg(text=gone))
+    with pytest.raises(ValueError, match='file with the mean is missing'):
+        lost.set_classes(list(CLASSES), 'photo')
+
+
 @torch.no_grad()
 def test_the_balance_knows_which_classes_are_new(model):
     """The same words, said to be new or seen, are balanced otherwise."""

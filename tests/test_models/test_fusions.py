@@ -423,9 +423,11 @@ def test_norms_of_the_bridge_are_those_of_the_head(kind, norm, has, has_not):
     ('context', dict(num_layers=0), 'num_layers=0'),
     ('context', dict(temperature=0.), 'temperature=0'),
     ('context', dict(loss_weight=0.), 'loss_weight=0'),
+    ('bridge', dict(widht=32), "unexpected keyword argument 'widht'"),
+    ('context', dict(ce_weight=1.), "unexpected keyword argument 'ce_weight'"),
 ])
 def test_bad_arguments(fusion, kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         head(fusion=dict(FUSIONS[fusion], **kwargs), role='auxiliary')
 
 

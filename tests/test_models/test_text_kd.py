@@ -2,6 +2,7 @@
 """The score map in the network, as its authors built it."""
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from each_case import each_case
 from graphs import run_graph
 from heads import SIX
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
 from mmengine.structures import PixelData
 from mmseg.models.segmentors import EncoderDecoder
-from mmseg.registry import MODELS
+from mmseg.registry import HOOKS, MODELS
 from mmseg.structures import SegDataSample
 from network_tester import CONFIGS
 
@@ -226,6 +228,48 @@ def test_losses_of_text_are_not_in_the_stock_config(text_loss):
     cfg = dict(stdc(**dict(LINEAR, text=text)), text_loss=text_loss)
     stock = fold(MODELS.build(cfg).eval(), Config(dict(model=cfg)))
     assert type(stock) is EncoderDecoder
+
+
+def test_the_length_rests_where_all_but_the_prompts_does():
+    """As batch norms do, unless they are to move on or the network learns."""
+    moved = {}
+    for name, options in dict(
+            default={},
+            moving=dict(freeze_norm=False),
+            network=dict(learn=[r'\.text\.', 'decode_head'])).items():
+        prompts = dict(type='ResidualPromptLearner', embeddings=control(16))
+        model = MODELS.build(stdc(**LINEAR, text=prompts))
+        hook = HOOKS.build(
+            dict(type='PromptLearnerHook', switch_at=1, **options))
+        wrapper = build_optim_wrapper(
+            model,
+            dict(
+                type='OptimWrapper',
+                optimizer=dict(type='SGD', lr=.1, weight_decay=.1),
+                paramwise_cfg=dict(custom_keys={'.text.': dict(
+                    decay_mult=0.)})))
+        runner = SimpleNamespace(
+            cfg={},
+            model=model,
+            optim_wrapper=wrapper,
+            hooks=[],
+            iter=0,
+            max_iters=9,
+            train_loop=None,
+            val_loop=None,
+            message_hub=MessageHub.get_current_instance(),
+            _resume=False)
+        hook.before_train(runner)
+        lengths = []
+        for runner.iter in range(3):
+            model.train()
+            hook.before_train_iter(runner, 0)
+            model.score_map(noise((2, C, 2, 4), runner.iter))
+            hook.after_train_iter(runner, 0)
+            lengths.append(model.score_map.length.item())
+        assert lengths[0] != 1.
+        moved[name] = lengths[1] != lengths[0]
+    assert moved == dict(default=False, moving=True, network=True)
 
 
 def test_a_graph_without_the_plugin():

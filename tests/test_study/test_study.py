@@ -284,6 +284,10 @@ def test_a_slice_of_a_study_on_a_lent_machine(configs, tmp_path):
         data = '--vars', f'data={work}/data/toy'
         return start(*words, *data, cwd=tmp_path, timeout=900., **variables)
 
+    text = study.read_text()
+    study.write_text(text.replace('arms:', 'armz:'))
+    assert a_slice(0).status == 2  # cannot be run as it is written
+    study.write_text(text)
     first = a_slice(0)
     assert first.status == 3, first.output
     assert (work / 'site/lent.py').is_file()

@@ -132,6 +132,10 @@ def test_a_file_with_a_comma_is_a_file(tool, tmp_path, out):
     file.write_text('sky\nroad: road, street\n')
     tool.main([str(file), '--model', 'toyclip', '--out', str(out)])
     assert TextEmbeddings.load(out).names == ('sky', 'road')
+    # A list that is longer than the name of a file may be is none.
+    names = tuple(f'class number {k}' for k in range(30))
+    args = tool.parse_args([','.join(names), '--model', 'toyclip'])
+    assert tuple(args.names.split(',')) == names and args.classes is None
 
 
 def test_looking_at_a_file(tool, tmp_path, capsys):

@@ -209,8 +209,10 @@ def test_fold_for_any_list_of_words(network_cfg, tmp_path, fold, data):
         assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(stock['a,b'][1], logits[6], atol=.1)
     # Folded on the way, from the text checkpoint or the folded one.
+    bare = fold_model(model, cfg)
+    assert 'test_dataloader' not in bare.cfg
     model.dataset_meta = dataset.metainfo
-    for network in (fold_model(
+    for network in (bare, fold_model(
             model,
             cfg), *(load_stock(str(tmp_path / 'config.py'), tmp_path / name)[1]
                     for name in ('w.pth', 'all.pth'))):

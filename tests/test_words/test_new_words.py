@@ -163,9 +163,11 @@ def test_the_tool_folds_what_the_inferencer_predicts(tmp_path, monkeypatch,
         own = mine.model(image, mode='tensor')
         mine.set_classes(words, embeddings='new.safetensors')
         expected = mine.model(image, mode='tensor')
+    # Longer than the name of a file may be.
+    names = f',{" " * 255}'.join(words)
     call('model_converters/textkd2mmseg.py', run.config, run.weights, '--l2',
-         'keep', '--classes', ','.join(words), '--embeddings',
-         'new.safetensors', '--device', 'cpu', '--out', 'stock.pth')
+         'keep', '--classes', names, '--embeddings', 'new.safetensors',
+         '--device', 'cpu', '--out', 'stock.pth')
     stock = init_model('stock.py', 'stock.pth', device='cpu')
     with torch.no_grad():
         assert_close(
@@ -194,6 +196,10 @@ def test_a_seed_that_was_not_measured_to_its_end_counts_nowhere(
         load_tool('analysis_tools/new_words.py').main(['table', str(path)])
         pages.append(capsys.readouterr().out)
     assert pages[0] == pages[1] and '| 2 |' in pages[0]
+    path.write_text(''.join(f'{json.dumps(line)}\n' for line in own
+                            if line['arm'] != own[line['seed']]['arm']))
+    with pytest.raises(SystemExit, match='CamVid has no seed with all of'):
+        load_tool('analysis_tools/new_words.py').main(['table', str(path)])
 
 
 def test_the_published_page_is_what_the_ledger_says(capsys):

@@ -101,7 +101,7 @@ def build_networks(cfg: Config) -> Dict[str, nn.Module]:
                          'config, from which the stock one is derived.')
     folded = {}
     if type_name(cfg.model) == 'TextKD':  # most do not fold
-        keys = ('score_map', 'alignment_head')
+        keys = ('score_map', 'alignment_head', 'text_loss')
         stock = {k: v for k, v in cfg.model.items() if k not in keys}
         stock['type'] = 'EncoderDecoder'
     else:

@@ -121,10 +121,18 @@ def tables(entries: Sequence[Dict[str, Any]]) -> str:
     """Write the tables of one study and network."""
     # Of a seed that was not measured to its end, nothing: means of other
     # seeds could not be compared.
-    arms = {e['arm'] for e in entries}
+    first, arms = entries[0], {e['arm'] for e in entries}
     counts = Counter(e['seed'] for e in entries)
     entries = [e for e in entries if counts[e['seed']] == len(arms)]
-    part, first = Group(entries, 'val'), entries[0]
+    lost = sorted(set(counts) - {e['seed'] for e in entries})
+    if lost:
+        print(
+            f'{first["study"]}, {first["network"]}: seeds {lost} are left '
+            f'out, not all of their {len(arms)} lists were measured',
+            file=sys.stderr)
+    if not entries:
+        raise ValueError(f'{first["study"]} has no seed with all of {arms}')
+    part = Group(entries, 'val')
     rows: List[Tuple[str, ...]] = []
     for arm in part.arms:
         if ' -> ' not in arm:

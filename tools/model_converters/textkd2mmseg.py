@@ -13,6 +13,7 @@ classes. Where they are the classes of a data set of the config, its config
 trains and tests on that data set, else it is for inference alone.
 """
 import argparse
+import os.path as osp
 import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
@@ -172,7 +173,7 @@ def choose_words(args: argparse.Namespace, cfg: Config, model: nn.Module,
     encoder = ClassEncoder(
         text_head(model).text_branch.text, cfg.model.decode_head.text, names)
     classes = args.classes
-    if Path(classes).is_file():
+    if osp.isfile(classes):  # of a long list a Path would raise
         classes = Path(classes)
     elif ',' in classes:
         classes = [name.strip() for name in classes.split(',')]

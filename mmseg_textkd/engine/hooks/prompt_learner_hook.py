@@ -17,6 +17,7 @@ from mmseg.registry import HOOKS, MODELS, PARAM_SCHEDULERS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...models.layers import ScoreMap
 from ...models.text_parameters import (check_classes, check_prompts_learn,
                                        check_text_losses, prompt_parameters,
                                        text_parameters, text_providers,
@@ -448,8 +449,8 @@ class PromptLearnerHook(Hook):
             # Each process has its own unless it is a SyncBatchNorm; those of
             # the first are saved, and the prompts learn for them.
             for module in model.modules():
-                if isinstance(module, _BatchNorm):
-                    for statistic in module.buffers():
+                if isinstance(module, (_BatchNorm, ScoreMap)):
+                    for statistic in module.buffers(recurse=False):
                         broadcast(statistic)
             self._warn_if_nothing_is_deployed()
             learned = set(self._lr_factors)
@@ -469,6 +470,10 @@ class PromptLearnerHook(Hook):
             if self.freeze_norm and isinstance(module, _BatchNorm)
             and not _learns(name, module, learned)
         ]
+        rests = self.freeze_norm and learned <= set(text_parameters(model))
+        for module in model.modules():
+            if isinstance(module, ScoreMap):
+                module.length_fixed = stage == 2 and rests
         self.stage = stage
         follows = ''
         if stage == 1 and self.switch_iter is not None:

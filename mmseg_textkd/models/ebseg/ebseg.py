@@ -85,8 +85,8 @@ class EBSeg(EncoderDecoder):
 
         Args:
             classes (VocabularySpec | TextEmbeddings, optional): Class names
-                or phrases, or their embeddings; None goes back to the classes
-                of the training.
+                or phrases, or their embeddings, centered where those of the
+                training are; None goes back to the classes of the training.
             templates: Prompt templates for names, see
                 :func:`get_templates`. Defaults to 'vild'.
             tower (Mapping, optional): ``model``, ``pretrained`` and
@@ -95,8 +95,9 @@ class EBSeg(EncoderDecoder):
 
         Raises:
             TextTowerError: If the text tower cannot be had.
-            ValueError: If a name is empty or occurs twice, or the embeddings
-                are of another width.
+            ValueError: If a name is empty or occurs twice, the embeddings
+                are of another width, or the mean that centered those of the
+                training is not known.
         """
         if classes is not None and not isinstance(classes, TextEmbeddings):
             encoder = self.image_encoder
@@ -104,7 +105,10 @@ class EBSeg(EncoderDecoder):
                 model=encoder.model,
                 pretrained=encoder.pretrained,
                 cache_dir=encoder.cache_dir)
-            classes = encode_classes(classes, tower, templates)
+            found = encode_classes(classes, tower, templates)
+            classes = TextEmbeddings(
+                self.decode_head.text.center(found.vectors), found.names,
+                found.phrases)
         self.decode_head.set_classes(classes)
         self.out_channels = self.decode_head.out_channels
 

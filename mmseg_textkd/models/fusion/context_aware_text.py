@@ -1,5 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-from typing import Dict
+from typing import Dict, Optional
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,8 @@ class ContextAwareText(TextFusion):
         gamma (float): Start value of the factor. Defaults to 1e-4.
         temperature (float): Temperature in the loss. Defaults to 0.07.
         loss_weight (float): Weight of the loss. Defaults to 0.4.
+        norm_cfg (dict, optional): Not used: the decoder has layer norms. The
+            head passes its own.
 
     Raises:
         ValueError: If the arguments do not fit each other.
@@ -72,7 +74,7 @@ class ContextAwareText(TextFusion):
                  gamma: float = 1e-4,
                  temperature: float = 0.07,
                  loss_weight: float = 0.4,
-                 **kwargs) -> None:
+                 norm_cfg: Optional[dict] = None) -> None:
         super().__init__(use)
         if width % num_heads or stride < 1 or num_layers < 1:
             raise ValueError(

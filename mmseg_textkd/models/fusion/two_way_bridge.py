@@ -58,6 +58,8 @@ class TwoWayBridge(TextFusion):
         temperature (float): Temperature of the distillation. Defaults to 1.0.
         detach_teacher (bool): Whether the distillation leaves the fused
             logits alone. Defaults to True.
+        num_classes (int, optional): Not used: it takes any number. The head
+            passes its own.
 
     Raises:
         ValueError: If the arguments do not fit each other.
@@ -79,7 +81,7 @@ class TwoWayBridge(TextFusion):
                  kl_weight: float = 1.0,
                  temperature: float = 1.0,
                  detach_teacher: bool = True,
-                 **kwargs) -> None:
+                 num_classes: Optional[int] = None) -> None:
         super().__init__(use)
         if width % num_heads or stride not in (1, 2) or num_blocks < 1:
             raise ValueError(

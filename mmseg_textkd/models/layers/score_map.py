@@ -87,6 +87,8 @@ class ScoreMap(BaseModule):
         self.norm = norm
         if norm == 'rms':
             self.register_buffer('length', torch.ones(()))
+        # Whether it stays, as a frozen norm does; set by PromptLearnerHook.
+        self.length_fixed = False
         self.convs = nn.ModuleDict({
             name.replace('.', '/'):
             self._make_conv(name, conv)
@@ -163,7 +165,7 @@ class ScoreMap(BaseModule):
 
     def _length(self, feat: Tensor) -> Tensor:
         """Compute the root mean square of the lengths of pixel features."""
-        if not self.training:
+        if not self.training or self.length_fixed:
             return self.length.to(feat)
         length = feat.square().sum(dim=1).mean().sqrt().clamp(min=1e-12)
         with torch.no_grad():
