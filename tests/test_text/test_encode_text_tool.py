@@ -134,7 +134,8 @@ def test_a_file_with_a_comma_is_a_file(tool, tmp_path, out):
     assert TextEmbeddings.load(out).names == ('sky', 'road')
     # A list that is longer than the name of a file may be is none.
     names = tuple(f'class number {k}' for k in range(30))
-    args = tool.parse_args([','.join(names), '--model', 'toyclip'])
+    args = tool.parse_args(
+        [','.join(names), '--model', 'toyclip', '--out', 'none.safetensors'])
     assert tuple(args.names.split(',')) == names and args.classes is None
 
 
