@@ -79,7 +79,7 @@ WORDS = dict(
     pedestrian='person',
     bicyclist='rider')
 NEXT = """What next?
-  your data   python tools/train.py YOUR_CONFIG.py   # README: "Five statements"
+  your data   python tools/train.py YOUR_CONFIG.py   # see README.md
   Cityscapes  python tools/train.py {cityscapes}
   CamVid      python tools/train.py {camvid}"""
 

@@ -423,7 +423,7 @@ def test_norms_of_the_bridge_are_those_of_the_head(kind, norm, has, has_not):
     ('context', dict(num_layers=0), 'num_layers=0'),
     ('context', dict(temperature=0.), 'temperature=0'),
     ('context', dict(loss_weight=0.), 'loss_weight=0'),
-    ('bridge', dict(widht=32), "unexpected keyword argument 'widht'"),
+    ('bridge', dict(wide=32), "unexpected keyword argument 'wide'"),
     ('context', dict(ce_weight=1.), "unexpected keyword argument 'ce_weight'"),
 ])
 def test_bad_arguments(fusion, kwargs, message):

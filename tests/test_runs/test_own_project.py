@@ -90,7 +90,8 @@ def check_learned(path, vectors):
 
 def test_five_statements_of_the_readme(tmp_path):
     """With the tools of MMSegmentation, on data laid out as Cityscapes."""
-    (tmp_path / 'my_config.py').write_text(snippet('README.md', 'Five statements'))
+    (tmp_path / 'my_config.py').write_text(
+        snippet('README.md', 'Five statements'))
     write_pictures(tmp_path / 'data' / 'cityscapes', CITYSCAPES, 19)
     vectors = encode_classes('cityscapes', 'toyclip', 'photo')
     assert vectors.names == CityscapesDataset.METAINFO['classes']
