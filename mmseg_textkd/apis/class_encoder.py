@@ -346,15 +346,13 @@ class ClassEncoder:
 def _vocabularies(provider: TextProvider, record: Optional[TextEmbeddings],
                   builds: Sequence[Mapping]) -> List[Any]:
     """What names and phrases the vectors of a network were made of."""
-    sources: List[Any] = [getattr(provider, 'vocabulary', None), record]
+    specs = [getattr(provider, 'vocabulary', None)]
     if record is None:
-        sources += [build.get('vocabulary') for build in builds]
-    found = []
-    for source in filter(None, sources):
+        specs += [build.get('vocabulary') for build in builds]
+    found: List[Any] = [] if record is None else [record]
+    for spec in filter(None, specs):
         try:
-            found.append(
-                source if source is
-                record else Vocabulary.from_spec(source, provider.names))
+            found.append(Vocabulary.from_spec(spec))
         except OSError:
             pass  # a file of the training that is not here
     return found
