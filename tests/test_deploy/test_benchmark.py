@@ -30,6 +30,8 @@ from mmseg_textkd.utils.report import count_cost
 
 TOY = CONFIGS / ('text_classifier/textkd_bisenetv2_fcn_toyclip_1xb8-200i_'
                  'toy-scenes-128x256.py')
+SCORE_MAP_TOY = CONFIGS / ('textkd/textkd_stdc1_toyclip-score-map_1xb8-200i_'
+                           'toy-scenes-128x256.py')
 STOCK_TOY = CONFIGS / 'stock/bisenetv2_fcn_1xb8-200i_toy-scenes-128x256.py'
 NAMES = ['stock', 'stock again', 'text, unfolded', 'text, folded']
 HAS_CUDA = torch.cuda.is_available()
@@ -150,6 +152,13 @@ def test_networks_are_what_their_names_say():
     got, = BACKENDS['onnxruntime'].prepare(text, inputs)()
     got = torch.from_numpy(got)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    # A score map stays; what belongs to it alone is not in the stock network.
+    cfg = Config.fromfile(SCORE_MAP_TOY)
+    cfg.model.text_loss = dict(type='TextToTextContrastiveLoss')
+    stock, _, text = TOOL.build_networks(cfg).values()
+    more = text.state_dict().keys() - stock.state_dict().keys()
+    assert more and stock.state_dict().keys() < text.state_dict().keys()
+    assert {key.split('.')[0] for key in more} == {'score_map'}
 
 
 @pytest.mark.stacks
