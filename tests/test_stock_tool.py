@@ -102,6 +102,11 @@ def test_confusions_of_many_classes(tool, number, reduce):
     np.testing.assert_array_equal(matrix, expected)
     with pytest.raises(SystemExit, match='1 predictions.* 3 images'):
         tool.count_confusions(dataset, [found[0]])
+    # As of another tool, or of a network with more classes.
+    found[0, -1] = -1 if reduce else number
+    with pytest.raises(
+            SystemExit, match='prediction 0 has labels that are none'):
+        tool.count_confusions(dataset, list(found + reduce))
     assert dataset.METAINFO['classes'][-1] == f'class {number - 1}'
 
 

@@ -48,10 +48,12 @@ if __name__ == '__main__':
     parse_args()
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from torch.utils.data import Dataset
 
 from mmseg_textkd.compat import load_stock_tool
+from mmseg_textkd.evaluation import ConfusionIoUMetric
 from mmseg_textkd.utils.io import write_files
 
 
@@ -76,14 +78,21 @@ def count_confusions(dataset: Dataset,
     # Its class's, which is what MMSegmentation's tool takes the names of.
     dataset.METAINFO = dataset.metainfo
     number = len(dataset.metainfo['classes'])
-    matrix = np.zeros((number, number), np.int64)
+    metric = ConfusionIoUMetric(ignore_index=dataset.ignore_index)
+    metric.dataset_meta = dataset.metainfo
     for i, found in enumerate(results):
-        truth = dataset[i]['data_samples'].gt_sem_seg.data.squeeze().numpy()
+        truth = dataset[i]['data_samples'].gt_sem_seg.data
         # With `reduce_zero_label` the written labels are one higher.
-        labels = found.astype(np.int64) - bool(dataset.reduce_zero_label)
-        counted = truth != dataset.ignore_index
-        np.add.at(matrix, (truth[counted], labels[counted]), 1)
-    return matrix
+        labels = torch.from_numpy(found.astype(np.int64))[None] - int(
+            dataset.reduce_zero_label)
+        counted = labels[truth != dataset.ignore_index]
+        if ((counted < 0) | (counted >= number)).any():
+            sys.exit(f'Error: prediction {i} has labels that are none of the '
+                     f'{number} classes as `tools/test.py --out` writes them.')
+        metric.process({}, [
+            dict(pred_sem_seg=dict(data=labels), gt_sem_seg=dict(data=truth))
+        ])
+    return metric.confusion.numpy()
 
 
 def plot_confusion_matrix(confusion_matrix: np.ndarray,
