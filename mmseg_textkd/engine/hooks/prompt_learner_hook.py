@@ -1,6 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import logging
-import re
 import warnings
 from typing import Dict, List, Optional, Sequence, Set, Union
 
@@ -10,10 +9,10 @@ from mmengine.fileio import exists
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseAveragedModel, is_model_wrapper
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, IterBasedTrainLoop
 from mmengine.runner.checkpoint import CheckpointLoader
-from mmseg.registry import HOOKS, MODELS, PARAM_SCHEDULERS
+from mmseg.registry import HOOKS, MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -27,13 +26,9 @@ from ...text.encode_classes import ensure_embeddings
 from ...utils.config import as_list
 from .class_rows import match_classes
 from .loaded_checkpoint_hook import LoadedCheckpointHook
+from .stage2_rates import (Stage2Schedule, convert_schedule, group_factors,
+                           lr_factors)
 from .text_groups import check_groups, group_faults
-
-# Schedulers of the deprecated argument `schedule`, by its `type`.
-SCHEDULES: Dict[str, List[dict]] = dict(
-    constant=[],
-    cosine=[dict(type='CosineAnnealingLR', eta_min=0.)],
-    poly=[dict(type='PolyLR', power=0.9, eta_min=0.)])
 
 
 @HOOKS.register_module()
@@ -124,7 +119,7 @@ class PromptLearnerHook(Hook):
         if schedule is not None:
             warnings.warn('`schedule` of PromptLearnerHook is deprecated; use '
                           '`param_scheduler`, a list of MMEngine schedulers.')
-            param_scheduler = _convert_schedule(**schedule)
+            param_scheduler = convert_schedule(**schedule)
         self.switch_at = switch_at
         self.learn = learn
         self.param_scheduler = as_list(param_scheduler)
@@ -266,8 +261,8 @@ class PromptLearnerHook(Hook):
         groups = runner.optim_wrapper.param_groups
         # The schedulers of the run continue from their own rates.
         self._run_lrs = [group['lr'] for group in groups]
-        if self.switch_iter or self._schedulers:
-            lrs = self._stage2_lrs(runner.iter - self.switch_iter)
+        if self.switch_iter or self.param_scheduler:
+            lrs = self._schedule.lrs(runner.iter - self.switch_iter)
         else:
             lrs = self._run_lrs
         for group, lr, factor in zip(groups, lrs, self._group_factors):
@@ -368,12 +363,15 @@ class PromptLearnerHook(Hook):
             if runner.iter > self.switch_iter:
                 # A validation may come before the first iteration.
                 _start_prompts(runner)
-        self._lr_factors = self._get_lr_factors(model)
+        self._lr_factors = lr_factors(model, self.learn, self._trainable)
         idle = check_prompts_learn(model, self._lr_factors)
         if idle:
             print_log(idle, 'current', logging.WARNING)
-        self._group_factors = self._get_group_factors(runner, model)
-        self._build_schedulers(runner)
+        self._group_factors = group_factors(model, runner.optim_wrapper,
+                                            self._lr_factors, self._trainable)
+        self._schedule = Stage2Schedule(runner.optim_wrapper.param_groups,
+                                        self.param_scheduler,
+                                        runner.max_iters - self.switch_iter)
         if self.switch_iter == 0 and not self._loaded:
             print_log(
                 "Stage 2 without stage 1's weights: the whole run is stage 2, "
@@ -504,113 +502,6 @@ class PromptLearnerHook(Hook):
         for name, value in text_statistics(model).items():
             hub.update_scalar(f'train/{name}', value)
 
-    # --------------------------------------------- learning rates of stage 2
-    def _get_lr_factors(self, model: nn.Module) -> Dict[str, float]:
-        """Get the parameters of stage 2, with factors on their rates."""
-        names = [name for name, _ in model.named_parameters()]
-        text = list(text_parameters(model))
-        if self.learn is None:
-            if not text:
-                raise ValueError(
-                    'nothing would learn in stage 2: the text is fixed and '
-                    'has no learnable scale or bias. Use prompts, e.g. '
-                    "text=dict(type='ResidualPromptLearner', ...), or set "
-                    'switch_at=None.')
-            return {name: 1.0 for name in text}
-        factors: Dict[str, float] = {}
-        # Not the first one: MMEngine sorts the keys of a config it writes.
-        for pattern in sorted(sorted(self.learn), key=len, reverse=True):
-            factor = self.learn[pattern]
-            matches = [name for name in names if re.search(pattern, name)]
-            if not matches:
-                raise ValueError(
-                    f'the pattern {pattern!r} in `learn` matches no '
-                    f'parameter. Text parameters of this model are '
-                    f'{sorted(text)}; '
-                    f'network parameters look like {names[:3]}.')
-            # What is frozen from the start, such as a constant kernel of
-            # STDC, stays so; frozen text is reported by the group factors.
-            own = [n for n in matches if n in self._trainable or n in text]
-            for name in own or matches:
-                factors.setdefault(name, float(factor))
-        factors = {name: value for name, value in factors.items() if value}
-        if not factors:
-            raise ValueError('nothing would learn in stage 2: all factors in '
-                             f'`learn` are 0, {self.learn}.')
-        return factors
-
-    def _get_group_factors(self, runner, model: nn.Module) -> List[float]:
-        """Get the factor of each parameter group of the optimizer."""
-        wrapper, factors = runner.optim_wrapper, self._lr_factors
-        if isinstance(wrapper, OptimWrapperDict):
-            raise ValueError(
-                'PromptLearnerHook supports one optimizer, but got '
-                f'{type(wrapper).__name__} with {list(wrapper.keys())}.')
-        names = {id(param): name for name, param in model.named_parameters()}
-        optimized: Set[Optional[str]] = set()
-        group_factors = []
-        for group in wrapper.param_groups:
-            members = [names.get(id(param)) for param in group['params']]
-            optimized.update(members)
-            own = {factors[name] for name in members if name in factors}
-            if len(own) > 1:
-                raise ValueError(
-                    'parameters that stage 2 learns at different rates '
-                    f'({sorted(own)}) share one group of the optimizer. Give '
-                    'each parameter a group of its own by adding to '
-                    '`optim_wrapper`: paramwise_cfg=dict(custom_keys={'
-                    "'.text.': dict(decay_mult=0.)}).")
-            group_factors.append(own.pop() if own else 1.0)
-        lost = [n for n in factors if n not in optimized & self._trainable]
-        if lost:
-            raise ValueError(
-                f'stage 2 is to learn {lost[:5]}{"..." if lost[5:] else ""}, '
-                'but they are not in the optimizer or were frozen when it was '
-                'built. Do not freeze them yourself (the hook does), or leave '
-                'them out of `learn`.')
-        return group_factors
-
-    def _build_schedulers(self, runner) -> None:
-        """Build the schedulers of stage 2 on an optimizer of their own."""
-        if any(cfg.get('by_epoch') for cfg in self.param_scheduler):
-            raise ValueError('`param_scheduler` of PromptLearnerHook counts '
-                             'iterations from the switch; leave `by_epoch` '
-                             'out.')
-        # 'initial_lr' is there already where the run has a schedule.
-        self._base_lrs = [
-            group.setdefault('initial_lr', group['lr'])
-            for group in runner.optim_wrapper.param_groups
-        ]
-        # One group for each rate: a run may have hundreds of equal groups.
-        groups = [
-            dict(params=[nn.Parameter(torch.zeros(()))], lr=lr, initial_lr=lr)
-            for lr in dict.fromkeys(self._base_lrs)
-        ]
-        self._optimizer, self._step = torch.optim.SGD(groups, lr=0.), 0
-        length = runner.max_iters - self.switch_iter
-        self._schedulers = [
-            PARAM_SCHEDULERS.build(
-                dict(cfg, by_epoch=False, end=cfg.get('end', length)),
-                default_args=dict(optimizer=self._optimizer))
-            for cfg in self.param_scheduler
-        ]
-
-    def _stage2_lrs(self, step: int) -> List[float]:
-        """Get the rate of each group at an iteration of stage 2."""
-        # A resumed run repeats the steps before it, which takes seconds for
-        # 100,000 iterations and needs no state in a checkpoint.
-        while self._step < step:
-            self._optimizer.step()
-            for scheduler in self._schedulers:
-                scheduler.step()
-            self._step += 1
-        # Not by 'initial_lr', which some schedulers change.
-        lrs = dict(
-            zip(
-                dict.fromkeys(self._base_lrs),
-                (group['lr'] for group in self._optimizer.param_groups)))
-        return [lrs[base] for base in self._base_lrs]
-
     # ------------------------------------------- best checkpoint of stage 1
     def _check_load_best(self, runner) -> None:
         """Check that stage 1 will save one best checkpoint."""
@@ -653,19 +544,6 @@ class PromptLearnerHook(Hook):
         print_log(
             f'Stage 2 starts from the best checkpoint of stage 1, {path}, '
             'with a new state of the optimizer.', 'current')
-
-
-def _convert_schedule(type: str = 'constant',
-                      warmup_iters: int = 0) -> List[dict]:
-    """Convert the deprecated ``schedule`` to configs of schedulers."""
-    if type not in SCHEDULES or warmup_iters < 0:
-        raise ValueError(f'unknown schedule {type!r} for stage 2, or a '
-                         f'negative `warmup_iters`: {warmup_iters}.')
-    warmup = dict(
-        type='LinearLR',
-        start_factor=1 / max(warmup_iters, 1),
-        end=warmup_iters)
-    return SCHEDULES[type] + [warmup] * (warmup_iters > 1)
 
 
 def _checkpoint_hook(runner) -> Optional[CheckpointHook]:
