@@ -61,18 +61,18 @@ def apply() -> Tuple[str, ...]:
     if not _done:
         check_versions()
         _silence()
-        for name, patch in (('mmseg assertion',
-                             _import_mmseg), ('mmcv.ops', _stand_in_for_ops),
-                            ('safe globals', allow_runner_checkpoints),
-                            ('code in checkpoints',
-                             _load_without_code), ('distribution name',
-                                                   _name_distribution),
-                            ('pkg_resources', _find_without_pkg_resources),
-                            ('class weights', _weigh_with_ignored_pixels),
-                            ('drawing', _draw_all), ('unnamed files',
-                                                     _name_files)):
-            if patch():
-                _applied.append(name)
+        patches: Dict[str, Callable[[], bool]] = {
+            'mmseg assertion': _import_mmseg,
+            'mmcv.ops': _stand_in_for_ops,
+            'safe globals': allow_runner_checkpoints,
+            'code in checkpoints': _load_without_code,
+            'distribution name': _name_distribution,
+            'pkg_resources': _find_without_pkg_resources,
+            'class weights': _weigh_with_ignored_pixels,
+            'drawing': _draw_all,
+            'unnamed files': _name_files,
+        }
+        _applied.extend(name for name, patch in patches.items() if patch())
         _done = True
     return tuple(_applied)
 
