@@ -11,8 +11,9 @@ from mmseg_textkd.engine.hooks.class_rows import match_classes
 from mmseg_textkd.models.text_parameters import text_providers
 
 
-@pytest.mark.parametrize('kind, number', [('PID', 4), ('DDR', 2)])
-def test_rows_of_further_outputs(kind, number):
+@pytest.mark.parametrize('kind, number, prefix', [('PID', 4, ''),
+                                                  ('DDR', 2, 'module.')])
+def test_rows_of_further_outputs(kind, number, prefix):
     head = MODELS.build(
         dict(
             type=f'Text{kind}Head',
@@ -27,7 +28,8 @@ def test_rows_of_further_outputs(kind, number):
         if name.endswith(('seg.bias', 'logit_bias')) and len(value) == 8
     ]
     assert len(biases) == 2
-    state = {f'head.{name}': torch.arange(8.) for name in biases}
+    # A prefix that MMEngine takes away.
+    state = {f'{prefix}head.{name}': torch.arange(8.) for name in biases}
     meta = dict(dataset_meta=dict(classes=CLASSES))
     match_classes(
         torch.nn.ModuleDict(dict(head=head)),

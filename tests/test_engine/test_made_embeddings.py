@@ -32,19 +32,42 @@ def text(kind, file):
     return dict(learners[kind], embeddings=embeddings)
 
 
-@each_case('kind', ['fixed', 'context', 'centered', 'synonyms'])
-def test_a_missing_file_is_made_and_nothing_else_changes(tmp_path, kind):
+@each_case('kind, average', [('fixed', False), ('context', True),
+                             ('centered', False), ('synonyms', False)])
+def test_a_missing_file_is_made_and_nothing_else_changes(
+        tmp_path, kind, average):
     """Both stages end as with the file there from the start."""
     states = []
     for place in ('made', 'there'):
         cfg = tiny_config(tmp_path, text(kind, tmp_path / f'{place}.st'),
                           dict() if kind in ('fixed', 'synonyms') else HOOK)
         cfg.work_dir = str(tmp_path / place)
+        if average:
+            cfg.custom_hooks.append(dict(type='EMAHook', momentum=.3))
         if place == 'there':
             ensure_embeddings(copy.deepcopy(cfg))
         states.append(run(cfg).model.state_dict())
         assert (tmp_path / f'{place}.st').is_file()
     assert_equal(*map(dict, states))
+
+
+def test_a_missing_file_is_made_beside_loaded_weights(tmp_path):
+    """They fill the text, but the run is to have that of its config."""
+    kind = text('centered', tmp_path / 'first.st')
+    cfg = tiny_config(tmp_path, kind, HOOK)
+    run(cfg)
+    cfg.load_from = f'{cfg.work_dir}/iter_6.pth'
+    ends = []
+    for place in ('made', 'there'):
+        file = tmp_path / f'{place}.st'
+        cfg.model.decode_head.text = text('centered', file)
+        cfg.model.decode_head.text.embeddings.build.templates = 'none'
+        cfg.work_dir = str(tmp_path / place)
+        if place == 'there':
+            ensure_embeddings(copy.deepcopy(cfg))
+        ends.append(dict(run(cfg).model.state_dict()))
+        assert file.is_file()
+    assert_equal(*ends)
 
 
 def test_a_file_that_sizes_weights_wants_a_new_run(tmp_path):

@@ -26,6 +26,7 @@ from torch.testing import assert_close
 
 from mmseg_textkd.clip.weights import TextTowerError
 from mmseg_textkd.engine import PromptLearnerHook
+from mmseg_textkd.text.encode_classes import encode_classes
 
 
 @HOOKS.register_module()
@@ -326,7 +327,7 @@ def kill_and_resume(cfg, whole, kind, at):
     first.custom_hooks.append(dict(type=kind, at=at))
     with pytest.raises(KeyboardInterrupt):
         run(first)
-    resumed = run(cfg, resume=True)
+    resumed = run(cfg, resume=True, load_from=None)
     a, b = (
         torch.load(f'{folder}/iter_8.pth', weights_only=True)
         for folder in (whole, cfg.work_dir))
@@ -645,13 +646,68 @@ def test_accumulation_rounds_the_switch(tmp_path, residual):
     assert [row['lr'][SCALE] for row in recorder.rows] == [0.05] * 6
 
 
-def test_resume_with_another_text_is_refused(tmp_path, residual,
-                                             make_embeddings):
-    cfg = tiny_config(tmp_path, residual, dict(switch_at=3), save_every=4)
-    run(cfg, **{'train_cfg.max_iters': 4, 'train_cfg.val_interval': 4})
-    make_embeddings(8, names=list(CLASSES), seed=1)  # the same file
+@each_case('kind, saved', [('residual', 2), ('residual', 4), ('context', 2),
+                           ('context', 4)])
+def test_resume_with_another_text_is_refused(tmp_path, make_embeddings, kind,
+                                             saved):
+    """In both stages, also of prompts that need a tower to be compared."""
+    file = make_embeddings(8, 64, CLASSES)
+    text = tiny.residual(file)
+    if kind == 'context':
+        text = dict(PROMPTS, embeddings=text['embeddings'])
+    cfg = tiny_config(tmp_path, text, dict(switch_at=3), save_every=saved)
+    first = copy.deepcopy(cfg)
+    first.custom_hooks.append(dict(type='StopHook', at=saved))
+    with pytest.raises(KeyboardInterrupt):
+        run(first)
+    again = copy.deepcopy(cfg)
+    again.custom_hooks.append(dict(type='StopHook', at=saved))
+    with pytest.raises(KeyboardInterrupt):
+        run(again, resume=True)  # with the same text
+    words = [f'no {name}' for name in CLASSES]
+    Path(file).unlink()
+    encode_classes(
+        dict(zip(CLASSES, ([w] for w in words))), 'toyclip',
+        'photo').save(file)
     with pytest.raises(ValueError, match='must keep its text'):
         run(cfg, resume=True)
+
+
+def test_a_run_from_learned_prompts_is_resumed(tmp_path, residual):
+    """Its stage 1 is one, though its prompts have learned before it."""
+    first = tiny_config(tmp_path, residual, dict(switch_at=2), max_iters=4)
+    run(first)
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=4), 8, 2)
+    cfg.load_from = f'{first.work_dir}/iter_4.pth'
+    cfg.param_scheduler = None
+    whole = tmp_path / 'whole'
+    _, recorder = record(cfg, work_dir=str(whole))
+    assert recorder.rows[0]['before'][OFFSET].any()
+    stages = [OFFSET in row['learns'] for row in recorder.rows]
+    assert stages == [False] * 4 + [True] * 4
+    kill_and_resume(cfg, whole, 'StopHook', 3)
+
+
+def test_text_without_its_file(tmp_path, residual):
+    """Loaded weights fill it in stage 1; stage 2 starts from the file."""
+    first = tiny_config(tmp_path, residual, dict(switch_at=2), max_iters=4)
+    run(first)
+    learned = load(tmp_path / 'work/iter_4.pth')['state_dict'][EMBEDDINGS]
+    text = copy.deepcopy(residual)
+    text['embeddings'].update(file='/nowhere.safetensors', dim=16)
+    cfg = tiny_config(tmp_path, text, {}, 2, log_level='WARNING')
+    cfg.update(
+        load_from=f'{first.work_dir}/iter_4.pth', work_dir=f'{tmp_path}/2')
+    runner = run(cfg)
+    assert torch.equal(runner.model.decode_head.conv_seg.text(), learned)
+    said = logs(tmp_path / '2')
+    assert 'the text is that of the checkpoint' in said
+    assert '/nowhere.safetensors' in said
+    cfg.custom_hooks[0].switch_at = 1
+    cfg.work_dir = f'{tmp_path}/3'
+    with pytest.raises(RuntimeError, match="cannot start.*'/nowhere.safeten"):
+        run(cfg)
+    assert not list(tmp_path.glob('3/iter_*'))
 
 
 def test_load_from_takes_the_text_of_the_config(tmp_path, residual,

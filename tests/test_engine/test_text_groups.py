@@ -26,8 +26,13 @@ class TinyMAE(ResNet):
 @each_case('keys, faults', [
     (TEXT, []),
     ({**TEXT, **HEAD}, [
-        f"{OFFSET} do not get lr_mult=10 of the key 'head'.*'.text.', alone",
-        "log_scale do not get lr_mult=10 of.*'log_scale', alone"]),
+        f"{OFFSET} do not get lr_mult=10.0 of the key 'head'.*'.text.', "
+        r'alone.*lr_mult=10\.0\); else .*lr_mult=1\.\)\.$',
+        "log_scale do not get lr_mult=10.0 of.*'log_scale', alone"]),
+    # MMEngine hands any setting on to the group.
+    ({**TEXT, 'head': dict(momentum=[.5])}, [
+        rf'{OFFSET} do not get momentum=\[0\.5\] .*momentum=\[0\.5\]\)\.$',
+        'log_scale do not get momentum']),
     ({**HEAD, '.text.': dict(decay_mult=0., lr_mult=1.),
       'log_scale': dict(decay_mult=0., lr_mult=10.)}, []),
     (HEAD, [rf'{OFFSET}, \S*log_scale decay by 0.0005']),

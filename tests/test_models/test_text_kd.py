@@ -67,6 +67,39 @@ def noise(shape, phase):
     return (2 * (x - x.floor()) - 1).view(shape)
 
 
+def test_alignment_at_the_largest_scale_that_reads():
+    """Whatever the order in which convolutions run."""
+    cfg = stdc()
+    cfg.update(
+        backbone=dict(
+            type='MixVisionTransformer',
+            embed_dims=4,
+            num_layers=[1] * 4,
+            num_heads=[1] * 4,
+            sr_ratios=[4, 2, 1, 1],
+            mlp_ratio=1),
+        decode_head=dict(
+            type='SegformerHead',
+            in_channels=[4] * 4,
+            in_index=[0, 1, 2, 3],
+            channels=8,
+            num_classes=K,
+            norm_cfg=BN,
+            align_corners=False,
+            dropout_ratio=0.,
+            loss_decode=dict(type='CrossEntropyLoss')),
+        auxiliary_head=None)
+    image, labels = torch.randn(2, 3, 64, 64), torch.zeros(2, 1, 64, 64).long()
+    seen = []
+    for convs in ['decode_head.convs.0.conv'], ['decode_head.convs.*.conv']:
+        cfg['score_map'] = dict(in_channels=4, text=control(4), convs=convs)
+        torch.manual_seed(0)
+        model = MODELS.build(cfg)
+        losses = losses_of(model, image, labels)
+        seen.append(losses['align.loss_ce'].item())
+    assert seen[0] == pytest.approx(seen[1], rel=1e-5)
+
+
 def losses_of(model, image, labels):
     samples = [SegDataSample(gt_sem_seg=PixelData(data=d)) for d in labels]
     return model(image, samples, mode='loss')

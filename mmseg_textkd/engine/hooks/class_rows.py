@@ -42,6 +42,9 @@ def match_classes(model: nn.Module, checkpoint: dict,
     state = checkpoint.get('state_dict', checkpoint)
     if theirs is None or names is None:
         return ''
+    for key in [key for key in state if key.startswith('module.')]:
+        # As MMEngine does when it loads them.
+        state[key.removeprefix('module.')] = state.pop(key)
     # Stock data sets have names such as 'bed '.
     theirs, names = ([name.strip() for name in n] for n in (theirs, names))
     if theirs == names:

@@ -200,7 +200,7 @@ class PromptLearnerHook(Hook):
                 stage 2 cannot be run as configured.
         """
         model = unwrap(runner.model)
-        if not all(p.filled for p in text_providers(model).values()):
+        if not all(p.has_vectors for p in text_providers(model).values()):
             # `tools/train.py` has done it; MMSegmentation's has not.
             self._make_embeddings(runner, model)
         for loop in (runner.train_loop, runner.val_loop):
@@ -213,6 +213,9 @@ class PromptLearnerHook(Hook):
                     logging.WARNING)
         for name, provider in text_providers(model).items():
             message = provider.check_loaded(resumed=runner._resume)
+            if not provider.has_vectors and provider.filled:
+                message = ('the text is that of the checkpoint, since '
+                           f'{provider._missing_hint}')
             if message:
                 print_log(f'{name}: {message}', 'current', logging.WARNING)
         for ema in _ema_models(runner):
@@ -352,17 +355,20 @@ class PromptLearnerHook(Hook):
             fresh = text_providers(MODELS.build(runner.cfg.model))
         for part in (model, *(ema.module for ema in _ema_models(runner))):
             for name, provider in text_providers(part).items():
-                if not provider.filled:
+                if not provider.has_vectors:
                     provider.adopt(fresh[name])
 
     def _prepare_stage2(self, runner, model: nn.Module) -> None:
         """Check and set when stage 2 starts, what it trains, and its rates."""
         self.switch_iter = self._get_switch_iter(runner)
         if runner._resume:
-            self._check_resumed_stage(runner, model)
+            self._check_resumed_stage(runner)
             if runner.iter > self.switch_iter:
                 # A validation may come before the first iteration.
                 _start_prompts(runner)
+                # Only now is the tower there that some text needs.
+                for provider in text_providers(model).values():
+                    provider.check_loaded(resumed=True)
         self._lr_factors = lr_factors(model, self.learn, self._trainable)
         idle = check_prompts_learn(model, self._lr_factors)
         if idle:
@@ -389,17 +395,14 @@ class PromptLearnerHook(Hook):
                 'wrapped for distributed training; add the line '
                 '`find_unused_parameters = True` to the config.')
 
-    def _check_resumed_stage(self, runner, model: nn.Module) -> None:
+    def _check_resumed_stage(self, runner) -> None:
         """Require the stage in which the run was stopped."""
-        started = [
-            bool(provider.started)
-            for provider in text_providers(model).values()
-            if hasattr(provider, 'started')
-        ]
-        if runner.iter < self.switch_iter and any(started) or (
-                runner.iter > self.switch_iter and started
-                and not any(started)):
-            stage = 2 if any(started) else 1
+        # Not by the prompts, which may have learned in a run before it.
+        log = runner.message_hub.log_scalars.get('train/text_stage')
+        if log is None or runner.iter == self.switch_iter:
+            return
+        stage = log.current()
+        if stage != (1 if runner.iter < self.switch_iter else 2):
             raise ValueError(
                 f'the run was stopped in stage {stage}, after {runner.iter} '
                 'iterations, but by the config stage 2 starts at iteration '

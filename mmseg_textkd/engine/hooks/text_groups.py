@@ -90,13 +90,14 @@ def _lost_settings(names: List[str], keys: Dict[str, Dict]) -> List[str]:
         for key in others:
             for setting, value in keys[key].items():
                 if setting not in keys[first] and value != 1:
-                    lost.setdefault((first, key, setting, value),
+                    lost.setdefault((first, key, setting, repr(value)),
                                     []).append(name)
     return [
-        f'{_some(members)} do not get {setting}={value:g} of the key {key!r}: '
+        f'{_some(members)} do not get {setting}={value} of the key {key!r}: '
         f'of all keys in a name MMEngine takes the longest, {first!r}, alone. '
-        f'If they should, write {first!r}: dict(..., {setting}={value:g}); '
-        f'else {first!r}: dict(..., {setting}=1.).'
+        f'If they should, write {first!r}: dict(..., {setting}={value})' +
+        (f'; else {first!r}: dict(..., {setting}=1.).'
+         if setting.endswith('_mult') else '.')
         for (first, key, setting, value), members in lost.items()
     ]
 

@@ -197,7 +197,10 @@ class TextKD(EncoderDecoder):
             scores = F.adaptive_avg_pool2d(scores, (size[0], size[1]))
         elif size != scores.shape[2:]:
             scores = F.interpolate(scores, size=size, mode='nearest')
-            self._largest = scores
+            assert self._largest is not None
+            # Not the last: several scales may read it, in any order.
+            if size.numel() > self._largest.shape[2:].numel():
+                self._largest = scores
         return output + self.score_map.read(name, scores.to(output.dtype))
 
     def forward(self, *args, **kwargs) -> Any:

@@ -165,8 +165,10 @@ class ContextPromptLearner(PromptLearner):
         """Check before stage 1 what stage 2 will need, and keep nothing.
 
         Raises:
+            RuntimeError: If the vectors to start from are missing.
             ValueError: As of :meth:`prepare`.
         """
+        super().check_stage2()
         # A run goes on as one that has not looked.
         context = self.context.detach().clone()
         with torch.random.fork_rng(devices=[]):

@@ -55,12 +55,17 @@ class PromptLearner(TextProvider):
         return dict(self.named_parameters())
 
     @property
+    def has_vectors(self) -> bool:
+        """bool: Whether the vectors that the config names are there."""
+        return self.has_base
+
+    @property
     def can_compute(self) -> bool:
         """bool: Whether the initial vectors are loaded."""
         return self.has_base
 
-    def start_learning(self) -> None:
-        """Enter stage 2.
+    def check_stage2(self) -> None:
+        """Check before stage 1 what stage 2 will need, and keep nothing.
 
         Raises:
             RuntimeError: If the vectors to start from are missing.
@@ -68,6 +73,14 @@ class PromptLearner(TextProvider):
         if not self.has_base:
             raise RuntimeError('Stage 2 cannot start without the class '
                                f'embeddings: {self._missing_hint}')
+
+    def start_learning(self) -> None:
+        """Enter stage 2.
+
+        Raises:
+            RuntimeError: If the vectors to start from are missing.
+        """
+        PromptLearner.check_stage2(self)
         self.prepare()
         self.learning = True
         self.started.fill_(True)

@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import copy
 import logging
 from abc import ABCMeta, abstractmethod
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -55,8 +56,15 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         """bool: Whether the embeddings have been set."""
         return self._filled
 
+    @property
+    def has_vectors(self) -> bool:
+        """bool: Whether the vectors that the config names are there."""
+        return True
+
     def adopt(self, other: 'TextProvider') -> None:
         """Become another provider of the same config, but for what learns.
+
+        What a checkpoint has filled stays as well.
 
         Args:
             other (TextProvider): One that was built when its files were
@@ -78,10 +86,14 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
                 f'the embeddings file of the {type(self).__name__} was '
                 'missing when the network was built, and what it holds sizes '
                 'weights of it. The file is there now: start the run again.')
+        state = self.state_dict() if self._filled else {}
+        # A model and its averages adopt the same one.
+        other = copy.deepcopy(other)
         other.train(self.training).to(self.class_embeddings.device)
         self.__dict__.update(other.__dict__)
         # Of the provider itself: none has parts with parameters.
         self._parameters.update(own)
+        self.load_state_dict(state, strict=False)
 
     def fill(self, vectors: Tensor) -> None:
         """Set the current embeddings.
@@ -306,9 +318,14 @@ class FixedProvider(TextProvider):
     _source: Optional[Tensor] = None
 
     @property
-    def can_compute(self) -> bool:
-        """bool: Whether the vectors are there."""
+    def has_vectors(self) -> bool:
+        """bool: Whether the vectors that the config names are there."""
         return self._source is not None
+
+    @property
+    def can_compute(self) -> bool:
+        """bool: Whether :meth:`compute` can be called."""
+        return self.has_vectors
 
     def compute(self) -> Tensor:
         """Get the vectors of the config.
