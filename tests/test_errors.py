@@ -2,6 +2,7 @@
 """Each error says where it is and what to do: a table of bad input."""
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -211,6 +212,37 @@ def test_words_alone_are_no_message(trained, tmp_path, monkeypatch, tool,
     monkeypatch.setattr(sys, 'argv', ['tool.py', *words.split()])
     with pytest.raises(SystemExit, match=f'(?s)^Error: .*{said}'):
         load_tool(tool).main()
+
+
+def test_label_maps_of_one_name_are_not_written(trained, tmp_path,
+                                                monkeypatch):
+    """As of two videos, whose frames have the same numbers."""
+    monkeypatch.chdir(tmp_path)
+    for video in ('one', 'two'):
+        for source, kind in (('img', 'origin'), ('ann', 'mask')):
+            shutil.copytree(trained.root / 'data' / source,
+                            f'videos/{video}/{kind}')
+    cfg = Config.fromfile(trained.config)
+    dataset = cfg.val_dataloader.dataset
+    for part in ('dataloader', 'evaluator'):
+        cfg[f'test_{part}'] = cfg[f'val_{part}']
+    cfg.test_cfg = dict(type='TestLoop')
+    cfg.test_dataloader.dataset = dict(
+        type='VideoFramesDataset',
+        data_root='videos',
+        img_suffix='.png',
+        metainfo=dataset.metainfo,
+        pipeline=dataset.pipeline)
+    cfg.dump('config.py')
+    words = ['test.py', 'config.py', str(trained.weights), '--out', 'maps']
+    monkeypatch.setattr(sys, 'argv', words)
+    with pytest.raises(SystemExit, match='--out: 2 images .* 0.png: .*paths'):
+        load_tool('test.py').main()
+    assert not list(Path().glob('maps/*'))
+    shutil.rmtree('videos/two')
+    load_tool('test.py').main()
+    names = {path.name for path in Path('videos').rglob('mask/*')}
+    assert {path.name for path in Path('maps').iterdir()} == names
 
 
 @TRANSFORMS.register_module()

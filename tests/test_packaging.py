@@ -65,6 +65,31 @@ def below(folder):
     return found
 
 
+def test_an_environment_is_known_through_a_link(tmp_path):
+    """It would be removed and made anew; also with an odd CDPATH."""
+    real, script = tmp_path / 'real', Path(ROOT, 'tools/setup_env.sh')
+    for file in ('tools', 'requirements', 'mmseg_textkd', '.venv/bin'):
+        (real / file).mkdir(parents=True)
+    for file in ('requirements.txt', 'setup.py', 'pyproject.toml',
+                 'mmseg_textkd/version.py', 'tools/setup_env.sh',
+                 'requirements/tests.txt'):
+        shutil.copy(Path(ROOT, file), real / file)
+    (real / '.venv/bin/activate').touch()
+    (real / '.venv/bin/python').symlink_to(sys.executable)
+    (real / '.venv/.mmseg_textkd-made-here').write_text(f'{real}\n')
+    functions = script.read_text().removesuffix('\nsetup_env\n')
+    stamp = f'root={real} stack=upstream float=0 venv={real}/.venv'
+    stamp += f'\n{functions}\nsetup_env_hash > .venv/.mmseg_textkd-stamp'
+    run('bash', '-c', stamp, cwd=real)
+    link = tmp_path / 'link'
+    link.symlink_to(real)
+    said = f'setup_env: {real}/.venv is complete (stack upstream)\n'
+    for name in ('real', 'link'):
+        path = f'{name}/tools/setup_env.sh'
+        env = dict(PYTHON='false', CDPATH='.')
+        assert run('bash', path, cwd=tmp_path, **env) == said
+
+
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
     """A copy of the repository, so that building leaves nothing in it."""

@@ -22,6 +22,9 @@ CONFIG = str(ROOT / 'configs/text_classifier' /
 class Samples(list):
     """A list that has what a data set has besides."""
 
+    def get_data_info(self, i):
+        return dict(img_path=self.paths[i])
+
 
 @pytest.fixture(scope='module')
 def tool():
@@ -93,20 +96,25 @@ def test_confusions_of_many_classes(tool, number, reduce):
     dataset = Samples(samples)
     dataset.metainfo = dict(classes=[f'class {i}' for i in range(number)])
     dataset.ignore_index, dataset.reduce_zero_label = 255, reduce
+    # Not in the order of their names, as frames or a list may be.
+    dataset.paths = ['v/10.jpg', 'v/9.jpg', 'w/8.jpg']
+    names = ['10.png', '9.png', '8.png']
     expected = np.zeros((number, number))
     for true, labels in zip(truth.flat, found.flat):
         if true != 255:
             expected[true, labels] += 1
-    matrix = tool.count_confusions(dataset,
-                                   list((found + reduce).astype(np.uint8)))
+    written = dict(zip(names, (found + reduce).astype(np.uint8)))
+    matrix = tool.count_confusions(dataset, written)
     np.testing.assert_array_equal(matrix, expected)
-    with pytest.raises(SystemExit, match='1 predictions.* 3 images'):
-        tool.count_confusions(dataset, [found[0]])
+    with pytest.raises(SystemExit, match='1 predictions.* 3 images.*8.png'):
+        tool.count_confusions(dataset, {k: written[k] for k in names[:1]})
     # As of another tool, or of a network with more classes.
     found[0, -1] = -1 if reduce else number
-    with pytest.raises(
-            SystemExit, match='prediction 0 has labels that are none'):
-        tool.count_confusions(dataset, list(found + reduce))
+    with pytest.raises(SystemExit, match='10.png has labels that are none'):
+        tool.count_confusions(dataset, dict(zip(names, found + reduce)))
+    dataset.paths[0] = 'w/9.jpg'
+    with pytest.raises(SystemExit, match='2 images.* 9.png'):
+        tool.count_confusions(dataset, written)
     assert dataset.METAINFO['classes'][-1] == f'class {number - 1}'
 
 

@@ -6,7 +6,7 @@
 #
 # Sphinx (requirements/docs.txt) goes into .venv-docs.
 set -euo pipefail
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+ROOT=$(CDPATH= cd -P "$(dirname "$0")/.." && pwd)
 . "$ROOT/tools/setup_env.sh"
 cd "$ROOT"
 setup_overlay docs -r requirements/docs.txt

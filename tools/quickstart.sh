@@ -6,7 +6,7 @@
 #   bash tools/quickstart.sh              about 14 minutes after set-up
 #   bash tools/quickstart.sh --iters 20   a first look (any quickstart.py flag)
 set -euo pipefail
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+ROOT=$(CDPATH= cd -P "$(dirname "$0")/.." && pwd)
 . "$ROOT/tools/setup_env.sh"
 cd "$ROOT"
 python -W ignore tools/quickstart.py "$@"

@@ -5,7 +5,7 @@
 #   bash tools/run_tests.sh tests/test_text -k tower some of it
 #   STACK=onedl bash tools/run_tests.sh -m stacks    on the OneDL forks
 set -euo pipefail
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+ROOT=$(CDPATH= cd -P "$(dirname "$0")/.." && pwd)
 . "$ROOT/tools/setup_env.sh"
 cd "$ROOT"
 

@@ -3,7 +3,7 @@
 # of everything. What breaks here will break for users soon; the versions are
 # printed so that the constraints can follow when nothing does.
 set -euo pipefail
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+ROOT=$(CDPATH= cd -P "$(dirname "$0")/.." && pwd)
 export STACK=newest
 # Made anew every time: an old environment would not float.
 if [ -f "$ROOT/.venv-newest/.mmseg_textkd-made-here" ]; then

@@ -15,7 +15,8 @@
 
 setup_env() {
     local root stack float constraints mm python venv stamp ours busy log
-    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    # The folder itself, by whatever links it is reached.
+    root=$(CDPATH= cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     stack=${STACK:-upstream}
     float=${FLOAT:-0}
     case $stack in

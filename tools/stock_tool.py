@@ -15,11 +15,12 @@ MMSegmentation's `tools`, such as analysis_tools/analyze_logs.py.
 """
 import argparse
 import io
+import os
 import os.path as osp
 import sys
 from itertools import chain, repeat
 from types import ModuleType
-from typing import Any, Iterable, Optional, Sequence
+from typing import Any, Iterable, Mapping, Optional, Sequence
 
 TOOLS = dict(
     browse_dataset='misc/browse_dataset.py',
@@ -53,41 +54,48 @@ from matplotlib.figure import Figure
 from torch.utils.data import Dataset
 
 from mmseg_textkd.compat import load_stock_tool
-from mmseg_textkd.evaluation import ConfusionIoUMetric
+from mmseg_textkd.evaluation import ConfusionIoUMetric, label_map_names
 from mmseg_textkd.utils.io import write_files
 
 
 def count_confusions(dataset: Dataset,
-                     results: Sequence[np.ndarray]) -> np.ndarray:
+                     results: Mapping[str, np.ndarray]) -> np.ndarray:
     """Count the pixels by true and predicted class.
 
     In place of MMSegmentation's, which counts in 8 bits, too few from 17
-    classes on, and takes ``reduce_zero_label`` twice.
+    classes on, takes ``reduce_zero_label`` twice, and pairs the files in the
+    order of their names with the images in the order of the data set.
 
     Args:
         dataset (Dataset): The test set.
-        results (Sequence[np.ndarray]): Predicted labels of each of its
-            images, as written by ``tools/test.py --out``.
+        results (Mapping[str, np.ndarray]): Predicted labels of its images by
+            file name, as written by ``tools/test.py --out``.
 
     Returns:
         np.ndarray: Pixels, shape (K, K).
     """
-    if len(dataset) != len(results):
+    try:
+        names = label_map_names(dataset)
+    except ValueError as error:
+        sys.exit(f'Error: {error}')
+    odd = set(names) ^ set(results)
+    if odd:
         sys.exit(f'Error: there are {len(results)} predictions, but the test '
-                 f'set has {len(dataset)} images: write them all again.')
+                 f'set has {len(dataset)} images; {min(odd)} is a name of '
+                 'one of them alone: write them all again.')
     # Its class's, which is what MMSegmentation's tool takes the names of.
     dataset.METAINFO = dataset.metainfo
     number = len(dataset.metainfo['classes'])
     metric = ConfusionIoUMetric(ignore_index=dataset.ignore_index)
     metric.dataset_meta = dataset.metainfo
-    for i, found in enumerate(results):
+    for i, name in enumerate(names):
         truth = dataset[i]['data_samples'].gt_sem_seg.data
         # With `reduce_zero_label` the written labels are one higher.
-        labels = torch.from_numpy(found.astype(np.int64))[None] - int(
+        labels = torch.from_numpy(results[name].astype(np.int64))[None] - int(
             dataset.reduce_zero_label)
         counted = labels[truth != dataset.ignore_index]
         if ((counted < 0) | (counted >= number)).any():
-            sys.exit(f'Error: prediction {i} has labels that are none of the '
+            sys.exit(f'Error: {name} has labels that are none of the '
                      f'{number} classes as `tools/test.py --out` writes them.')
         metric.process({}, [
             dict(pred_sem_seg=dict(data=labels), gt_sem_seg=dict(data=truth))
@@ -181,10 +189,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         stock = load_stock_tool(name)
     except FileNotFoundError as error:
         sys.exit(f'Error: {error}')
+    sys.argv = [name, *args.words]
     if hasattr(stock, 'plot_confusion_matrix'):
         stock.plot_confusion_matrix = plot_confusion_matrix
-        stock.calculate_confusion_matrix = count_confusions
-    sys.argv = [name, *args.words]
+        folder = stock.parse_args().prediction_path
+        if not osp.isdir(folder):
+            sys.exit(f'Error: there is no folder {folder}.')
+        # It reads them in this order.
+        files = sorted(os.listdir(folder))
+        stock.calculate_confusion_matrix = lambda dataset, results: (
+            count_confusions(dataset, dict(zip(files, results))))
     if args.tool == 'benchmark':
         prepare_benchmark(stock)
     stock.main()

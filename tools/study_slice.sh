@@ -15,7 +15,7 @@ if [ $# -lt 4 ]; then
     sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+ROOT=$(CDPATH= cd -P "$(dirname "$0")/.." && pwd)
 STUDY=$1 OUT=$2 SECONDS_LEFT=$3 JOBS=$4
 shift 4
 NAME=$(basename "$STUDY" .yaml)

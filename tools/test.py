@@ -9,7 +9,8 @@ GPU ``--launcher pytorch`` works too.
 import argparse
 import os
 import sys
-from typing import Optional, Sequence
+from types import ModuleType
+from typing import Dict, Optional, Sequence
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -71,6 +72,7 @@ from mmengine.device import get_device
 
 from mmseg_textkd.compat import load_stock_tool, shorten_console
 from mmseg_textkd.engine import check_loaded, join_cpu_ranks
+from mmseg_textkd.evaluation import label_map_names
 from mmseg_textkd.utils.arguments import read_config, read_options
 from mmseg_textkd.utils.config import as_list, type_name
 
@@ -80,6 +82,22 @@ def too_many_for_pictures(cfg: Config) -> bool:
     return any(
         evaluator.get('ignore_index', 255) > 255
         for evaluator in as_list(cfg.get('test_evaluator')))
+
+
+def check_names(tool: ModuleType) -> None:
+    """Refuse ``--out`` where label maps would replace one another."""
+
+    class NamedRunner(tool.Runner):
+        """The runner of the tool, which looks at the names first."""
+
+        def test(self) -> Dict[str, float]:
+            try:
+                label_map_names(self.test_loop.dataloader.dataset)
+            except ValueError as error:
+                sys.exit(f'Error: --out: {error}')
+            return super().test()
+
+    tool.Runner = NamedRunner
 
 
 def main() -> None:
@@ -93,6 +111,8 @@ def main() -> None:
         args.cfg_options = read_options(args.cfg_options)
     except (OSError, ValueError) as error:
         sys.exit(f'Error: {error}')
+    if args.out:
+        check_names(stock)
     if args.out and too_many_for_pictures(cfg):
         sys.exit('Error: --out: MMSegmentation writes label maps of 8 bits, '
                  f'which cannot hold the classes of {args.config}. Leave it '

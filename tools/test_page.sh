@@ -10,7 +10,7 @@
 # Debian's package; else Playwright downloads its own. What cannot be
 # downloaded is said, and is no failure.
 set -euo pipefail
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+ROOT=$(CDPATH= cd -P "$(dirname "$0")/.." && pwd)
 . "$ROOT/tools/setup_env.sh"
 cd "$ROOT"
 

@@ -7,7 +7,7 @@
 # They (requirements/NAME.txt) go into .venv-runtimes. What cannot be
 # downloaded is said, and is no failure.
 set -euo pipefail
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+ROOT=$(CDPATH= cd -P "$(dirname "$0")/.." && pwd)
 . "$ROOT/tools/setup_env.sh"
 cd "$ROOT"
 words=(-c requirements/constraints-upstream.txt)

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <fstream>
 #include <iostream>
+#include <limits>
 #include <openvino/openvino.hpp>
 #include <sstream>
 #include <stdexcept>
@@ -31,7 +32,12 @@ Picture read_ppm(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::string kind;
   size_t width = 0, height = 0, largest = 0;
-  file >> kind >> width >> height >> largest;
+  file >> kind;
+  for (size_t* number : {&width, &height, &largest}) {
+    while ((file >> std::ws).peek() == '#')  // a comment, as GIMP writes
+      file.ignore(std::numeric_limits<std::streamsize>::max(), '\n');
+    file >> *number;
+  }
   if (!file || kind != "P6" || largest != 255 || width * height == 0 ||
       width * height > 89478485)
     throw std::runtime_error(path + " is no binary PPM of 8 bits");

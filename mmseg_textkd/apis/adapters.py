@@ -197,12 +197,14 @@ class TextHeadAdapter(NetworkAdapter):
                 loss.scale for loss in head.text_losses
                 if isinstance(loss, TextAlignmentLoss)
             ]
-            self.scale = scales[0]() if scales else torch.tensor(1 / 0.07)
+            self.scale = scales[0]().detach() if scales else torch.tensor(1 /
+                                                                          0.07)
             return
         if branch.fuses_at_inference:
             raise ValueError(f'{type(branch.fusion).__name__} {CANNOT_FOLD}')
         self.uses_cosine = branch.projection.norm == 'l2'
-        self.scale, self.regularization = branch.scale(), branch.regularization
+        self.scale = branch.scale().detach()
+        self.regularization = branch.regularization
         if branch.logit_bias is not None:
             self.bias = branch.logit_bias.detach().clone()
         if self.binary:

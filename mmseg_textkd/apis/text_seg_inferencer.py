@@ -98,6 +98,9 @@ class TextSegInferencer(MMSegInferencer):
             raise ValueError('give the config of the network: one that came '
                              'in a checkpoint would be run as code.')
         if checkpoint is None:
+            if isinstance(config, Config) or osp.isfile(config):
+                raise ValueError('give the checkpoint too: only released '
+                                 'models, by their names, have one.')
             config, checkpoint = find_model(str(config), text=True)
         config = load_config(config, cfg_options)
         if not config.get('test_dataloader'):
@@ -271,13 +274,22 @@ class TextSegInferencer(MMSegInferencer):
                     f'results would be written to {folder}, the folder of the '
                     f'input {item}, and could replace it. Give another '
                     '`out_dir`.')
-        return super().__call__(
-            inputs,
-            *args,
-            out_dir=out_dir,
-            img_out_dir=img_out_dir,
-            pred_out_dir=pred_out_dir,
-            **kwargs)
+        with self.lock:  # one list of classes from first to last
+            return super().__call__(
+                inputs,
+                *args,
+                out_dir=out_dir,
+                img_out_dir=img_out_dir,
+                pred_out_dir=pred_out_dir,
+                **kwargs)
+
+    def __getstate__(self) -> Dict:
+        """What is copied: a lock cannot be."""
+        return {k: v for k, v in self.__dict__.items() if k != 'lock'}
+
+    def __setstate__(self, state: Dict) -> None:
+        """Become a copy, with a lock of its own."""
+        self.__dict__.update(state, lock=threading.RLock())
 
     def _inputs_to_list(self, inputs: Any) -> list:
         """Convert paths to strings, and check arrays."""
@@ -307,7 +319,7 @@ class TextSegInferencer(MMSegInferencer):
         Raises:
             ValueError: If there is no such class.
         """
-        with self.lock:
+        with self.lock:  # videos call this alone
             names, rows = self._rows(similarity)
             batch = self.model.data_preprocessor(inputs, False)
             images, samples = batch['inputs'], batch['data_samples']

@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Segmentation of videos of any length, as a pipeline of threads."""
+import os
 import os.path as osp
 import queue
 import threading
@@ -12,14 +13,14 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-from ..deploy.run import Writer
+from ..deploy.run import Writer, frame_rate
 from ..utils.progress import track
 from .drawing import draw_labels
 
 if TYPE_CHECKING:
     from .text_seg_inferencer import TextSegInferencer
 
-Source = Union[str, int, Iterable[np.ndarray]]
+Source = Union[str, 'os.PathLike[str]', int, Iterable[np.ndarray]]
 END = object()
 # Mean absolute difference of two frames, in gray levels at 64x36, from which
 # on they are of two scenes.
@@ -96,7 +97,7 @@ def read_frames(source: Source) -> Tuple[Iterator[np.ndarray], float, int]:
     """Open a video, a camera, or frames that are there already.
 
     Args:
-        source (str | int | Iterable[np.ndarray]): File, number of a camera,
+        source: File, number of a camera,
             or frames, uint8, BGR, shape (H, W, 3).
 
     Returns:
@@ -107,6 +108,8 @@ def read_frames(source: Source) -> Tuple[Iterator[np.ndarray], float, int]:
         VideoError: If it cannot be opened; while it is read, if it has no
             frames or they change size.
     """
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
     if not isinstance(source, (str, int)):
         return _same_size(source, 'the input'), 25., 0
     if isinstance(source, str) and not osp.isfile(source) \
@@ -117,7 +120,7 @@ def read_frames(source: Source) -> Tuple[Iterator[np.ndarray], float, int]:
         raise VideoError(f'{source} cannot be decoded: it is damaged, no '
                          'video, or no camera, or in a format that this '
                          'OpenCV does not know.')
-    fps = capture.get(cv2.CAP_PROP_FPS) or 25.
+    fps = frame_rate(capture)
     number = 0 if isinstance(source, int) else max(
         int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
 
@@ -208,7 +211,7 @@ def stream_video(inferencer: 'TextSegInferencer',
 
     Args:
         inferencer (TextSegInferencer): The network with its classes.
-        source (str | int | Iterable[np.ndarray]): See :func:`read_frames`.
+        source: See :func:`read_frames`.
         batch_size (int): Frames that the network takes at a time. Defaults
             to 4.
         smoothing (float, optional): See :class:`LogitSmoother`. Defaults to
@@ -319,7 +322,7 @@ def segment_video(inferencer: 'TextSegInferencer',
 
     Args:
         inferencer (TextSegInferencer): The network with its classes.
-        source (str | int | Iterable[np.ndarray]): See :func:`read_frames`.
+        source: See :func:`read_frames`.
         out (str, optional): Video to write, ``.mp4`` or ``.avi``. Defaults
             to None.
         show (Callable, optional): Called with each drawn frame, BGR; True
@@ -333,7 +336,7 @@ def segment_video(inferencer: 'TextSegInferencer',
 
     Returns:
         int: Number of frames. A video that ends before its header says so is
-        told in the log.
+        told in the log. Where ``show`` ends it, some more may be in ``out``.
 
     Raises:
         OSError: If ``out`` cannot be written.
@@ -341,6 +344,8 @@ def segment_video(inferencer: 'TextSegInferencer',
         VideoError: See :func:`read_frames`. What came before the fault has
             been written then.
     """
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
     if (isinstance(source, str) and osp.isfile(source) and out is not None
             and osp.exists(out) and osp.samefile(source, out)):
         raise ValueError(f'{out} is the video that is read; write elsewhere.')

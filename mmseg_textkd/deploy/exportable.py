@@ -1,6 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 import copy
-from typing import Dict, Tuple
+from typing import Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -80,21 +80,43 @@ class ExportableSegmentor(nn.Module):
         """Normalize and pad an image, predict, and crop the logits."""
         images = list(image.permute(0, 3, 1, 2))
         inputs = self.preprocessor(dict(inputs=images))['inputs']
-        padding = self.model.data_preprocessor.test_cfg
-        if not padding:
-            return self._encode_decode(inputs)
         height, width = inputs.shape[2:]
-        size, divisor = padding.get('size'), padding.get('size_divisor')
-        if size is None:
-            more = [-height % divisor, -width % divisor]
-        else:
-            more = [
-                torch.sym_max(full - now, 0)
-                for full, now in zip(size, (height, width))
-            ]
+        more = self._padding((height, width))
+        if more is None:
+            return self._encode_decode(inputs)
         inputs = F.pad(
             inputs, (0, more[1], 0, more[0]), value=self.preprocessor.pad_val)
         return self._encode_decode(inputs)[..., :height, :width]
+
+    def _padding(self, size: Size) -> Optional[Size]:
+        """How much is padded below and at the right of a size in testing."""
+        padding = self.model.data_preprocessor.test_cfg
+        if not padding:
+            return None
+        full, divisor = padding.get('size'), padding.get('size_divisor')
+        if full is None:
+            return -size[0] % divisor, -size[1] % divisor
+        return (torch.sym_max(full[0] - size[0],
+                              0), torch.sym_max(full[1] - size[1], 0))
+
+    def check_size(self, size: Size, dynamic: bool) -> None:
+        """Refuse sizes that are padded in testing where the graph does not.
+
+        Args:
+            size (tuple[int, int]): Height and width of the input.
+            dynamic (bool): Whether the graph is to take other sizes too.
+
+        Raises:
+            ValueError: If the size, or another one, would be padded.
+        """
+        more = None if self.preprocess else self._padding(size)
+        if more and (dynamic or any(more)):
+            padded = size[0] + more[0], size[1] + more[1]
+            raise ValueError(
+                f'in testing the network pads {size[0]}x{size[1]} to '
+                f'{padded[0]}x{padded[1]}, which is no part of a graph '
+                'without the preprocessing. Take --preprocess, or --size '
+                f'{padded[0]} {padded[1]} without --dynamic.')
 
     @torch.no_grad()
     def reference(self, image: Tensor) -> Tensor:

@@ -139,6 +139,7 @@ def deploy(out: Path,
             does not export, or the runtime does not take it.
     """
     runtime = require(name, form.precision, form.dynamic)
+    network.check_size(form.size, form.dynamic)
     example = network.example(form.size)
     cost = count_cost(network, lambda: network(example))
     meta: Dict[str, Any] = dict(

@@ -278,6 +278,13 @@ def frames(capture: cv2.VideoCapture) -> Named:
         yield '', frame
 
 
+def frame_rate(capture: cv2.VideoCapture) -> float:
+    """Frames per second that can be written; 25 where that is not known."""
+    rate = float(capture.get(cv2.CAP_PROP_FPS))
+    # Cameras and streams say 0, -1, NaN or 90000.
+    return rate if 0 < rate <= 1000 else 25.
+
+
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -371,7 +378,7 @@ def run(args: argparse.Namespace) -> None:
         capture = cv2.VideoCapture(name)
         if not capture.isOpened():
             raise ValueError(f'cannot open {name} as a video or camera')
-        source, fps = frames(capture), capture.get(cv2.CAP_PROP_FPS) or 25
+        source, fps = frames(capture), frame_rate(capture)
     folder = still and os.path.isdir(args.input)
     writer = Writer(args.out, folder, fps) if args.out else None
     start = time.perf_counter()

@@ -4,7 +4,7 @@ import copy
 import functools
 import os.path as osp
 import re
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -690,6 +690,34 @@ def test_threads_do_not_disturb_each_other(worded, inferencer):
         for _ in range(3):
             for a, b in zip(pool.map(segment, paths), expected):
                 assert all(map(np.array_equal, a, b))
+
+
+def test_a_call_has_one_list_of_classes(worded, inferencer):
+    """Though another thread wants to change it meanwhile."""
+    mine, image = inferencer(), worded('residual').images[0]
+    expected = mine(image, return_vis=True)['visualization']
+    drawn, changes = mine.visualize, []
+
+    def visualize(*args, **kwargs):
+        changes.append(pool.submit(mine.set_classes, ['car']))
+        wait(changes, timeout=.5)
+        return drawn(*args, **kwargs)
+
+    mine.visualize = visualize
+    with ThreadPoolExecutor(1) as pool:
+        shown = mine(image, return_vis=True)['visualization']
+    assert np.array_equal(shown, expected)
+    changes[0].result()
+    assert list(mine.classes) == ['car']
+
+
+def test_a_copy_has_classes_of_its_own(worded, inferencer):
+    mine, image = inferencer(), worded('residual').images[0]
+    expected = mine(image)['predictions']
+    other = copy.deepcopy(mine)
+    other.set_classes(['car'])
+    assert not other(image)['predictions'].any()
+    assert np.array_equal(mine(image)['predictions'], expected)
 
 
 def test_each_similarity_has_a_picture_of_its_own(inferencer, tmp_path):

@@ -34,9 +34,10 @@ from mmseg_textkd.deploy.adaptive_pool import MatrixAdaptiveAvgPool2d
 from mmseg_textkd.deploy.export import to_onnx
 from mmseg_textkd.deploy.export_check import check
 from mmseg_textkd.deploy.exportable import ExportableSegmentor
+from mmseg_textkd.deploy.folder import deploy as deploy_network
 from mmseg_textkd.deploy.load_stock import load_stock
 from mmseg_textkd.deploy.run import Network
-from mmseg_textkd.deploy.runtimes import RUNTIMES, half_precision
+from mmseg_textkd.deploy.runtimes import RUNTIMES, Form, half_precision
 
 deploy = load_tool('deployment/deploy.py')
 PALETTE = [[i * 30, 255 - i * 30, 7 * i] for i in range(len(CLASSES))]
@@ -591,6 +592,27 @@ def test_padding_in_testing(model, padding):
     assert torch.equal(network(image), network.reference(image))
     assert plain.shape == (1, 8, 40, 50)
     assert not torch.allclose(network(image), plain, atol=1e-4)
+
+
+@each_case('padding, dynamic, said', [
+    (dict(size_divisor=32), False, '40x50 to 64x64.*--size 64 64'),
+    (dict(size=(40, 64)), False, '40x50 to 40x64'),
+    (dict(size_divisor=8), True, '--dynamic'),
+])
+def test_padding_without_the_preprocessing(model, tmp_path, padding, dynamic,
+                                           said):
+    """It would be left out; what needs none is deployed."""
+    model.data_preprocessor.test_cfg = padding
+    network, out = ExportableSegmentor(model), tmp_path / 'out'
+    classes = dict(classes=CLASSES, palette=[[0, 0, 0]] * 8)
+    form = Form((40, 50), dynamic, 'fp32', '{}')
+    with pytest.raises(ValueError, match=said):
+        deploy_network(out, 'torchscript', network, form, classes, {})
+    assert not out.exists()
+    form = Form((64, 64), False, 'fp32', '{}')
+    if 'size' not in padding:
+        deploy_network(out, 'torchscript', network, form, classes, {})
+        assert (out / 'run.py').is_file()
 
 
 @each_case('size, bins', [((7, 11), 1), ((3, 5), 2), ((12, 24), 3),

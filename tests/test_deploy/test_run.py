@@ -242,6 +242,14 @@ def test_cpp_shows_what_python_predicts(tmp_path):
     assert np.array_equal(shown, network.colors[labels])
     said = [f'{network.classes[k]} {n}' for k, n in enumerate(counts) if n]
     assert done.output.split('\n')[1:-1] == said
+    # Comments, as GIMP writes them, and other blanks.
+    data = (tmp_path / 'in.ppm').read_bytes()
+    assert data.startswith(b'P6\n64 32\n255\n')
+    (tmp_path /
+     'in.ppm').write_bytes(b'P6\n# by hand\n64\t32 # wide\n#\n255\n' +
+                           data[13:])
+    again = segment('net', 'in.ppm', 'out.ppm')
+    assert again.output.split('\n')[1:-1] == said
     # An image of another size is resized, and so is what is predicted.
     large = np.kron(image, np.ones((2, 2, 1), np.uint8))
     cv2.imwrite(str(tmp_path / 'large.ppm'), large)

@@ -112,6 +112,8 @@ def test_wrong_names_and_files(tmp_path, monkeypatch):
         find_model('textkd_bisenetv2_fcn_vit-b16_1xb8-10k_camvid-360x480')
     with pytest.raises(ValueError, match='neither a file nor a model'):
         TextSegInferencer('no.py')
+    with pytest.raises(ValueError, match='give the checkpoint too'):
+        TextSegInferencer(find_model(name)[0])
     # As in a wheel: the index and configs, no weights.
     _, weights = find_model(name)
     monkeypatch.setattr(model_zoo, 'PACKAGE', tmp_path / 'mmseg_textkd')

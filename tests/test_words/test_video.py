@@ -3,6 +3,7 @@
 import threading
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -21,6 +22,7 @@ from mmseg_textkd.apis import TextSegInferencer, video
 from mmseg_textkd.apis.video import (LogitSmoother, VideoError, read_frames,
                                      segment_video, stream_video)
 from mmseg_textkd.datasets.toy_scenes_generator import generate_toy_videos
+from mmseg_textkd.deploy.run import frame_rate
 from mmseg_textkd.evaluation import VideoConsistencyMetric
 from mmseg_textkd.study import Ledger
 
@@ -436,8 +438,16 @@ def test_bad_videos_are_told_and_what_was_done_is_kept(inferencer, tmp_path):
     assert len(written(out)) == 3
 
 
+@pytest.mark.parametrize('said, rate', [(23.976, 23.976), (0., 25.),
+                                        (-1., 25.), (float('nan'), 25.),
+                                        (float('inf'), 25.), (90000., 25.)])
+def test_rates_that_cameras_say(said, rate):
+    camera = SimpleNamespace(get={cv2.CAP_PROP_FPS: said}.get)
+    assert frame_rate(camera) == rate
+
+
 def test_a_video_that_ends_early_is_told(inferencer, tmp_path, monkeypatch):
-    path, messages = write_video(tmp_path / 'in.avi'), []
+    path, messages = Path(write_video(tmp_path / 'in.avi')), []
     frames, fps, _ = read_frames(path)
     monkeypatch.setattr(video, 'read_frames', lambda source: (frames, fps, 9))
     monkeypatch.setattr(video, 'print_log',
