@@ -20,6 +20,7 @@ from ..utils.checkpoint import read_checkpoint
 from ..utils.progress import track
 
 TRAINED, ALL_NEW, RANDOM = 'trained names', 'all new', 'random vectors'
+MAPS = 16  # at the size of the label map, at a time; fewer than twice that
 
 
 class Arm(NamedTuple):
@@ -67,7 +68,8 @@ def measure_new_words(cfg: Config,
 
     Raises:
         ValueError: If a word is for no class, a class has neither a trained
-            name nor a word, or the network has no linear text classifier.
+            name nor a word, the network has no linear text classifier, or it
+            tests in windows.
     """
     model, meta = load_network(cfg, checkpoint)
     model.eval()
@@ -76,6 +78,9 @@ def measure_new_words(cfg: Config,
             and head.text_branch.projection.norm != 'l2'):
         raise ValueError('a text classifier that is linear in its vectors is '
                          f'needed, but {cfg.model.decode_head.type} has none.')
+    if model.test_cfg.get('mode') == 'slide':
+        raise ValueError('the config tests in windows, but whole images are '
+                         'scored: --cfg-options model.test_cfg.mode=whole')
     dataset = DATASETS.build(data.val_dataloader.dataset)
     classes, trained = list(dataset.metainfo['classes']), meta['classes']
     unknown = sorted(set(words) - set(classes))
@@ -123,6 +128,7 @@ def measure_new_words(cfg: Config,
             words=arm.words,
             images=len(dataset),
             stride=stride,
+            aligned=True,
             checkpoint=checkpoint.name,
             val=dict(
                 mIoU=round(iou[both > 0].mean().item(), 2),
@@ -186,11 +192,15 @@ def _score(model: nn.Module, conv: nn.Module, dataset: Any,
         with record_calls(head.conv_seg) as calls:
             model.encode_decode(batch['inputs'], [sample.metainfo])
         labels = sample.gt_sem_seg.data[0, ::stride, ::stride]
-        maps = F.interpolate(
-            conv(calls[0][0]),
-            size=labels.shape,
-            mode='bilinear',
-            align_corners=head.align_corners)[0]
+        scores = conv(calls[0][0])
+        # As the network itself resizes and crops, some maps at a time.
+        maps = torch.cat([
+            model.postprocess_result(
+                head.predict_by_feat(part, [sample.metainfo]),
+                [sample])[0].seg_logits.data[:, ::stride, ::stride]
+            for part in scores.tensor_split(
+                max(scores.shape[1] // MAPS, 1), dim=1)
+        ])
         valid = labels < number
         truth, maps = number * labels[valid], maps[:, valid]
         for arm, confusion in zip(arms, confusions):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from each_case import each_case
 from mmengine.config import Config
 from mmseg.apis import init_model
 from mmseg.registry import DATASETS
@@ -51,14 +52,19 @@ def test_ways_against_least_squares():
             place_new_words(torch.eye(4)[3:], torch.eye(4)[:2], how)
 
 
-def test_the_table_says_what_the_inferencer_predicts(tmp_path, monkeypatch):
+@each_case('stride, padding', [(1, None), (3, dict(size_divisor=48))])
+def test_the_table_says_what_the_inferencer_predicts(tmp_path, monkeypatch,
+                                                     stride, padding):
+    """At the pixels that are scored, whatever is padded."""
     run = make(tmp_path, *RUNS['fixed'])
     monkeypatch.chdir(tmp_path)
     bank = tmp_path / 'bank.safetensors'
     encode_classes(list(NEW.values()), 'toyclip', 'photo').save(bank)
     cfg, weights = Config.fromfile(run.config), tmp_path / 'weights.pth'
+    cfg.model.data_preprocessor.test_cfg = padding
+    cfg.dump(run.config)
     entries = list(
-        measure_new_words(cfg.copy(), weights, cfg, NEW, bank, stride=1))
+        measure_new_words(cfg.copy(), weights, cfg, NEW, bank, stride=stride))
     ledger = Ledger(tmp_path / 'ledger.jsonl')
     for entry in entries:
         ledger.append(json.loads(json.dumps(entry)))
@@ -73,8 +79,10 @@ def test_the_table_says_what_the_inferencer_predicts(tmp_path, monkeypatch):
         confusion = np.zeros((8, 8))
         for sample in map(dataset.__getitem__, range(len(dataset))):
             image = sample['inputs'].permute(1, 2, 0).numpy()
-            labels = mine(image)['predictions']
-            truth = sample['data_samples'].gt_sem_seg.data[0].numpy()
+            labels, truth = (
+                x[::stride, ::stride]
+                for x in (mine(image)['predictions'],
+                          sample['data_samples'].gt_sem_seg.data[0].numpy()))
             confusion += np.histogram2d(
                 truth.ravel(), labels.ravel(), bins=(range(9), range(9)))[0]
         same = confusion.diagonal()
@@ -94,6 +102,9 @@ def test_the_table_says_what_the_inferencer_predicts(tmp_path, monkeypatch):
         assert found[arm]['mIoU'] == score(**options), arm
     with pytest.raises(ValueError, match=r"given for \['bus'\]"):
         next(measure_new_words(cfg, weights, cfg, dict(bus='taxi'), bank))
+    cfg.model.test_cfg = dict(mode='slide', crop_size=(16, 16), stride=(8, 8))
+    with pytest.raises(ValueError, match='in windows.*mode=whole'):
+        next(measure_new_words(cfg, weights, cfg, NEW, bank))
 
 
 def test_phrases_of_the_training_span_too(tmp_path, monkeypatch):
