@@ -122,6 +122,18 @@ def test_python_of_the_guides_imports_the_package_first():
     assert not late and number > 4
 
 
+def test_pages_of_results_are_in_the_index():
+    """Sphinx takes a page that no index has for a fault."""
+    index = Path(ROOT, 'docs/en/index.md').read_text(encoding='utf-8')
+    found = {
+        name
+        for name in re.findall(r'^results/(\w+)$', index, re.M)
+        if name != 'index'
+    }
+    pages = Path(ROOT, 'docs/results').glob('*.md')
+    assert found == {page.stem for page in pages} - {'README'}
+
+
 def test_files_that_the_guides_name_exist():
     missing, number = [], 0
     named = re.compile(r'(?<=[`/])((?:tools|configs|demo|docs|apis|text|clip|'

@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 
 from ..evaluation import DatasetIoUMetric
 from ..evaluation.confusion_iou_metric import SUMMARY, ConfusionIoUMetric
-from ..utils.checkpoint import load_strictly, read_checkpoint
+from ..utils.checkpoint import load_strictly, read_checkpoint, skip_pretraining
 from ..utils.config import as_list, load_config, type_name
 
 PAIRS = 10  # how many confusable pairs are listed
@@ -59,6 +59,7 @@ def evaluate(config: str,
     cfg.test_dataloader = cfg.val_dataloader
     cfg.test_cfg = dict(type='TestLoop')
     cfg.test_evaluator = evaluators
+    skip_pretraining(cfg.model)
     runner = Runner.from_cfg(cfg)
     load_strictly(runner.model,
                   read_checkpoint(checkpoint)['state_dict'], checkpoint)

@@ -177,6 +177,10 @@ class LogitSmoother:
         self.average: Optional[Tensor] = None
         self._small: Optional[np.ndarray] = None
 
+    def reset(self) -> None:
+        """Begin anew, as for another video."""
+        self.average = self._small = None
+
     def __call__(self, logits: Tensor, frame: np.ndarray) -> Tensor:
         """Take the next frame.
 

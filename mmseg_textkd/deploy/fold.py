@@ -3,12 +3,11 @@ from typing import Dict, Mapping, Optional, Tuple
 
 import torch
 from mmengine.config import Config
-from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_textkd.models import TextClassifier, TextHeadMixin, TextKD
 from mmseg_textkd.models.layers.text_fusion import CANNOT_FOLD
-from ..utils.checkpoint import non_finite
+from ..utils.checkpoint import build_network, non_finite
 from .l2_conv_seg import fold_with_length, fuse_l2
 from .stock_cfg import to_stock_cfg
 from .words import united_cfg
@@ -106,7 +105,7 @@ def fold(model: nn.Module,
     state = fold_state_dict(model, strip_auxiliary)
     cfg = united_cfg(cfg, getattr(model, 'dataset_meta', None))
     stock_cfg = to_stock_cfg(cfg, strip_auxiliary)
-    stock = MODELS.build(stock_cfg.model)
+    stock = build_network(stock_cfg.model)
     stock.load_state_dict(state, strict=True)
     stock.cfg = stock_cfg
     if hasattr(model, 'dataset_meta'):
@@ -129,7 +128,8 @@ def _fold(classifier: TextClassifier, name: str, keep_l2: bool,
             f'{name} has spatial regularization blocks, which use '
             'neighboring pixels and other labels and do not fold into a 1x1 '
             "convolution. With norm='l2' they can be kept, in a small module "
-            'that needs the plugin at inference (keep_l2=True; `--l2 keep`). '
+            'that needs the plugin at inference (keep_l2=True; `--l2 keep` of '
+            'tools/model_converters/textkd2mmseg.py). '
             f'Here norm={norm!r} and keep_l2={keep_l2}.')
     if norm != 'l2':
         return classifier.as_conv().state_dict()
@@ -141,7 +141,8 @@ def _fold(classifier: TextClassifier, name: str, keep_l2: bool,
         f"{name} has norm='l2', which divides each pixel by its own length "
         'and does not fold into a convolution. Choose: keep the norm, as a '
         'small module that needs the plugin at inference (keep_l2=True; '
-        '`--l2 keep`), or fold approximately, with a mean length for all '
+        '`--l2 keep` of tools/model_converters/textkd2mmseg.py, whose output '
+        'deploys), or fold approximately, with a mean length for all '
         'pixels and a measured disagreement (lengths=...; `--l2 '
         'approximate`; auxiliary heads, which do not run then, must be '
         "stripped). Trained with norm='bn' it would fold exactly.")

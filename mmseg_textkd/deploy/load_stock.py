@@ -12,8 +12,9 @@ from torch import nn
 
 from ..models import TextHeadMixin
 from ..models.input_channels import input_channels
-from ..utils.checkpoint import (build_segmentor, class_differences,
-                                load_strictly, non_finite, read_checkpoint)
+from ..utils.checkpoint import (build_network, build_segmentor,
+                                class_differences, load_strictly, non_finite,
+                                read_checkpoint)
 from ..utils.config import first_dataset, load_config, type_name
 from .fold import fold_state_dict
 from .stock_cfg import to_stock_cfg
@@ -84,7 +85,7 @@ def _fold(cfg: Config, state: Dict, checkpoint: Path,
     stock = to_stock_cfg(cfg, strip_auxiliary=True)
     if not text_state:  # folded before
         return stock, state
-    model = MODELS.build(cfg.model)
+    model = build_network(cfg.model)
     load_strictly(model, state, checkpoint)
     state = fold_state_dict(model.eval(), strip_auxiliary=True)
     print(f'folded:\n{verify(model, stock, state)}')

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..utils.checkpoint import checkpoint_bytes, non_finite
 
-NAME = re.compile(r'.+-([0-9a-f]{8})\.pth')
+# As publish_model.py names them: other names may end in a date.
+NAME = re.compile(r'.+_\d{8}_\d{6}-([0-9a-f]{8})\.pth')
 # Parts of the names of weights that only text networks have.
 TEXT = ('.text.', 'text_branch.', 'text_losses.')
 

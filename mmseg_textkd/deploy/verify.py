@@ -6,11 +6,11 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 import torch
 from mmengine.config import Config
 from mmseg.models import BaseSegmentor
-from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_textkd.models.input_channels import input_channels
 from mmseg_textkd.models.layers.text_classifier import as_folded
+from ..utils.checkpoint import build_network
 from ..utils.progress import track
 from ..utils.report import Cost, count_cost
 
@@ -107,7 +107,7 @@ def verify(model: nn.Module,
         ValueError: If the models differ by more than the tolerance; with the
             figures.
     """
-    stock = MODELS.build(cfg.model).to(next(model.parameters())).eval()
+    stock = build_network(cfg.model).to(next(model.parameters())).eval()
     stock.load_state_dict(state_dict, strict=True)
     models = model, stock
     costs = {

@@ -93,16 +93,30 @@ class VideoConsistencyMetric(IoUMetric):
                                  predicted.to(label))
             self.results[-1] = (*self.results[-1], counts)
 
+    def name_video(self, path: str) -> str:
+        """Name the video of a frame.
+
+        Args:
+            path (str): Path of the frame.
+
+        Returns:
+            str: What ``video`` finds in it, or its folder.
+
+        Raises:
+            ValueError: If ``video`` finds nothing.
+        """
+        if self.video is None:
+            return osp.dirname(path)
+        match = self.video.search(path)
+        if match is None:
+            raise ValueError(f'{path} does not fit the `video` pattern '
+                             f'{self.video.pattern!r}.')
+        return match[1]
+
     def _count(self, path: str, label: Tensor,
                predicted: Tensor) -> List[Tuple[int, int]]:
         """Pixels that stay, and that are right, over each window."""
-        video = osp.dirname(path)
-        if self.video is not None:
-            match = self.video.search(path)
-            if match is None:
-                raise ValueError(f'{path} does not fit the `video` pattern '
-                                 f'{self.video.pattern!r}.')
-            video = match[1]
+        video = self.name_video(path)
         if not self._videos or video != self._videos[-1]:
             if video in self._videos:
                 raise ValueError(f'{path}: frames of other videos came '

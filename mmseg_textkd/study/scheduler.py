@@ -201,6 +201,9 @@ class Scheduler:
             if not isinstance(whole, BaseDataset):
                 raise StudyError('a train fraction needs a plain dataset, but '
                                  f'got {dataset.type}.')
+            if dataset.get('indices') is not None:
+                raise StudyError('a train fraction chooses the images, so '
+                                 'that the data set can have no `indices`.')
             dataset.indices = subset(len(whole), job.run)
         cfg.dump(str(job.folder / 'config.py'))
         write_files({stamp: json.dumps(identity).encode()})

@@ -104,10 +104,19 @@ def _check(path: Path, spec: Dict[str, Any]) -> None:
         if missing:
             fail(f'{where} has no {sorted(missing)}.')
 
+    def check_iterations(where: str, part: Dict[str, Any]) -> None:
+        for key in ('iterations', 'val_interval'):
+            value = part.get(key, 1)
+            if isinstance(value,
+                          bool) or not isinstance(value, int) or value < 1:
+                fail(f'{where}: {key} must be a number of iterations of at '
+                     f'least 1, but is {value!r}.')
+
     check_keys('it', spec, KEYS,
                ('name', 'baseline', 'evaluate', 'networks', 'arms', 'grids'))
     # It becomes a folder.
-    if not re.fullmatch(r'\w[\w.-]*', str(spec['name'])):
+    if not isinstance(spec['name'], str) or not re.fullmatch(
+            r'\w[\w.-]*', spec['name']):
         fail(f'name must be of letters, digits, "_", "-" and ".", and begin '
              f'with none of the last two, but is {spec["name"]!r}.')
     for key in ('networks', 'arms'):
@@ -117,17 +126,13 @@ def _check(path: Path, spec: Dict[str, Any]) -> None:
         check_kind(key, spec.get(key, []), list, of)
     for name, network in spec['networks'].items():
         check_kind(f'network {name!r}', network, dict, str)
-        for key in ('iterations', 'val_interval'):
-            value = network.get(key, 1)
-            if isinstance(value,
-                          bool) or not isinstance(value, int) or value < 1:
-                fail(f'network {name!r}: {key} must be a number of iterations '
-                     f'of at least 1, but is {value!r}.')
+        check_iterations(f'network {name!r}', network)
         check_keys(f'network {name!r}', network, NETWORK_KEYS,
                    ('configs', 'iterations', 'val_interval'))
         check_kind(f'network {name!r}: configs', network['configs'], dict, str)
     for name, arm in spec['arms'].items():
         check_keys(f'arm {name!r}', arm, ARM_KEYS, ('config', ))
+        check_iterations(f'arm {name!r}', arm)
     wrong = set(spec['evaluate']) - set(SPLITS)
     if wrong or 'val' not in spec['evaluate']:
         fail(f'evaluate must be [val] or [val, test], but is '

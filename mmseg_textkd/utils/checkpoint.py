@@ -1,5 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Loading of checkpoints, without running code and strictly."""
+import copy
 import hashlib
 import io
 import logging
@@ -221,6 +222,34 @@ def class_differences(theirs: Optional[Sequence[str]],
     ]
 
 
+def skip_pretraining(model: Dict) -> Dict:
+    """Take out the weights that timm loads when a network is built.
+
+    Args:
+        model (dict): Config of a network whose weights come from a
+            checkpoint; changed in place.
+
+    Returns:
+        dict: The config.
+    """
+    for part in dicts(model):
+        if type_name(part) == 'TIMMBackbone':
+            part.update(pretrained=False, checkpoint_path='')
+    return model
+
+
+def build_network(model: Dict) -> nn.Module:
+    """Build a network whose weights come from a checkpoint.
+
+    Args:
+        model (dict): Its config, which stays as it is.
+
+    Returns:
+        nn.Module: The network, without weights of a pre-training.
+    """
+    return MODELS.build(skip_pretraining(copy.deepcopy(model)))
+
+
 def build_segmentor(model: Dict, state: Mapping[str, Tensor],
                     path: Union[str, os.PathLike]) -> nn.Module:
     """Build a network without auxiliary heads, and load it strictly.
@@ -240,10 +269,7 @@ def build_segmentor(model: Dict, state: Mapping[str, Tensor],
         ValueError: As of :func:`load_strictly`.
     """
     model.pop('auxiliary_head', None)
-    for part in dicts(model):
-        if type_name(part) == 'TIMMBackbone':
-            part.update(pretrained=False, checkpoint_path='')
-    segmentor = revert_sync_batchnorm(MODELS.build(model))
+    segmentor = revert_sync_batchnorm(build_network(model))
     load_strictly(segmentor, {
         k: v
         for k, v in state.items() if not k.startswith('auxiliary_head.')

@@ -14,10 +14,11 @@ from network_tester import CONFIGS, load_config
 from processes import full_disk
 from processes import load as load_checkpoint
 from processes import start
-from tiny import CLASSES, assert_equal, tiny_config
+from tiny import CLASSES, CONTROL, assert_equal, save_weights, tiny_config
 from tool_modules import call, fails, load_tool
 
 from mmseg_textkd import compat
+from mmseg_textkd.analysis.compare import evaluate
 from mmseg_textkd.deploy import fold_state_dict, to_stock_cfg
 from mmseg_textkd.deploy.load_stock import dataset_meta
 
@@ -367,3 +368,28 @@ def test_full_disk_leaves_nothing(trained, convert, tmp_path):
         with pytest.raises(SystemExit, match='Error: .*File too large'):
             convert(run.config, run.weights)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_timm_are_not_needed(tmp_path):
+    """Those of the checkpoint are all; the tools that read it say so."""
+    pytest.importorskip('timm')
+    cfg = tiny_config(tmp_path, CONTROL)
+    cfg.model.backbone = dict(
+        type='TIMMBackbone',
+        model_name='tf_efficientnet_lite0',
+        features_only=True,
+        pretrained=False,
+        out_indices=[1])
+    cfg.model.decode_head.update(in_channels=24, in_index=0)
+    save_weights(tmp_path / 'text.pth', MODELS.build(cfg.model))
+    cfg.model.backbone.checkpoint_path = str(tmp_path / 'gone.pth')
+    cfg.dump(tmp_path / 'text.py')
+    pair = tmp_path / 'text.py', tmp_path / 'text.pth'
+    call('model_converters/textkd2mmseg.py', *pair, '--out',
+         tmp_path / 'folded.pth')
+    call('model_converters/publish_model.py', tmp_path / 'text.pth',
+         tmp_path / 'out', '--config', tmp_path / 'text.py', '--keep-text')
+    call('model_converters/mmseg2textkd.py', tmp_path / 'text.py',
+         tmp_path / 'folded.pth', '--out', tmp_path / 'start.pth')
+    found = evaluate(str(pair[0]), pair[1], tmp_path / 'work')
+    assert found['images'] == 6

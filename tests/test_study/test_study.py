@@ -234,6 +234,11 @@ def test_a_run_that_cannot_start_is_reported(configs, tmp_path):
     driver = Driver(tmp_path).work()
     assert [r.name for r in driver.left] == ['net/stock/seed0_50%']
     assert any('FAILED' in s and 'none' in s for s in driver.said)
+    # Images of the config's own choice would be others.
+    options = {'train_dataloader.dataset.indices': [4, 5]}
+    write_study(configs, tmp_path, options=options, **changes)
+    driver = Driver(tmp_path).work()
+    assert any('no `indices`' in s for s in driver.said)
 
 
 def test_a_suspended_process_can_be_ended(tmp_path):
@@ -485,6 +490,9 @@ def test_images_of_a_fraction():
     (dict(networks__net__configs__stock='gone.py'),
      'net/stock/seed3.*gone.py'),
     (dict(networks__net__val_interval=4), 'does not divide'),
+    *((dict(arms__random__iterations=n), "arm 'random': iterations must be")
+      for n in (4., 0, '4')),
+    (dict(name=2024), 'name must be'),
 ])
 def test_a_wrong_study_is_refused(configs, tmp_path, changes, message):
     path = write_study(configs, tmp_path, **changes)

@@ -295,29 +295,32 @@ def test_one_logit_is_measured_too(tmp_path):
     assert Ledger(path).entries[0]['val']['mIoU'] == 100
 
 
+@each_case('pattern', [None, '(img(?=/[0-2])|im(?=g/[3-5]))'])
 def test_smoothing_is_measured(trained, inferencer, monkeypatch, tmp_path,
-                               capsys):
-    """As of what the stream gives."""
+                               capsys, pattern):
+    """As of what the stream gives, of each video for itself."""
     # The images are of different scenes; let them be of one.
     monkeypatch.setattr(LogitSmoother.__init__, '__defaults__', (1e9, ))
     tool, path = load_tool('analysis_tools/video.py'), tmp_path / 'l.jsonl'
     tool.main([
         'smoothing', trained.config, trained.weights, '--smoothing', '0',
         '0.7', '--device', 'cpu', '--network', 'tiny', '--ledger',
-        str(path)
+        str(path), *(['--video', pattern] if pattern else [])
     ])
     out = capsys.readouterr().out
     found = {float(e['arm']): e['val'] for e in Ledger(path).entries}
     dataset = DATASETS.build(inferencer.cfg.val_dataloader.dataset)
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
-    frames = [cv2.imread(info['img_path']) for info in infos]
+    parts = [infos[:3], infos[3:]] if pattern else [infos]
     for weight, expected in found.items():
-        metric = consistency(dataset.metainfo['classes'])
-        stream = stream_video(inferencer, frames, smoothing=weight or None)
-        for item, info in zip(stream, infos):
-            label = cv2.imread(info['seg_map_path'], cv2.IMREAD_GRAYSCALE)
-            pair = map(torch.from_numpy, (label, item.labels))
-            metric.process({}, [sample(info['img_path'], *pair)])
+        metric = consistency(dataset.metainfo['classes'], video=pattern)
+        for part in parts:
+            frames = [cv2.imread(info['img_path']) for info in part]
+            stream = stream_video(inferencer, frames, smoothing=weight or None)
+            for item, info in zip(stream, part):
+                label = cv2.imread(info['seg_map_path'], cv2.IMREAD_GRAYSCALE)
+                pair = map(torch.from_numpy, (label, item.labels))
+                metric.process({}, [sample(info['img_path'], *pair)])
         metrics = metric.evaluate(len(infos))
         assert expected == pytest.approx({k: metrics[k]
                                           for k in expected},

@@ -196,8 +196,13 @@ def measure_smoothing(args: argparse.Namespace) -> List[Dict[str, Any]]:
         metric = VideoConsistencyMetric(iou_metrics=['mIoU'], video=args.video)
         metric.dataset_meta = loader.dataset.metainfo
         arms[weight] = LogitSmoother(weight) if weight else None, metric
+    video = None
     for batch in loader:
         for sample in model.test_step(batch):
+            last, video = video, metric.name_video(sample.img_path)
+            for smoother, _ in arms.values():
+                if smoother and video != last:
+                    smoother.reset()
             logits = sample.seg_logits.data
             frame = cv2.imread(sample.img_path)
             for smoother, metric in arms.values():

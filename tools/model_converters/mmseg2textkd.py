@@ -55,7 +55,7 @@ if __name__ == '__main__':
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_state_dict, set_random_seed
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
@@ -67,8 +67,8 @@ from mmseg_textkd.models.stock_init import (compare_with_stock, head_features,
 from mmseg_textkd.models.text_parameters import check_classes
 from mmseg_textkd.text.encode_classes import ensure_embeddings
 from mmseg_textkd.utils.arguments import explain, read_config, warn_renamed
-from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, class_differences,
-                                           class_names)
+from mmseg_textkd.utils.checkpoint import (build_network, checkpoint_bytes,
+                                           class_differences, class_names)
 from mmseg_textkd.utils.io import write_files
 
 SEED = 0  # the same images whenever the tool runs
@@ -208,7 +208,7 @@ def convert(args: argparse.Namespace) -> None:
     set_random_seed(SEED)
     # TF32 would be measured in place of the fit.
     torch.backends.cudnn.allow_tf32 = False
-    model = MODELS.build(cfg.model)
+    model = build_network(cfg.model)
     heads = {
         name: module
         for name, module in model.named_modules()

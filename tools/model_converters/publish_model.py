@@ -67,14 +67,15 @@ import mmengine
 import mmseg
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 
 import mmseg_textkd
 from mmseg_textkd.deploy.publish import (check_weights, read_log, serialize,
                                          to_half)
 from mmseg_textkd.models import DistilledEncoderDecoder
 from mmseg_textkd.utils.arguments import explain, warn_renamed
-from mmseg_textkd.utils.checkpoint import load_strictly, read_checkpoint
+from mmseg_textkd.utils.checkpoint import (build_network, load_strictly,
+                                           read_checkpoint)
 from mmseg_textkd.utils.config import load_config
 from mmseg_textkd.utils.io import write_files
 
@@ -143,7 +144,7 @@ def publish(args: argparse.Namespace) -> Path:
     if args.config:
         cfg = load_config(args.config)
         init_default_scope(cfg.get('default_scope') or 'mmseg')
-        model = MODELS.build(cfg.model)
+        model = build_network(cfg.model)
         if isinstance(model, DistilledEncoderDecoder):
             raise ValueError(
                 f'{args.config} has a teacher, which only training needs. '

@@ -103,7 +103,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS
 from torch import nn
 
@@ -117,8 +117,8 @@ from mmseg_textkd.deploy.words import (set_words, text_head, to_words_cfg,
                                        united_cfg)
 from mmseg_textkd.models.layers.text_classifier import as_folded
 from mmseg_textkd.utils.arguments import explain, read_config, warn_renamed
-from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
-                                           read_checkpoint)
+from mmseg_textkd.utils.checkpoint import (build_network, checkpoint_bytes,
+                                           load_strictly, read_checkpoint)
 from mmseg_textkd.utils.io import write_files
 
 # What MMEngine's runner and this tool note of a training.
@@ -221,7 +221,7 @@ def convert(args: argparse.Namespace) -> None:
         text = stock_cfg.pretty_text
         # What is verified is what will be in the file.
         stock_cfg = Config.fromstring(text, '.py')
-    model = MODELS.build((stock_cfg if folded else cfg).model)
+    model = build_network((stock_cfg if folded else cfg).model)
     load_strictly(model, state, args.checkpoint)
     model.to(args.device or get_device()).eval()
     images_cfg = cfg

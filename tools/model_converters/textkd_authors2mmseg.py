@@ -49,7 +49,6 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 import mmseg_textkd
@@ -59,8 +58,8 @@ from mmseg_textkd.models import TextKD
 from mmseg_textkd.models.text_providers import ContextPromptLearner
 from mmseg_textkd.text import Vocabulary
 from mmseg_textkd.utils.arguments import explain, read_config, warn_renamed
-from mmseg_textkd.utils.checkpoint import (checkpoint_bytes, load_strictly,
-                                           read_checkpoint)
+from mmseg_textkd.utils.checkpoint import (build_network, checkpoint_bytes,
+                                           load_strictly, read_checkpoint)
 from mmseg_textkd.utils.io import write_files
 
 TEXT = 'score_map.text.'
@@ -229,7 +228,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         cfg = read_config(args.config, args.cfg_options)
         init_default_scope(cfg.get('default_scope') or 'mmseg')
         theirs = read_checkpoint(args.checkpoint)['state_dict']
-        model = MODELS.build(cfg.model)
+        model = build_network(cfg.model)
         if not isinstance(model, TextKD):
             raise ValueError(f'{args.config} is not the config of a TextKD.')
         state = convert(theirs, model, words_of(cfg))

@@ -19,10 +19,11 @@ from .text_provider import FixedProvider
 class ClassEmbeddings(FixedProvider):
     """Fixed class embeddings from a file.
 
-    The file is made by ``tools/encode_text.py``, or once by
-    ``tools/train.py`` where ``build`` says how. Building this module needs
-    neither a network nor open_clip; where ``dim`` is given it does not even
-    need the file, so that a checkpoint can be tested without it.
+    The file is made by ``tools/encode_text.py``, or once, where ``build`` says
+    how, by ``tools/train.py`` or :class:`PromptLearnerHook`. Building this
+    module needs neither a network nor open_clip; where ``dim`` is given it
+    does not even need the file, so that a checkpoint can be tested without
+    it.
 
     Several files, one for each data set of a :class:`MultiDataset`, are
     united: words of the same name are one class. Where two files have
@@ -43,9 +44,8 @@ class ClassEmbeddings(FixedProvider):
             this order. Defaults to None: the names are checked against the
             dataset when training starts.
         build (dict, optional): How to make a missing file: ``model``,
-            ``pretrained``, ``templates``, ``vocabulary``, ``keep_bank``. Only
-            ``tools/train.py`` acts on it. With several files one for each.
-            Defaults to None.
+            ``pretrained``, ``cache_dir``, ``templates``, ``vocabulary``,
+            ``keep_bank``. With several files one for each. Defaults to None.
         centre (bool, optional): Deprecated name of ``center``.
 
     Raises:
