@@ -25,8 +25,8 @@ beside the trained names of the others.
 '''
 
 # Of entries before 2026-12-01.
-SHIFTED = ' In each list labels and scores were half a stride apart, by which \
-thin classes are too low.'
+SHIFTED = ' In each list labels and scores were half a stride apart. Where it \
+was measured again that had changed mIoU by 0.1 at most (by 0.3 at 360x480).'
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
