@@ -371,6 +371,10 @@ class FoldedAdapter(NetworkAdapter):
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__(model, names)
+        if not hasattr(model.decode_head, 'conv_seg'):
+            raise ValueError(
+                f'the head {type(model.decode_head).__name__} has no '
+                '`conv_seg`: use MMSegmentation\'s MMSegInferencer.')
         self.conv_seg = model.decode_head.conv_seg
 
     def encode(self, classes: Any, **options: Any) -> EncodedClasses:

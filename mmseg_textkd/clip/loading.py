@@ -1,12 +1,14 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Loading of CLIP models with open_clip, from local weights."""
+import logging
 from pathlib import Path
 from typing import Any, Optional, Tuple
 
+from mmengine.logging import print_log
 from torch import nn
 
 from .weights import (BPE_NAME, LOCAL, PathLike, TextTowerError,
-                      WeightsLocation, find_weights, import_open_clip,
+                      WeightsLocation, expand, find_weights, import_open_clip,
                       warn_of_activation)
 
 
@@ -61,6 +63,12 @@ def load_visual(
     """
     open_clip = import_open_clip()
     location = find_weights(model, pretrained, cache_dir)
+    if location.pretrained and location.preprocess is None:
+        print_log(
+            f'{location.pretrained}: how images were normalized in its '
+            f'training is not known, the tags of {model} differ. They are as '
+            'for OpenAI\'s weights; if that is wrong, name the tag, or use a '
+            f'{LOCAL} folder.', 'current', logging.WARNING)
     clip = _load_model(open_clip, model, location)
     return clip.visual, clip.logit_scale.exp().item()
 
@@ -99,9 +107,7 @@ def _load_tokenizer(open_clip: Any, model: str, location: WeightsLocation,
             kwargs['bpe_path'] = str(vocabulary)
     try:
         return open_clip.get_tokenizer(
-            location.name,
-            cache_dir=None if cache_dir is None else str(cache_dir),
-            **kwargs)
+            location.name, cache_dir=expand(cache_dir), **kwargs)
     except Exception as error:
         raise TextTowerError(
             f'The tokenizer of the text tower {model!r} cannot be had: '

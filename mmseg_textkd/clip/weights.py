@@ -35,6 +35,11 @@ class TextTowerError(RuntimeError):
     """Raised where a tower is not available or not supported."""
 
 
+def expand(cache_dir: Optional[PathLike]) -> Optional[str]:
+    """Expand the ``~`` of a folder, which the hub's client takes as it is."""
+    return None if cache_dir is None else os.path.expanduser(cache_dir)
+
+
 class WeightsLocation(NamedTuple):
     """Local weights of a tower, as ``open_clip.create_model`` takes them.
 
@@ -184,7 +189,8 @@ def hash_weights(model: str,
                        if p.suffix in WEIGHT_SUFFIXES or p.name == CONFIG_NAME)
     total = hashlib.sha256()
     if location.pretrained:
-        total.update(f'{location.name} {location.quick_gelu};'.encode())
+        total.update(f'{location.name} {location.quick_gelu} '
+                     f'{location.preprocess};'.encode())
     for path in files:
         _hash_file(total, path)
     return total.hexdigest()
@@ -216,7 +222,7 @@ def find_hub_file(repo: str,
             raise OSError('HF_HUB_OFFLINE forbids a download')
         _require_server(url)
         from huggingface_hub import hf_hub_download
-        return hf_hub_download(repo, filename, cache_dir=cache_dir)
+        return hf_hub_download(repo, filename, cache_dir=expand(cache_dir))
     except Exception as error:
         raise OSError(f'{filename} of {repo} is not in the cache ({looked}) '
                       f'and cannot be fetched: {error}') from error
@@ -270,14 +276,27 @@ def _locate_architecture(model: str, pretrained: Optional[str],
     if not cfg:
         path = Path(pretrained).expanduser()
         if path.is_file():
-            return WeightsLocation(name, str(path), _needs_quick_gelu(path))
+            return WeightsLocation(name, str(path), _needs_quick_gelu(path),
+                                   _common_preprocess(name, tags))
         raise missing_weights(
             model, pretrained, str(path.absolute()),
             f'{pretrained!r} is neither a file nor one of the tags {tags}.')
     # open_clip cannot infer them from the file in place of the tag.
-    preprocess = {key: cfg[key] for key in ('mean', 'std') if key in cfg}
     return WeightsLocation(name, _tag_file(cfg, cache_dir),
-                           bool(cfg.get('quick_gelu')), preprocess)
+                           bool(cfg.get('quick_gelu')), _preprocess(cfg))
+
+
+def _preprocess(cfg: Dict) -> Dict[str, Sequence[float]]:
+    """Normalization of images that a tag was trained with."""
+    return {key: cfg[key] for key in ('mean', 'std') if key in cfg}
+
+
+def _common_preprocess(name: str,
+                       tags: Sequence[str]) -> Optional[Dict[str, Any]]:
+    """Normalization of all tags of an architecture; None if they differ."""
+    from open_clip import get_pretrained_cfg
+    found = [_preprocess(get_pretrained_cfg(name, tag)) for tag in tags]
+    return found[0] if found and found.count(found[0]) == len(found) else None
 
 
 def _needs_quick_gelu(path: Path) -> bool:
@@ -351,6 +370,7 @@ def _hub_files(repo: str,
     A tag names an architecture, so its repository needs no configuration.
     """
     import_open_clip()
+    cache_dir = expand(cache_dir)
     from huggingface_hub import constants, try_to_load_from_cache
     from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
     if filename:
@@ -379,7 +399,7 @@ def _download(model: str, pretrained: Optional[str],
               cache_dir: Optional[PathLike]) -> None:
     """Download the weights of :func:`_locate` into the cache."""
     open_clip = import_open_clip()
-    cache_dir = None if cache_dir is None else str(cache_dir)
+    cache_dir = expand(cache_dir)
     if not model.startswith(HUB):
         cfg = open_clip.get_pretrained_cfg(model.replace('/', '-'), pretrained)
         open_clip.download_pretrained(cfg, cache_dir=cache_dir)

@@ -4,6 +4,7 @@ from typing import Dict, Sequence
 
 import numpy as np
 import torch
+from mmengine.dist import get_world_size
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 
@@ -12,8 +13,18 @@ SUMMARY = ('mIoU', 'mAcc', 'aAcc')
 
 @METRICS.register_module()
 class ConfusionIoUMetric(IoUMetric):
-    """``IoUMetric`` that also returns confusions and metrics of each class."""
+    """``IoUMetric`` that also returns confusions and metrics of each class.
+
+    ``result`` has no confusions where several processes tested: each has
+    those of its own images, some of them twice.
+    """
     confusion = 0
+
+    def evaluate(self, size: int) -> Dict[str, float]:
+        """Evaluate, and begin anew in each process."""
+        metrics = super().evaluate(size)
+        self.confusion = 0
+        return metrics
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Count the areas and the confusions of a batch."""
@@ -45,8 +56,8 @@ class ConfusionIoUMetric(IoUMetric):
                 None if math.isnan(v) else round(v, 2)
                 for v in np.round(by_class['IoU'] * 100, 2).tolist()
             ],
-            confusion=self.confusion.tolist(),
+            confusion=None
+            if get_world_size() > 1 else self.confusion.tolist(),
             **{key: round(float(metrics[key]), 2)
                for key in SUMMARY})
-        self.confusion = 0
         return metrics

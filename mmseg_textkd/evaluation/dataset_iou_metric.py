@@ -82,12 +82,10 @@ class DatasetIoUMetric(ConfusionIoUMetric):
                 pred_sem_seg=dict(data=own.argmax(dim=0, keepdim=True)))
             if not self.format_only:
                 labels = sample['gt_sem_seg']['data']
-                to_own = labels.new_full(
-                    (int(max(labels.max(), rows.max())) + 1, ),
-                    self.ignore_index)
-                to_own[self.rows.to(labels.device)] = torch.arange(
-                    len(rows), device=labels.device, dtype=labels.dtype)
-                sample['gt_sem_seg'] = dict(data=to_own[labels])
+                own = torch.full_like(labels, self.ignore_index)
+                for row, label in enumerate(self.rows.tolist()):
+                    own[labels == label] = row
+                sample['gt_sem_seg'] = dict(data=own)
             super().process(data_batch, [sample])
 
     def compute_metrics(self, results: list) -> Dict[str, float]:

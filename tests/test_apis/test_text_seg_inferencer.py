@@ -18,6 +18,7 @@ from matplotlib import colormaps
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.apis import inference_model, init_model
+from mmseg.models import FCNHead
 from mmseg.registry import MODELS
 from processes import ROOT, load
 from text_runs import CONTEXT, FIXED, RUNS, logits_by_hand, make
@@ -709,6 +710,24 @@ def test_a_call_has_one_list_of_classes(worded, inferencer):
     assert np.array_equal(shown, expected)
     changes[0].result()
     assert list(mine.classes) == ['car']
+
+
+@MODELS.register_module()
+class WithoutConvSeg(FCNHead):
+    """A head that classifies by a layer of another name."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.classifier = self.conv_seg
+        del self.conv_seg
+
+
+def test_a_head_without_the_layer_is_told(tmp_path):
+    cfg = tiny_config(tmp_path)
+    cfg.model.decode_head.type = 'WithoutConvSeg'
+    save_weights(tmp_path / 'w.pth', MODELS.build(cfg.model))
+    with pytest.raises(ValueError, match='WithoutConvSeg has no `conv_seg`'):
+        TextSegInferencer(cfg, tmp_path / 'w.pth', device='cpu')
 
 
 def test_a_copy_has_classes_of_its_own(worded, inferencer):

@@ -255,7 +255,7 @@ def test_activation_of_a_weights_file(tmp_path, monkeypatch, log):
     file = tmp_path / 'weights.pt'
     file.write_bytes(b'as OpenAI published them')
     plain = find_weights('ViT-B-32', str(file))
-    assert plain == ('ViT-B-32', str(file), False, None)
+    assert plain[:3] == ('ViT-B-32', str(file), False)
     warn_of_activation('ViT-B-32', str(file), plain)
     assert 'trained with QuickGELU' in log.getvalue()
     assert 'then give ViT-B-32-quickgelu' in log.getvalue()
@@ -317,8 +317,8 @@ def test_cached_hub_model_needs_no_network(clip_dirs, tmp_path, monkeypatch):
      False),
     ('ViT-B-16-SigLIP', 'webli', 'timm/ViT-B-16-SigLIP', False),
 ])
-def test_tags_bring_what_a_file_does_not(tmp_path, name, tag, repo,
-                                         quick_gelu):
+def test_tags_bring_what_a_file_does_not(tmp_path, monkeypatch, name, tag,
+                                         repo, quick_gelu):
     """OpenAI's weights under the plain architecture need QuickGELU, of which
     open_clip only warns; others were trained with another normalization."""
     file = cached(tmp_path, repo, lambda place: place.mkdir(parents=True))
@@ -328,6 +328,11 @@ def test_tags_bring_what_a_file_does_not(tmp_path, name, tag, repo,
     assert found[:3] == (name, str(file), quick_gelu)
     mean = .5 if tag == 'webli' else 0.48145466
     assert found.preprocess['mean'][0] == mean
+    # The hub's client takes a folder of this name as it is.
+    monkeypatch.setenv('HOME', str(tmp_path.parent))
+    assert find_weights(name, tag, f'~/{tmp_path.name}') == found
+    # Where all tags of an architecture agree, the normalization is known.
+    assert find_weights(name, str(file)).preprocess == found.preprocess
 
 
 def test_images_are_normalized_as_the_tag_says(tmp_path, monkeypatch):
@@ -340,8 +345,9 @@ def test_images_are_normalized_as_the_tag_says(tmp_path, monkeypatch):
     torch.save(open_clip.create_model(name).state_dict(), file)
     monkeypatch.setattr('mmseg_textkd.clip.weights._tag_file',
                         lambda *args: str(file))
-    tower = ImageTower(name, tag)
-    assert not tower.mean.any() and (tower.std == 255).all()
+    for pretrained in (tag, str(file)):
+        tower = ImageTower(name, pretrained)
+        assert not tower.mean.any() and (tower.std == 255).all()
 
 
 def test_tag_with_a_plain_address(tmp_path):
