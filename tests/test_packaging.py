@@ -86,8 +86,8 @@ def test_an_environment_is_known_through_a_link(tmp_path):
     said = f'setup_env: {real}/.venv is complete (stack upstream)\n'
     for name in ('real', 'link'):
         path = f'{name}/tools/setup_env.sh'
-        env = dict(PYTHON='false', CDPATH='.')
-        assert run('bash', path, cwd=tmp_path, **env) == said
+        env = dict(STACK='upstream', FLOAT='0', CDPATH='.')
+        assert run('bash', path, cwd=tmp_path, PYTHON='false', **env) == said
 
 
 @pytest.fixture(scope='module')

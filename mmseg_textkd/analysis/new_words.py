@@ -197,7 +197,7 @@ def _score(model: nn.Module, conv: nn.Module, dataset: Any,
         maps = torch.cat([
             model.postprocess_result(
                 head.predict_by_feat(part, [sample.metainfo]),
-                [sample])[0].seg_logits.data[:, ::stride, ::stride]
+                [sample])[0].seg_logits.data[:, ::stride, ::stride].clone()
             for part in scores.tensor_split(
                 max(scores.shape[1] // MAPS, 1), dim=1)
         ])

@@ -1,4 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
+import copy
 import os.path as osp
 import re
 import threading
@@ -283,13 +284,12 @@ class TextSegInferencer(MMSegInferencer):
                 pred_out_dir=pred_out_dir,
                 **kwargs)
 
-    def __getstate__(self) -> Dict:
-        """What is copied: a lock cannot be."""
-        return {k: v for k, v in self.__dict__.items() if k != 'lock'}
-
-    def __setstate__(self, state: Dict) -> None:
-        """Become a copy, with a lock of its own."""
-        self.__dict__.update(state, lock=threading.RLock())
+    def __deepcopy__(self, memo: Dict) -> 'TextSegInferencer':
+        """Copy all but the lock, of which the copy has its own."""
+        other = memo[id(self)] = object.__new__(type(self))
+        memo[id(self.lock)] = threading.RLock()
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
 
     def _inputs_to_list(self, inputs: Any) -> list:
         """Convert paths to strings, and check arrays."""

@@ -347,6 +347,8 @@ class PromptLearnerHook(Hook):
     @staticmethod
     def _make_embeddings(runner, model) -> None:
         """Make the files that are missing and read them."""
+        if 'model' not in runner.cfg:  # built by hand
+            return
         # With the same seed the run goes on as if the files had been there.
         with torch.random.fork_rng(devices=[]):
             if is_main_process():
@@ -355,7 +357,7 @@ class PromptLearnerHook(Hook):
             fresh = text_providers(MODELS.build(runner.cfg.model))
         for part in (model, *(ema.module for ema in _ema_models(runner))):
             for name, provider in text_providers(part).items():
-                if not provider.has_vectors:
+                if not provider.has_vectors and fresh[name].has_vectors:
                     provider.adopt(fresh[name])
 
     def _prepare_stage2(self, runner, model: nn.Module) -> None:
@@ -399,9 +401,10 @@ class PromptLearnerHook(Hook):
         """Require the stage in which the run was stopped."""
         # Not by the prompts, which may have learned in a run before it.
         log = runner.message_hub.log_scalars.get('train/text_stage')
-        if log is None or runner.iter == self.switch_iter:
+        # Without this hook the prompts have not learned.
+        stage = 1 if log is None else log.current()
+        if runner.iter == self.switch_iter:
             return
-        stage = log.current()
         if stage != (1 if runner.iter < self.switch_iter else 2):
             raise ValueError(
                 f'the run was stopped in stage {stage}, after {runner.iter} '
