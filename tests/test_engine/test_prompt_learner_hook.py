@@ -688,6 +688,38 @@ def test_a_run_from_learned_prompts_is_resumed(tmp_path, residual):
     kill_and_resume(cfg, whole, 'StopHook', 3)
 
 
+@each_case('stopped', [2, 4, 6])
+def test_context_that_has_learned_before_is_compared(tmp_path, make_embeddings,
+                                                     stopped):
+    """In the stage 1 of another run, at its switch, and after it."""
+    file = make_embeddings(8, 64, CLASSES)
+    text = dict(PROMPTS, embeddings=tiny.residual(file)['embeddings'])
+    first = tiny_config(tmp_path, text, dict(switch_at=2), max_iters=4)
+    run(first)
+    cfg = tiny_config(tmp_path, text, dict(switch_at=4), 8, 2)
+    cfg.update(
+        load_from=f'{first.work_dir}/iter_4.pth', work_dir=f'{tmp_path}/2')
+    again = copy.deepcopy(cfg)
+    again.custom_hooks.append(dict(type='StopHook', at=stopped))
+    with pytest.raises(KeyboardInterrupt):
+        run(again)
+    with pytest.raises(KeyboardInterrupt):
+        run(again, resume=True, load_from=None)  # with the same text
+    Path(file).unlink()
+    encode_classes({
+        name: [f'no {name}']
+        for name in CLASSES
+    }, 'toyclip', 'photo').save(file)
+    with pytest.raises(ValueError, match='must keep its text'):
+        run(cfg, resume=True, load_from=None)
+    # A new run takes the text that its prompts give, from its stage 1 on.
+    provider = run(
+        cfg, work_dir=f'{tmp_path}/3', **{
+            'train_cfg.max_iters': 5
+        }).model.decode_head.conv_seg.text
+    assert provider.check_loaded(resumed=True) is None
+
+
 def test_text_without_its_file(tmp_path, residual):
     """Loaded weights fill it in stage 1; stage 2 starts from the file."""
     first = tiny_config(tmp_path, residual, dict(switch_at=2), max_iters=4)

@@ -216,6 +216,22 @@ def test_a_seed_that_was_not_measured_to_its_end_counts_nowhere(
         load_tool('analysis_tools/new_words.py').main(['table', str(path)])
 
 
+def test_pixels_of_other_places_are_in_tables_of_their_own(tmp_path, capsys):
+    results = ROOT / 'docs' / 'results' / 'new_words.jsonl'
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    own = [entry for entry in lines if entry['study'] == 'CamVid']
+    for entry in own:
+        if entry['seed'] == own[0]['seed']:
+            del entry['aligned']
+    (tmp_path / 'l.jsonl').write_text(''.join(f'{json.dumps(entry)}\n'
+                                              for entry in own))
+    load_tool('analysis_tools/new_words.py').main(
+        ['table', str(tmp_path / 'l.jsonl')])
+    page = capsys.readouterr().out
+    assert page.count('### CamVid, ') == 2 and page.count('half a stride') == 1
+    assert '| trained names | 1 |' in page and '| trained names | 4 |' in page
+
+
 def test_the_published_page_is_what_the_ledger_says(capsys):
     tool = load_tool('analysis_tools/new_words.py')
     results = ROOT / 'docs' / 'results'

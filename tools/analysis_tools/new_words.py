@@ -170,9 +170,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if args.command == 'measure':
             measure(args)
             return
-        parts: Dict[Tuple[str, str], List[Dict[str, Any]]] = {}
+        parts: Dict[Tuple, List[Dict[str, Any]]] = {}
         for entry in Ledger(args.ledger).entries:
-            key = entry['study'], entry['network']
+            # What was scored at other pixels makes no common mean.
+            key = (entry['study'], entry['network'], entry['stride'],
+                   entry.get('aligned'))
             parts.setdefault(key, []).append(entry)
         if not parts:
             raise ValueError(f'{args.ledger} has no entry.')

@@ -368,9 +368,6 @@ class PromptLearnerHook(Hook):
             if runner.iter > self.switch_iter:
                 # A validation may come before the first iteration.
                 _start_prompts(runner)
-                # Only now is the tower there that some text needs.
-                for provider in text_providers(model).values():
-                    provider.check_loaded(resumed=True)
         self._lr_factors = lr_factors(model, self.learn, self._trainable)
         idle = check_prompts_learn(model, self._lr_factors)
         if idle:

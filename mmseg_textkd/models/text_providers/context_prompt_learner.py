@@ -8,6 +8,7 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from mmseg_textkd.clip.text_tower import TextTower, load_tower
+from mmseg_textkd.clip.weights import TextTowerError
 from mmseg_textkd.text.vocabulary import Vocabulary
 from .prompt_learner import PromptLearner
 
@@ -174,8 +175,40 @@ class ContextPromptLearner(PromptLearner):
         with torch.random.fork_rng(devices=[]):
             self.prepare()
         self.context.data.copy_(context)
+        self._forget_tower()
+
+    def _forget_tower(self) -> None:
         self.__dict__['tower'] = None
         del self.__dict__['prompts']
+
+    def check_loaded(self, resumed: bool) -> Optional[str]:
+        """Compare loaded class embeddings with those of the config.
+
+        Prompts that have learned in a run before this one need the tower for
+        it.
+
+        Args:
+            resumed (bool): Whether the run is a resumed one.
+
+        Returns:
+            str, optional: What was done, if there was a difference.
+
+        Raises:
+            TextTowerError: If the run is resumed and has no tower.
+            ValueError: If the run is resumed and its text has changed.
+        """
+        if self.can_compute or not (self.started and self.has_base):
+            return super().check_loaded(resumed)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self.prepare()
+        except TextTowerError as error:
+            if resumed:
+                raise
+            return f'the text is that of the checkpoint, since {error}'
+        message = super().check_loaded(resumed)
+        self._forget_tower()
+        return message
 
     def _build_prompts(self,
                        tower: TextTower,
