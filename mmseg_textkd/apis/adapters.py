@@ -197,8 +197,8 @@ class TextHeadAdapter(NetworkAdapter):
                 loss.scale for loss in head.text_losses
                 if isinstance(loss, TextAlignmentLoss)
             ]
-            self.scale = scales[0]().detach() if scales else torch.tensor(1 /
-                                                                          0.07)
+            scale = scales[0]() if scales else torch.tensor(1 / 0.07)
+            self.scale = scale.detach()
             return
         if branch.fuses_at_inference:
             raise ValueError(f'{type(branch.fusion).__name__} {CANNOT_FOLD}')

@@ -82,9 +82,15 @@ class DatasetIoUMetric(ConfusionIoUMetric):
                 pred_sem_seg=dict(data=own.argmax(dim=0, keepdim=True)))
             if not self.format_only:
                 labels = sample['gt_sem_seg']['data']
+                # Not by the label that is ignored, which may be negative.
+                known = labels != self.ignore_index
+                to_own = labels.new_full(
+                    (max(len(self.space),
+                         int(labels.max()) + 1), ), self.ignore_index)
+                to_own[rows.to(labels.device)] = torch.arange(
+                    len(rows), device=labels.device, dtype=labels.dtype)
                 own = torch.full_like(labels, self.ignore_index)
-                for row, label in enumerate(self.rows.tolist()):
-                    own[labels == label] = row
+                own[known] = to_own[labels[known]]
                 sample['gt_sem_seg'] = dict(data=own)
             super().process(data_batch, [sample])
 
