@@ -733,7 +733,10 @@ def test_a_head_without_the_layer_is_told(tmp_path):
 def test_a_copy_has_classes_of_its_own(worded, inferencer):
     mine, image = inferencer(), worded('residual').images[0]
     expected = mine(image)['predictions']
+    # One that shares the network waits for it, too.
+    assert copy.copy(mine).lock is mine.lock
     other = copy.deepcopy(mine)
+    assert other.lock is not mine.lock
     other.set_classes(['car'])
     assert not other(image)['predictions'].any()
     assert np.array_equal(mine(image)['predictions'], expected)

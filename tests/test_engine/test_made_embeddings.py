@@ -51,16 +51,18 @@ def test_a_missing_file_is_made_and_nothing_else_changes(
     assert_equal(*map(dict, states))
 
 
-def test_a_missing_file_is_made_beside_loaded_weights(tmp_path):
+@each_case('kind', ['centered', 'mixture'])
+def test_a_missing_file_is_made_beside_loaded_weights(tmp_path, kind):
     """They fill the text, but the run is to have that of its config."""
-    kind = text('centered', tmp_path / 'first.st')
-    cfg = tiny_config(tmp_path, kind, HOOK)
+    first = text(kind, tmp_path / 'first.st')
+    ensure_embeddings(tiny_config(tmp_path, first))
+    cfg = tiny_config(tmp_path, first, HOOK)
     run(cfg)
     cfg.load_from = f'{cfg.work_dir}/iter_6.pth'
     ends = []
     for place in ('made', 'there'):
         file = tmp_path / f'{place}.st'
-        cfg.model.decode_head.text = text('centered', file)
+        cfg.model.decode_head.text = text(kind, file)
         cfg.model.decode_head.text.embeddings.build.templates = 'none'
         cfg.work_dir = str(tmp_path / place)
         if place == 'there':

@@ -2,6 +2,7 @@
 """The hook in real, tiny runs."""
 import ast
 import copy
+import inspect
 import json
 import re
 from pathlib import Path
@@ -394,6 +395,20 @@ def test_a_resumed_run_stays_in_its_stage(tmp_path, residual, first, then,
         run(cfg, resume=True, **{'train_cfg.max_iters': length})
 
 
+def test_resume_of_a_run_without_the_hook(tmp_path, residual):
+    """Its prompts have not learned: all of it was stage 1."""
+    cfg = tiny_config(tmp_path, residual, max_iters=4)
+    run(cfg)
+    cfg.custom_hooks = [dict(type='PromptLearnerHook', switch_at=2)]
+    cfg.resume = True
+    message = 'was stopped in stage 1, after 4 iterations'
+    with pytest.raises(ValueError, match=message):
+        run(cfg, **{'train_cfg.max_iters': 6})
+    cfg.custom_hooks[0].switch_at = 5
+    _, recorder = record(cfg, **{'train_cfg.max_iters': 6})
+    assert [OFFSET in row['learns'] for row in recorder.rows] == [False, True]
+
+
 def test_norms_without_weights_move_with_what_is_around(tmp_path, residual):
     hook = dict(switch_at=3, learn=['backbone', r'\.text\.'])
     cfg = tiny_config(tmp_path, residual, hook, 6, 1)
@@ -735,6 +750,14 @@ def test_text_without_its_file(tmp_path, residual):
     said = logs(tmp_path / '2')
     assert 'the text is that of the checkpoint' in said
     assert '/nowhere.safetensors' in said
+    # As well if the network has been built by hand.
+    names = inspect.signature(Runner).parameters
+    parts = {key: cfg[key] for key in cfg if key in names}
+    parts.update(model=MODELS.build(cfg.model), cfg={}, default_scope='mmseg')
+    parts.update(work_dir=f'{tmp_path}/4', experiment_name='by_hand')
+    runner = Runner(**parts)
+    runner.train()
+    assert torch.equal(runner.model.decode_head.conv_seg.text(), learned)
     cfg.custom_hooks[0].switch_at = 1
     cfg.work_dir = f'{tmp_path}/3'
     with pytest.raises(RuntimeError, match="cannot start.*'/nowhere.safeten"):

@@ -60,5 +60,6 @@ class MixturePromptLearner(PromptLearner):
         # alone.
         value = state_dict.get(prefix + 'weights')
         if value is not None and self.bank is None:
-            self.weights = nn.Parameter(torch.zeros_like(value))
+            # An optimizer may hold the parameter by now.
+            self.weights.data = torch.zeros_like(value)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
