@@ -61,5 +61,5 @@ class MixturePromptLearner(PromptLearner):
         value = state_dict.get(prefix + 'weights')
         if value is not None and self.bank is None:
             # An optimizer may hold the parameter by now.
-            self.weights.data = torch.zeros_like(value)
+            self.weights.data = self.weights.new_zeros(value.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
