@@ -40,10 +40,8 @@ FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 FORBID = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 _ENVIRONMENT = threading.RLock()
 
-_applied: List[str] = []
-_done = False
 
-
+@functools.lru_cache(maxsize=None)
 def apply() -> Tuple[str, ...]:
     """Check the installed versions and apply all patches, once per process.
 
@@ -57,24 +55,20 @@ def apply() -> Tuple[str, ...]:
         ImportError: If a library is missing or unsuitable; one line says
             what to install.
     """
-    global _done
-    if not _done:
-        check_versions()
-        _silence()
-        patches: Dict[str, Callable[[], bool]] = {
-            'mmseg assertion': _import_mmseg,
-            'mmcv.ops': _stand_in_for_ops,
-            'safe globals': allow_runner_checkpoints,
-            'code in checkpoints': _load_without_code,
-            'distribution name': _name_distribution,
-            'pkg_resources': _find_without_pkg_resources,
-            'class weights': _weigh_with_ignored_pixels,
-            'drawing': _draw_all,
-            'unnamed files': _name_files,
-        }
-        _applied.extend(name for name, patch in patches.items() if patch())
-        _done = True
-    return tuple(_applied)
+    check_versions()
+    _silence()
+    patches: Dict[str, Callable[[], bool]] = {
+        'mmseg assertion': _import_mmseg,
+        'mmcv.ops': _stand_in_for_ops,
+        'safe globals': allow_runner_checkpoints,
+        'code in checkpoints': _load_without_code,
+        'distribution name': _name_distribution,
+        'pkg_resources': _find_without_pkg_resources,
+        'class weights': _weigh_with_ignored_pixels,
+        'drawing': _draw_all,
+        'unnamed files': _name_files,
+    }
+    return tuple(name for name, patch in patches.items() if patch())
 
 
 def check_versions() -> None:

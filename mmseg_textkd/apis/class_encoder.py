@@ -196,7 +196,7 @@ class ClassEncoder:
                 f'can only predict its own classes, {list(self.names)}.')
         if record is not None:
             vectors = self._from_file(record, words, tower)
-            return self._center(vectors), 'from the embeddings file'
+            return self.provider.center(vectors), 'from the embeddings file'
         if tower[0] is None:
             raise ValueError(
                 'it is not known which text tower made the vectors that this '
@@ -224,14 +224,14 @@ class ClassEncoder:
     def _in_templates(self, words: Vocabulary, tower: Tower,
                       templates: List[str]) -> Tensor:
         """Encode the phrases of each class in prompt templates."""
-        return self._center(
+        return self.provider.center(
             self._cached(
                 words, tower, templates, lambda block: encode_classes(
                     block, self._load(tower), templates).vectors))
 
     def _in_context(self, words: Vocabulary, tower: Tower) -> Tensor:
         """Encode the first phrase of each class in the learned context."""
-        shift = self._shift()
+        shift = self.provider.shift
         learned = dict(
             context=self.provider.context.tolist(),
             shift=shift if shift is None else shift.tolist(),
@@ -304,24 +304,6 @@ class ClassEncoder:
             print_log(f'The vectors cannot be kept in the cache: {error}',
                       'current')
         return vectors
-
-    def _shift(self) -> Optional[Tensor]:
-        """Get the mean that was subtracted from the trained vectors."""
-        shift = getattr(self.provider, 'shift', None)
-        if shift is None and (self.embeddings.get('center')
-                              or self.embeddings.get('centre')):
-            raise ValueError(
-                'this network was trained with centered vectors, and the mean '
-                'that is subtracted from new ones too is that of its '
-                f'embeddings file {self.embeddings.get("file")!r}, which is '
-                'missing. Put it there.')
-        return None if shift is None else shift.detach().cpu()
-
-    def _center(self, vectors: Tensor) -> Tensor:
-        """Subtract the mean of the trained vectors, if they are centered."""
-        shift = self._shift()
-        return vectors if shift is None else F.normalize(
-            vectors - shift, dim=1)
 
     def _check_tower(self, tower: Tower, templates: List[str]) -> None:
         """Warn if the tower is not the one of the training."""

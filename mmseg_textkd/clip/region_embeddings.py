@@ -1,8 +1,6 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
-import hashlib
-import json
 from pathlib import Path
-from typing import Mapping, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -56,25 +54,6 @@ class RegionEmbeddings(NamedTuple):
         if set(tensors) != set(cls._fields) or texts.get('key') != key:
             return None
         return cls(**tensors)
-
-
-def region_key(image: np.ndarray, labels: np.ndarray,
-               settings: Mapping) -> str:
-    """Hash everything that the embeddings of an image depend on.
-
-    Args:
-        image (np.ndarray): The image, of any type.
-        labels (np.ndarray): Its label map.
-        settings (Mapping): Tower and parameters, as JSON takes them.
-
-    Returns:
-        str: SHA-256 in hexadecimal digits.
-    """
-    total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for array in (image, labels):
-        total.update(f'{array.dtype} {array.shape};'.encode())
-        total.update(np.ascontiguousarray(array))
-    return total.hexdigest()
 
 
 def encode_regions(tower: ImageTower,

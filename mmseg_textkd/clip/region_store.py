@@ -11,7 +11,7 @@ from mmengine.logging import print_log
 
 from ..utils.io import write_files
 from .image_tower import ImageTower
-from .region_embeddings import RegionEmbeddings, encode_regions, region_key
+from .region_embeddings import RegionEmbeddings, encode_regions
 from .weights import PathLike, hash_weights
 
 
@@ -126,7 +126,12 @@ class RegionStore:
         Returns:
             str: Hexadecimal digits.
         """
-        return region_key(image, labels, self.settings)
+        total = hashlib.sha256(
+            json.dumps(self.settings, sort_keys=True).encode())
+        for array in (image, labels):
+            total.update(f'{array.dtype} {array.shape};'.encode())
+            total.update(np.ascontiguousarray(array))
+        return total.hexdigest()
 
     def path(self, key: str) -> Path:
         """Get the path of a file.

@@ -43,7 +43,6 @@ class CamVidDataset(BaseSegDataset):
     Args:
         img_suffix (str, optional): Suffix of the images. Found out from the
             folder ('.png' or '.jpg') if None. Defaults to None.
-        seg_map_suffix (str): Suffix of the label maps. Defaults to '.png'.
         **kwargs: Other arguments of ``BaseSegDataset``. ``ann_file`` may be
             a list of the SegNet tutorial (``train.txt`` ..., lines ``/SegNet/
             CamVid/train/NAME.png /SegNet/CamVid/trainannot/NAME.png``) or one
@@ -64,16 +63,12 @@ class CamVidDataset(BaseSegDataset):
     UNLABELED = 11
     SPLIT_SIZES = dict(train=367, val=101, test=233)
 
-    def __init__(self,
-                 img_suffix: Optional[str] = None,
-                 seg_map_suffix: str = '.png',
-                 **kwargs) -> None:
+    def __init__(self, img_suffix: Optional[str] = None, **kwargs) -> None:
         if kwargs.get('reduce_zero_label'):
             raise ValueError(
                 'CamVidDataset needs reduce_zero_label=False: its label 0 is '
                 'sky, and 11 (unlabeled) would become bicyclist')
-        super().__init__(
-            img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
+        super().__init__(img_suffix=img_suffix, **kwargs)
 
     @classmethod
     def get_label_map(cls,

@@ -2,7 +2,7 @@
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Sequence
 
 import mmcv
 import numpy as np
@@ -10,10 +10,11 @@ from mmengine import fileio
 
 from ..utils.progress import track
 from .camvid import CamVidDataset
+from .check_labels import CheckLabels
 
 NUM_CLASSES = len(CamVidDataset.METAINFO['classes'])
-# 255 in a file is what 11 becomes anyway; some copies have it already.
-ALLOWED = (*range(NUM_CLASSES), CamVidDataset.UNLABELED, 255)
+# Of labels as they are in the files: 11 is not 255 yet.
+CHECK = CheckLabels(NUM_CLASSES + 1)
 
 
 @dataclass
@@ -78,53 +79,33 @@ def check_camvid(data_root: str,
                                        f'{split}: the splits overlap')
 
     for split, info in track(samples, 'Reading', show=progress):
-        problem = _check_sample(info, report.sizes[split],
-                                report.pixels[split])
-        if problem:
-            report.problems.append(problem)
+        try:
+            _check_sample(info, report.sizes[split], report.pixels[split])
+        except ValueError as error:
+            report.problems.append(str(error))
     return report
 
 
-def _check_sample(info: dict, sizes: Counter,
-                  pixels: np.ndarray) -> Optional[str]:
-    """Count the labels of one sample and return its errors."""
-    image, problem = _read(info['img_path'], 'color', 'cv2')
-    if problem:
-        return problem
+def _check_sample(info: dict, sizes: Counter, pixels: np.ndarray) -> None:
+    """Count the labels of one sample, or raise what is wrong with it."""
+    image = _read(info['img_path'], 'color', 'cv2')
     sizes[image.shape[:2]] += 1
     # Decoded as LoadAnnotations does, but not cast to uint8, which would
     # wrap the values of a 16 bit file.
-    path = info['seg_map_path']
-    seg_map, problem = _read(path, 'unchanged', 'pillow')
-    if problem:
-        return problem
-    seg_map = seg_map.squeeze()
-    if seg_map.ndim != 2:
-        return (f'{path} has shape {seg_map.shape} instead of one label per '
-                'pixel: is it a color image of the labels?')
-    if seg_map.shape != image.shape[:2]:
-        return (f'{path} is {seg_map.shape[1]}x{seg_map.shape[0]} but its '
-                f'image {info["img_path"]} is {image.shape[1]}x'
-                f'{image.shape[0]} (width x height)')
-    values, counts = np.unique(seg_map.astype(np.int64), return_counts=True)
-    bad = [int(value) for value in values if value not in ALLOWED]
-    if bad:
-        return (f'{path} holds labels beyond the classes: {bad[:10]}'
-                f'{" ..." if len(bad) > 10 else ""}; allowed are 0 to '
-                f'{NUM_CLASSES - 1}, and {CamVidDataset.UNLABELED} or 255 '
-                'for unlabeled')
+    labels = _read(info['seg_map_path'], 'unchanged', 'pillow').squeeze()
+    labels = labels.astype(np.int64)
+    CHECK(dict(info, img=image, gt_seg_map=labels))
+    values, counts = np.unique(labels, return_counts=True)
     np.add.at(pixels, np.minimum(values, NUM_CLASSES), counts)
-    return None
 
 
-def _read(path: str, flag: str,
-          backend: str) -> Tuple[Optional[np.ndarray], Optional[str]]:
-    """Decode an image; return it or the error, the other is None."""
+def _read(path: str, flag: str, backend: str) -> np.ndarray:
+    """Decode an image."""
     try:
         picture = mmcv.imfrombytes(fileio.get(path), flag, backend=backend)
     except Exception as err:
         # Decoders raise all sorts of things at a broken file.
-        return None, f'{path} cannot be read: {err}'
+        raise ValueError(f'{path} cannot be read: {err}') from err
     if picture is None:
-        return None, f'{path} cannot be read: broken or no image'
-    return picture, None
+        raise ValueError(f'{path} cannot be read: broken or no image')
+    return picture

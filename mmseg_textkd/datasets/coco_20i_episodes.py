@@ -37,7 +37,6 @@ class COCO20iEpisodes(EpisodeDataset):
         shot (int): Support images that HSNet would draw. They are drawn
             and dropped, so that the queries are those of that test. Defaults
             to 0: LSeg's.
-        img_suffix (str): Suffix of the images. Defaults to '.jpg'.
         **kwargs: Other arguments of ``BaseSegDataset``.
 
     Raises:
@@ -54,13 +53,11 @@ class COCO20iEpisodes(EpisodeDataset):
                  num_episodes: int = 1000,
                  seed: int = 0,
                  shot: int = 0,
-                 img_suffix: str = '.jpg',
                  **kwargs: Any) -> None:
         self.num_episodes, self.seed, self.shot = num_episodes, seed, shot
         super().__init__(
             range(check_fold(fold), 80, 4),
             ann_file=ann_file.format(fold=fold),
-            img_suffix=img_suffix,
             **kwargs)
 
     def load_data_list(self) -> List[dict]:

@@ -53,7 +53,6 @@ class FSS1000Episodes(EpisodeDataset):
             raise ValueError(f'`split` must be one of {list(SPLITS)}, but got '
                              f'{split!r}.')
         self.skip_first = split == 'test' and shot == 1
-        kwargs.setdefault('img_suffix', '.jpg')
         super().__init__(SPLITS[split], **kwargs)
 
     def load_data_list(self) -> List[dict]:

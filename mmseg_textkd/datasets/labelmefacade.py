@@ -23,13 +23,6 @@ class LabelMeFacadeDataset(BaseSegDataset):
     Source: `A Fast Approach for Pixelwise Labeling of Facade Images
     <https://doi.org/10.1109/ICPR.2010.742>`_.
 
-    Args:
-        img_suffix (str): Defaults to '.jpg'.
-        seg_map_suffix (str): Defaults to '.png'.
-        reduce_zero_label (bool): Label 0 is building, a class like the
-            others. Defaults to False.
-        **kwargs: As for ``BaseSegDataset``.
-
     Raises:
         FileNotFoundError: If the images or a label map are not there.
     """
@@ -39,17 +32,6 @@ class LabelMeFacadeDataset(BaseSegDataset):
                  'vegetation', 'window'),
         palette=[[128, 0, 0], [128, 0, 128], [128, 128, 0], [128, 128, 128],
                  [128, 64, 0], [0, 128, 128], [0, 128, 0], [0, 0, 128]])
-
-    def __init__(self,
-                 img_suffix: str = '.jpg',
-                 seg_map_suffix: str = '.png',
-                 reduce_zero_label: bool = False,
-                 **kwargs) -> None:
-        super().__init__(
-            img_suffix=img_suffix,
-            seg_map_suffix=seg_map_suffix,
-            reduce_zero_label=reduce_zero_label,
-            **kwargs)
 
     def load_data_list(self) -> List[dict]:
         """Load annotations; missing files raise with how to get them.

@@ -27,16 +27,8 @@ class Load16BitAnnotations(LoadAnnotations):
       ``seg_map_path``
 
     Args:
-        imdecode_backend (str): See ``LoadAnnotations``. Defaults to 'pillow'.
-        backend_args (dict, optional): See ``LoadAnnotations``. Defaults to
-            None.
+        **kwargs: As of ``LoadAnnotations``.
     """
-
-    def __init__(self,
-                 imdecode_backend: str = 'pillow',
-                 backend_args: dict = None) -> None:
-        super().__init__(
-            imdecode_backend=imdecode_backend, backend_args=backend_args)
 
     def transform(self, results: dict) -> dict:
         """Load the label map of one sample.
@@ -59,7 +51,8 @@ class Load16BitAnnotations(LoadAnnotations):
 
     def _load_seg_map(self, results: dict) -> None:
         path = results['seg_map_path']
-        if results.get('reduce_zero_label') or results.get('label_map'):
+        if (self.reduce_zero_label or results.get('reduce_zero_label')
+                or results.get('label_map')):
             raise ValueError(
                 'Load16BitAnnotations takes labels as they are: set neither '
                 '`reduce_zero_label` nor a part of the classes in the '
@@ -76,8 +69,3 @@ class Load16BitAnnotations(LoadAnnotations):
                 'it a color image, or were the labels cut to 8 bits?')
         results['gt_seg_map'] = labels.astype(np.int32)
         results['seg_fields'].append('gt_seg_map')
-
-    def __repr__(self) -> str:
-        return (f'{self.__class__.__name__}('
-                f"imdecode_backend='{self.imdecode_backend}', "
-                f'backend_args={self.backend_args})')

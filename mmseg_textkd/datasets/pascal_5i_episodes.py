@@ -27,7 +27,6 @@ class PASCAL5iEpisodes(EpisodeDataset):
         ann_file (str): The list; ``{fold}`` in it is replaced. A line is
             ``2007_000033__01``: the image, and the class from 1 on.
         num_episodes (int): Number of episodes. Defaults to 1000.
-        img_suffix (str): Suffix of the images. Defaults to '.jpg'.
         **kwargs: Other arguments of ``BaseSegDataset``.
 
     Raises:
@@ -42,14 +41,12 @@ class PASCAL5iEpisodes(EpisodeDataset):
                  fold: int = 0,
                  ann_file: str = 'splits/pascal/val/fold{fold}.txt',
                  num_episodes: int = 1000,
-                 img_suffix: str = '.jpg',
                  **kwargs: Any) -> None:
         self.num_episodes = num_episodes
         first = 5 * check_fold(fold)
         super().__init__(
             range(first, first + 5),
             ann_file=ann_file.format(fold=fold),
-            img_suffix=img_suffix,
             **kwargs)
 
     def load_data_list(self) -> List[dict]:

@@ -18,9 +18,6 @@ class ToyScenesDataset(BaseSegDataset):
 
     Args:
         img_suffix (str): Defaults to '.png'.
-        seg_map_suffix (str): Defaults to '.png'.
-        reduce_zero_label (bool): Label 0 is the sky, a class like the others.
-            Defaults to False.
         **kwargs: As for ``BaseSegDataset``.
 
     Raises:
@@ -29,16 +26,8 @@ class ToyScenesDataset(BaseSegDataset):
 
     METAINFO = dict(classes=CLASSES, palette=PALETTE)
 
-    def __init__(self,
-                 img_suffix: str = '.png',
-                 seg_map_suffix: str = '.png',
-                 reduce_zero_label: bool = False,
-                 **kwargs) -> None:
-        super().__init__(
-            img_suffix=img_suffix,
-            seg_map_suffix=seg_map_suffix,
-            reduce_zero_label=reduce_zero_label,
-            **kwargs)
+    def __init__(self, img_suffix: str = '.png', **kwargs) -> None:
+        super().__init__(img_suffix=img_suffix, **kwargs)
 
     def load_data_list(self) -> List[dict]:
         """Load annotations; missing files raise with how to make them.

@@ -46,8 +46,6 @@ class VideoFramesDataset(BaseSegDataset):
             to ''.
         ann_file (str): A list of videos, one a line. Defaults to '', all of
             them.
-        img_suffix (str): Defaults to '.jpg'.
-        seg_map_suffix (str): Defaults to '.png'.
         **kwargs: As of ``BaseSegDataset``; ``metainfo`` with the classes.
 
     Raises:
@@ -59,16 +57,10 @@ class VideoFramesDataset(BaseSegDataset):
                  data_prefix: dict = dict(
                      img_path='origin', seg_map_path='mask'),
                  videos_dir: str = '',
-                 img_suffix: str = '.jpg',
-                 seg_map_suffix: str = '.png',
                  **kwargs: Any) -> None:
         self.videos_dir = videos_dir
         self.folders = dict(data_prefix)
-        super().__init__(
-            data_prefix=dict(),
-            img_suffix=img_suffix,
-            seg_map_suffix=seg_map_suffix,
-            **kwargs)
+        super().__init__(data_prefix=dict(), **kwargs)
 
     def load_data_list(self) -> List[dict]:
         """List all frames, video by video.

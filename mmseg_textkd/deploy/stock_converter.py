@@ -253,10 +253,9 @@ def _stock_dataset(kind: Any, value: Dict, where: str) -> Dict:
         raise ValueError(
             f'{where}: a {kind.__name__} with {odd} cannot be replaced by a '
             'BaseSegDataset, which would treat that otherwise.')
-    own = inspect.signature(kind).parameters.values()
-    stock = {p.name: p.default for p in own if p.default is not p.empty}
-    stock.update(value, type='BaseSegDataset', metainfo=metainfo)
-    if stock['img_suffix'] is None:
+    own = inspect.signature(kind).parameters['img_suffix']
+    stock = dict(value, type='BaseSegDataset', metainfo=metainfo)
+    if stock.setdefault('img_suffix', own.default) is None:
         # As CamVidDataset, which looks what the images end in.
         folder = osp.join(
             stock.get('data_root') or '',

@@ -256,15 +256,9 @@ class TextEmbeddings:
             bank_mask=mask)
 
     @classmethod
-    def from_vectors(cls,
-                     path: PathLike,
-                     names: Union[PathLike, Sequence[str], Mapping],
-                     phrases: Optional[Sequence[Union[str,
-                                                      Sequence[str]]]] = None,
-                     templates: Optional[Sequence[str]] = None,
-                     model: Optional[str] = None,
-                     pretrained: Optional[str] = None,
-                     library: Optional[str] = None) -> 'TextEmbeddings':
+    def from_vectors(
+            cls, path: PathLike, names: Union[PathLike, Sequence[str],
+                                              Mapping]) -> 'TextEmbeddings':
         """Import plain K×D vectors, without unpickling anything.
 
         Rows are brought to unit length.
@@ -277,14 +271,6 @@ class TextEmbeddings:
                 file with a list, or with a dict with ``names`` and, if
                 known, ``phrases``, ``template`` or ``templates``, ``model``,
                 ``pretrained`` and ``library``.
-            phrases (Sequence, optional): A phrase, or several, for each
-                class. Defaults to None: of the names file, or the names.
-            templates (Sequence[str], optional): Defaults to None: of the
-                names file.
-            model (str, optional): Defaults to None: of the names file.
-            pretrained (str, optional): Defaults to None: of the names file.
-            library (str, optional): Defaults to None: of the names file, or
-                where the vectors were imported from.
 
         Returns:
             TextEmbeddings: The imported vectors.
@@ -295,13 +281,6 @@ class TextEmbeddings:
                 not as many names as vectors.
         """
         known = read_names(names)
-        given = dict(
-            phrases=phrases,
-            templates=templates,
-            model=model,
-            pretrained=pretrained,
-            library=library)
-        known.update((k, v) for k, v in given.items() if v is not None)
         known.setdefault('library', f'imported from {Path(path).name}')
         known['phrases'] = tuple(
             (phrase, ) if isinstance(phrase, str) else tuple(phrase)

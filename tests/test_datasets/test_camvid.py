@@ -256,9 +256,9 @@ def test_check_camvid_finds_all_that_is_wrong(camvid):
     found = [
         f'{name(2)} is in train and in test: the splits overlap',
         f'{files[0]} is 47x36 but',
-        f'{files[1]} holds labels beyond the classes: [256]',
+        f'{files[1]} holds labels beyond the 12 classes: [256]',
         f'{files[2]} cannot be read',
-        f'{name(3)} holds labels beyond the classes: [12, 13]',
+        f'{name(3)} holds labels beyond the 12 classes: [12, 13]',
         f'{camvid}/val/{name(4)} cannot be read',
         f'{camvid}/testannot/{name(2)} cannot be read',
     ]
@@ -300,6 +300,6 @@ def test_tool(camvid, monkeypatch, capsys):
     write(file, np.full((H, W), 99, np.uint8))
     call(0, '--split', 'train', 'test')
     out = call(1, '--split', 'val')
-    assert f'problem: {file} holds labels beyond the classes: [99]' in out
+    assert f'problem: Label map {file} holds labels beyond the 12' in out
     assert f'1 problems in {camvid}' in out
     call(2, '--split', 'trian')

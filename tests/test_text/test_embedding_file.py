@@ -219,7 +219,7 @@ def write_vectors(file, vectors):
 
 
 def load_vectors(file):
-    return TextEmbeddings.from_vectors(file, NAMES, model='m')
+    return TextEmbeddings.from_vectors(file, dict(names=NAMES, model='m'))
 
 
 @each_case('suffix', ['npy', 'pt', 'pth', 'safetensors'])

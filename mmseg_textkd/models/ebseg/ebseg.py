@@ -107,8 +107,8 @@ class EBSeg(EncoderDecoder):
                 cache_dir=encoder.cache_dir)
             found = encode_classes(classes, tower, templates)
             classes = TextEmbeddings(
-                self.decode_head.text.center(found.vectors), found.names,
-                found.phrases)
+                self.decode_head.text.trained.center(found.vectors),
+                found.names, found.phrases)
         self.decode_head.set_classes(classes)
         self.out_channels = self.decode_head.out_channels
 

@@ -2,13 +2,11 @@
 from typing import Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor
 
 from mmseg_textkd.text import TextEmbeddings, Vocabulary
 from mmseg_textkd.text.vocabulary import VocabularySpec
-from mmseg_textkd.utils.config import dicts
 from ..layers.balance import seen_classes
 from ..text_providers import ClassEmbeddings, TextProvider, build_text
 
@@ -45,13 +43,13 @@ class SwitchableText(BaseModule):
                 f'training draws or holds several (mode={bank.mode!r}). Use '
                 "mode='mean', or ClassEmbeddings.")
         self.train_classes = train_classes
-        self.centered = _centered(text)
-        if test_text is not None and (self.centered or _centered(test_text)):
+        other = None if test_text is None else build_text(test_text)
+        if other is not None and (self.trained.centered or other.centered):
             raise ValueError(
                 '`text` or `test_text` is centered, each by a mean of its '
                 'own, so that the two cannot be compared. Leave `center` out, '
                 'or set the classes by `EBSeg.set_classes`.')
-        self.switch(None if test_text is None else build_text(test_text))
+        self.switch(other)
 
     @property
     def dim(self) -> int:
@@ -92,26 +90,6 @@ class SwitchableText(BaseModule):
                 'the text tower of the training.')
         # Out of nn.Module's sight, and so of checkpoints and of `train`.
         self.__dict__['other'] = other and other.eval()
-
-    def center(self, vectors: Tensor) -> Tensor:
-        """Subtract the mean that was subtracted from the training's text.
-
-        Args:
-            vectors (Tensor): Unit rows with shape (K', D).
-
-        Returns:
-            Tensor: Unit rows, as they were if nothing was subtracted.
-
-        Raises:
-            ValueError: If the mean is not known.
-        """
-        shift = getattr(self.trained, 'shift', None)
-        if shift is None and self.centered:
-            raise ValueError(
-                'the network was trained with centered text, and the '
-                'embeddings file with the mean is missing. Put it there.')
-        return vectors if shift is None else F.normalize(
-            vectors - shift.to(vectors), dim=1)
 
     def set_classes(self, embeddings: Optional[TextEmbeddings]) -> None:
         """Set the classes of inference.
@@ -158,12 +136,6 @@ class SwitchableText(BaseModule):
             _vocabulary(self.trained)
             if trained is None else Vocabulary.from_spec(trained))
         return other().to(own), torch.tensor(seen, device=own.device)
-
-
-def _centered(text: dict) -> bool:
-    """Whether a config centers its vectors."""
-    return any(
-        part.get('center') or part.get('centre') for part in dicts(text))
 
 
 def _vocabulary(provider: TextProvider) -> Vocabulary:

@@ -101,6 +101,7 @@ class ClassEmbeddings(FixedProvider):
         self._missing_hint = hint
         # Learners that start from this text are centered by the same vector.
         self.shift: Optional[Tensor] = None
+        self.centered = center
         if record is not None:
             self._source = self._rows(record)
             if center:

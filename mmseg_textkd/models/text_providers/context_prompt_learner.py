@@ -3,6 +3,7 @@ import warnings
 from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmseg.registry import MODELS
 from torch import Tensor, nn
@@ -268,4 +269,5 @@ class ContextPromptLearner(PromptLearner):
         tokens = torch.cat(
             [tokens[:, :start], context, tokens[:, start + self.n_ctx:]],
             dim=1)
-        return self._center(tower.encode_prompts(tokens, ids))
+        return self.center(
+            F.normalize(tower.encode_prompts(tokens, ids), dim=1))

@@ -80,6 +80,7 @@ class ControlEmbeddings(FixedProvider):
         super().__init__(
             num_classes, dim, names=None if source is None else source.names)
         self.kind = kind
+        self.centered = getattr(source, 'centered', False)
         generator = torch.Generator().manual_seed(seed)
         if kind == 'random':
             self._source = torch.linalg.qr(

@@ -2,6 +2,7 @@
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ class MixturePromptLearner(PromptLearner):
         """
         logits = self.weights.masked_fill(~self.bank_mask, float('-inf'))
         mixed = torch.einsum('kr,krd->kd', logits.softmax(dim=1), self.bank)
-        return self._center(mixed)
+        return self.center(F.normalize(mixed, dim=1))
 
     def _load_from_state_dict(self, state_dict, prefix, *args,
                               **kwargs) -> None:

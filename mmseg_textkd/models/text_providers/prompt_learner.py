@@ -39,6 +39,7 @@ class PromptLearner(TextProvider):
         # Whether stage 2 has started, also in a resumed run.
         self.register_buffer('started', torch.zeros((), dtype=torch.bool))
         self.has_base = fixed.filled
+        self.centered = fixed.centered
         self.record = getattr(fixed, 'record', None)
         # Stage 1 trains with phrases, stage 2 with the learned embeddings.
         self.phrase_bank = fixed.phrase_bank
@@ -99,20 +100,6 @@ class PromptLearner(TextProvider):
             # In stage 1, also where stage 2 needs a tower to compute them.
             return self.base if self.has_base else None
         return super().expected()
-
-    def _center(self, vectors: Tensor) -> Tensor:
-        """Normalize vectors, centered if the fixed ones are.
-
-        Args:
-            vectors (Tensor): Float32 tensor with shape (K, D), of any length.
-
-        Returns:
-            Tensor: Unit rows with shape (K, D).
-        """
-        vectors = F.normalize(vectors, dim=1)
-        if self.shift is None:
-            return vectors
-        return F.normalize(vectors - self.shift, dim=1)
 
     @torch.no_grad()
     def distance_from_start(self) -> float:

@@ -42,7 +42,7 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
         self.num_classes = num_classes
         self.dim = dim
         self.names: Optional[Tuple[str, ...]] = tuple(names) if names else None
-        self.learning = False
+        self.learning = self.centered = False
         self._filled = False
         self._missing_hint = 'no class embeddings were given.'
         # Phrases that replace the class embeddings in training.
@@ -164,6 +164,26 @@ class TextProvider(BaseModule, metaclass=ABCMeta):
                 raise RuntimeError('Training needs the phrases of the '
                                    f'classes: {self._bank_hint}')
         return self.class_embeddings
+
+    def center(self, vectors: Tensor) -> Tensor:
+        """Subtract the mean that was subtracted from the own vectors.
+
+        Args:
+            vectors (Tensor): Unit vectors with shape (n, D).
+
+        Returns:
+            Tensor: Unit vectors; the same if the own are not centered.
+
+        Raises:
+            ValueError: If that mean is not known, as its file is missing.
+        """
+        shift = getattr(self, 'shift', None)
+        if shift is None and self.centered:
+            raise ValueError(
+                'the network was trained with centered vectors, and the '
+                'embeddings file with the mean is missing. Put it there.')
+        return vectors if shift is None else F.normalize(
+            vectors - shift.to(vectors), dim=1)
 
     def train(self, mode: bool = True) -> 'TextProvider':
         """Set the mode; evaluation uses the text of the current weights.
