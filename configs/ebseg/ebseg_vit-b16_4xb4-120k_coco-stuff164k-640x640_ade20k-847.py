@@ -7,19 +7,14 @@ _base_ = './ebseg_vit-b16_4xb4-120k_coco-stuff164k-640x640.py'
      seg_map_path='annotations_detectron2/validation',
      scale=(2560, 640),
      vocabulary='ade20k_847')
+text_trained = _base_.model.decode_head.text
 model = dict(
     decode_head=dict(
         test_text=dict(
-            type='ClassEmbeddings',
+            text_trained,
             num_classes=847,
-            dim=512,
             classes='ade20k_847',
-            file='data/text_embeddings/'
-            'ade20k_847_vit-b16-openai.safetensors',
-            build=dict(
-                vocabulary='ade20k_847',
-                model='ViT-B-16',
-                pretrained='openai',
-                templates='vild'))))
+            file=text_trained.file.replace('coco_stuff', 'ade20k_847'),
+            build=dict(text_trained.build, vocabulary='ade20k_847'))))
 # It would compare the test data with the classes of the training.
 custom_hooks = []

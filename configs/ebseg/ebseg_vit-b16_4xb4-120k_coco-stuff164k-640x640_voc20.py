@@ -5,18 +5,14 @@ test_dataloader, vocabulary = __import__('mmseg_textkd').open_vocabulary_test(
     scale=(2560, 640),
     leave_out=('background', ),
     vocabulary='voc12')
+text_trained = _base_.model.decode_head.text
 model = dict(
     decode_head=dict(
         test_text=dict(
-            type='ClassEmbeddings',
-            classes=list(vocabulary),
+            text_trained,
             num_classes=20,
-            dim=512,
-            file='data/text_embeddings/voc20_vit-b16-openai.safetensors',
-            build=dict(
-                vocabulary=vocabulary,
-                model='ViT-B-16',
-                pretrained='openai',
-                templates='vild'))))
+            classes=list(vocabulary),
+            file=text_trained.file.replace('coco_stuff', 'voc20'),
+            build=dict(text_trained.build, vocabulary=vocabulary))))
 # It would compare the test data with the classes of the training.
 custom_hooks = []

@@ -7,19 +7,14 @@ _base_ = './ebseg_vit-l14-336_4xb4-120k_coco-stuff164k-640x640.py'
      seg_map_path='val/label',
      scale=(2560, 640),
      vocabulary='pascal_context459')
+text_trained = _base_.model.decode_head.text
 model = dict(
     decode_head=dict(
         test_text=dict(
-            type='ClassEmbeddings',
+            text_trained,
             num_classes=459,
-            dim=768,
             classes='pascal_context459',
-            file='data/text_embeddings/'
-            'pascal_context459_vit-l14-336-openai.safetensors',
-            build=dict(
-                vocabulary='pascal_context459',
-                model='ViT-L-14-336',
-                pretrained='openai',
-                templates='vild'))))
+            file=text_trained.file.replace('coco_stuff', 'pascal_context459'),
+            build=dict(text_trained.build, vocabulary='pascal_context459'))))
 # It would compare the test data with the classes of the training.
 custom_hooks = []

@@ -4,19 +4,14 @@ test_dataloader, vocabulary = __import__('mmseg_textkd').open_vocabulary_test(
     '_base_/datasets/pascal_context_59.py',
     scale=(2560, 640),
     vocabulary='voc12')
+text_trained = _base_.model.decode_head.text
 model = dict(
     decode_head=dict(
         test_text=dict(
-            type='ClassEmbeddings',
-            classes=list(vocabulary),
+            text_trained,
             num_classes=59,
-            dim=768,
-            file='data/text_embeddings/'
-            'pascal_context59_vit-l14-336-openai.safetensors',
-            build=dict(
-                vocabulary=vocabulary,
-                model='ViT-L-14-336',
-                pretrained='openai',
-                templates='vild'))))
+            classes=list(vocabulary),
+            file=text_trained.file.replace('coco_stuff', 'pascal_context59'),
+            build=dict(text_trained.build, vocabulary=vocabulary))))
 # It would compare the test data with the classes of the training.
 custom_hooks = []

@@ -3,27 +3,11 @@
 _base_ = './camvid-360x480.py'
 img_scale = (960, 720)  # width, height
 crop_size = (720, 960)  # height, width
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
-    dict(type='CheckLabels', num_classes=11),
-    dict(
-        type='RandomResize',
-        scale=img_scale,
-        ratio_range=(0.5, 2.0),
-        keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PhotoMetricDistortion'),
-    dict(type='PackSegInputs')
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=img_scale, keep_ratio=True),
-    dict(type='LoadAnnotations'),
-    dict(type='CheckLabels', num_classes=11),
-    dict(type='PackSegInputs')
-]
+train_pipeline = _base_.train_pipeline
+train_pipeline[3].scale = img_scale
+train_pipeline[4].crop_size = crop_size
+test_pipeline = _base_.test_pipeline
+test_pipeline[1].scale = img_scale
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))

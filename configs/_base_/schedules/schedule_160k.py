@@ -1,13 +1,7 @@
 _base_ = './schedule_10k.py'
-param_scheduler = [
-    dict(type='LinearLR', by_epoch=False, start_factor=0.1, begin=0, end=1000),
-    dict(
-        type='PolyLR',
-        eta_min=0.,
-        power=0.9,
-        begin=1000,
-        end=160000,
-        by_epoch=False)
-]
+param_scheduler = _base_.param_scheduler
+param_scheduler[0].end = 1000
+param_scheduler[1].begin = 1000
+param_scheduler[1].end = 160000
 train_cfg = dict(max_iters=160000, val_interval=16000)
 default_hooks = dict(checkpoint=dict(interval=16000))

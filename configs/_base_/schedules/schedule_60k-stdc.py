@@ -1,14 +1,6 @@
 _base_ = './schedule_10k-stdc.py'
-param_scheduler = [
-    dict(
-        type='LinearLR', by_epoch=False, start_factor=1e-5, begin=0, end=1001),
-    dict(
-        type='PolyLR',
-        eta_min=1e-6,
-        power=0.9,
-        begin=0,
-        end=60000,
-        by_epoch=False)
-]
+param_scheduler = _base_.param_scheduler
+param_scheduler[0].end = 1001
+param_scheduler[1].end = 60000
 train_cfg = dict(max_iters=60000, val_interval=6000)
 default_hooks = dict(checkpoint=dict(interval=6000))

@@ -1,13 +1,5 @@
-_base_ = './schedule_10k.py'
-param_scheduler = [
-    dict(type='LinearLR', by_epoch=False, start_factor=0.1, begin=0, end=1000),
-    dict(
-        type='PolyLR',
-        eta_min=0.,
-        power=0.9,
-        begin=1000,
-        end=80000,
-        by_epoch=False)
-]
+_base_ = './schedule_160k.py'
+param_scheduler = _base_.param_scheduler
+param_scheduler[1].end = 80000
 train_cfg = dict(max_iters=80000, val_interval=8000)
 default_hooks = dict(checkpoint=dict(interval=8000))
