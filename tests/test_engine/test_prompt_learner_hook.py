@@ -557,7 +557,7 @@ class TextSeenByHook(Hook):
 
 
 def test_log_of_the_text(tmp_path, residual):
-    cfg = tiny_config(tmp_path, residual, dict(switch_at=3, log_interval=1))
+    cfg = tiny_config(tmp_path, residual, dict(switch_at=3))
     hub = run(cfg).message_hub
     stage, drift, scale, mean, closest = (
         hub.get_scalar(f'train/text_{name}').data[0]

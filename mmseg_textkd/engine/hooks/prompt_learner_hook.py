@@ -6,7 +6,7 @@ from typing import Dict, List, Optional, Sequence, Set, Union
 import torch
 from mmengine.dist import barrier, broadcast, is_main_process
 from mmengine.fileio import exists
-from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.hooks import CheckpointHook, EMAHook, Hook, LoggerHook
 from mmengine.logging import print_log
 from mmengine.model import BaseAveragedModel, is_model_wrapper
 from mmengine.optim import OptimWrapper
@@ -69,8 +69,8 @@ class PromptLearnerHook(Hook):
             then keeps a best checkpoint of either stage. Defaults to False.
         freeze_norm (bool): Whether frozen batch norms keep their statistics
             in stage 2. Defaults to True.
-        log_interval (int): Iterations between two log entries of the text
-            statistics. Defaults to 50.
+        log_interval (int, optional): Iterations between two log entries of
+            the text statistics. Defaults to None: as often as the run logs.
         schedule (dict, optional): Deprecated, see ``param_scheduler``.
 
     Examples:
@@ -98,7 +98,7 @@ class PromptLearnerHook(Hook):
                  param_scheduler: Optional[Union[dict, Sequence[dict]]] = None,
                  load_best: bool = False,
                  freeze_norm: bool = True,
-                 log_interval: int = 50,
+                 log_interval: Optional[int] = None,
                  schedule: Optional[dict] = None) -> None:
         if not (switch_at is None or type(switch_at) is int and switch_at >= 0
                 or type(switch_at) is float and 0 < switch_at < 1):
@@ -296,7 +296,11 @@ class PromptLearnerHook(Hook):
                                  self._run_lrs):
                 group['lr'] = lr
             self._run_lrs = None
-        if self.every_n_train_iters(runner, self.log_interval):
+        # Before LoggerHook, at the same iterations.
+        every = self.log_interval or next(
+            (h.interval for h in runner.hooks if isinstance(h, LoggerHook)), 0)
+        if self.every_n_inner_iters(batch_idx, every) or self.end_of_epoch(
+                runner.train_dataloader, batch_idx):
             self._log_text(runner)
 
     def after_train(self, runner) -> None:
