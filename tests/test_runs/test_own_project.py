@@ -113,6 +113,19 @@ model['decode_head'].update(type='TextFCNHead', text=dict(
 """
 
 
+def test_a_teacher_for_a_text_config(tmp_path):
+    """The snippet is `segkd` of the configs, and keeps the stages."""
+    (tmp_path / 'my_text_config.py').write_text(
+        snippet('README.md', 'Five statements'))
+    (tmp_path / 'config.py').write_text(
+        snippet('configs/distillation/README.md', 'Usage'))
+    cfg = Config.fromfile(tmp_path / 'config.py')
+    base = Config.fromfile(f'{ROOT}/configs/_base_/distillation/segmentor.py')
+    assert cfg.model.decode_head.text_losses == base.text_from_segmentor
+    hooks = [hook.type for hook in cfg.custom_hooks]
+    assert hooks == ['PromptLearnerHook', 'TeacherHook']
+
+
 def test_text_on_the_auxiliary_heads_of_a_list(tmp_path):
     """STDC's boundary head is left out."""
     (tmp_path / 'base.py').write_text(STDC)
