@@ -135,7 +135,7 @@ def test_overview(page, tmp_path, capsys):
            '| `stock` 41.00 ± 1.00 | +2.17 [+0.27, +4.06] **gain** '
            '| `random` 40.75 ± 0.35 '
            f'| +2.75 [{2.75 - half:+.2f}, {2.75 + half:+.2f}] *open* |')
-    first, rest = text.split('## Streets')
+    first, rest = text.split('## The study')
     assert row in first and row not in rest
     # Neither baseline nor control has a row of its own.
     assert len([line for line in first.splitlines() if line[0:1] == '|']) == 3
@@ -272,6 +272,53 @@ def test_hypotheses(tmp_path):
     assert '| too early |' in text and '11 of 12 planned runs' in text
     with pytest.raises(LedgerError, match="data set 'camvidd', but text"):
         check_hypotheses([part], [['text', 'stock', 'camvidd']])
+
+
+@each_case(
+    'hypotheses, to_stock, to_random',
+    [
+        ([], '**gain**', '**gain**'),
+        # p = 0.039 and 0.026: both intervals exclude 0, Holm shows neither.
+        ([['text', 'stock'], ['text', 'random']
+          ], '*open* (registered)', '*open* (registered)'),
+        ([['text', 'random']], '**gain**', '**shown** (registered)'),
+        ([['stock', 'text']], '**the opposite** (registered)', '**gain**'),
+        ([['text', 'stock', 'camvid']], '**gain**', '**gain**'),
+    ])
+def test_tables_read_what_was_registered_by_its_test(tmp_path, hypotheses,
+                                                     to_stock, to_random):
+    runs = [*entries(), entry('random', 2, 40.)]
+    for run in runs:
+        run['test']['datasets'] = dict(camvid=dict(mIoU=run['test']['mIoU']))
+    words = dict(hypotheses=hypotheses) if hypotheses else {}
+    path = tmp_path / 's.jsonl'
+    text = make_page(write_ledger(path, runs, [], **words).path)
+    stock, random = '+2.17 [+0.27, +4.06]', '+2.67 [+0.77, +4.56]'
+    overview = re.search(r'\| Streets \| net \| `text`.*', text)[0]
+    assert f'{stock} {to_stock} |' in overview
+    assert f'{random} {to_random} |' in overview
+    assert f'{stock} {to_stock} | {random} {to_random} |' in text
+    of = '**shown** (registered)' if 'camvid' in str(hypotheses) else '**gain'
+    assert f'| `text` | 43.17 ± 0.76 | {stock} {of}' in text
+    # Nothing is shown by an early look.
+    path.unlink()
+    text = make_page(
+        write_ledger(path, runs, ['net/text/seed3'], **words).path)
+    early = sum('(registered)' in word for word in (to_stock, to_random))
+    assert text.count(' *too early* (registered)') == (
+        2 * early + ('camvid' in str(hypotheses)))
+
+
+def test_title(page, tmp_path):
+    assert '\n# Streets\n' in page[1] and '\n## The study\n' in page[1]
+    paths = [
+        write_ledger(tmp_path / f'{name}.jsonl', [], study=name,
+                     title=title).path
+        for name, title in (('a', 'Streets'), ('b', 'Lanes'))
+    ]
+    call(TOOL, *paths, '--out', tmp_path / 'page.md')
+    assert re.findall(r'^##? .*', (tmp_path / 'page.md').read_text(),
+                      re.M) == ['# Streets; Lanes', '## Streets', '## Lanes']
 
 
 def test_speed():

@@ -54,12 +54,14 @@ READING = '''How to read: mIoU in percent of the last checkpoint, mean ± \
 standard deviation over the seeds. Differences are taken within a seed and \
 given in percentage points as mean [95 % t-interval]; they are not corrected \
 for the number of arms. **gain** and **loss** say that the interval lies on \
-one side of 0, *open* that it does not: nothing is shown. "Last quarter" is \
-what the val mIoU still rose in the last quarter of the training: where it is \
-large, a difference may be one of speed alone. Rows of networks together take \
-each network and seed as one value; they are for orientation, unless the \
-registration asked for them. Seconds are those of the \
-training, on a machine that may have been busy.'''
+one side of 0, *open* that it does not: nothing is shown. Where \
+"(registered)" follows, the two arms are those of a registered hypothesis, \
+and the word is that of its test, corrected by Holm's method. "Last quarter" \
+is what the val mIoU still rose in the last quarter of the training: where it \
+is large, a difference may be one of speed alone. Rows of networks together \
+take each network and seed as one value; they are for orientation, unless the \
+registration asked for them. Seconds are those of the training, on a machine \
+that may have been busy.'''
 MARKS = ('<!-- results: begin -->\n\n', '\n\n<!-- results: end -->')
 OVERVIEW = ('study', 'network', 'arm', 'runs', 'mIoU', 'baseline',
             'difference', 'control', 'difference')
@@ -70,17 +72,15 @@ COLORS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00',
 KEY = 'ledger'  # of the text in a PNG that names the ledger's content
 
 
-def difference(value: Optional[Interval], read: bool = True) -> str:
-    """Write a difference with its interval."""
+def difference(value: Optional[Interval], word: Optional[str] = None) -> str:
+    """Write a difference with its interval, and by default how to read it."""
     if value is None:
         return '-'
     if math.isinf(value.low):
         return f'{value.mean:+.2f} (one seed)'
     text = f'{value.mean:+.2f} [{value.low:+.2f}, {value.high:+.2f}]'
-    if not read:
-        return text
     marks = dict(gain='**gain**', loss='**loss**', open='*open*')
-    return f'{text} {marks[value.reading]}'
+    return f'{text} {marks[value.reading] if word is None else word}'.rstrip()
 
 
 def spread(values: Tuple[float, Optional[float]]) -> str:
@@ -117,6 +117,22 @@ class Study:
         self.arms: Dict[str, str] = self.plan['arms']
         self.split = 'test' if all(e.get('test') for e in entries) else 'val'
         self.groups = group(entries, self.split)
+        hypotheses = self.plan.get('hypotheses', [])
+        # An early look decides nothing: looks at every seed would find more
+        # than 5 % of what is not there.
+        arms = {arm for pair in hypotheses for arm in pair[:2]}
+        self.early = any(f'/{arm}/' in name for arm in arms
+                         for name in self.left)
+        there: Dict[Tuple[str, str], Set[str]] = {}
+        for name in self.plan['planned']:
+            network, arm, seed = name.split('/')
+            share = seed.partition('_')[2]
+            there.setdefault((network, share), set()).add(arm)
+        number = sum({*pair[:2]} <= has for has in there.values()
+                     for pair in hypotheses)
+        parts = [*self.groups.values()]
+        self.tests = dict(
+            zip(parts, check_hypotheses(parts, hypotheses, number)))
 
     def title(self, key: Tuple[str, float]) -> str:
         """Name a group."""
@@ -132,7 +148,7 @@ class Study:
     def markdown(self, plots: Sequence[str]) -> str:
         """Write the section of the study."""
         first = self.registrations[0]
-        parts = [f'## {self.plan["title"]}', self.plan['registration'].strip()]
+        parts = [self.plan['registration'].strip()]
         dates = f'Registered {first["registered"]}'
         if len(self.registrations) > 1:
             dates += ', amended ' + ', '.join(r['registered']
@@ -143,10 +159,11 @@ class Study:
         parts.append(
             table(('arm', 'what'),
                   [(f'`{arm}`', what) for arm, what in self.arms.items()]))
-        for (key, part), tests in zip(self.groups.items(), self.tests()):
+        for key, part in self.groups.items():
             parts += [
                 f'### {self.title(key)}',
-                self.main_table(part), tests,
+                self.main_table(part),
+                self.test_table(part),
                 self.dataset_table(part),
                 self.speeds(part), '#### By class',
                 self.class_table(part)
@@ -194,13 +211,35 @@ class Study:
         controls = sorted(self.plan['controls'], key=is_other)
         for other in (self.baseline, *controls[:1]):
             known = one is not None and other in one.arms
-            found = [d for part in parts for d in part.differences(arm, other)]
             row += [
                 f'`{other}`' +
                 (f' {spread(one.spread(other))}' if known else ''),
-                difference(interval(found))
+                self.compare(parts, arm, other)
             ]
         return row + [''] * (len(OVERVIEW) - len(row))
+
+    def compare(self,
+                parts: Sequence[Group],
+                arm: str,
+                other: str,
+                dataset: Optional[str] = None) -> str:
+        """Write a difference; what was registered is read by its test."""
+        word, pair = None, ({arm, other}, dataset)
+        asked = [({*h[:2]}, (*h, None)[2])
+                 for h in self.plan.get('hypotheses', [])]
+        if len(parts) == 1 and pair in asked:
+            words = [
+                t.reading for t in self.tests[parts[0]]
+                if ({t.better, t.worse}, t.dataset) == pair
+            ]
+            word = words[0] if words and not self.early else 'too early'
+            mark = '*' if word in ('open', 'too early') else '**'
+            word = f'{mark}{word}{mark} (registered)'
+        found = [
+            d for part in parts
+            for d in part.differences(arm, other, dataset=dataset)
+        ]
+        return difference(interval(found), word)
 
     def circumstances(self) -> str:
         """Say with what and where the runs were made."""
@@ -242,8 +281,8 @@ class Study:
                 f'`{arm}`',
                 str(len(runs)), *(spread(part.spread(arm, split))
                                   for split in splits),
-                *('' if arm == other else difference(
-                    part.difference(arm, other)) for other in references),
+                *('' if arm == other else self.compare([part], arm, other)
+                  for other in references),
                 f'{np.mean(best):.2f}' if best else '-',
                 '-' if last is None else f'{last:+.2f}',
                 f'{np.mean([e["train_seconds"] for e in runs]):.0f}',
@@ -255,37 +294,21 @@ class Study:
                                                    for other in references),
              'best val', 'last quarter', 'seconds', 'MiB'), rows)
 
-    def tests(self) -> List[str]:
-        """Write for each network the tests of what was registered."""
+    def test_table(self, part: Group) -> str:
+        """Write the tests of what was registered."""
         header = ('hypothesis', 'seeds', f'difference in {self.split} mIoU',
                   'p', 'p by Holm', 'at 5 %')
         title = '#### Hypotheses'
-        hypotheses = self.plan.get('hypotheses', [])
-        # An early look decides nothing: looks at every seed would find more
-        # than 5 % of what is not there.
-        arms = {arm for pair in hypotheses for arm in pair[:2]}
-        early = any(f'/{arm}/' in name for arm in arms for name in self.left)
-        if early:
+        if self.early:
             title += ' (so far; decided when all runs of their arms are done)'
-        planned: Dict[Tuple[str, str], Set[str]] = {}
-        for name in self.plan['planned']:
-            network, arm, seed = name.split('/')
-            share = seed.partition('_')[2]
-            planned.setdefault((network, share), set()).add(arm)
-        found = check_hypotheses([*self.groups.values()], hypotheses,
-                                 sum({*pair[:2]} <= there
-                                     for there in planned.values()
-                                     for pair in hypotheses))
-        return [
-            f'{title}\n\n' + table(header, [[
-                f'`{t.better}` > `{t.worse}`' +
-                (f' on {t.dataset}' if t.dataset else ''),
-                str(t.difference.number),
-                difference(t.difference,
-                           read=False), f'{t.p:.4f}', f'{t.corrected:.4f}',
-                'too early' if early else f'**{t.reading}**'
-            ] for t in tests]) if tests else '' for tests in found
-        ]
+        return f'{title}\n\n' + table(header, [[
+            f'`{t.better}` > `{t.worse}`' +
+            (f' on {t.dataset}' if t.dataset else ''),
+            str(t.difference.number),
+            difference(t.difference,
+                       word=''), f'{t.p:.4f}', f'{t.corrected:.4f}',
+            'too early' if self.early else f'**{t.reading}**'
+        ] for t in self.tests[part]]) if self.tests[part] else ''
 
     def speeds(self, part: Group) -> str:
         """Write how soon arms are where the baseline ends."""
@@ -319,8 +342,8 @@ class Study:
                 scores = list(part.scores(arm, dataset=name).values())
                 wide = np.std(scores, ddof=1) if len(scores) > 1 else None
                 cells.append(spread((np.mean(scores), wide)))
-                gain = part.difference(arm, self.baseline, dataset=name)
-                cells.append('' if arm == self.baseline else difference(gain))
+                cells.append('' if arm == self.baseline else self.
+                             compare([part], arm, self.baseline, name))
             rows.append(cells)
         return '' if not names else '#### By data set\n\n' + table(
             ('arm', *(f'{cell}' for name in names
@@ -336,7 +359,7 @@ class Study:
             rows.append([
                 html.escape(name, quote=False),
                 f'{np.mean(scores):.2f}' if scores else '-', *(difference(
-                    part.difference(arm, self.baseline, label), read=False)
+                    part.difference(arm, self.baseline, label), word='')
                                                                for arm in arms)
             ])
         return table(
@@ -564,12 +587,14 @@ def make(paths: Sequence[Path],
         } if study.entries else {}
         for name, plot in plots.items():
             files[out.parent / name] = render(plot(), digest.hexdigest())
-        sections.append(study.markdown(list(plots)))
+        title = study.plan['title'] if len(studies) > 1 else 'The study'
+        sections += [f'## {title}', study.markdown(list(plots))]
     ledgers = ', '.join(path.name for path in paths)
     rows = [row for study in studies for row in study.overview()]
     first = [table(OVERVIEW, rows)] if rows else []
     page = '\n\n'.join([
-        NOTE.format(ledgers=ledgers), '# Does text help? Results', READING,
+        NOTE.format(ledgers=ledgers),
+        '# ' + '; '.join(study.plan['title'] for study in studies), READING,
         *first, *sections
     ])
     files[out] = (page + '\n').encode()
