@@ -19,7 +19,7 @@ import torch
 from each_case import each_case
 from mmengine.config import Config
 from mmseg.datasets import COCOStuffDataset, PascalVOCDataset
-from mmseg.registry import DATASETS, HOOKS, METRICS, TRANSFORMS
+from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS, TRANSFORMS
 from network_tester import (CONFIGS, each_head, load_config, offline, rates,
                             stock_twin)
 
@@ -199,7 +199,7 @@ def check_fixed(cfg, twin, path):
 
 
 def check_published_stage2(cfg, twin, path):
-    """Contexts of 11 vectors a class; the trunk alone rests."""
+    """Contexts of 11 vectors a class, spared decay; the trunk alone rests."""
     hook, = cfg.custom_hooks
     assert (hook.switch_at, hook.freeze_norm) == (0, False), path
     assert hook.learn == {r'^backbone\.backbone\.': 0., '.': 1.}, path
@@ -208,6 +208,11 @@ def check_published_stage2(cfg, twin, path):
     assert text.embeddings == twin.model.score_map.text, path
     assert text.model == text.embeddings.build.model, path
     assert (text.context_length, text.suffix) == (16, ''), path
+    number = cfg.model.decode_head.num_classes
+    learner = MODELS.build(dict(text, num_classes=number))
+    assert learner.context.shape == (number, 11, 512), path
+    keys = cfg.optim_wrapper.paramwise_cfg.custom_keys
+    assert keys['.text.'].decay_mult == 0 and cfg.find_unused_parameters, path
     assert '-decoder' not in path.name or cfg.model.score_map.convs == [
         'decode_head.convs.0.conv'
     ]

@@ -4,10 +4,10 @@ import re
 
 import pytest
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS
 from network_tester import CONFIGS
 from tiny import CONTROL, tiny_config
-from tool_modules import load_tool
+from tool_modules import call, load_tool
 
 from mmseg_textkd.deploy import to_stock_cfg
 
@@ -15,8 +15,7 @@ TAIL = '1xb8-10k_camvid-360x480.py'
 
 
 def rows(capsys, *argv):
-    with DefaultScope.overwrite_default_scope('mmseg'):
-        load_tool('analysis_tools/cost.py').main([str(arg) for arg in argv])
+    call('analysis_tools/cost.py', *argv)
     lines = re.findall(r'^\| (.*) \|$', capsys.readouterr().out, re.M)
     head, *lines = [line.split(' | ') for line in lines if '---' not in line]
     assert head[0] == 'network' and {len(head)} == set(map(len, lines))
@@ -71,10 +70,9 @@ def test_ebseg_with_its_towers(capsys):
         found = rows(capsys, path, '--size', 32, 64)[path.stem]
     assert found[2:] == [None, None]
     cfg = Config.fromfile(path).model
-    with DefaultScope.overwrite_default_scope('mmseg'):
-        cfg.decode_head.text = dict(CONTROL, dim=64)
-        cfg.decode_head.pop('test_text')
-        model = MODELS.build(cfg).eval()
+    cfg.decode_head.text = dict(CONTROL, dim=64)
+    cfg.decode_head.pop('test_text')
+    model = MODELS.build(cfg).eval()
     trained = sum(p.numel() for p in model.parameters())
     towers = [model.image_encoder, model.backbone]
     for tower in towers:

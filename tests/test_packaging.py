@@ -250,21 +250,6 @@ def test_editable_install_links_to_the_checkout(source, tmp_path):
         assert osp.samefile(link, osp.join(source, name))
 
 
-def test_model_index_is_complete_and_points_at_files():
-    index = mmengine.load(osp.join(ROOT, 'model-index.yml'))
-    files = sorted(glob(f'{ROOT}/configs/*/metafile.yaml'))
-    assert index['Import'] == [osp.relpath(f, ROOT) for f in files] != []
-    for path in index['Import']:
-        meta = mmengine.load(osp.join(ROOT, path))
-        collections = {item['Name'] for item in meta['Collections']}
-        assert collections
-        for item in meta['Collections']:
-            assert osp.isfile(osp.join(ROOT, item['README']))
-        for model in meta['Models']:
-            assert model['In Collection'] in collections
-            assert osp.isfile(osp.join(ROOT, model['Config']))
-
-
 def test_no_requirement_is_called_mmseg():
     files = glob(f'{ROOT}/requirements/*.txt') + [f'{ROOT}/requirements.txt']
     assert len(files) >= 8

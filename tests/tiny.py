@@ -72,9 +72,16 @@ class StopHook(Hook):
     def __init__(self, at):
         self.at = at
 
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
+    def before_train_iter(self, runner, batch_idx=None, data_batch=None):
         if runner.iter == self.at:
             raise KeyboardInterrupt
+
+
+@HOOKS.register_module()
+class StopInValidation(StopHook):
+    """Stop it in the validation before that iteration."""
+    before_val_epoch = StopHook.before_train_iter
+    before_train_iter = Hook.before_train_iter
 
 
 def stir(module, amount=.3):
@@ -241,13 +248,20 @@ def run(cfg, **changes):
     return runner
 
 
-def stop_and_resume(cfg, at, work_dir):
-    """Train as :func:`run`, with a stop before iteration ``at``."""
-    cut = cfg.copy()
-    cut.custom_hooks = [*cfg.custom_hooks, dict(type='StopHook', at=at)]
+def stop(cfg, at, kind='StopHook', **changes):
+    """Train as :func:`run`, up to a stop before iteration ``at``."""
+    cfg = cfg.copy()
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type=kind, at=at)]
     with pytest.raises(KeyboardInterrupt):
-        run(cut, work_dir=str(work_dir))
-    return run(cfg, work_dir=str(work_dir), resume=True)
+        run(cfg, **changes)
+
+
+def stop_and_resume(cfg, at, work_dir, kind='StopHook'):
+    """Train as :func:`run`, with a stop before iteration ``at``."""
+    cfg = cfg.copy()
+    cfg.work_dir = str(work_dir)
+    stop(cfg, at, kind)
+    return run(cfg, resume=True, load_from=None)
 
 
 def assert_apart(runner, parameters):

@@ -1,6 +1,5 @@
 # Copyright (c) mmseg_textkd contributors. All rights reserved.
 """Wrong weights are no result, and a kill costs no validation."""
-import copy
 import json
 import sys
 from collections import OrderedDict
@@ -8,11 +7,9 @@ from collections import OrderedDict
 import pytest
 import torch
 from each_case import each_case
-from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.visualization import Visualizer
-from mmseg.registry import HOOKS
-from tiny import AUXILIARY, RESIDUAL, assert_equal, run, tiny_config
+from tiny import AUXILIARY, RESIDUAL, assert_equal, run, stop, tiny_config
 from tool_modules import load_tool
 
 from mmseg_textkd.utils.checkpoint import load_file
@@ -168,20 +165,6 @@ def test_a_test_needs_no_auxiliary_head(trained, tmp_path, tool):
         tool('train', cfg, '--work-dir', tmp_path, '--resume', best)
 
 
-@HOOKS.register_module()
-class KillInValidation(Hook):
-    """Stop a run in a validation, as a kill does."""
-
-    priority = 'HIGHEST'
-
-    def __init__(self, step):
-        self.step = step
-
-    def before_val_epoch(self, runner):
-        if runner.iter == self.step:
-            raise KeyboardInterrupt
-
-
 def curve(folder):
     """Validations by iteration, of all attempts."""
     found = {}
@@ -198,11 +181,7 @@ def test_a_validation_that_was_killed_is_made_up_for(trained, tmp_path, tool,
                                                      name, step):
     cfg = config(tmp_path, name)
     cfg.default_hooks.logger.interval = 1
-    killed = copy.deepcopy(cfg)
-    kill = dict(type='KillInValidation', step=step)
-    killed.custom_hooks = [*cfg.get('custom_hooks', []), kill]
-    with pytest.raises(KeyboardInterrupt):
-        run(killed)
+    stop(cfg, step, 'StopInValidation')
     work = tmp_path / 'work'
     assert step not in curve(work)
     cfg.dump(tmp_path / 'config.py')

@@ -21,8 +21,7 @@ from mmengine.runner import Runner
 from mmseg.models import EncoderDecoder
 from mmseg.registry import HOOKS, METRICS, MODELS
 from processes import load
-from tiny import (CLASSES, PROMPTS, RESIDUAL, StopHook, assert_equal, run,
-                  tiny_config)
+from tiny import CLASSES, PROMPTS, RESIDUAL, assert_equal, run, tiny_config
 from torch.testing import assert_close
 
 from mmseg_textkd.clip.weights import TextTowerError
@@ -320,18 +319,13 @@ def test_learned_text_is_in_the_checkpoint(tmp_path, residual):
     assert evaluate(cfg, path, 'bare') == expected and 'mIoU' in expected
 
 
-def kill_and_resume(cfg, whole, kind, at):
+def kill_and_resume(cfg, whole, at, kind='StopHook'):
     """A run that was killed ends as the whole one, given by its folder."""
-    cfg = copy.deepcopy(cfg)
-    cfg.work_dir = f'{whole}_{kind}{at}'
-    first = copy.deepcopy(cfg)
-    first.custom_hooks.append(dict(type=kind, at=at))
-    with pytest.raises(KeyboardInterrupt):
-        run(first)
-    resumed = run(cfg, resume=True, load_from=None)
+    cut = f'{whole}_{kind}{at}'
+    resumed = tiny.stop_and_resume(cfg, at, cut, kind)
     a, b = (
         torch.load(f'{folder}/iter_8.pth', weights_only=True)
-        for folder in (whole, cfg.work_dir))
+        for folder in (whole, cut))
     assert a.keys() == b.keys()
     for part in ('state_dict', 'ema_state_dict', 'optimizer',
                  'param_schedulers'):
@@ -356,7 +350,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(tmp_path, residual, options,
         cfg.custom_hooks.append(dict(AVERAGE, update_buffers=True))
     whole = run(cfg)
     for stop in stops:
-        resumed = kill_and_resume(cfg, cfg.work_dir, 'StopHook', stop)
+        resumed = kill_and_resume(cfg, cfg.work_dir, stop)
         assert resumed.iter == whole.iter == 8
         learns = [[p.requires_grad for p in runner.model.parameters()]
                   for runner in (whole, resumed)]
@@ -378,17 +372,14 @@ def test_a_validation_that_was_done_is_not_done_twice(tmp_path, residual):
     cfg.param_scheduler = [plateau]
     run(cfg)
     for stop in (3, 5, 7):
-        kill_and_resume(cfg, cfg.work_dir, 'StopHook', stop)
+        kill_and_resume(cfg, cfg.work_dir, stop)
 
 
 @each_case('first, then, length, stage', [(.5, .5, 32, 2), (6, 4, 8, 1)])
 def test_a_resumed_run_stays_in_its_stage(tmp_path, residual, first, then,
                                           length, stage):
     cfg = tiny_config(tmp_path, residual, dict(switch_at=first), 8, 1)
-    first = copy.deepcopy(cfg)
-    first.custom_hooks.append(dict(type='StopHook', at=5))
-    with pytest.raises(KeyboardInterrupt):
-        run(first)
+    tiny.stop(cfg, 5)
     cfg.custom_hooks[0].switch_at = then
     message = f'was stopped in stage {stage}, after 5 iterations'
     with pytest.raises(ValueError, match=message):
@@ -433,17 +424,6 @@ def test_gradients_that_a_checkpoint_has_not_are_told(tmp_path, residual):
                                                                      'cut')
 
 
-@HOOKS.register_module()
-class StopInValidation(StopHook):
-    """Stop it in the validation before that iteration."""
-
-    def before_val_epoch(self, runner):
-        super().before_train_iter(runner, 0)
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        pass
-
-
 @METRICS.register_module()
 class ScoreOfIteration(BaseMetric):
     """A score that depends on the iteration alone."""
@@ -472,8 +452,8 @@ def best_config(tmp_path, text, scores):
 
 
 @each_case('scores, best, stops', [
-    ([.9, .5, .1, .2], 2, [('StopHook', 3), ('StopHook', 4), ('StopHook', 6)]),
-    ([.5, .9, .1, .2], 4, [('StopInValidation', 4)]),
+    ([.9, .5, .1, .2], 2, [(3, ), (4, ), (6, )]),
+    ([.5, .9, .1, .2], 4, [(4, 'StopInValidation')]),
 ])
 def test_stage_2_from_the_best_checkpoint(tmp_path, residual, scores, best,
                                           stops):
@@ -491,8 +471,8 @@ def test_stage_2_from_the_best_checkpoint(tmp_path, residual, scores, best,
     # Stage 2 has a best checkpoint of its own.
     names = {f'best_score_iter_{number}.pth' for number in (best, 8)}
     assert {path.name for path in whole.glob('best*')} == names
-    for kind, at in stops:
-        kill_and_resume(cfg, whole, kind, at)
+    for stop in stops:
+        kill_and_resume(cfg, whole, *stop)
 
 
 @each_case('key, value, message', [
@@ -671,14 +651,8 @@ def test_resume_with_another_text_is_refused(tmp_path, make_embeddings, kind,
     if kind == 'context':
         text = dict(PROMPTS, embeddings=text['embeddings'])
     cfg = tiny_config(tmp_path, text, dict(switch_at=3), save_every=saved)
-    first = copy.deepcopy(cfg)
-    first.custom_hooks.append(dict(type='StopHook', at=saved))
-    with pytest.raises(KeyboardInterrupt):
-        run(first)
-    again = copy.deepcopy(cfg)
-    again.custom_hooks.append(dict(type='StopHook', at=saved))
-    with pytest.raises(KeyboardInterrupt):
-        run(again, resume=True)  # with the same text
+    tiny.stop(cfg, saved)
+    tiny.stop(cfg, saved, resume=True)  # with the same text
     words = [f'no {name}' for name in CLASSES]
     Path(file).unlink()
     encode_classes(
@@ -700,7 +674,7 @@ def test_a_run_from_learned_prompts_is_resumed(tmp_path, residual):
     assert recorder.rows[0]['before'][OFFSET].any()
     stages = [OFFSET in row['learns'] for row in recorder.rows]
     assert stages == [False] * 4 + [True] * 4
-    kill_and_resume(cfg, whole, 'StopHook', 3)
+    kill_and_resume(cfg, whole, 3)
 
 
 @each_case('stopped', [2, 4, 6])
@@ -714,12 +688,9 @@ def test_context_that_has_learned_before_is_compared(tmp_path, make_embeddings,
     cfg = tiny_config(tmp_path, text, dict(switch_at=4), 8, 2)
     cfg.update(
         load_from=f'{first.work_dir}/iter_4.pth', work_dir=f'{tmp_path}/2')
-    again = copy.deepcopy(cfg)
-    again.custom_hooks.append(dict(type='StopHook', at=stopped))
-    with pytest.raises(KeyboardInterrupt):
-        run(again)
-    with pytest.raises(KeyboardInterrupt):
-        run(again, resume=True, load_from=None)  # with the same text
+    tiny.stop(cfg, stopped)
+    # With the same text.
+    tiny.stop(cfg, stopped, resume=True, load_from=None)
     Path(file).unlink()
     encode_classes({
         name: [f'no {name}']

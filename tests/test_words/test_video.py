@@ -15,7 +15,8 @@ from mmengine.registry import DefaultScope
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import DATASETS, MODELS
 from text_runs import RUNS, make
-from tiny import CLASSES, CONTROL, PIPELINE, save_weights, stir, tiny_config
+from tiny import (CLASSES, CONTROL, PIPELINE, save_weights, stir, tiny_config,
+                  write_video)
 from tool_modules import ROOT, load_tool
 
 from mmseg_textkd.apis import TextSegInferencer, video
@@ -185,14 +186,12 @@ def frames_of(number):
             for _ in range(number)]
 
 
-def write_video(path):
-    """Four frames."""
-    writer = cv2.VideoWriter(
-        str(path), cv2.VideoWriter_fourcc(*'MJPG'), 25, (64, 32))
-    for frame in frames_of(4):
-        writer.write(frame)
-    writer.release()
-    return str(path)
+@pytest.fixture
+def four(tmp_path):
+    """A video of four frames."""
+    path = str(tmp_path / 'in.avi')
+    write_video(path, frames_of(4), 25)
+    return path
 
 
 def test_stream_is_frame_by_frame(inferencer):
@@ -329,11 +328,10 @@ def test_smoothing_is_measured(trained, inferencer, monkeypatch, tmp_path,
     assert f'| tiny | 0.7 | {found[.7]["mIoU"]:.2f} |' in out
 
 
-def test_network_and_pipeline_are_timed(trained, tmp_path, capsys):
+def test_network_and_pipeline_are_timed(trained, four, tmp_path, capsys):
     tool, path = load_tool('analysis_tools/video.py'), tmp_path / 'l.jsonl'
     tool.main([
-        'speed',
-        write_video(tmp_path / 'in.avi'), trained.config, trained.weights,
+        'speed', four, trained.config, trained.weights,
         *'--batch-size 2 --runs 2 --warmup 0 --device cpu'.split(), '--ledger',
         str(path)
     ])
@@ -412,15 +410,14 @@ def test_what_is_no_frame_is_told(inferencer):
             next(stream_video(inferencer, [frame]))
 
 
-def test_a_video_is_never_written_over(inferencer, tmp_path):
-    path = write_video(tmp_path / 'in.avi')
+def test_a_video_is_never_written_over(inferencer, four, tmp_path):
     before = (tmp_path / 'in.avi').read_bytes()
     with pytest.raises(ValueError, match='is the video that is read'):
-        segment_video(inferencer, path, str(tmp_path / '.' / 'in.avi'))
+        segment_video(inferencer, four, str(tmp_path / '.' / 'in.avi'))
     # What is no file is another thing.
     for source in ('rtsp://127.0.0.1:1/x', str(tmp_path / 'gone.avi')):
         with pytest.raises(VideoError):
-            segment_video(inferencer, source, path)
+            segment_video(inferencer, source, four)
     assert (tmp_path / 'in.avi').read_bytes() == before
 
 
@@ -449,8 +446,8 @@ def test_rates_that_cameras_say(said, rate):
     assert frame_rate(camera) == rate
 
 
-def test_a_video_that_ends_early_is_told(inferencer, tmp_path, monkeypatch):
-    path, messages = Path(write_video(tmp_path / 'in.avi')), []
+def test_a_video_that_ends_early_is_told(inferencer, four, monkeypatch):
+    path, messages = Path(four), []
     frames, fps, _ = read_frames(path)
     monkeypatch.setattr(video, 'read_frames', lambda source: (frames, fps, 9))
     monkeypatch.setattr(video, 'print_log',
