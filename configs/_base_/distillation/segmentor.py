@@ -6,6 +6,13 @@ text_teachers = dict(
         'ddrnet_23_in1k-pre_1xb8-10k_camvid-360x480.py',
         checkpoint='work_dirs/ddrnet_23_in1k-pre_1xb8-10k_camvid-360x480/'
         'iter_10000.pth'),
+    # Released, and found in a clone.
+    efficientnet=dict(
+        config='{{fileDirname}}/../../stock/efficientnet-lite0_in1k-pre_'
+        'segformer_1xb8-1600i_camvid-360x480.py',
+        checkpoint='{{fileDirname}}/../../../model_zoo/efficientnet-lite0_'
+        'in1k-pre_segformer_1xb8-1600i_camvid-360x480_20261130_093344-'
+        'fa72e23b.pth'),
     toy_scenes=dict(
         config='{{fileDirname}}/../../text_classifier/'
         'textkd_bisenetv2_fcn_toyclip_1xb8-200i_toy-scenes-128x256.py',
