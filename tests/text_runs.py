@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from mmseg.apis import init_model
 from mmseg.registry import MODELS
+from network_tester import each_head, load_model
 from processes import load
 from tiny import CLASSES, PROMPTS, save_weights, stir, tiny_config
 
@@ -31,8 +32,11 @@ RUNS = dict(
     auxiliary=(FIXED, dict(role='auxiliary')))
 
 
-def make(folder, text, head):
-    """Weights as after stage 2: of no start, prompts have moved."""
+def make(folder, text, head, network=None):
+    """Weights as after stage 2: of no start, prompts have moved.
+
+    Of a tiny network, or with the layers of a config in a file.
+    """
     file = folder / 'text.safetensors'
     encode_classes(CLASSES, 'toyclip', 'photo', keep_bank=True).save(file)
     text = copy.deepcopy(text)
@@ -40,13 +44,19 @@ def make(folder, text, head):
     if source.get('file') == file.name:
         source['file'] = str(file)
     cfg = tiny_config(folder, text)
+    if network:
+        cfg.model = load_model(network)
+        for part in each_head(cfg.model):
+            part.num_classes = len(CLASSES)
+        cfg.model.decode_head.text = text
     cfg.model.decode_head.update(head)
     cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
     cfg.dump(folder / 'config.py')
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     provider = model.decode_head.text_branch.text
-    stir(model)
+    # Of many layers the values would grow beyond all bounds.
+    stir(model.decode_head if network else model)
     with torch.no_grad():
         if provider.learnable():
             provider.start_learning()

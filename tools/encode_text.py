@@ -277,6 +277,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             return
         if _is_embeddings(args.classes) and not args.vectors:
             embeddings = TextEmbeddings.load(args.classes)
+            print(', '.join(embeddings.names))
         else:
             embeddings = make(args)
             embeddings.save(args.out)

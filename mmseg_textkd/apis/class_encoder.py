@@ -249,7 +249,8 @@ class ClassEncoder:
             raise ValueError(
                 f'the embeddings file has no vectors for {missing[:10]} '
                 f'({len(missing)} in all); it has {list(record.names[:10])} '
-                f'({len(record)} in all).')
+                f'({len(record)} in all, which `python tools/encode_text.py '
+                'FILE` lists).')
         if record.dim != self.provider.dim:
             raise ValueError(
                 f'the embeddings file has vectors of width {record.dim}, but '

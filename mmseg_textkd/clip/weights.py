@@ -105,14 +105,19 @@ def missing_weights(model: str, pretrained: Optional[str], looked: str,
         'Three remedies:\n'
         '  1. On a machine with a network run `python tools/encode_text.py '
         f'--prefetch --model {name} --cache-dir DIR`, copy DIR here and give '
-        "cache_dir='DIR'.\n"
+        "cache_dir='DIR' (encode_text.py: `--cache-dir DIR`; the demo and "
+        'textkd2mmseg.py: HF_HUB_CACHE=DIR in the environment).\n'
         "  2. Use a local copy: model='local-dir:/path' (a folder with "
         f'{CONFIG_NAME} and weights), or an architecture name with '
         "pretrained='/path/to/weights.safetensors'; of OpenAI's weights its "
-        "-quickgelu form, such as 'ViT-B-16-quickgelu'.\n"
+        "-quickgelu form, such as 'ViT-B-16-quickgelu'. In tools these are "
+        '`--model` (the demo: `--text-model`) and `--pretrained`.\n'
         '  3. Do without a tower: encode the class names elsewhere and import '
         'the vectors with `python tools/encode_text.py --import VECTORS.npy '
-        '--names-file NAMES.json --out FILE.safetensors`.')
+        '--names-file NAMES.json --out FILE.safetensors`. Then pass it: '
+        '`--embeddings FILE.safetensors` (the demo and textkd2mmseg.py), '
+        "embeddings='FILE.safetensors' (set_classes) or, in a config, "
+        "file='FILE.safetensors'.")
 
 
 def find_weights(model: str,

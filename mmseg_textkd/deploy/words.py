@@ -5,16 +5,17 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 from mmengine.config import Config
-from mmseg.registry import DATASETS
+from mmseg.registry import DATASETS, MODELS
 from torch import Tensor, nn
 
 from ..models.decode_heads import TextHeadMixin
 from ..utils.config import as_list, dicts, first_dataset, type_name
+from .stock_converter import StockConverter
 
 # What a network for inference alone does not need.
 TRAINING = ('train_dataloader', 'train_cfg', 'optim_wrapper',
             'param_scheduler', 'val_dataloader', 'val_cfg', 'val_evaluator',
-            'test_cfg', 'test_evaluator', 'tta_model', 'custom_hooks')
+            'tta_model', 'custom_hooks')
 
 
 def text_head(model: Any) -> Any:
@@ -39,17 +40,21 @@ def text_head(model: Any) -> Any:
 
 @torch.no_grad()
 def set_words(model: nn.Module,
+              cfg: Config,
               vectors: Tensor,
               trained: Sequence[Optional[int]],
               new_words: Optional[str] = None) -> None:
     """Make other words the classes of a text network, in place.
 
     A trained class keeps its bias, a new one gets the mean of all. Auxiliary
-    heads go. In the role 'auxiliary' the classes can be chosen among the
-    trained ones, as the classifier knows no text.
+    heads go; in classifiers for losses alone inside the decode head, as
+    DDRNet and PIDNet have them, a new word gets zeros. In the role
+    'auxiliary' the classes can be chosen among the trained ones, as the
+    classifier knows no text.
 
     Args:
         model (nn.Module): The segmentor, in evaluation mode.
+        cfg (Config): Its config.
         vectors (Tensor): Vectors of K' words, unit rows with shape (K', D).
         trained (Sequence[int | None]): For each word the index of the class
             that it was in the training, None for a new one.
@@ -94,11 +99,34 @@ def set_words(model: nn.Module,
                 ]))
         branch.num_classes = number
         branch.text.replace(vectors)
+    if not binary:
+        _set_unused_rows(head, cfg.model.decode_head, trained)
     for module in (head, model):
         module.num_classes = number
         module.out_channels = 1 if binary else number
     if model.with_auxiliary_head:
         del model.auxiliary_head
+
+
+def _set_unused_rows(head: Any, cfg: Dict,
+                     trained: Sequence[Optional[int]]) -> None:
+    """Let other classifiers in a head have a row for each word.
+
+    Evaluation does not use them, but a checkpoint has them. Text gives no row
+    for a new word: it gets zeros, which nobody takes for trained.
+    """
+    stock = StockConverter([], False).replace(cfg, 'model.decode_head')
+    stock.pop('out_channels', None)
+    # With one class more, what has a row for each is of another shape.
+    stock['num_classes'] = head.num_classes + 1
+    own = dict(head.named_parameters())
+    for name, value in MODELS.build(stock).named_parameters():
+        old, (place, _, key) = own.get(name), name.rpartition('.')
+        if old is None or old.shape == value.shape or place == 'conv_seg':
+            continue
+        rows = [0 * old[0] if k is None else old[k] for k in trained]
+        layer = head.get_submodule(place)
+        setattr(layer, key, nn.Parameter(torch.stack(rows)))
 
 
 def to_words_cfg(cfg: Config,
@@ -108,7 +136,8 @@ def to_words_cfg(cfg: Config,
 
     Where that is the list of the data set, or of one of a
     :class:`MultiDataset`, the new config trains and tests on that one. Else
-    it is for inference alone: ``test_dataloader`` keeps its pipeline.
+    it is for inference alone: ``test_dataloader``, from which
+    MMSegmentation's inferencer takes the pipeline, names no data.
 
     Args:
         cfg (Config): Config of a network.
@@ -128,6 +157,8 @@ def to_words_cfg(cfg: Config,
             if head.get('text'):  # which gives its width
                 head.text.setdefault('num_classes', number)
             head.num_classes = len(words)
+            if head.get('out_channels') == number:
+                del head.out_channels
     if type_name(cfg.model) == 'MultiDatasetEncoderDecoder':
         cfg.model.type = 'EncoderDecoder'
     loaders = [
@@ -155,8 +186,13 @@ def to_words_cfg(cfg: Config,
     if cfg.get('test_dataloader'):
         cfg.test_dataloader['dataset'] = dict(
             type='BaseSegDataset',
+            # To be filled in for a test, which says that they do not exist.
+            data_root='DATA_ROOT',
+            data_prefix=dict(img_path='IMAGES', seg_map_path='LABELS'),
             metainfo=meta,
             pipeline=first_dataset(cfg)['pipeline'])
+        cfg.test_cfg = dict(type='TestLoop')
+        cfg.test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
         cfg.test_dataloader.pop('sampler', None)
         cfg.test_dataloader['sampler'] = dict(
             type='DefaultSampler', shuffle=False)

@@ -292,20 +292,21 @@ def test_what_one_logit_cannot_have(tmp_path, number, change, message):
 
 
 def test_classes_of_one_logit_change_places_or_stay(tmp_path):
-    model = build(binary_config(tmp_path, 2))
+    cfg = binary_config(tmp_path, 2)
+    model = build(cfg)
     vectors, image = model.decode_head.text_branch.text(), torch.randn(
         1, 3, 32, 64)
     model.decode_head.text_branch.logit_bias.data.normal_()
     before = model(image, mode='tensor')
     for words in ([1], [0, 1, None]):
         with pytest.raises(ValueError, match='network of 1 logit'):
-            set_words(model, vectors[[k or 0 for k in words]], words)
-    set_words(model, vectors[[1, 0]], [1, 0])
+            set_words(model, cfg, vectors[[k or 0 for k in words]], words)
+    set_words(model, cfg, vectors[[1, 0]], [1, 0])
     assert model.out_channels == model.decode_head.out_channels == 1
     torch.testing.assert_close(model(image, mode='tensor'), -before)
     beside = build(binary_config(tmp_path, 2, 'auxiliary'))
     with pytest.raises(ValueError, match='network of 1 logit'):
-        set_words(beside, vectors[[1, 0]], [1, 0])
+        set_words(beside, cfg, vectors[[1, 0]], [1, 0])
 
 
 def test_a_binary_head_learns_with_text_beside_it(tmp_path):

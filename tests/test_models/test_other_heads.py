@@ -11,11 +11,14 @@ from mmengine.config import Config
 from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from mmseg.models import decode_heads
 from mmseg.models.decode_heads import FCNHead
+from mmseg.registry import MODELS
 from network_tester import samples
 from tiny import CONTROL
 from torch import nn
 
 from mmseg_textkd import stock_config
+from mmseg_textkd.deploy import fold_state_dict
+from mmseg_textkd.deploy.words import set_words
 from mmseg_textkd.models import TextFCNHead, TextHeadMixin, TextLightHamHead
 
 K = 4
@@ -158,6 +161,23 @@ def test_auxiliary_role_leaves_the_stock_head_alone(name):
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(
         logits(name, head.eval()), logits(name, stock.eval()))
+
+
+@each_case('name', TAKE)
+def test_other_words_fit_the_stock_head(name, monkeypatch):
+    """Also where the head has further classifiers: DAHead and EncHead."""
+    cfg = dict(TAKE[name], type=f'Text{name}')
+    monkeypatch.setitem(MODELS.module_dict, cfg['type'], text_class(name))
+    model = nn.Module()
+    model.decode_head = head = build(name, text=CONTROL).eval()
+    model.out_channels, model.with_auxiliary_head = K, False
+    trained = [2, None, 0, 3, 1]
+    set_words(model, Config(dict(model=dict(decode_head=cfg))),
+              nn.functional.normalize(torch.randn(5, 16), dim=1), trained)
+    stock = getattr(decode_heads, name)(**dict(TAKE[name], num_classes=5))
+    stock.load_state_dict(fold_state_dict(head), strict=True)
+    torch.testing.assert_close(
+        logits(name, stock.eval()), logits(name, head), rtol=1e-4, atol=1e-5)
 
 
 @each_case('name', REFUSED)

@@ -152,6 +152,7 @@ def test_looking_at_a_file(tool, tmp_path, capsys):
     tool.main([str(file), *options.split()])
     centered = capsys.readouterr().out
     assert f'mean {geometry(vectors)["mean"]:.3f}' in raw
+    assert ', '.join(names) in raw
     assert 'after centering' in centered and 'after centering' not in raw
     assert centered.split('closest pairs:')[1].count('class with') == 6
     assert picture.read_bytes()[1:4] == b'PNG'

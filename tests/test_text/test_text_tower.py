@@ -291,7 +291,8 @@ def test_missing_weights_without_network(model, pretrained, looked, tmp_path,
     assert time.time() - start < 10
     assert isinstance(info.value.__cause__, OSError)
     for part in (model, str(tmp_path), looked, '--prefetch', 'local-dir:/path',
-                 '--import', '127.0.0.1'):
+                 '--import', '127.0.0.1', 'HF_HUB_CACHE=DIR',
+                 '`--embeddings FILE.s', "embeddings='FILE.s", '--text-model'):
         assert part in str(info.value), part
 
 

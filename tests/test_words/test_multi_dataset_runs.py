@@ -228,7 +228,7 @@ def test_fold_for_any_list_of_words(network_cfg, tmp_path, fold, data):
     assert len(labels) == 3 and labels.metainfo['classes'] == OWN['lane']
     assert lane.val_evaluator.type == 'IoUMetric'
     assert lane.default_hooks.checkpoint.save_best == 'mIoU'
-    assert 'train_dataloader' not in new and 'test_evaluator' not in new
+    assert 'train_dataloader' not in new and 'val_evaluator' not in new
     assert new.test_dataloader.dataset.pipeline
     with pytest.raises(ValueError, match='labels of one data set'):
         validation(str(tmp_path / 'config.py'))

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from each_case import each_case
 from mmengine.config import Config
-from mmseg.apis import init_model
-from mmseg.registry import DATASETS
-from text_runs import RUNS, make
+from mmseg.apis import MMSegInferencer, inference_model, init_model
+from mmseg.registry import DATASETS, MODELS
+from network_tester import CONFIGS
+from text_runs import FIXED, RUNS, make
 from tiny import CLASSES
 from tool_modules import ROOT, call, load_tool
 from torch.testing import assert_close
@@ -154,20 +155,36 @@ BANK = dict(type='SynonymSampler', file='bank.safetensors', dim=64)
 # It learns beside a buffer, which nothing has brought up to date.
 LEARNED = dict(type='LearnedEmbeddings', dim=64)
 
+FEWER, MORE = ['van', 'road', 'lava'], [*CLASSES[::-1], 'van']
+# As many: the rows of a classifier that is left over would be of old words.
+OTHER = ['lava', *CLASSES[:-1]]
 
-@pytest.mark.parametrize('text, head, words', (
-    (*RUNS['l2'], ['van', 'road', 'lava']),
-    (BANK, {}, ['van', 'road', 'lava']),
-    (LEARNED, {}, ['car', 'road', 'sky']),
+
+@pytest.mark.parametrize('text, head, words, network', (
+    (*RUNS['l2'], FEWER, None),
+    (BANK, {}, FEWER, None),
+    (LEARNED, {}, ['car', 'road', 'sky'], None),
+    (FIXED, {}, FEWER, 'bisenetv2_fcn'),
+    (FIXED, {}, MORE, 'bisenetv2_fcn'),
+    (FIXED, {}, FEWER, 'ddrnet_23-slim_in1k-pre'),
+    (FIXED, {}, MORE, 'ddrnet_23-slim_in1k-pre'),
+    (FIXED, {}, OTHER, 'ddrnet_23-slim_in1k-pre'),
+    (*RUNS['auxiliary'], ['car', 'road'], 'ddrnet_23-slim_in1k-pre'),
+    (FIXED, {}, FEWER, 'pidnet-s'),
+    (FIXED, dict(out_channels=len(CLASSES)), MORE, 'pidnet-s'),
 ))
 def test_the_tool_folds_what_the_inferencer_predicts(tmp_path, monkeypatch,
-                                                     text, head, words):
+                                                     text, head, words,
+                                                     network):
     monkeypatch.chdir(tmp_path)
+    if network:
+        network, = (CONFIGS / 'text_classifier'
+                    ).glob(f'textkd_{network}_vit-b16_*_cityscapes-*.py')
     encode_classes(
         'toy_scenes+synonyms', 'toyclip', 'photo',
         keep_bank=True).save(tmp_path / 'bank.safetensors')
     encode_classes(['van', 'lava'], 'toyclip', 'photo').save('new.safetensors')
-    run = make(tmp_path, text, head)
+    run = make(tmp_path, text, head, network)
     mine = TextSegInferencer(run.config, run.weights, device='cpu')
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -179,17 +196,58 @@ def test_the_tool_folds_what_the_inferencer_predicts(tmp_path, monkeypatch,
     call('model_converters/textkd2mmseg.py', run.config, run.weights, '--l2',
          'keep', '--classes', names, '--embeddings', 'new.safetensors',
          '--device', 'cpu', '--out', 'stock.pth')
-    stock = init_model('stock.py', 'stock.pth', device='cpu')
+    stock = MODELS.build(Config.fromfile('stock.py').model).eval()
+    state, before = (
+        torch.load(name)['state_dict'] for name in ('stock.pth', run.weights))
+    stock.load_state_dict(state, strict=True)
     with torch.no_grad():
-        assert_close(
-            stock(image, mode='tensor'), expected, rtol=1e-4, atol=1e-3)
+        found = stock(image, mode='tensor')
+    assert found.shape[1] == len(words)
+    bound = 1e-5 * expected.abs().max().item()
+    assert_close(found, expected, rtol=0, atol=bound)
+    # A classifier for losses alone has nothing for a new word.
+    rest = [f'decode_head.{name}_cls_seg' for name in ('aux', 'p')]
+    rest = [k for k in state if k.startswith(tuple(rest))]
+    assert len(rest) == (0 if network is None or 'bise' in network.name else 2)
     for k, word in enumerate(words):
         if word in CLASSES:
-            assert_close(
-                expected[:, k],
-                own[:, CLASSES.index(word)],
-                rtol=1e-4,
-                atol=1e-3)
+            row = CLASSES.index(word)
+            assert_close(expected[:, k], own[:, row], rtol=0, atol=bound)
+        for key in rest:
+            old = before[key][row] if word in CLASSES else 0 * state[key][k]
+            assert torch.equal(state[key][k], old)
+
+
+def test_the_written_config_is_for_inference_and_tests_on_what_is_added(
+        tmp_path, monkeypatch):
+    run = make(tmp_path, *RUNS['fixed'])
+    monkeypatch.chdir(tmp_path)
+    cfg = Config.fromfile(run.config)
+    cfg.visualizer = dict(type='SegLocalVisualizer')
+    cfg.dump(run.config)
+    words = ['taxi', *CLASSES[1:]]
+    encode_classes(words[:1], 'toyclip', 'photo').save('new.safetensors')
+    call('model_converters/textkd2mmseg.py', run.config, run.weights,
+         '--classes', ', '.join(words), '--embeddings', 'new.safetensors',
+         '--device', 'cpu', '--out', 'words.pth')
+    model = init_model('words.py', 'words.pth', device='cpu')
+    found = inference_model(model, run.images[0]).pred_sem_seg.data[0].numpy()
+    inferencer = MMSegInferencer('words.py', 'words.pth', device='cpu')
+    assert (inferencer(run.images[0])['predictions'] == found).all()
+
+    def test(*options):
+        argv = ['test.py', 'words.py', 'words.pth', *options]
+        monkeypatch.setattr('sys.argv', argv)
+        load_tool('test.py').main()
+
+    with pytest.raises(FileNotFoundError, match='DATA_ROOT/IMAGES'):
+        test()
+    data = 'test_dataloader.dataset.'
+    test('--work-dir', 'scores', '--cfg-options', f'{data}data_root=data',
+         f'{data}data_prefix.img_path=img', f'{data}img_suffix=.png',
+         f'{data}data_prefix.seg_map_path=ann')
+    scores, = (tmp_path / 'scores').glob('*/*.json')
+    assert json.loads(scores.read_text())['mIoU'] > 0
 
 
 def test_a_seed_that_was_not_measured_to_its_end_counts_nowhere(

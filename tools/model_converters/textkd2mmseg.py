@@ -10,7 +10,8 @@ it is.
 
 With --classes OUT predicts other words: a stock network with that many
 classes. Where they are the classes of a data set of the config, its config
-trains and tests on that data set, else it is for inference alone.
+trains and tests on that data set, else it is for inference, or for a test on
+data that are filled in.
 """
 import argparse
 import os.path as osp
@@ -182,7 +183,7 @@ def choose_words(args: argparse.Namespace, cfg: Config, model: nn.Module,
         tower=args.model,
         pretrained=args.pretrained,
         embeddings=args.embeddings)
-    set_words(model, found.vectors, found.trained, args.new_words)
+    set_words(model, cfg, found.vectors, found.trained, args.new_words)
     print(f'{len(found.names)} classes: {found.source}')
     colors = [
         None if row is None or not palette else palette[row]
