@@ -478,7 +478,7 @@ def test_lseg_exports_with_its_norm_and_its_blocks(tmp_path):
     ('segnext_mscan-t', ['--output', 'probabilities', '--dynamic'], (50, 75)),
 ])
 def test_networks(name, options, size, tmp_path):
-    path, = CONFIGS.glob(f'stock/{name}*camvid*.py')
+    path, = CONFIGS.glob(f'stock/{name}*camvid-360*.py')
     cfg = load_model(path)
     if 'segnext' in name:
         cfg.backbone.depths = [1, 1, 1, 1]

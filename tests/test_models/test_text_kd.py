@@ -288,6 +288,7 @@ def test_the_length_rests_where_all_but_the_prompts_does():
             hooks=[],
             iter=0,
             max_iters=9,
+            train_dataloader=(),
             train_loop=None,
             val_loop=None,
             message_hub=MessageHub.get_current_instance(),

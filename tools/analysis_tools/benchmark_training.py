@@ -112,6 +112,7 @@ class Training:
             hooks=[],
             iter=0,
             max_iters=sys.maxsize,
+            train_dataloader=(),
             train_loop=None,
             val_loop=None,
             message_hub=MessageHub.get_current_instance(),
