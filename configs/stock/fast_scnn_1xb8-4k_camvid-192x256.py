@@ -16,15 +16,9 @@ model = dict(
         for head in _base_.model['auxiliary_head']
     ])
 optim_wrapper = dict(optimizer=dict(lr=0.05))
-param_scheduler = [
-    dict(type='LinearLR', by_epoch=False, start_factor=0.1, begin=0, end=200),
-    dict(
-        type='PolyLR',
-        eta_min=0.,
-        power=0.9,
-        begin=200,
-        end=4000,
-        by_epoch=False)
-]
+param_scheduler = _base_.param_scheduler
+param_scheduler[0].end = 200
+param_scheduler[1].begin = 200
+param_scheduler[1].end = 4000
 train_cfg = dict(max_iters=4000, val_interval=500)
 default_hooks = dict(checkpoint=dict(interval=200, save_best=None))
